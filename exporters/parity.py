@@ -1,0 +1,119 @@
+"""Comparing an ONNX file with the torch module that it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from exporters.errors import ExportError, first_line
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """How far one output of the ONNX file is from torch's, at worst over all batches, in the output's own unit.
+
+    `shape` is the output's in the batch with the largest error. Errors are infinite where a shape differs or a value
+    is NaN or infinite on either side; such an output never passes.
+    """
+
+    output: str
+    max_abs_error: float
+    mean_abs_error: float
+    max_abs_reference: float
+    tolerance: float
+    passed: bool
+    shape: tuple[int, ...]
+
+
+def check_parity(
+    module: nn.Module,
+    onnx_path: str | Path,
+    batches: Sequence[Mapping[str, Tensor]],
+    output_names: Sequence[str],
+    tolerance: float = 1e-4,
+    threads: int | None = None,
+) -> tuple[OutputParity, ...]:
+    """Runs `module` (put in eval mode, float32, CPU) and the ONNX file under ONNX Runtime's CPU provider on `batches`.
+
+    A batch maps forward's argument names to tensors; let batches differ in batch size and sequence length. An output
+    passes when its largest absolute error is at most tolerance × max(1, its largest absolute reference value), each
+    over all batches. `threads` limits ONNX Runtime's threads. Raises ExportError when ONNX Runtime is missing, cannot
+    run the file, or the number of outputs is not that of `output_names`.
+    """
+    if not batches:
+        raise ExportError("parity needs at least one batch")
+    session = _session(onnx_path, threads)
+    module.eval()
+    rows = [_compare_batch(module, session, batch, output_names) for batch in batches]
+    return tuple(_worst(name, [row[i] for row in rows], tolerance) for i, name in enumerate(output_names))
+
+
+@dataclass(frozen=True)
+class _Difference:
+    largest: float
+    mean: float
+    reference: float
+    shape: tuple[int, ...]
+
+
+def _compare_batch(
+    module: nn.Module, session: Any, batch: Mapping[str, Tensor], output_names: Sequence[str]
+) -> list[_Difference]:
+    with torch.inference_mode():
+        result = module(**batch)
+    expected = [result] if isinstance(result, Tensor) else list(result)
+    if len(expected) != len(output_names):
+        raise ExportError(f"the module returns {len(expected)} tensors, but {len(output_names)} outputs are named")
+    try:
+        feed = {name: tensor.numpy() for name, tensor in batch.items()}
+        actual = session.run(list(output_names), feed)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
+        raise ExportError(f"ONNX Runtime cannot run the file on {shapes}: {first_line(error)}") from error
+    return [_difference(ours.numpy(), theirs) for ours, theirs in zip(expected, actual, strict=True)]
+
+
+def _difference(reference: NDArray[Any], actual: NDArray[Any]) -> _Difference:
+    if reference.shape != actual.shape or not (np.isfinite(reference).all() and np.isfinite(actual).all()):
+        return _Difference(math.inf, math.inf, 0.0, reference.shape)
+    if reference.size == 0:
+        return _Difference(0.0, 0.0, 0.0, reference.shape)
+    error = np.abs(reference.astype(np.float64) - actual.astype(np.float64))
+    return _Difference(float(error.max()), float(error.mean()), float(np.abs(reference).max()), reference.shape)
+
+
+def _worst(name: str, differences: Sequence[_Difference], tolerance: float) -> OutputParity:
+    worst = max(differences, key=lambda difference: difference.largest)
+    reference = max(difference.reference for difference in differences)
+    return OutputParity(
+        output=name,
+        max_abs_error=worst.largest,
+        mean_abs_error=max(difference.mean for difference in differences),
+        max_abs_reference=reference,
+        tolerance=tolerance,
+        passed=worst.largest <= tolerance * max(1.0, reference),
+        shape=worst.shape,
+    )
+
+
+def _session(path: str | Path, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExportError("onnxruntime is not installed: pip install 'optin-deploy[cpu]'") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {first_line(error)}") from error

@@ -1,0 +1,90 @@
+"""Tracing a module with torch.export, with the dimensions that are to stay dynamic."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from exporters.errors import ExportError, first_line
+from exporters.files import staged
+
+DynamicAxes = Mapping[str, Mapping[int, str]]
+"""Input name → dimension → readable axis name, as in {"input_ids": {0: "batch", 1: "sequence"}}."""
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: DynamicAxes) -> torch.export.ExportedProgram:
+    """Traces `module`, put in eval mode, on `inputs`, passed to its forward as keyword arguments.
+
+    A dynamic dimension whose sample has size 1 is repeated to 2 first, since torch.export bakes in sizes of 1.
+    Raises ExportError when the module cannot be traced or fixes a dimension that `dynamic_axes` asks to be dynamic.
+    """
+    _check_axes(inputs, dynamic_axes)
+    samples = {name: _without_ones(tensor, dynamic_axes.get(name, {})) for name, tensor in inputs.items()}
+    # DYNAMIC and not named Dims: a named Dim has to state the exact range (a position table's length, say), which
+    # only tracing finds out. It does not tie two dimensions of one name together; the ONNX file's names do that.
+    shapes = {name: dict.fromkeys(dynamic_axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in samples}
+    module.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, (), kwargs=samples, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises a dozen unrelated types
+        raise ExportError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
+    symbols(program, dynamic_axes)
+    return program
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:
+    """Writes `program` as a .pt2 archive that torch.export.load reads. Raises ExportError for another suffix."""
+    if Path(path).suffix != ".pt2":
+        raise ExportError(f"an exported program is saved as .pt2, not as {Path(path).name}")
+    with staged(path) as temporary:
+        torch.export.save(program, temporary)
+
+
+def input_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """The keyword arguments of the traced forward, in the order of the graph's inputs."""
+    example = program.example_inputs
+    return tuple(example[1]) if example else tuple(str(name) for name in program.graph_signature.user_inputs)
+
+
+def symbols(program: torch.export.ExportedProgram, dynamic_axes: DynamicAxes) -> dict[str, str]:
+    """Torch's symbol → readable axis name, for every dimension in `dynamic_axes`.
+
+    Raises ExportError when one of them became a number, a multiple of something, or equal to one of another name.
+    """
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    found: dict[str, str] = {}
+    for name, placeholder in zip(input_names(program), program.graph_signature.user_inputs, strict=True):
+        for axis, label in dynamic_axes.get(name, {}).items():
+            size = nodes[str(placeholder)].meta["val"].shape[axis]
+            where = f"dimension {axis} ({label}) of input {name}"
+            if isinstance(size, int):
+                raise ExportError(f"{where} was asked to be dynamic, but the model fixes it to {size}")
+            symbol = str(size)
+            if not re.fullmatch(r"\w+", symbol):
+                raise ExportError(f"{where} was asked to be dynamic, but the model only takes sizes of {symbol}")
+            if found.setdefault(symbol, label) != label:
+                raise ExportError(f"{where} must equal the dimension named {found[symbol]}: give both one name")
+    return found
+
+
+def _check_axes(inputs: Mapping[str, Tensor], dynamic_axes: DynamicAxes) -> None:
+    for name, axes in dynamic_axes.items():
+        if name not in inputs:
+            raise ExportError(f"dynamic axes are given for {name}, which is not among the inputs {', '.join(inputs)}")
+        for axis in axes:
+            if not 0 <= axis < inputs[name].dim():
+                raise ExportError(f"input {name} has {inputs[name].dim()} dimensions, so no dimension {axis}")
+
+
+def _without_ones(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = tensor.repeat_interleave(2, dim=axis)
+    return tensor

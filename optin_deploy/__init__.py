@@ -1,0 +1,58 @@
+"""Make trained transformers smaller without retraining, export them, and measure how much faster they got.
+
+    import optin_deploy
+
+    network = optin_deploy.load_network("deit_small")
+    calibration = optin_deploy.load_calibration(network, Path("photos"))
+    pruned = optin_deploy.prune(network, calibration.batches, flops=0.5)
+    module = optin_deploy.load("runs/…/checkpoint")       # a plain nn.Module
+
+The names below are imported when they are first used, so that ``import optin_deploy`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optin_deploy.calibration import Calibration as Calibration
+    from optin_deploy.calibration import from_batches as from_batches
+    from optin_deploy.calibration import load_calibration as load_calibration
+    from optin_deploy.checkpoint import load as load
+    from optin_deploy.checkpoint import save as save
+    from optin_deploy.errors import GateError as GateError
+    from optin_deploy.errors import UserError as UserError
+    from optin_deploy.models import load_network as load_network
+    from optin_deploy.network import Network as Network
+    from optin_deploy.network import custom_network as custom_network
+    from optin_deploy.pipeline import prune_export as prune_export
+    from optin_deploy.preprocessing import ImagePreprocessing as ImagePreprocessing
+    from optin_deploy.preprocessing import TextPreprocessing as TextPreprocessing
+    from optin_deploy.pruning import prune as prune
+    from optin_deploy.recipe import Recipe as Recipe
+    from optin_deploy.report import Report as Report
+
+_HOMES = {
+    "Calibration": "calibration",
+    "GateError": "errors",
+    "ImagePreprocessing": "preprocessing",
+    "Network": "network",
+    "Recipe": "recipe",
+    "Report": "report",
+    "TextPreprocessing": "preprocessing",
+    "UserError": "errors",
+    "custom_network": "network",
+    "from_batches": "calibration",
+    "load": "checkpoint",
+    "load_calibration": "calibration",
+    "load_network": "models",
+    "prune": "pruning",
+    "prune_export": "pipeline",
+    "save": "checkpoint",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'optin_deploy' has no attribute {name!r}")
+    return getattr(import_module(f"optin_deploy.{_HOMES[name]}"), name)

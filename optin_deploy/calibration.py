@@ -1,0 +1,286 @@
+"""Unlabelled samples for scores and repair: from files, or a small built-in set."""
+
+import csv
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from optin_deploy.errors import UserError
+from optin_deploy.network import Network
+from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+DEFAULT_SAMPLES = {"image": 64, "text": 256, "tensor": 256}
+_BATCH_SIZE = {"image": 16, "text": 32, "tensor": 32}
+# Samples kept from scores and repair, on which the pruned network is compared with the dense one.
+_HELD_OUT = 32
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches by input name, others held out for comparison, where they came from, and a hash of their content."""
+
+    batches: tuple[dict[str, Tensor], ...]
+    held_out: tuple[dict[str, Tensor], ...]
+    source: str
+    builtin: bool
+    samples: int
+    digest: str
+
+
+def load_calibration(
+    network: Network, path: Path | None, *, column: str | None = None, samples: int | None = None, seed: int = 0
+) -> Calibration:
+    """Samples for ``network``.
+
+    Args:
+        path: a folder of images, a text file with one text a line, a CSV or TSV file, ready tensors by input name
+            (``.npz``, ``.safetensors``; first axis the sample), or None for the built-in set.
+        column: of a CSV or TSV file: a name of its header line, or a number counting from 1 in a file without header;
+            several, separated by commas, add up.
+        samples: at most this many, drawn at random; 64 images, 256 texts or tensors when None.
+
+    Raises:
+        UserError: nothing usable at ``path``, or it does not suit the network.
+    """
+    if samples is not None and samples < 1:
+        raise UserError(f"--calibration-samples {samples}: at least 1 is needed")
+    if path is not None and not path.exists():
+        raise UserError(f"calibration data {path} does not exist")
+    preprocessing = network.preprocessing
+    if path is not None and path.suffix in (".npz", ".safetensors"):
+        tensors = _read_tensors(network, path)
+        rows = range(len(next(iter(tensors.values()))))
+        return _calibration(rows, _selecting(tensors), path, "tensor", samples, seed)
+    if isinstance(preprocessing, ImagePreprocessing):
+        if path is not None:
+            return _calibration(
+                image_files(path), lambda files: preprocessing(read_images(files)), path, "image", samples, seed
+            )
+        images = builtin_images((samples or DEFAULT_SAMPLES["image"]) + _HELD_OUT, seed)
+        return _calibration(images, preprocessing, None, "image", samples, seed)
+    if isinstance(preprocessing, TextPreprocessing):
+        texts = builtin_texts() if path is None else read_texts(path, column)
+        return _calibration(texts, preprocessing, path, "text", samples, seed)
+    raise UserError("a module of your own without preprocessing needs tensors: --calibration FILE.npz or .safetensors")
+
+
+def from_batches(batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
+    """Calibration on ready batches of the user's own, by input name; the last one is held out. Two at least."""
+    if len(batches) < 2:
+        raise UserError(f"{len(batches)} calibration batches: at least 2 are needed, one of them to compare on")
+    own = [dict(batch) for batch in batches]
+    return Calibration(
+        batches=tuple(own[:-1]),
+        held_out=tuple(own[-1:]),
+        source="tensors given by the caller",
+        builtin=False,
+        samples=sum(len(next(iter(batch.values()))) for batch in own[:-1]),
+        digest=_digest(own),
+    )
+
+
+def _calibration(
+    items: Sequence[Any],
+    preprocess: Callable[[list[Any]], dict[str, Tensor]],
+    path: Path | None,
+    kind: str,
+    samples: int | None,
+    seed: int,
+) -> Calibration:
+    """Draw from ``items`` without replacement; an eighth of them is held out where there are few."""
+    if len(items) < 2:
+        raise UserError(f"{path} holds {len(items)} sample: at least 2 are needed, one of them to compare on")
+    count = samples or DEFAULT_SAMPLES[kind]
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = (
+        min(_HELD_OUT, max(1, min(len(items), count + _HELD_OUT) // 8)) if len(items) < count + _HELD_OUT else _HELD_OUT
+    )
+    used = order[: min(count, len(items) - held)]
+    batches, held_out = (
+        [
+            preprocess([items[i] for i in indices[start : start + _BATCH_SIZE[kind]]])
+            for start in range(0, len(indices), _BATCH_SIZE[kind])
+        ]
+        for indices in (used, order[len(used) : len(used) + held])
+    )
+    source = "built-in samples" if path is None else str(path)
+    return Calibration(tuple(batches), tuple(held_out), source, path is None, len(used), _digest([*batches, *held_out]))
+
+
+def image_files(path: Path) -> list[Path]:
+    """All pictures below the folder ``path`` in the order of their names; UserError when there are none."""
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not a folder: a vision network calibrates on a folder of images, .npz or .safetensors"
+        )
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def read_images(files: Sequence[Path]) -> list[Image.Image]:
+    """The pictures in RGB; UserError for one that cannot be read."""
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"image {file} cannot be read: remove it or repair it") from error
+    return images
+
+
+def read_table(path: Path) -> list[list[str]]:
+    """Rows of a CSV or TSV file, empty ones left out; UserError when it cannot be read or is empty."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".tsv":
+                rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+            else:
+                rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a table in UTF-8: {error}") from error
+    rows = [row for row in rows if any(cell.strip() for cell in row)]
+    if not rows:
+        raise UserError(f"{path} holds no rows")
+    return rows
+
+
+def table_columns(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """The named columns of a CSV or TSV file, row by row.
+
+    A column is a name of the header line; numbers count from 1 and mean that there is no header line.
+    """
+    rows = read_table(path)
+    if all(c.isdigit() for c in columns):
+        indices = [int(c) - 1 for c in columns]
+        width = min(len(row) for row in rows)
+        wrong = [c for c, i in zip(columns, indices, strict=True) if not 0 <= i < width]
+        if wrong:
+            raise UserError(f"{path} has no column {wrong[0]}: its rows have {width} columns, counted from 1")
+        return [[row[i] for i in indices] for row in rows]
+    header, body = rows[0], rows[1:]
+    for name in columns:
+        if name not in header:
+            raise UserError(
+                f"{path} has no column {name!r} in its header ({', '.join(header)[:120]}); name one of these, or give "
+                "column numbers from 1 if there is no header line"
+            )
+    if not body:
+        raise UserError(f"{path} holds a header and no rows")
+    indices = [header.index(name) for name in columns]
+    short = next((i for i, row in enumerate(body, 2) if len(row) <= max(indices)), None)
+    if short:
+        raise UserError(f"{path}, row {short}: too few columns for {', '.join(columns)}")
+    return [[row[i] for i in indices] for row in body]
+
+
+def read_texts(path: Path, column: str | None) -> list[str]:
+    """Distinct texts of a text file (one a line) or of columns of a CSV or TSV file, in order."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: a text network calibrates on a text file, CSV, TSV, .npz or .safetensors")
+    if path.suffix in (".csv", ".tsv"):
+        if column is None:
+            raise UserError(
+                f"{path} is a table: name its text column with --calibration-column (a number if it has no header)"
+            )
+        texts = [cell for row in table_columns(path, column.split(",")) for cell in row]
+    else:
+        try:
+            texts = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from error
+    texts = [text.strip() for text in dict.fromkeys(texts) if text.strip()]
+    if not texts:
+        raise UserError(f"{path} holds no texts")
+    return texts
+
+
+def builtin_texts() -> list[str]:
+    """256 English sentences of many kinds."""
+    return resources.files("optin_deploy.data").joinpath("sentences.txt").read_text(encoding="utf-8").splitlines()
+
+
+def builtin_images(count: int, seed: int) -> list[Image.Image]:
+    """Random crops of the photograph that matplotlib ships, every second one mixed with noise of natural spectrum."""
+    import matplotlib.cbook
+
+    path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    with Image.open(path) as opened:
+        photo = opened.convert("RGB")
+    rng = np.random.default_rng(seed)
+    return [_builtin_image(photo, rng, noisy=index % 2 == 1) for index in range(count)]
+
+
+def _builtin_image(photo: Image.Image, rng: np.random.Generator, *, noisy: bool) -> Image.Image:
+    side = int(rng.integers(96, min(photo.size)))
+    left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
+    crop = photo.crop((left, top, left + side, top + side)).resize((256, 256), Image.Resampling.BICUBIC)
+    pixels = np.asarray(crop, dtype=np.float64)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    if noisy:
+        pixels = 0.4 * pixels + 0.6 * _natural_noise(rng)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _natural_noise(rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Colour noise whose amplitude falls with 1/frequency, as in photographs; ``(256, 256, 3)`` in 0…255."""
+    frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.rfftfreq(256)[None, :])
+    frequency[0, 0] = 1.0
+    spectrum = np.fft.rfft2(rng.standard_normal((3, 256, 256))) / frequency
+    noise = np.moveaxis(np.fft.irfft2(spectrum), 0, -1)
+    return 127.5 + 64 * (noise - noise.mean()) / noise.std()
+
+
+def _read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        else:
+            tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"calibration tensors {path} cannot be read: {error}") from error
+    _check_tensors(network, path, tensors)
+    return {name: tensors[name].to(sample.dtype) for name, sample in network.inputs.items()}
+
+
+def _selecting(tensors: Mapping[str, Tensor]) -> Callable[[list[int]], dict[str, Tensor]]:
+    return lambda rows: {name: tensor[rows] for name, tensor in tensors.items()}
+
+
+def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    rows = {len(t) if t.dim() else 0 for t in tensors.values()}
+    for name, sample in network.inputs.items():
+        if name not in tensors:
+            raise UserError(f"{path} has no tensor {name!r}; it has {', '.join(tensors) or 'none'}")
+        given, first = tuple(tensors[name].shape), 2 if name in network.sequence_inputs else 1
+        if len(given) != sample.dim() or given[first:] != tuple(sample.shape[first:]):
+            wanted = ", ".join(["samples", "sequence"][:first] + [str(n) for n in sample.shape[first:]])
+            raise UserError(f"{path}: {name} has shape {given}, the network takes ({wanted})")
+    if len(rows) != 1 or not min(rows):
+        raise UserError(
+            f"{path}: tensors need one first axis of samples, at least one long; found lengths {sorted(rows)}"
+        )
+
+
+def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,205 @@
+"""Pruned networks on disk: safetensors, and one JSON that says how to build the network again. Nothing is unpickled.
+
+optin.json           format version, source, units kept per group, preprocessing, sample inputs' shapes, versions
+model.safetensors    the sliced weights
+tokenizer*           for text, as transformers writes it
+"""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from optin_deploy.errors import UserError
+from optin_deploy.files import whole_directory
+from optin_deploy.libraries import build
+from optin_deploy.network import Network, Source
+from optin_deploy.plan import Plan
+from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.slicing import sliced
+from optin_deploy.structure.describe import describe
+
+JSON_NAME = "optin.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Source(_Strict):
+    library: Literal["timm", "transformers", "custom"]
+    name: str
+    arguments: dict[str, Any]
+
+
+class _Image(_Strict):
+    input_name: str
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+
+class _Text(_Strict):
+    input_names: tuple[str, ...]
+    max_length: int
+
+
+class _Input(_Strict):
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int64"]
+
+
+class _Description(_Strict):
+    format: Literal[1]
+    source: _Source
+    kept: dict[str, tuple[int, ...]]
+    weights: str
+    inputs: dict[str, _Input]
+    outputs: dict[str, str]
+    sequence_inputs: tuple[str, ...]
+    token_mask: str | None
+    logits: str | None
+    image: _Image | None = None
+    text: _Text | None = None
+    versions: dict[str, str]
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether ``path`` is a directory that `save` wrote."""
+    return Path(path, JSON_NAME).is_file()
+
+
+def save(network: Network, plan: Plan, path: Path) -> None:
+    """Write ``network``, whose module is already sliced by ``plan`` (in the dense network's indices), to ``path``.
+
+    The directory appears whole or not at all. Raises UserError if it exists.
+    """
+    preprocessing = network.preprocessing
+    description = _Description(
+        format=1,
+        source=_Source(
+            library=network.source.library, name=network.source.name, arguments=dict(network.source.arguments)
+        ),
+        kept=dict(plan.kept),
+        weights=network.weights,
+        inputs={n: _Input(shape=tuple(t.shape), dtype=_dtype_name(t)) for n, t in network.inputs.items()},
+        outputs=dict(network.outputs),
+        sequence_inputs=network.sequence_inputs,
+        token_mask=network.token_mask,
+        logits=network.logits,
+        image=_Image(**asdict(preprocessing)) if isinstance(preprocessing, ImagePreprocessing) else None,
+        text=_Text(input_names=preprocessing.input_names, max_length=preprocessing.max_length)
+        if isinstance(preprocessing, TextPreprocessing)
+        else None,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")},
+    )
+    with whole_directory(path) as directory:
+        # Tied parameters are stored once under every name, so that any reader finds them.
+        state = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
+        save_file(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        (directory / WEIGHTS_NAME).chmod(0o644)
+        if isinstance(preprocessing, TextPreprocessing):
+            preprocessing.tokenizer.save_pretrained(directory)
+        (directory / JSON_NAME).write_text(description.model_dump_json(indent=1), encoding="utf-8")
+
+
+def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
+    """The pruned network at ``path`` as a plain module, on the CPU, in eval mode.
+
+    Args:
+        module: the dense module, for a checkpoint of a module of your own; it is not changed.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or ``module`` is missing or does not fit.
+    """
+    return _load(Path(path), module)[0]
+
+
+def load_network(path: Path, module: nn.Module | None = None) -> Network:
+    """Like `load`, with inputs, outputs and preprocessing; its weights are named "checkpoint PATH"."""
+    small, description = _load(path, module)
+    inputs = _sample_inputs(description)
+    return Network(
+        module=small,
+        inputs=inputs,
+        outputs=description.outputs,
+        source=_source(description),
+        weights="random" if description.weights == "random" else f"checkpoint {path}",
+        sequence_inputs=description.sequence_inputs,
+        token_mask=description.token_mask,
+        logits=description.logits,
+        preprocessing=_preprocessing(description, path),
+    )
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of the checkpoint at ``path``, in the dense network's indices."""
+    return Plan(_read(path).kept)
+
+
+def _read(path: Path) -> _Description:
+    if not is_checkpoint(path):
+        raise UserError(f"{path} is not a checkpoint of optin-deploy: it has no {JSON_NAME}")
+    try:
+        return _Description.model_validate_json((path / JSON_NAME).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path / JSON_NAME} is damaged or of another version: {where}: {first['msg']}") from error
+
+
+def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
+    description = _read(path)
+    dense = build(_source(description)) if module is None else module
+    small = sliced(dense, describe(dense, _sample_inputs(description)), Plan(description.kept))
+    load_weights(small, path)
+    return small.eval(), description
+
+
+def load_weights(small: nn.Module, path: Path) -> None:
+    """Load the weights of the checkpoint at ``path`` into a module sliced by its plan; UserError if they do not fit."""
+    try:
+        small.load_state_dict(load_file(path / WEIGHTS_NAME))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {reason}") from error
+
+
+def _source(description: _Description) -> Source:
+    return Source(description.source.library, description.source.name, description.source.arguments)
+
+
+def _sample_inputs(description: _Description) -> Mapping[str, Tensor]:
+    """Sample inputs of the recorded shapes: noise for pictures, ones for tokens and masks."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(given.shape, generator=generator)
+        if given.dtype == "float32"
+        else torch.ones(given.shape, dtype=torch.int64)
+        for name, given in description.inputs.items()
+    }
+
+
+def _dtype_name(tensor: Tensor) -> Any:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _preprocessing(description: _Description, path: Path) -> Preprocessing | None:
+    if description.image:
+        return ImagePreprocessing(**description.image.model_dump())
+    if description.text:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        return TextPreprocessing(tokenizer, description.text.input_names, description.text.max_length)
+    return None

@@ -1,0 +1,217 @@
+"""Accuracy on a labelled set, dense and pruned alike, and agreement of the two on unlabelled inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optin_deploy.calibration import image_files, read_images, read_table, table_columns
+from optin_deploy.errors import UserError
+from optin_deploy.network import Network
+from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
+
+_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled set. ``measure`` gives its metric, in per cent, for a module in the network's place, in ``steps``."""
+
+    metric: str
+    name: str
+    samples: int
+    steps: int
+    measure: Callable[[nn.Module, Callable[[int], None]], float]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near one output of the pruned network is to the dense one's, on inputs it was not repaired with.
+
+    ``cosine`` is the mean over samples of the cosine between the flattened outputs, ``relative_error`` the norm of the
+    difference over that of the dense output, ``top1_agreement`` the part of equal arg-max (logits only).
+    """
+
+    output: str
+    cosine: float
+    relative_error: float
+    top1_agreement: float | None
+    samples: int
+
+
+def load_dataset(network: Network, path: Path, columns: str | None = None) -> Dataset:
+    """A folder with one folder of images per class (top-1), or a CSV or TSV file.
+
+    Args:
+        columns: "text,label" (accuracy) or "first,second,score" (Spearman's correlation of the cosine of the two
+            sentences' mean-pooled features with the score), by header names or numbers from 1; without it, files of
+            two and of three columns without header are taken in this order.
+
+    Raises:
+        UserError: the data is unreadable, empty, or does not suit the network.
+    """
+    if not path.exists():
+        raise UserError(f"evaluation data {path} does not exist")
+    if isinstance(network.preprocessing, ImagePreprocessing):
+        return _images(network, path)
+    if not isinstance(network.preprocessing, TextPreprocessing):
+        raise UserError("a module of your own without preprocessing cannot be evaluated on files")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: a text network is evaluated on a CSV or TSV file")
+    names = columns.split(",") if columns else [str(i + 1) for i in range(len(read_table(path)[0]))]
+    if len(names) == 2:
+        return _texts(network, path, table_columns(path, names))
+    if len(names) == 3:
+        return _pairs(network, path, table_columns(path, names))
+    raise UserError(
+        f"{path}: {len(names)} columns; name two (text,label) or three (first,second,score) with --evaluate-columns"
+    )
+
+
+@torch.inference_mode()
+def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Agreement, ...]:
+    """`Agreement` of every output; padding tokens are left out."""
+    sums: dict[str, list[float]] = {name: [0.0, 0.0, 0.0, 0.0] for name in network.outputs}
+    samples = 0
+    for batch in batches:
+        dense, small = network.forward(batch), network.forward(batch, pruned)
+        samples += len(next(iter(dense.values())))
+        for name, y in dense.items():
+            a, b = (_unpadded(t, network.valid_tokens(batch)).flatten(1).double() for t in (y, small[name]))
+            sums[name][0] += float(F.cosine_similarity(a, b, dim=1).sum())
+            sums[name][1] += float((a - b).square().sum())
+            sums[name][2] += float(a.square().sum())
+            if name == network.logits:
+                equal = y.argmax(-1) == small[name].argmax(-1)
+                sums[name][3] += float(equal.double().reshape(len(y), -1).mean(1).sum())
+    return tuple(
+        Agreement(
+            output=name,
+            cosine=cosine / samples,
+            relative_error=(error / max(norm, 1e-300)) ** 0.5,
+            top1_agreement=equal / samples if name == network.logits else None,
+            samples=samples,
+        )
+        for name, (cosine, error, norm, equal) in sums.items()
+    )
+
+
+def _unpadded(output: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None or output.shape[:2] != valid.shape:
+        return output
+    return output * valid.reshape(*valid.shape, *[1] * (output.dim() - 2)).to(output.dtype)
+
+
+def _images(network: Network, path: Path) -> Dataset:
+    files = image_files(path)
+    classes = sorted({file.relative_to(path).parts[0] for file in files if file.parent != path})
+    labelled = [file for file in files if file.parent != path]
+    if not labelled:
+        raise UserError(f"{path} has no class folders: top-1 needs one folder of images per class")
+    labels = [classes.index(file.relative_to(path).parts[0]) for file in labelled]
+    if network.logits is None:
+        raise UserError("the network has no class logits: top-1 cannot be measured")
+    with torch.inference_mode():
+        outputs = network.forward(network.inputs)[network.logits].shape[-1]
+    if len(classes) > outputs:
+        raise UserError(f"{path} has {len(classes)} classes, the network tells {outputs}")
+
+    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+        def logits(part: list[Path]) -> Tensor:
+            return _run(network, module, network.preprocessing(read_images(part)))[network.logits or ""]
+
+        return _accuracy(labelled, labels, logits, advance)
+
+    return Dataset("top-1", str(path), len(labelled), len(labelled), measure)
+
+
+def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
+    if network.logits is None:
+        raise UserError(
+            "the network has no class logits: accuracy cannot be measured (sentence pairs need three columns)"
+        )
+    try:
+        labels = [_label(network, row[1]) for row in rows]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+
+    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+        def logits(part: list[str]) -> Tensor:
+            return _run(network, module, network.preprocessing(part))[network.logits or ""]
+
+        return _accuracy([rows[i][0] for i in order], [labels[i] for i in order], logits, advance)
+
+    return Dataset("accuracy", str(path), len(rows), len(rows), measure)
+
+
+def _label(network: Network, label: str) -> int:
+    names = getattr(getattr(network.module, "config", None), "label2id", None) or {}
+    if label.strip().lstrip("-").isdigit():
+        return int(label)
+    if label in names:
+        return int(names[label])
+    raise ValueError(f"label {label!r} is no number and none of the network's labels ({', '.join(map(str, names))})")
+
+
+def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
+    try:
+        scores = torch.tensor([float(row[2]) for row in rows], dtype=torch.float64)
+    except ValueError as error:
+        raise UserError(f"{path}: the third column must be a number: {error}") from error
+    if "last_hidden_state" not in network.outputs:
+        raise UserError("sentence pairs need a network that gives token features (last_hidden_state)")
+    texts = sorted({text for row in rows for text in row[:2]}, key=lambda text: (len(text), text))
+    place = {text: i for i, text in enumerate(texts)}
+
+    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+        parts = []
+        for start in range(0, len(texts), _BATCH_SIZE):
+            part = texts[start : start + _BATCH_SIZE]
+            parts.append(_embed(network, module, part))
+            advance(len(part))
+        features = torch.cat(parts)
+        first, second = (features[[place[row[i]] for row in rows]] for i in (0, 1))
+        return 100 * spearman((first * second).sum(1), scores)
+
+    return Dataset("Spearman × 100", str(path), len(rows), len(texts), measure)
+
+
+def _run(network: Network, module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    device = next(module.parameters()).device
+    with torch.inference_mode():
+        return network.forward({name: t.to(device) for name, t in batch.items()}, module)
+
+
+def _embed(network: Network, module: nn.Module, texts: list[str]) -> Tensor:
+    """Mean over tokens of the last features, normalised; ``(texts, width)`` in float64 on the CPU."""
+    batch = network.preprocessing(texts)
+    features = _run(network, module, batch)["last_hidden_state"].double().cpu()
+    weights = batch[network.token_mask].double() if network.token_mask else torch.ones(features.shape[:2]).double()
+    return F.normalize((features * weights[..., None]).sum(1) / weights.sum(1, keepdim=True), dim=-1)
+
+
+def _accuracy(
+    items: Sequence[object], labels: Sequence[int], logits: Callable[..., Tensor], advance: Callable[[int], None]
+) -> float:
+    right = 0
+    for start in range(0, len(items), _BATCH_SIZE):
+        part = items[start : start + _BATCH_SIZE]
+        predicted = logits(list(part)).argmax(-1).cpu()
+        right += int((predicted == torch.tensor(labels[start : start + _BATCH_SIZE])).sum())
+        advance(len(part))
+    return 100 * right / len(items)
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors; equal values share their mean rank."""
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]

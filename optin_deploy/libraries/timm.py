@@ -1,0 +1,90 @@
+"""Networks from timm, by name."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from optin_deploy.errors import UserError
+from optin_deploy.network import Network, Source
+from optin_deploy.preprocessing import ImagePreprocessing
+
+# `deit_small` means `deit_small_patch16_224`; timm's own short names come first.
+_ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
+INPUT_NAME = "x"
+
+
+def full_name(name: str) -> str | None:
+    """timm's name for ``name`` or its short form, or None."""
+    base, _, tag = name.partition(".")
+    for suffix in _ALIAS_SUFFIXES:
+        if timm.is_model(base + suffix):
+            return f"{base}{suffix}.{tag}" if tag else base + suffix
+    return None
+
+
+def short_names() -> list[str]:
+    """Names by which timm's models may be given, the short forms among them."""
+    names = timm.list_models()
+    short = [n.removesuffix(s) for n in names for s in _ALIAS_SUFFIXES[1:] if n.endswith(s)]
+    return sorted({*names, *short})
+
+
+def prunable_names() -> list[str]:
+    """timm's plain vision transformers, which are built of the prunable modules throughout."""
+    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+
+
+def build(source: Source) -> nn.Module:
+    """The dense module with timm's initial weights; UserError when the arguments do not fit."""
+    try:
+        return timm.create_model(source.name, pretrained=False, **source.arguments).eval()
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {reason}") from error
+
+
+def source_of(name: str, image_size: int | None) -> Source:
+    """The source of a timm model; ``image_size`` in pixels where it differs from the model's own."""
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size {image_size}: give a positive number of pixels")
+    own = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if image_size is None or (own is not None and own.input_size[-1] == image_size):
+        return Source("timm", name)
+    return Source("timm", name, {"img_size": image_size})
+
+
+def load_pretrained(source: Source) -> nn.Module:
+    """The module with the weights that timm knows for it; OSError or RuntimeError when they cannot be had."""
+    return timm.create_model(source.name, pretrained=True, **source.arguments).eval()
+
+
+def network_of(module: nn.Module, source: Source, weights: str) -> Network:
+    """`Network` around a timm module; UserError when the image size does not fit it."""
+    config: dict[str, Any] = timm.data.resolve_data_config({}, model=module)
+    size = source.arguments.get("img_size")
+    patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
+    if size and (size % patch[0] or size % patch[1]):
+        raise UserError(f"image size {size} does not fit {source.name}: give a multiple of its patch size {patch[0]}")
+    height, width = (size, size) if size else config["input_size"][1:]
+    preprocessing = ImagePreprocessing(
+        input_name=INPUT_NAME,
+        size=(height, width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+    inputs = {INPUT_NAME: torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))}
+    classifies = getattr(module, "num_classes", 0) > 0
+    return Network(
+        module=module,
+        inputs=inputs,
+        outputs={"logits" if classifies else "features": "output"},
+        source=source,
+        weights=weights,
+        logits="logits" if classifies else None,
+        preprocessing=preprocessing,
+    )

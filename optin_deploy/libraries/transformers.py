@@ -1,0 +1,135 @@
+"""Networks from transformers: a local directory or a model id. Remote code is never run."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+import transformers
+from torch import nn
+
+from optin_deploy.errors import UserError
+from optin_deploy.network import Network, Source, named_outputs
+from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+
+# Progress is shown by the pipeline.
+transformers.utils.logging.disable_progress_bar()
+
+_SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while " * 64
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_IMAGE_INPUT = "pixel_values"
+
+
+def read_config(name: str) -> Any:
+    """The configuration of a local directory or model id; OSError when it cannot be had, ValueError when unknown."""
+    return transformers.AutoConfig.from_pretrained(name)
+
+
+def source_of(config: Any) -> Source:
+    """The class that the configuration names (the plain encoder if none) and the configuration itself."""
+    class_name = (config.architectures or [""])[0]
+    if not hasattr(transformers, class_name):
+        class_name = transformers.AutoModel._model_mapping[type(config)].__name__
+    return Source("transformers", class_name, config.to_dict())
+
+
+def build(source: Source) -> nn.Module:
+    """The dense module with initial weights, in fp32."""
+    cls: Any = getattr(transformers, source.name, object)
+    if not issubclass(cls, transformers.PreTrainedModel):
+        installed = transformers.__version__
+        raise UserError(f"transformers {installed} has no model class {source.name!r}: install the version it came from")
+    config = cls.config_class.from_dict(dict(source.arguments))
+    config.dtype = torch.float32
+    return _without_pooler(cls(config).float().eval())
+
+
+def load_pretrained(name: str, source: Source) -> nn.Module:
+    """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had."""
+    cls = getattr(transformers, source.name)
+    module, info = cls.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    module = _without_pooler(module.eval())
+    missing = sorted(set(info["missing_keys"]) & set(module.state_dict()))
+    if missing:
+        raise UserError(
+            f"{name} has no weights for {missing[0]} and {len(missing) - 1} more parameters of {source.name}"
+        )
+    return module
+
+
+def _without_pooler(module: nn.Module) -> nn.Module:
+    """Drop the pooler of a plain encoder: its output is not exported, and often its weights were never trained."""
+    if getattr(module, "pooler", None) is not None and hasattr(module, "embeddings"):
+        setattr(module, "pooler", None)  # noqa: B010 - modules take any attribute
+    return module
+
+
+def network_of(
+    module: nn.Module, source: Source, weights: str, preprocessing: Preprocessing, sequence_length: int
+) -> Network:
+    """`Network` around a transformers encoder; a sample text has ``sequence_length`` tokens where that many fit."""
+    if isinstance(preprocessing, ImagePreprocessing):
+        inputs = {_IMAGE_INPUT: torch.randn(2, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))}
+        sequence_inputs: tuple[str, ...] = ()
+    else:
+        inputs = preprocessing([_SAMPLE_TEXT] * 2)
+        inputs = {name: tensor[:, :sequence_length] for name, tensor in inputs.items()}
+        sequence_inputs = tuple(inputs)
+    with torch.inference_mode():
+        given = named_outputs(module(**inputs))
+    names = [n for n in given if n.endswith("logits")] or [n for n in given if n == "last_hidden_state"] or list(given)
+    return Network(
+        module=module,
+        inputs=inputs,
+        outputs={name: name for name in names},
+        source=source,
+        weights=weights,
+        sequence_inputs=sequence_inputs,
+        token_mask="attention_mask" if "attention_mask" in inputs else None,
+        logits="logits" if "logits" in names else None,
+        preprocessing=preprocessing,
+    )
+
+
+def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing:
+    """The tokenizer or image processor beside the weights; UserError when there is none."""
+    arguments = inspect.signature(module.forward).parameters
+    if _IMAGE_INPUT in arguments:
+        return _image_preprocessing(name, module.config)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+    return text_preprocessing(tokenizer, arguments, module.config, max_length)
+
+
+def text_preprocessing(tokenizer: Any, arguments: Mapping[str, Any], config: Any, max_length: int) -> TextPreprocessing:
+    """Texts are cut to ``max_length`` tokens, or to what the network has positions for."""
+    positions = getattr(config, "max_position_embeddings", max_length)
+    offset = getattr(config, "pad_token_id", 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    names = tuple(n for n in tokenizer.model_input_names if n in arguments)
+    return TextPreprocessing(tokenizer, names, min(max_length, positions - offset, tokenizer.model_max_length))
+
+
+def _image_preprocessing(name: str, config: Any) -> ImagePreprocessing:
+    processor: dict[str, Any] = {}
+    if Path(name, "preprocessor_config.json").is_file() or not Path(name).is_dir():
+        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    if isinstance(size, dict):
+        size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
+    own = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, tuple) else (own, own)
+    resized = processor.get("size", {})
+    shortest = resized.get("shortest_edge", height) if isinstance(resized, dict) else height
+    return ImagePreprocessing(
+        input_name=_IMAGE_INPUT,
+        size=(height, width),
+        mean=tuple(processor.get("image_mean", timm.data.IMAGENET_DEFAULT_MEAN)),
+        std=tuple(processor.get("image_std", timm.data.IMAGENET_DEFAULT_STD)),
+        interpolation=_RESAMPLING.get(processor.get("resample", 3), "bicubic"),
+        crop_pct=height / shortest if processor.get("do_center_crop") else 1.0,
+        crop_mode="center" if processor.get("do_center_crop") else "squash",
+    )

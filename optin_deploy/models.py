@@ -1,0 +1,136 @@
+"""From what the user names to a `Network`: timm, transformers, or a checkpoint of our own."""
+
+import difflib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from optin_deploy import checkpoint
+from optin_deploy.errors import UserError
+from optin_deploy.libraries import build
+from optin_deploy.libraries import timm as timm_models
+from optin_deploy.libraries import transformers as transformers_models
+from optin_deploy.libraries.hub import cached_if_unreachable
+from optin_deploy.network import Network, Source
+
+DEFAULT_SEQUENCE_LENGTH = 128
+_CHOICES = "use --weights random (for speed only), --weights FILE.safetensors, or --model DIRECTORY"
+
+
+def load_network(
+    model: str,
+    *,
+    weights: str = "pretrained",
+    image_size: int | None = None,
+    sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    seed: int = 0,
+) -> Network:
+    """The network that ``model`` names, on the CPU, in fp32 and eval mode.
+
+    Args:
+        model: a timm name or its short form, a transformers model id or local directory, or a checkpoint of our own.
+        weights: "pretrained", "random", or a ``.safetensors`` file. A checkpoint of our own has its weights.
+        image_size: pixels, for vision networks that can take other sizes than their own.
+        sequence_length: tokens in the sample input, at most as many as the network has positions for.
+        seed: of random weights.
+
+    Raises:
+        UserError: the model is unknown, its weights cannot be had, or the image size does not fit.
+    """
+    if checkpoint.is_checkpoint(model):
+        if weights != "pretrained" or image_size is not None:
+            raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
+        return checkpoint.load_network(Path(model))
+    timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
+    if timm_name:
+        network = _timm_network(timm_name, weights, image_size, seed)
+    else:
+        network = _transformers_network(model, weights, image_size, sequence_length, seed)
+    _check_forward(network)
+    return network
+
+
+def _timm_network(name: str, weights: str, image_size: int | None, seed: int) -> Network:
+    source = timm_models.source_of(name, image_size)
+    if weights == "pretrained":
+        try:
+            with cached_if_unreachable():
+                module = timm_models.load_pretrained(source)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"pretrained weights of {name} cannot be fetched or found in the cache: {_CHOICES}"
+            ) from error
+        except (TypeError, AssertionError) as error:
+            raise UserError(f"timm cannot build {name} for image size {image_size}: {error}") from error
+    else:
+        module = _initialised(source, weights, seed)
+    return timm_models.network_of(module, source, weights)
+
+
+def _transformers_network(model: str, weights: str, image_size: int | None, sequence_length: int, seed: int) -> Network:
+    if image_size is not None:
+        raise UserError(f"--image-size {image_size} is for timm models; {model} takes the size of its configuration")
+    config = _transformers_config(model)
+    with cached_if_unreachable():
+        source = transformers_models.source_of(config)
+        if weights == "pretrained":
+            try:
+                module = transformers_models.load_pretrained(model, source)
+            except OSError as error:
+                raise UserError(f"the weights of {model} cannot be fetched or found: {_CHOICES}") from error
+        else:
+            module = _initialised(source, weights, seed)
+        preprocessing = transformers_models.read_preprocessing(model, module, sequence_length)
+    return transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
+
+
+def _transformers_config(model: str) -> object:
+    if Path(model).is_dir() and not Path(model, "config.json").is_file():
+        raise UserError(f"{model} is a directory without config.json (transformers) and without optin.json (our own)")
+    try:
+        with cached_if_unreachable():
+            return transformers_models.read_config(model)
+    except (OSError, ValueError) as error:
+        near = difflib.get_close_matches(model, timm_models.short_names(), n=3, cutoff=0.6)
+        hint = f"did you mean {', '.join(near)}?" if near else "`optin-deploy models` lists what is supported"
+        raise UserError(
+            f"unknown model {model!r}: no timm model, no local directory, and no transformers model that can be "
+            f"fetched or found in the cache; {hint}"
+        ) from error
+
+
+def _initialised(source: Source, weights: str, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build(source)
+    if weights != "random":
+        load_weights(module, Path(weights))
+    return module
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into ``module``; UserError when it is unreadable or does not fit."""
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
+        )
+    try:
+        module.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights file {path} cannot be read: {error}") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights file {path} does not fit the model: {reason}") from error
+
+
+def _check_forward(network: Network) -> None:
+    try:
+        with torch.inference_mode():
+            network.forward(network.inputs)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{network.source.name} does not take inputs of shape {shapes}: {reason}") from error

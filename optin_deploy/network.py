@@ -1,0 +1,118 @@
+"""A network as the product sees it: a module, what goes in, what comes out, and how to build it again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.errors import UserError
+
+Library = Literal["timm", "transformers", "custom"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to build the dense module: ``timm.create_model(name, **arguments)``, or the transformers class ``name`` with
+    the configuration ``arguments``. A ``custom`` module can be built by its owner only."""
+
+    library: Library
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module with sample inputs and the names of its outputs.
+
+    Attributes:
+        module: takes ``inputs`` as keyword arguments; in eval mode.
+        inputs: a sample batch; every tensor's first axis is the batch.
+        outputs: name of each output, in order -> what the module calls it (see `named_outputs`).
+        source: how the dense module is built.
+        weights: "pretrained", "random", or where they came from.
+        sequence_inputs: inputs whose second axis is a sequence of any length.
+        token_mask: the input that is 0 at padding tokens, if there is one.
+        logits: the output that holds class logits, if there is one; scores then have a KL term.
+        preprocessing: what makes inputs out of images or texts (see ``calibration``).
+    """
+
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, str]
+    source: Source
+    weights: str
+    sequence_inputs: tuple[str, ...] = ()
+    token_mask: str | None = None
+    logits: str | None = None
+    preprocessing: Any = None
+
+    def with_module(self, module: nn.Module) -> "Network":
+        """The same network around another (pruned) module."""
+        return replace(self, module=module)
+
+    def forward(self, batch: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Tensor]:
+        """Outputs by name for a batch of inputs, of this network or of another ``module`` in its place."""
+        given = named_outputs((module or self.module)(**batch))
+        return {name: given[key] for name, key in self.outputs.items()}
+
+    def valid_tokens(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Bool ``(batch, tokens)``, False at padding; None where every token counts."""
+        return batch[self.token_mask].bool() if self.token_mask else None
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """Input name -> axis -> "batch" or "sequence"."""
+        return {n: {0: "batch", 1: "sequence"} if n in self.sequence_inputs else {0: "batch"} for n in self.inputs}
+
+
+class TensorOutputs(nn.Module):
+    """A module that gives a tuple of tensors, as exporters want it, around one that gives anything."""
+
+    def __init__(self, module: nn.Module, outputs: Mapping[str, str]) -> None:
+        super().__init__()
+        self.module = module
+        self.keys = tuple(outputs.values())
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        given = named_outputs(self.module(**inputs))
+        return tuple(given[key] for key in self.keys)
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors of a module's output by name: a tensor is ``output``, tuples number it, mappings keep their keys."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        return {str(k): v for k, v in output.items() if isinstance(v, Tensor)}
+    if isinstance(output, tuple | list):
+        return {f"output_{i}": v for i, v in enumerate(output) if isinstance(v, Tensor)}
+    raise UserError(f"the network gives a {type(output).__name__}; a tensor, a tuple or a mapping of tensors is needed")
+
+
+def custom_network(
+    module: nn.Module, inputs: Mapping[str, Tensor], *, logits: str | None = None, preprocessing: Any = None
+) -> Network:
+    """A `Network` around the user's own module.
+
+    Args:
+        inputs: a sample batch by forward's argument names, first axis the batch.
+        logits: name of the output with class logits ("output" when the module gives one tensor), if there is one.
+        preprocessing: an ``ImagePreprocessing`` or ``TextPreprocessing`` to calibrate and evaluate on files.
+    """
+    module = module.eval()
+    with torch.inference_mode():
+        outputs = named_outputs(module(**inputs))
+    if logits is not None and logits not in outputs:
+        raise UserError(f"there is no output {logits!r}; the network gives {', '.join(outputs)}")
+    source = Source("custom", f"{type(module).__module__}.{type(module).__qualname__}")
+    return Network(
+        module,
+        dict(inputs),
+        {name: name for name in outputs},
+        source,
+        "user",
+        logits=logits,
+        preprocessing=preprocessing,
+    )

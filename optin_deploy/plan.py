@@ -1,0 +1,31 @@
+"""Which units stay: the value that search makes and slicing, checkpoints and reports read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optin_deploy.errors import UserError
+from optin_deploy.structure.groups import Structure
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Group name -> indices of the units kept, ascending. A group that is not named keeps all of its units."""
+
+    kept: Mapping[str, tuple[int, ...]]
+
+    def after(self, earlier: "Plan") -> "Plan":
+        """This plan, made for a network already pruned by ``earlier``, in the dense network's indices."""
+        kept = dict(earlier.kept)
+        for name, indices in self.kept.items():
+            before = kept.get(name)
+            kept[name] = indices if before is None else tuple(before[i] for i in indices)
+        return Plan(kept)
+
+    def check(self, structure: Structure) -> None:
+        """Raise UserError unless every group exists in ``structure`` and every index is in range and ascending."""
+        units = {g.name: g.units for g in structure.groups}
+        for name, kept in self.kept.items():
+            if name not in units:
+                raise UserError(f"the plan names group {name!r}, which the network does not have")
+            if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < units[name]):
+                raise UserError(f"the plan keeps units {list(kept)[:5]}… of {name!r}, which has {units[name]} units")

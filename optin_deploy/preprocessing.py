@@ -1,0 +1,67 @@
+"""From pictures and texts to the tensors a network takes, by the model's own configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImagePreprocessing:
+    """Resize, crop and normalise, as timm does it for evaluation.
+
+    Attributes:
+        input_name: forward's argument.
+        size: height and width in pixels.
+        crop_pct: part of the resized picture that the crop takes; crop_mode "squash" resizes to ``size`` directly.
+    """
+
+    input_name: str
+    size: tuple[int, int]
+    mean: tuple[float, ...] = timm.data.IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = timm.data.IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """A batch ``(images, 3, height, width)`` by input name."""
+        transform = timm.data.create_transform(
+            input_size=(3, *self.size),
+            is_training=False,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return {self.input_name: torch.stack([transform(image.convert("RGB")) for image in images])}
+
+
+@dataclass(frozen=True)
+class TextPreprocessing:
+    """A transformers tokenizer.
+
+    Attributes:
+        tokenizer: a ``PreTrainedTokenizerBase``.
+        input_names: which of the tokenizer's tensors the network takes.
+        max_length: longer texts are cut to this many tokens.
+    """
+
+    tokenizer: Any
+    input_names: tuple[str, ...]
+    max_length: int
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Token tensors ``(texts, longest text)`` by input name, padded."""
+        encoded = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        return {name: encoded[name] for name in self.input_names}
+
+
+Preprocessing = ImagePreprocessing | TextPreprocessing

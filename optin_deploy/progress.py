@@ -1,0 +1,37 @@
+"""One progress display for a run: a line per stage with time left; nothing when not on a terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[float], None]
+
+
+class Stages:
+    """Stages of a run, timed. Used as a context manager around the whole run."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        columns = (SpinnerColumn(), TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn())
+        self._progress = Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal
+        )
+
+    def __enter__(self) -> "Stages":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str, total: float = 1) -> Iterator[Advance]:
+        """Show and time a stage of ``total`` steps; the value is called with the number of steps just done."""
+        task = self._progress.add_task(name, total=total)
+        start = perf_counter()
+        yield lambda steps: self._progress.advance(task, steps)
+        self._progress.update(task, completed=total)
+        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start

@@ -1,0 +1,91 @@
+"""Everything that a run can be told, in one validated value; the command line and YAML files both end here."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from optin_deploy.errors import UserError
+from optin_deploy.files import write_text
+
+Runtime = Literal["ort-cpu", "ort-cuda", "torch", "torch-cuda"]
+
+
+class Recipe(BaseModel):
+    """One run of ``prune-export``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(min_length=1)]
+    weights: str = "pretrained"
+    image_size: Annotated[int | None, Field(ge=1)] = None
+    sequence_length: Annotated[int, Field(ge=4)] = 128
+
+    calibration: Path | None = None
+    calibration_column: str | None = None
+    calibration_samples: Annotated[int | None, Field(ge=1)] = None
+
+    flops: Annotated[float, Field(gt=0, lt=1)]
+    scorer: Literal["sketch", "exact"] = "sketch"
+    probes: Annotated[int, Field(ge=1)] = 8
+    task_weight: Annotated[float, Field(ge=0)] = 1.0
+    align: Annotated[int, Field(ge=1)] = 64
+    compensate: bool = True
+    ridge: Annotated[float, Field(gt=0)] = 0.1
+
+    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    parity_tolerance: Annotated[float, Field(gt=0)] = 1e-4
+
+    runtimes: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("ort-cpu", "torch")
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)
+    threads: Annotated[int | None, Field(ge=1)] = None
+    profile_seconds: Annotated[float, Field(gt=0)] = 10.0
+
+    evaluate: Path | None = None
+    evaluate_columns: str | None = None
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def save(self, path: Path) -> None:
+        """Write as YAML, every option included."""
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def make_recipe(options: dict[str, Any], file: Path | None = None) -> Recipe:
+    """The recipe from ``options`` and, for what they leave out, from a YAML ``file``.
+
+    Raises UserError, one line, for a file that cannot be read, an unknown key (with near ones) or a wrong value.
+    """
+    given = {**_read(file), **options} if file else options
+    try:
+        return Recipe.model_validate(given)
+    except ValidationError as error:
+        raise UserError(_message(error)) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {file} must be a mapping of options, like `flops: 0.5`")
+    return content
+
+
+def _message(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    option = "--" + name.replace("_", "-")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Recipe.model_fields, n=1)
+        return f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
+    if first["type"] == "missing":
+        return f"{option} is needed"
+    if name == "flops":
+        return f"--flops {first['input']}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5"
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{option} {first['input']}: {reason}"

@@ -1,0 +1,42 @@
+"""A run's report: a JSON document, and its renderings as a web page and for the terminal."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from optin_deploy.errors import UserError
+from optin_deploy.report.schema import Report
+
+__all__ = ["Report", "read_report", "write_report"]
+
+
+def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
+    """Writes report.json and report.html into `directory` and returns their paths. Each appears whole or not at all."""
+    from optin_deploy.report.html import render
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    document, page = report.model_dump_json(indent=1) + "\n", render(report)
+    with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as temporary:
+        for name, text in (("report.json", document), ("report.html", page)):
+            file = Path(temporary) / name
+            file.write_text(text, encoding="utf-8")
+            file.replace(folder / name)
+    return folder / "report.json", folder / "report.html"
+
+
+def read_report(path: str | Path) -> Report:
+    """The report that `write_report` wrote to `path`. Raises UserError when it is missing or of another layout."""
+    try:
+        return Report.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the report {path}: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        detail = ""
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            detail = f": {'.'.join(str(part) for part in first['loc']) or 'document'}: {first['msg']}"
+        raise UserError(f"{path} is not a report of this version{detail}") from error

@@ -1,0 +1,95 @@
+"""The report as one web page that needs nothing else: style and pictures inline, no scripts, no requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from optin_deploy.report import numbers, plots, wording
+from optin_deploy.report.schema import PlanEntry, Report
+
+_FOLDER = Path(__file__).parent
+_KINDS = {"head": "Attention heads kept", "neuron": "FFN neurons kept"}
+
+
+def render(report: Report) -> str:
+    """The whole page. Every text of the report is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("scaled", "milliseconds", "per_second", "times", "bounds", "percent", "scientific", "significant"):
+        environment.filters[name] = getattr(numbers, name)
+    environment.filters |= {"noise": numbers.noise, "runtime": wording.runtime_name}
+    item = wording.headline(report)
+    return environment.get_template("template.html.j2").render(
+        report=report,
+        created=report.created.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        banners=wording.banners(report),
+        verdict=wording.verdict(report),
+        headline=item,
+        random=report.model.weights == "random",
+        device=wording.device_name(report, item.runtime) if item else None,
+        faster=wording.faster,
+        change=numbers.change,
+        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        colors={"dense": plots.DENSE, "pruned": plots.PRUNED},
+        latency=[Markup(plots.latency(entry)) for entry in report.profile],
+        throughput=[Markup(picture) for picture in _throughputs(report)],
+        architecture=[Markup(picture) for picture in _architectures(report.plan)],
+        model=_rows({"library": report.model.library, "weights": report.model.weights, "inputs": report.model.inputs}),
+        settings=_rows({"FLOP budget": numbers.percent(report.budget.flops), **report.settings}),
+        calibration=_rows(report.calibration.model_dump()),
+        protocol=_rows(report.protocol),
+        environment=_rows(report.environment),
+    )
+
+
+def _throughputs(report: Report) -> list[str]:
+    return [plots.throughput(list(items)) for _, items in groupby(report.profile, key=lambda item: item.runtime)]
+
+
+def _architectures(plan: list[PlanEntry]) -> list[str]:
+    pictures = []
+    for kind, title in _KINDS.items():
+        entries = [entry for entry in plan if entry.kind == kind]
+        if entries:
+            kept, units = sum(entry.kept for entry in entries), sum(entry.units for entry in entries)
+            pictures.append(plots.architecture(entries, f"{title}: {kept} of {units}"))
+    return pictures
+
+
+def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (label, text) rows, with inner keys after their outer ones."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        label = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            rows += _rows(value, f"{label} · ")
+        else:
+            rows.append((label, _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{str(key).replace('_', ' ')} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        simple = all(isinstance(inner, int | str) for inner in value)
+        return (" × " if simple and any(isinstance(inner, int) for inner in value) else "; ").join(
+            map(_text, value)
+        ) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,235 @@
+"""The report as a document: everything one run found out, in the layout of report.json."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, computed_field, model_validator
+
+VariantName = Literal["dense", "pruned"]
+
+
+class _Value(BaseModel):
+    # Infinite and NaN figures (a failed parity) are written as strings, which are JSON and read back as numbers.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Interval(_Value):
+    """An estimate and the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Interval:
+        """All three figures times a positive factor."""
+        return Interval(value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+
+class Summary(_Value):
+    """Latency of one variant over all its samples, in milliseconds."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    min_ms: float
+    count: int
+
+
+class Samples(_Value):
+    """Raw latencies in milliseconds, rounds × repeats. `dense_again` is the dense file loaded a second time (A/A)."""
+
+    dense: list[list[float]]
+    dense_again: list[list[float]]
+    pruned: list[list[float]]
+
+
+class Summaries(_Value):
+    """One summary per measured variant."""
+
+    dense: Summary
+    dense_again: Summary
+    pruned: Summary
+
+
+class Throughput(_Value):
+    """Samples per second of each measured variant."""
+
+    dense: float
+    dense_again: float
+    pruned: float
+
+
+class Measurement(_Value):
+    """One runtime at one batch size, in the layout of `profilers.Measurement.to_dict()`.
+
+    `speedup` is median(dense) ÷ median(pruned), `noise` the same of dense ÷ dense again, and `significant` whether
+    the speed-up, or slow-down, stands out of that noise.
+    """
+
+    runtime: str
+    batch_size: int
+    samples_ms: Samples
+    summary: Summaries
+    throughput_per_s: Throughput
+    speedup: Interval
+    noise: Interval
+    significant: bool
+    converged: bool
+    peak_rss_mib: float
+
+
+class ModelInfo(_Value):
+    """The network. `weights` is "pretrained", "random" or a path; `inputs` gives shapes as [“batch”, 3, 224, 224]."""
+
+    name: str
+    library: str
+    weights: str
+    inputs: dict[str, list[int | str]]
+
+
+class Calibration(_Value):
+    """What the scores were computed on; `builtin` marks the small set that comes with the product."""
+
+    source: str
+    builtin: bool
+    samples: int
+    seed: int
+
+
+class Budget(_Value):
+    """The asked-for share of the dense network's FLOPs, 0 to 1."""
+
+    flops: float
+
+
+class Variant(_Value):
+    """The size of one network: FLOPs of one sample (1 MAC = 2 FLOPs), parameters, and its ONNX file in MiB."""
+
+    flops: int
+    parameters: int
+    onnx_mib: float
+
+
+class PlanEntry(_Value):
+    """How many units of one group stay."""
+
+    group: str
+    kind: Literal["head", "neuron"]
+    layer: int
+    units: int
+    kept: int
+
+
+class LeftDense(_Value):
+    """A module that was not pruned, why, and its share of the dense network's FLOPs, 0 to 1."""
+
+    module: str
+    reason: str
+    flops_share: float
+
+
+class Agreement(_Value):
+    """How alike the dense and pruned networks' values of one output are; top1_agreement is 0 to 1, or None."""
+
+    output: str
+    cosine: float
+    relative_error: float
+    top1_agreement: float | None
+    samples: int
+
+
+class Evaluation(_Value):
+    """A metric on labelled data, in the metric's own unit, for both networks."""
+
+    metric: str
+    dataset: str
+    samples: int
+    dense: float
+    pruned: float
+
+
+class Parity(_Value):
+    """How far one output of one network's ONNX file is from torch's."""
+
+    variant: VariantName
+    output: str
+    max_abs_error: float
+    max_abs_reference: float
+    tolerance: float
+    passed: bool
+
+
+class Gate(_Value):
+    """A promise that was checked."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Realised(_Value):
+    """The headline: measured speed-up ÷ FLOP reduction factor, with the speed-up's interval scaled alike."""
+
+    runtime: str
+    batch_size: int
+    ratio: Interval
+
+
+class Report(_Value):
+    """One run's report. Written by `write_report`, which also writes the headline figures derived here."""
+
+    schema_version: Literal[1] = 1
+    created: AwareDatetime
+    version: str
+    command: str
+    model: ModelInfo
+    calibration: Calibration
+    budget: Budget
+    settings: dict[str, Any]
+    dense: Variant
+    pruned: Variant
+    plan: list[PlanEntry]
+    left_dense: list[LeftDense]
+    agreement: list[Agreement]
+    evaluation: Evaluation | None
+    parity: list[Parity]
+    profile: list[Measurement]
+    protocol: dict[str, Any]
+    gates: list[Gate]
+    warnings: list[str]
+    stage_seconds: dict[str, float]
+    environment: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_derived(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in cls.model_computed_fields}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def flops_ratio(self) -> float:
+        """Pruned ÷ dense FLOPs."""
+        return self.pruned.flops / self.dense.flops
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def flops_reduction(self) -> float:
+        """Dense ÷ pruned FLOPs: the speed-up if every FLOP cost the same time."""
+        return self.dense.flops / self.pruned.flops
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def realised(self) -> list[Realised]:
+        """The realised ratio of every measurement, in their order."""
+        return [
+            Realised(runtime=item.runtime, batch_size=item.batch_size, ratio=self.realised_ratio(item))
+            for item in self.profile
+        ]
+
+    def realised_ratio(self, measurement: Measurement) -> Interval:
+        """Measured speed-up ÷ FLOP reduction factor: 1 when the time fell as much as the FLOPs did."""
+        return measurement.speedup.scaled(1 / self.flops_reduction)

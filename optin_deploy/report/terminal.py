@@ -1,0 +1,100 @@
+"""The report for the terminal, within 100 columns."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from optin_deploy.report import numbers, wording
+from optin_deploy.report.schema import Measurement, Report
+
+_WIDTH = 100
+
+
+def summary(report: Report) -> Group:
+    """Banners, size, speed, outputs and the verdict, as one renderable for a rich console."""
+    parts: list[RenderableType] = [_banner(banner) for banner in wording.banners(report)]
+    parts.append(_size(report))
+    if report.profile:
+        parts.append(_speed(report))
+    outputs = _outputs(report)
+    if outputs.row_count:
+        parts.append(outputs)
+    parts += [Text(), Text(wording.verdict(report), style="bold")]
+    return Group(*parts)
+
+
+def _banner(banner: wording.Banner) -> Panel:
+    style = "bold red" if banner.level == "alarm" else "yellow"
+    return Panel(Text(banner.text), border_style=style, style=style, width=_WIDTH)
+
+
+def _table(title: str | Text) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+
+
+def _size(report: Report) -> Table:
+    table = _table(Text(f"\n{report.model.name}"))
+    table.add_column("")
+    for column in ("FLOPs", "parameters", "ONNX"):
+        table.add_column(column, justify="right")
+    for name, variant in (("dense", report.dense), ("pruned", report.pruned)):
+        mib = f"{numbers.significant(variant.onnx_mib)} MiB"
+        table.add_row(name, numbers.scaled(variant.flops), numbers.scaled(variant.parameters), mib)
+    table.add_row(
+        "change",
+        numbers.change(report.dense.flops, report.pruned.flops),
+        numbers.change(report.dense.parameters, report.pruned.parameters),
+        numbers.change(report.dense.onnx_mib, report.pruned.onnx_mib),
+    )
+    return table
+
+
+def _speed(report: Report) -> Table:
+    table = _table("\nlatency and throughput")
+    table.add_column("runtime", max_width=20)
+    table.add_column("batch", justify="right")
+    table.add_column("")
+    for column in ("p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up", "realised"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for item in report.profile:
+        runtime, batch = wording.runtime_name(item.runtime), str(item.batch_size)
+        dense, pruned = item.summary.dense, item.summary.pruned
+        throughput = item.throughput_per_s
+        for name, figures, rate, first, last in (
+            ("dense", dense, throughput.dense, (runtime, batch), ("", "")),
+            ("pruned", pruned, throughput.pruned, ("", ""), (_speedup(item), _realised(report, item))),
+        ):
+            latencies = (numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms))
+            table.add_row(*map(Text, first), name, *latencies, numbers.per_second(rate), *last)
+    return table
+
+
+def _speedup(item: Measurement) -> Text:
+    text = Text(f"{numbers.times(item.speedup.value)} [{numbers.bounds(item.speedup)}]")
+    if item.significant:
+        text.stylize("bold green" if wording.faster(item) else "bold red")
+    else:
+        text.append(" ~noise", style="yellow")
+    return text
+
+
+def _realised(report: Report, item: Measurement) -> str:
+    return f"{report.realised_ratio(item).value:.2f}"
+
+
+def _outputs(report: Report) -> Table:
+    table = _table("\noutputs, pruned against dense")
+    table.show_header = False
+    table.add_column("", max_width=30)
+    table.add_column("", max_width=_WIDTH - 34)
+    for entry in report.agreement:
+        top = "" if entry.top1_agreement is None else f", same top answer on {numbers.percent(entry.top1_agreement)}"
+        error = numbers.percent(entry.relative_error)
+        table.add_row(Text(entry.output), f"cosine {entry.cosine:.4f}, relative error {error}{top}")
+    if report.evaluation is not None:
+        figures = f"{report.evaluation.dense:.2f} → {report.evaluation.pruned:.2f}"
+        table.add_row(Text(report.evaluation.metric), Text(f"{figures} on {report.evaluation.dataset}"))
+    return table

@@ -1,0 +1,119 @@
+"""What the report says in words: the verdict, the banners, and the names of runtimes and devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from optin_deploy.report import numbers
+from optin_deploy.report.schema import Measurement, Report
+
+RANDOM_WEIGHTS = (
+    "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing. "
+    "Train the network, or name a checkpoint, before you judge its outputs."
+)
+BUILTIN_CALIBRATION = (
+    "Built-in calibration: the units were scored on the small sample set that comes with the product. "
+    "Calibrate on your own data before you deploy."
+)
+
+_RUNTIMES = {
+    "ort-cpu": "ONNX Runtime",
+    "ort-cuda": "ONNX Runtime CUDA",
+    "torch": "PyTorch",
+    "torch-cuda": "PyTorch CUDA",
+}
+
+
+@dataclass(frozen=True)
+class Banner:
+    """Something to know before any figure is read: an alarm spoils figures, a notice qualifies them."""
+
+    level: Literal["alarm", "notice"]
+    text: str
+
+
+def banners(report: Report) -> tuple[Banner, ...]:
+    """What stands above the report, most important first: failed gates, random weights, calibration, warnings."""
+    found = [Banner("alarm", f"Gate failed: {gate.name}. {gate.detail}") for gate in report.gates if not gate.passed]
+    if report.model.weights == "random":
+        found.append(Banner("alarm", RANDOM_WEIGHTS))
+    if report.calibration.builtin:
+        found.append(Banner("notice", BUILTIN_CALIBRATION))
+    found += [
+        Banner("notice", f"{runtime_name(item.runtime)} at batch {item.batch_size} did not settle in the time given.")
+        for item in report.profile
+        if not item.converged
+    ]
+    return (*found, *(Banner("notice", text) for text in report.warnings))
+
+
+def runtime_name(runtime: str) -> str:
+    """A runtime as people call it."""
+    return _RUNTIMES.get(runtime, runtime)
+
+
+def device_name(report: Report, runtime: str) -> str:
+    """What the runtime ran on."""
+    devices = report.environment.get("cuda_devices")
+    if "cuda" in runtime and devices:
+        return str(devices[0]["name"])
+    return str(report.environment.get("cpu") or "this machine's CPU")
+
+
+def headline(report: Report) -> Measurement | None:
+    """The measurement the verdict speaks of: the first runtime at its largest batch. A rule, so nobody picks it."""
+    first = [item for item in report.profile if item.runtime == report.profile[0].runtime]
+    return max(first, key=lambda item: item.batch_size, default=None)
+
+
+def verdict(report: Report) -> str:
+    """The report in one sentence, which claims no speed-up that the noise does not allow."""
+    item = headline(report)
+    fewer = f"{numbers.times(report.flops_reduction)} fewer FLOPs"
+    if item is None:
+        return f"Speed not measured; {fewer}{_quality(report)}."
+    where = f"at batch {item.batch_size} on {device_name(report, item.runtime)} with {runtime_name(item.runtime)}"
+    realised = f"realised ratio {report.realised_ratio(item).value:.2f}"
+    return f"{_speed(item, where)}, {fewer}, {realised}{_exceptions(report, item)}{_quality(report)}."
+
+
+def faster(item: Measurement) -> bool:
+    """Whether the pruned network is measurably faster."""
+    return item.significant and item.speedup.value > 1
+
+
+def _speed(item: Measurement, where: str) -> str:
+    if faster(item):
+        return f"{numbers.times(item.speedup.value)} faster {where}"
+    if item.significant:
+        return f"{numbers.times(1 / item.speedup.value)} slower {where}"
+    found = numbers.times(item.speedup.value)
+    inside = item.noise.low <= item.speedup.value <= item.noise.high
+    if inside:
+        reason = f"{found} is inside the A/A noise of {numbers.noise(item.noise)}"
+    else:
+        reason = f"{found} [{numbers.bounds(item.speedup)}] does not stand out of the A/A noise"
+    return f"No measurable speed-up {where}: {reason}"
+
+
+def _exceptions(report: Report, item: Measurement) -> str:
+    """The measurements that a reader of a good headline would wrongly believe to be good as well."""
+    if not faster(item):
+        return ""
+    others = [f"{runtime_name(o.runtime)} at batch {o.batch_size}" for o in report.profile if not faster(o)]
+    return f"; not faster with {' or '.join(others)}" if others else ""
+
+
+def _quality(report: Report) -> str:
+    if report.model.weights == "random":
+        return ""
+    if report.evaluation is not None:
+        values = f"{report.evaluation.dense:.1f} → {report.evaluation.pruned:.1f}"
+        return f"; {report.evaluation.metric} {values}"
+    if not report.agreement:
+        return ""
+    first = report.agreement[0]
+    if first.top1_agreement is not None:
+        return f"; same top answer on {numbers.percent(first.top1_agreement)}"
+    return f"; cosine of the outputs {first.cosine:.3f}"

@@ -1,0 +1,66 @@
+"""A run's directory: one run each, stages kept as they are done, so that an interrupted run can go on."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optin_deploy.errors import UserError
+from optin_deploy.files import write_text
+from optin_deploy.recipe import Recipe
+
+_RUN_NAME = "run.json"
+
+
+def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, version: str) -> str:
+    """A hash of all that decides a run's results: options, weights, calibration data, versions."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    digest.update(f"{calibration_digest} {version} {torch.__version__}".encode())
+    return digest.hexdigest()
+
+
+def default_directory(recipe: Recipe, run: str) -> Path:
+    """``runs/MODEL-flops0.5-HASH`` for the run with that fingerprint."""
+    name = Path(recipe.model).name.replace("/", "-") or "model"
+    return Path("runs") / f"{name}-flops{recipe.flops:g}-{run[:8]}"
+
+
+def check(directory: Path, run: str) -> None:
+    """Raise UserError when ``directory`` holds something else than the (unfinished) run with that fingerprint."""
+    if directory.is_file():
+        raise UserError(f"--output {directory} is a file: give a directory")
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    try:
+        held = json.loads((directory / _RUN_NAME).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--output {directory} is not empty and holds no run: choose another directory") from None
+    if held != run:
+        raise UserError(
+            f"--output {directory} holds another run (other options, weights, data or version): choose another "
+            "directory, or remove this one"
+        )
+
+
+def create(directory: Path, run: str, recipe: Recipe) -> None:
+    """Make ``directory`` with the resolved recipe and the fingerprint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / _RUN_NAME, json.dumps({"fingerprint": run}) + "\n")
+    recipe.save(directory / "recipe.yaml")
+
+
+def kept_json(path: Path, make: Callable[[], Any]) -> Any:
+    """The JSON at ``path``, or what ``make`` gives, written there."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    value = make()
+    write_text(path, json.dumps(value, indent=1) + "\n")
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,51 @@
+"""timm's ``Attention`` (fused query-key-value) and ``Mlp``, wherever they stand."""
+
+import timm.layers
+from torch import nn
+
+from optin_deploy.structure.groups import Group, LeftDense, Side, join
+from optin_deploy.structure.registry import adapter
+
+
+@adapter
+def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
+    """Heads of ``timm.layers.Attention``: rows of ``qkv`` (and of the gate), columns of ``proj``."""
+    if type(module) is not timm.layers.Attention:
+        return None
+    if not isinstance(module.norm, nn.Identity):
+        return LeftDense(name, "a norm over all heads stands before the output projection (scale_norm)")
+    sides = [Side(join(name, "qkv"), "out", parts=3), Side(join(name, "proj"), "in")]
+    if getattr(module, "gate", None) is not None:
+        sides.append(Side(join(name, "gate"), "out"))
+    return Group(
+        name=name,
+        kind="head",
+        units=int(module.num_heads),  # type: ignore[arg-type]
+        width=int(module.head_dim),  # type: ignore[arg-type]
+        output=join(name, "proj"),
+        sides=tuple(sides),
+        owners=(name,),
+        stand_ins=((name, "constant"),),
+        attributes=((name, "num_heads", 1), (name, "attn_dim", int(module.head_dim))),  # type: ignore[arg-type]
+    )
+
+
+@adapter
+def mlp(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
+    """Neurons of ``timm.layers.Mlp``: rows of ``fc1``, columns of ``fc2``."""
+    if type(module) is not timm.layers.Mlp:
+        return None
+    if not isinstance(module.fc1, nn.Linear):
+        return LeftDense(name, "an Mlp of 1×1 convolutions")
+    if not isinstance(module.norm, nn.Identity):
+        return LeftDense(name, "a norm over all neurons stands before the output projection")
+    return Group(
+        name=name,
+        kind="neuron",
+        units=module.fc1.out_features,
+        width=1,
+        output=join(name, "fc2"),
+        sides=(Side(join(name, "fc1"), "out"), Side(join(name, "fc2"), "in")),
+        owners=(name,),
+        stand_ins=((name, "constant"),),
+    )

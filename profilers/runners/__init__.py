@@ -1,0 +1,38 @@
+"""Runtimes by name, and how each opens its file."""
+
+from pathlib import Path
+from typing import Literal
+
+from .base import Runner
+
+RUNTIMES: dict[str, Literal["onnx", "program"]] = {
+    "ort-cpu": "onnx",
+    "ort-cuda": "onnx",
+    "torch": "program",
+    "torch-cuda": "program",
+}
+"""Runtime name to the kind of file it runs: an ONNX file or an exported program (`.pt2`)."""
+
+
+def open_runner(runtime: str, path: Path, threads: int) -> Runner:
+    """Loads a file into a runtime.
+
+    Args:
+        runtime: one of `RUNTIMES`.
+        path: a file of the kind that the runtime takes.
+        threads: CPU threads of one run.
+
+    Raises:
+        ValueError: the runtime is unknown.
+        ProfilingError: the file cannot be loaded or the device is absent; MissingPackageError: so is the package.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
+    if RUNTIMES[runtime] == "onnx":
+        from .onnxruntime import OnnxRuntimeRunner
+
+        provider = "CUDAExecutionProvider" if runtime == "ort-cuda" else "CPUExecutionProvider"
+        return OnnxRuntimeRunner(path, provider, threads)
+    from .torch import TorchRunner
+
+    return TorchRunner(path, "cuda" if runtime == "torch-cuda" else "cpu", threads)

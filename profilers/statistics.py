@@ -1,0 +1,131 @@
+"""Statistics of latency samples: percentiles, a bootstrap interval on a speed-up, and when to stop measuring.
+
+Samples of one variant are an array of rounds × repeats, in milliseconds. Rounds are the unit of resampling: noise
+on a real machine is correlated in time (another process wakes up, the clock drops), so the repeats of one round are
+no independent samples, and all variants measured in one round share its luck.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Doubles held at once while medians of resamples are taken (32 MiB).
+_BLOCK_ELEMENTS = 4 * 2**20
+# A bootstrap interval from a handful of rounds is too narrow to be trusted to end a measurement.
+STABLE_ROUNDS = 10
+TOLERANCE = 0.02
+_STABLE_RESAMPLES = 300
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Latency of one variant over all its samples, in milliseconds."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    min_ms: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def contains(self, x: float) -> bool:
+        """Whether x lies between the bounds, both included."""
+        return self.low <= x <= self.high
+
+
+def summarise(samples_ms: ArrayLike) -> Summary:
+    """Percentiles, mean and minimum over all samples of any shape; ValueError when there are none."""
+    flat = np.asarray(samples_ms, dtype=np.float64).ravel()
+    if flat.size == 0:
+        raise ValueError("no samples to summarise")
+    p50, p90, p99 = (float(value) for value in np.percentile(flat, [50, 90, 99]))
+    return Summary(p50, p90, p99, float(flat.mean()), float(flat.min()), int(flat.size))
+
+
+def ratio_interval(
+    baseline_ms: ArrayLike,
+    candidate_ms: ArrayLike,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """How many times faster the candidate is, median(baseline) ÷ median(candidate), with a bootstrap interval.
+
+    Whole rounds are drawn with replacement, the same rounds for both variants, so that noise that lasts longer than
+    a run widens the interval as it should, and noise that hits both variants of a round cancels as it should. The
+    interval is the percentile interval of the resampled ratios.
+
+    Args:
+        baseline_ms: rounds × repeats, in milliseconds.
+        candidate_ms: rounds × repeats, in milliseconds: the same rounds, perhaps another number of repeats.
+        confidence: coverage aimed at, between 0 and 1.
+        resamples: bootstrap resamples.
+        seed: of the resampling; one seed makes one interval.
+
+    Raises:
+        ValueError: the arrays are not both two-dimensional with the same two or more rounds.
+    """
+    baseline, candidate = _paired_rounds(baseline_ms, candidate_ms)
+    rounds = len(baseline)
+    picks = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
+    ratios = _medians(baseline, picks) / _medians(candidate, picks)
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(np.median(baseline) / np.median(candidate)), float(low), float(high))
+
+
+def stable(baseline_ms: ArrayLike, candidate_ms: ArrayLike, tolerance: float = TOLERANCE) -> bool:
+    """The stopping rule: has the ratio of the medians settled to within ±tolerance (relative)?
+
+    All of these must hold:
+
+    1. There are at least `STABLE_ROUNDS` rounds.
+    2. The 95% bootstrap interval of the ratio reaches no further than ±tolerance from its middle: enough samples.
+    3. The ratio over the first half of the rounds and that over the second differ by no more than twice the
+       tolerance: no drift. Twice, because halves scatter twice as much around each other as the whole does around
+       the truth; without drift, 2. nearly implies 3.
+
+    Args:
+        baseline_ms: rounds × repeats, in milliseconds.
+        candidate_ms: rounds × repeats, in milliseconds, the same rounds.
+        tolerance: relative, 0.02 is 2%.
+
+    Raises:
+        ValueError: the arrays are not both two-dimensional with the same two or more rounds.
+    """
+    baseline, candidate = _paired_rounds(baseline_ms, candidate_ms)
+    rounds = len(baseline)
+    if rounds < STABLE_ROUNDS:
+        return False
+    half = rounds // 2
+    first = np.median(baseline[:half]) / np.median(candidate[:half])
+    second = np.median(baseline[half:]) / np.median(candidate[half:])
+    if abs(np.log(first / second)) > 2 * tolerance:
+        return False
+    interval = ratio_interval(baseline, candidate, resamples=_STABLE_RESAMPLES)
+    return bool(interval.high - interval.low <= tolerance * (interval.high + interval.low))
+
+
+def _paired_rounds(baseline_ms: ArrayLike, candidate_ms: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    arrays = [np.asarray(samples, dtype=np.float64) for samples in (baseline_ms, candidate_ms)]
+    shapes: Sequence[tuple[int, ...]] = [array.shape for array in arrays]
+    if any(array.ndim != 2 or array.size == 0 for array in arrays) or shapes[0][0] != shapes[1][0] or shapes[0][0] < 2:
+        raise ValueError(f"samples must be rounds × repeats with the same 2 or more rounds, not {shapes}")
+    return arrays[0], arrays[1]
+
+
+def _medians(samples: NDArray[np.float64], picks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The median over the picked rounds (rounds × repeats samples, resamples × rounds picks), one per resample."""
+    block = max(1, _BLOCK_ELEMENTS // (picks.shape[1] * samples.shape[1]))
+    blocks = [picks[start : start + block] for start in range(0, len(picks), block)]
+    return np.concatenate([np.median(samples[rows].reshape(len(rows), -1), axis=1) for rows in blocks])

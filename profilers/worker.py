@@ -1,0 +1,94 @@
+"""The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
+
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `variants` (`dense` and `pruned` to their
+files), `feeds` (an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`), `inputs` (their
+names), and `result`, the JSON file to write: `samples_ms`, `converged`, `peak_rss_mib`. Progress goes to stdout, one
+`{"progress": fraction}` a line; an error's last line on stderr says what is wrong, and the exit status is 1.
+"""
+
+import gc
+import json
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ProfilingError
+from .interleave import Samples, interleave
+from .runners import open_runner
+from .runners.base import Feeds, first_line
+from .statistics import stable
+
+# The dense file is loaded twice: by how much it differs from itself is the noise floor.
+VARIANTS = {"dense": "dense", "dense_again": "dense", "pruned": "pruned"}
+
+
+def main(arguments: list[str]) -> int:
+    """Measures the case that the spec describes; the exit status."""
+    try:
+        spec = json.loads(Path(arguments[0]).read_text())
+        result = measure(spec)
+    except ProfilingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Exception as error:  # whatever the runtimes raise must reach the parent as one line
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return 1
+    target = Path(spec["result"])
+    unfinished = target.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result))
+    unfinished.replace(target)
+    return 0
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Loads the variants, measures them, and returns what goes into the result file."""
+    feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], spec["batch_size"])
+    with ExitStack() as opened:
+        runs = {}
+        for name, source in VARIANTS.items():
+            runner = open_runner(spec["runtime"], Path(spec["variants"][source]), spec["threads"])
+            runs[name] = opened.enter_context(runner).prepare(feeds)
+        # A collection in the middle of a run would be counted as its latency.
+        gc.collect()
+        gc.disable()
+        samples, converged = interleave(runs, _settled, spec["seconds"], spec["seed"], _print_progress)
+    return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib()}
+
+
+def load_feeds(path: Path, inputs: list[str], batch_size: int) -> Feeds:
+    """The saved sample (leading dimension 1) repeated to the batch size."""
+    with np.load(path) as arrays:
+        return {name: np.repeat(arrays[f"arr_{index}"], batch_size, axis=0) for index, name in enumerate(inputs)}
+
+
+def peak_rss_mib() -> float:
+    """Most memory this process has held, in MiB."""
+    try:
+        # Not getrusage: Linux lets a child start with the peak of the parent that it was forked from.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def _settled(samples: Samples) -> bool:
+    """Both the speed-up and the noise it is held against have settled."""
+    return all(stable(samples["dense"], samples[name]) for name in ("pruned", "dense_again"))
+
+
+def _print_progress(fraction: float) -> None:
+    print(json.dumps({"progress": round(fraction, 3)}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,97 @@
+"""Tracing: which dimensions stay dynamic, and what is said when they cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporters import ExportError, save_program, trace
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(4, 3) * 2
+
+
+class TwiceAsLong(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + torch.cat([y, y])
+
+
+class SameLength(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+BATCH = {"x": {0: "batch"}}
+
+
+def test_a_batch_of_one_is_doubled_and_stays_dynamic(vit: Any) -> None:
+    program = trace(vit.module, vit.inputs, vit.dynamic_axes)
+    assert vit.inputs["x"].shape[0] == 1
+    assert program.module()(x=vit.batches[2]["x"]).shape == (8, 5)
+
+
+def test_the_sequence_is_dynamic_up_to_the_position_table(bert: Any) -> None:
+    program = trace(bert.module, bert.inputs, bert.dynamic_axes)
+    assert program.module()(**bert.batches[2])[0].shape == (5, 3)
+
+
+def test_the_module_is_traced_in_eval_mode() -> None:
+    program = trace(nn.Dropout(0.9).train(), {"input": torch.ones(2, 50)}, {"input": {0: "batch"}})
+    assert torch.equal(program.module()(input=torch.ones(3, 50)), torch.ones(3, 50))
+
+
+def test_a_dimension_that_the_model_fixes_is_an_error_of_one_line() -> None:
+    with pytest.raises(ExportError, match=r"cannot trace FixedBatch: .*specialized it to be a constant") as caught:
+        trace(FixedBatch(), {"x": torch.zeros(4, 3)}, BATCH)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dimension_that_became_a_number_without_a_word_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    export = torch.export.export
+
+    def specialising(*arguments: Any, dynamic_shapes: Any, **options: Any) -> Any:
+        return export(*arguments, dynamic_shapes=None, **options)
+
+    monkeypatch.setattr(torch.export, "export", specialising)
+    with pytest.raises(ExportError, match=r"dimension 0 \(batch\) of input x .* fixes it to 4"):
+        trace(FixedBatch(), {"x": torch.zeros(4, 3)}, BATCH)
+
+
+def test_a_dimension_that_is_a_multiple_of_another_is_an_error() -> None:
+    with pytest.raises(ExportError, match=r"dimension 0 \(batch\) of input x .* only takes sizes of 2\*"):
+        trace(TwiceAsLong(), {"x": torch.zeros(4, 3), "y": torch.zeros(2, 3)}, BATCH | {"y": {0: "half"}})
+
+
+def test_two_names_for_one_size_are_an_error() -> None:
+    inputs = {"x": torch.zeros(4, 3), "y": torch.zeros(4, 3)}
+    with pytest.raises(ExportError, match="one name"):
+        trace(SameLength(), inputs, {"x": {0: "batch"}, "y": {0: "other"}})
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"), [({"y": {0: "batch"}}, "not among the inputs x"), ({"x": {2: "batch"}}, "no dimension 2")]
+)
+def test_axes_that_do_not_exist_are_named(axes: dict[str, dict[int, str]], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        trace(nn.Identity(), {"x": torch.zeros(4, 3)}, axes)
+
+
+def test_a_saved_program_loads_and_gives_the_same(vit: Any, tmp_path: Path) -> None:
+    program = trace(vit.module, vit.inputs, vit.dynamic_axes)
+    save_program(program, tmp_path / "vit.pt2")
+    batch = vit.batches[1]
+    with torch.no_grad():
+        assert torch.equal(torch.export.load(tmp_path / "vit.pt2").module()(**batch), vit.module(**batch))
+    assert [file.name for file in tmp_path.iterdir()] == ["vit.pt2"]
+
+
+def test_a_program_is_not_saved_under_another_suffix(vit: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"\.pt2"):
+        save_program(trace(vit.module, vit.inputs, vit.dynamic_axes), tmp_path / "vit.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,158 @@
+"""The page: complete, self-contained, escaped, and with pictures that are valid inside it."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from optin_deploy.report import Report, plots
+from optin_deploy.report.html import render
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and checks that every element is closed in its place."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: Counter[str] = Counter()
+        self.references: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.headings: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.handle_startendtag(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        for name, value in attrs:
+            if name == "id":
+                self.ids[value or ""] += 1
+            if name.split(":")[-1] in ("href", "src", "srcset", "data", "action"):
+                self.references.append(value or "")
+            assert not name.startswith("on")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data)
+
+
+def test_every_section_is_there(report: Report) -> None:
+    text = render(report)
+    page = Page(text)
+    assert page.headings == [
+        "deit_small_patch16_224",
+        "Size",
+        "Speed",
+        "Latency of every run",
+        "Throughput",
+        "Architecture",
+        "Left dense",
+        "Outputs",
+        "Evaluation",
+        "Parity of the ONNX files with torch",
+        "Gates",
+        "How it was made",
+        "Model",
+        "Calibration",
+        "Settings",
+        "How it was measured",
+        "Environment",
+        "Time taken",
+    ]
+    assert page.tags["svg"] == 4 + 2 + 2
+    for expected in ("prune-export", "faster at batch 8", "A/A noise", "Realised ratio", "1.32.0", "batch × 3 × 224"):
+        assert expected in text
+
+
+def test_the_page_asks_for_nothing_outside_itself(report: Report) -> None:
+    text = render(report)
+    page = Page(text)
+    assert page.tags["script"] == page.tags["link"] == page.tags["img"] == page.tags["iframe"] == 0
+    assert all(reference.startswith("#") for reference in page.references)
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "@import" not in text
+
+
+def test_ids_are_unique_and_references_lead_somewhere(report: Report) -> None:
+    text = render(report)
+    page = Page(text)
+    assert max(page.ids.values()) == 1
+    targets = [reference[1:] for reference in page.references] + re.findall(r"url\(#([^)]+)\)", text)
+    assert targets and set(targets) <= set(page.ids)
+
+
+def test_every_text_of_the_report_is_escaped(data: dict[str, Any]) -> None:
+    evil = "<script>alert(1)</script>\"'<img src=x onerror=alert(1)>"
+    data["model"] |= {"name": evil, "library": evil, "weights": evil, "inputs": {evil: [evil, 1]}}
+    data["command"] = data["calibration"]["source"] = data["environment"]["cpu"] = evil
+    data["settings"] = {evil: {evil: [evil]}}
+    data["warnings"] = [evil]
+    data["left_dense"][0] |= {"module": evil, "reason": evil}
+    data["agreement"][0]["output"] = data["parity"][0]["output"] = data["gates"][0]["detail"] = evil
+    data["evaluation"] |= {"metric": evil, "dataset": evil}
+    data["stage_seconds"] = {evil: 1.0}
+    for item in data["profile"][:2]:
+        item["runtime"] = evil
+    page = Page(render(Report.model_validate(data)))
+    assert page.tags["script"] == page.tags["img"] == 0
+
+
+def test_an_empty_run_still_makes_a_page(data: dict[str, Any]) -> None:
+    for key in ("plan", "left_dense", "agreement", "parity", "profile", "gates"):
+        data[key] = []
+    data |= {"evaluation": None, "protocol": {}, "environment": {}, "settings": {}, "stage_seconds": {}}
+    text = render(Report.model_validate(data))
+    assert Page(text).tags["svg"] == 0
+    assert "Not measured in this run" in text
+
+
+def test_random_weights_hide_the_agreement_from_the_tiles(data: dict[str, Any]) -> None:
+    data["model"]["weights"] = "random"
+    text = render(Report.model_validate(data))
+    assert "banner alarm" in text
+    assert "cosine with the dense network" not in text
+    assert text.index("Random weights") < text.index('class="verdict"')
+
+
+def test_pictures_are_valid_and_the_same_every_time(report: Report) -> None:
+    for draw in (
+        lambda: plots.latency(report.profile[0]),
+        lambda: plots.throughput(report.profile[:2]),
+        lambda: plots.architecture(report.plan[:12], "Heads"),
+    ):
+        picture = draw()
+        root = ET.fromstring(picture)
+        ids = Counter(element.get("id") for element in root.iter() if element.get("id"))
+        assert max(ids.values()) == 1
+        assert draw() == picture
+        assert "currentColor" in picture
+        assert "<text" in picture and "#000000" not in picture
+
+
+@pytest.mark.parametrize("layers", [1, 12, 48])
+def test_the_architecture_has_two_bars_a_layer(layers: int, report: Report) -> None:
+    entries = [report.plan[0].model_copy(update={"layer": i}) for i in range(layers)]
+    assert plots.architecture(entries, "Heads").count("clip-path=") == 2 * layers
+
+
+def test_one_sample_is_enough_to_draw(data: dict[str, Any]) -> None:
+    item = data["profile"][0]
+    item["samples_ms"] = {key: [[5.0]] for key in ("dense", "dense_again", "pruned")}
+    same = {"p50_ms": 5.0, "p90_ms": 5.0, "p99_ms": 5.0, "mean_ms": 5.0, "min_ms": 5.0, "count": 1}
+    item["summary"] = dict.fromkeys(("dense", "dense_again", "pruned"), same)
+    ET.fromstring(plots.latency(Report.model_validate(data).profile[0]))

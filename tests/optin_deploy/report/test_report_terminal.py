@@ -1,0 +1,75 @@
+"""The terminal's table, and how figures are written."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from optin_deploy.report import Report, numbers
+from optin_deploy.report.schema import Interval
+from optin_deploy.report.terminal import summary
+
+
+def shown(report: Report) -> str:
+    console = Console(file=StringIO(), width=200)
+    console.print(summary(report))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_it_fits_100_columns_and_has_every_figure(data: dict[str, Any]) -> None:
+    data["profile"][3] |= {"runtime": "torch-cuda", "significant": False}
+    data["profile"][1]["batch_size"] = 1024
+    data["calibration"]["builtin"] = True
+    data["agreement"][0]["output"] = "last_hidden_state"
+    text = shown(Report.model_validate(data))
+    table = text[: text.rindex("faster at batch")].splitlines()[:-1]
+    assert max(len(line.rstrip()) for line in table) <= 100
+    for figure in (
+        "9.20 G",
+        "−50.2 %",
+        "10.9 M",
+        "41.7 MiB",
+        "p99 ms",
+        "samples/s",
+        "1.62×",
+        "~noise",
+        "cosine 0.9731",
+    ):
+        assert figure in text
+    assert "79.84 → 76.92 on ImageNet-1k val" in text
+    assert text.index("Built-in calibration") < text.index("FLOPs")
+
+
+def test_markup_in_names_is_shown_and_not_obeyed(data: dict[str, Any]) -> None:
+    data["model"]["name"] = "net[bold]x[/nonsense]"
+    data["agreement"][0]["output"] = data["profile"][0]["runtime"] = "[red]y[/nonsense]"
+    text = shown(Report.model_validate(data))
+    assert "net[bold]x[/nonsense]" in text
+    assert text.count("[red]y[/nonsense]") >= 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(9.2e9, "9.20 G"), (22_050_664, "22.1 M"), (999, "999"), (0, "0"), (1.5e12, "1.50 T")]
+)
+def test_counts(value: float, text: str) -> None:
+    assert numbers.scaled(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.012345, "0.0123"), (1.2345, "1.23"), (123.45, "123"), (12345.6, "12346"), (0, "0")]
+)
+def test_significant_digits(value: float, text: str) -> None:
+    assert numbers.significant(value) == text
+
+
+def test_infinite_figures_are_written_as_such() -> None:
+    assert numbers.significant(float("inf")) == numbers.scientific(float("inf")) == "inf"
+
+
+def test_changes_and_noise_have_their_sign() -> None:
+    assert numbers.change(2, 1) == "−50.0 %"
+    assert numbers.change(1, 1.5) == "+50.0 %"
+    assert numbers.noise(Interval(value=1.0, low=0.96, high=1.03)) == "±4.0 %"

@@ -1,0 +1,106 @@
+"""The verdict and the banners: honest in every case."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from optin_deploy.report import Report
+from optin_deploy.report.wording import banners, verdict
+
+CPU = "AMD EPYC 7763 64-Core Processor"
+
+
+def measured(data: dict[str, Any], *cases: tuple[str, int, float, bool]) -> Report:
+    """The report with exactly these (runtime, batch, speed-up, significant), each ±2 %, in A/A noise of ±3 %."""
+    data["profile"] = [
+        data["profile"][0]
+        | {
+            "runtime": runtime,
+            "batch_size": batch,
+            "speedup": {"value": value, "low": value * 0.98, "high": value * 1.02},
+            "noise": {"value": 1.0, "low": 0.98, "high": 1.03},
+            "significant": significant,
+        }
+        for runtime, batch, value, significant in cases
+    ]
+    data["pruned"]["flops"] = data["dense"]["flops"] // 2
+    return Report.model_validate(data)
+
+
+def test_faster(data: dict[str, Any]) -> None:
+    report = measured(data, ("ort-cpu", 1, 1.5, True), ("ort-cpu", 8, 1.84, True), ("torch", 8, 1.2, True))
+    assert verdict(report) == (
+        f"1.84× faster at batch 8 on {CPU} with ONNX Runtime, 2.00× fewer FLOPs, realised ratio 0.92; "
+        "top-1 % 79.8 → 76.9."
+    )
+
+
+def test_slower(data: dict[str, Any]) -> None:
+    assert verdict(measured(data, ("torch", 4, 0.8, True))).startswith(
+        f"1.25× slower at batch 4 on {CPU} with PyTorch, 2.00× fewer FLOPs, realised ratio 0.40"
+    )
+
+
+def test_inside_the_noise(data: dict[str, Any]) -> None:
+    assert verdict(measured(data, ("ort-cpu", 8, 1.01, False))).startswith(
+        f"No measurable speed-up at batch 8 on {CPU} with ONNX Runtime: 1.01× is inside the A/A noise of ±3.0 %, "
+    )
+
+
+def test_not_significant_though_outside_the_noise(data: dict[str, Any]) -> None:
+    text = verdict(measured(data, ("ort-cpu", 8, 1.04, False)))
+    assert text.startswith("No measurable speed-up")
+    assert "1.04× [1.02–1.06] does not stand out of the A/A noise" in text
+    assert "inside" not in text
+
+
+def test_a_good_headline_names_what_is_not_faster(data: dict[str, Any]) -> None:
+    report = measured(data, ("ort-cpu", 1, 1.0, False), ("ort-cpu", 8, 1.8, True), ("torch", 8, 0.9, True))
+    assert "; not faster with ONNX Runtime at batch 1 or PyTorch at batch 8;" in verdict(report)
+
+
+def test_a_gpu_is_named_for_its_runtime(data: dict[str, Any]) -> None:
+    data["environment"]["cuda_devices"] = [{"name": "NVIDIA H200", "memory_gib": 139.0, "compute_capability": "9.0"}]
+    assert "on NVIDIA H200 with ONNX Runtime CUDA" in verdict(measured(data, ("ort-cuda", 8, 1.8, True)))
+    assert f"on {CPU} with PyTorch," in verdict(measured(data, ("torch", 8, 1.8, True)))
+
+
+def test_nothing_measured(data: dict[str, Any]) -> None:
+    data["profile"] = []
+    assert verdict(Report.model_validate(data)).startswith("Speed not measured; 2.01× fewer FLOPs")
+
+
+@pytest.mark.parametrize(
+    ("agreement", "ending"),
+    [({}, "; same top answer on 91.4 %."), ({"top1_agreement": None}, "; cosine of the outputs 0.973.")],
+)
+def test_without_an_evaluation_the_outputs_are_compared(
+    agreement: dict[str, Any], ending: str, data: dict[str, Any]
+) -> None:
+    data["evaluation"] = None
+    data["agreement"][0] |= agreement
+    assert verdict(Report.model_validate(data)).endswith(ending)
+
+
+def test_random_weights_claim_nothing_of_the_outputs(data: dict[str, Any]) -> None:
+    data["model"]["weights"] = "random"
+    report = Report.model_validate(data)
+    assert "top-1" not in verdict(report)
+    (banner,) = banners(report)
+    assert banner.level == "alarm"
+    assert banner.text.startswith(
+        "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing"
+    )
+
+
+def test_banners_are_ordered_by_what_they_spoil(data: dict[str, Any]) -> None:
+    assert banners(Report.model_validate(data)) == ()
+    data["calibration"]["builtin"] = True
+    data["gates"][0]["passed"] = False
+    data["profile"][0]["converged"] = False
+    data["warnings"] = ["head left dense"]
+    found = banners(Report.model_validate(data))
+    assert [banner.level for banner in found] == ["alarm", "notice", "notice", "notice"]
+    assert [banner.text.split()[0] for banner in found] == ["Gate", "Built-in", "ONNX", "head"]

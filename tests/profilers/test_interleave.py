@@ -1,0 +1,84 @@
+from collections.abc import Callable
+
+from profilers.interleave import FEWEST_ROUNDS, MOST_REPEATS, WARM_UP_RUNS, Samples, interleave
+
+
+class Machine:
+    """A pretended machine: runs take the time they are told to, and are written down."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.runs: list[str] = []
+
+    def clock_ns(self) -> int:
+        return self.now_ns
+
+    def network(self, name: str, latency_ms: float) -> Callable[[], None]:
+        def run() -> None:
+            self.now_ns += round(latency_ms * 1e6)
+            self.runs.append(name)
+
+        return run
+
+    def measure(
+        self, latencies_ms: dict[str, float], seconds: float, settled: Callable[[Samples], bool], seed: int = 0
+    ) -> tuple[Samples, bool]:
+        networks = {name: self.network(name, latency) for name, latency in latencies_ms.items()}
+        self.fractions: list[float] = []
+        return interleave(networks, settled, seconds, seed, self.fractions.append, self.clock_ns)
+
+
+def never(samples: Samples) -> bool:
+    return False
+
+
+def test_turns_take_about_40_ms_and_hold_what_the_clock_says() -> None:
+    samples, converged = Machine().measure({"a": 10.0, "b": 0.01, "c": 70.0}, 2.0, never)
+    assert not converged
+    assert {name: {len(turn) for turn in turns} for name, turns in samples.items()} == {
+        "a": {4},
+        "b": {MOST_REPEATS},
+        "c": {1},
+    }
+    assert {value for turn in samples["a"] for value in turn} == {10.0}
+    assert len({len(turns) for turns in samples.values()}) == 1
+
+
+def test_rounds_end_with_the_time_limit() -> None:
+    machine = Machine()
+    samples, _ = machine.measure({"a": 50.0, "b": 50.0}, 2.0, never)
+    assert len(samples["a"]) == 20
+    assert machine.fractions == sorted(machine.fractions)
+    assert machine.fractions[-1] == 1.0
+
+
+def test_a_slow_network_still_gets_the_fewest_rounds() -> None:
+    samples, _ = Machine().measure({"a": 1e4}, 1.0, never)
+    assert len(samples["a"]) == FEWEST_ROUNDS
+
+
+def test_rounds_end_when_settled() -> None:
+    samples, converged = Machine().measure({"a": 40.0, "b": 20.0}, 100.0, lambda samples: len(samples["a"]) >= 12)
+    assert converged
+    assert 12 <= len(samples["a"]) <= 13
+
+
+def test_warm_up_lasts_long_enough_and_is_not_counted() -> None:
+    machine = Machine()
+    samples, _ = machine.measure({"fast": 30.0, "slow": 400.0}, 1.0, never)
+    assert machine.runs[: 10 + WARM_UP_RUNS] == ["fast"] * 10 + ["slow"] * WARM_UP_RUNS
+    assert machine.runs.count("slow") == WARM_UP_RUNS + len(samples["slow"])
+
+
+def test_each_round_runs_every_variant_in_a_shuffled_order_of_the_seed() -> None:
+    latencies = {"a": 100.0, "b": 100.0, "c": 100.0}
+
+    def orders(seed: int) -> list[tuple[str, ...]]:
+        machine = Machine()
+        samples, _ = machine.measure(latencies, 6.0, never, seed)
+        counted = machine.runs[-3 * len(samples["a"]) :]
+        return list(zip(counted[::3], counted[1::3], counted[2::3], strict=True))
+
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders(0))
+    assert len(set(orders(0))) > 3
+    assert orders(0) == orders(0) != orders(1)

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from profilers import Comparison, Interval, Measurement
+from profilers.results import is_significant
+
+SAMPLES = {
+    "dense": [[2.0, 2.02], [2.01, 2.0], [2.03, 2.0]],
+    "dense_again": [[2.01, 2.0], [2.0, 2.02], [2.0, 2.01]],
+    "pruned": [[1.0, 1.1, 0.123456], [1.0, 1.0, 1.02], [1.01, 1.0, 1.0]],
+}
+
+
+def measurement() -> Measurement:
+    return Measurement.from_samples("ort-cpu", 4, SAMPLES, converged=True, peak_rss_mib=123.4567)
+
+
+def test_figures_follow_from_the_samples() -> None:
+    figures = measurement()
+    assert figures.summary["pruned"].p50_ms == 1.0
+    assert figures.summary["pruned"].count == 9
+    assert figures.throughput_per_s["pruned"] == pytest.approx(4000.0)
+    assert figures.speedup.value == pytest.approx(2.005)
+    assert figures.noise.contains(1.0)
+    assert figures.significant
+
+
+def test_json_gives_the_same_back() -> None:
+    comparison = Comparison((measurement(), measurement()), {"cpu": "abacus"}, {"threads": 2})
+    assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
+
+
+@pytest.mark.parametrize(
+    ("speedup", "noise", "significant"),
+    [
+        (Interval(1.5, 1.4, 1.6), Interval(1.0, 0.98, 1.02), True),
+        (Interval(0.6, 0.5, 0.7), Interval(1.0, 0.98, 1.02), True),  # a slow-down is a finding too
+        (Interval(1.5, 0.9, 1.6), Interval(1.0, 0.98, 1.02), False),  # its own interval holds 1
+        (Interval(1.05, 1.04, 1.06), Interval(0.95, 0.90, 0.99), False),  # less than the same file differs by
+        (Interval(1.05, 1.04, 1.06), Interval(1.0, 1.0, 1.10), False),
+    ],
+)
+def test_no_speedup_below_the_noise_is_significant(speedup: Interval, noise: Interval, significant: bool) -> None:
+    assert is_significant(speedup, noise) is significant

@@ -1,0 +1,67 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from profilers import worker
+from profilers.runners.base import Feeds
+
+
+def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Path:
+    np.savez(folder / "feeds.npz", *sample.values())
+    spec = {
+        "runtime": "ort-cpu",
+        "batch_size": 2,
+        "threads": 1,
+        "seconds": 0.2,
+        "seed": 0,
+        "variants": {"dense": str(model), "pruned": str(model)},
+        "feeds": str(folder / "feeds.npz"),
+        "inputs": list(sample),
+        "result": str(folder / "result.json"),
+    }
+    path = folder / "spec.json"
+    path.write_text(json.dumps({**spec, **changes}))
+    return path
+
+
+def test_result_and_progress(
+    tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert worker.main([str(spec_file(tmp_path, mlp_onnx(32), sample))]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result) == {"samples_ms", "converged", "peak_rss_mib"}
+    assert list(result["samples_ms"]) == ["dense", "dense_again", "pruned"]
+    assert result["peak_rss_mib"] > 10
+    fractions = [json.loads(line)["progress"] for line in capsys.readouterr().out.splitlines()]
+    assert fractions == sorted(fractions)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_unforeseen_error_ends_in_one_line(
+    tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong_dtype = {"x": sample["x"].astype(np.int64)}
+    assert worker.main([str(spec_file(tmp_path, mlp_onnx(32), wrong_dtype))]) == 1
+    assert "float" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_sample_is_repeated_to_the_batch(tmp_path: Path) -> None:
+    np.savez(tmp_path / "feeds.npz", np.array([[1, 2]]), np.array([[3.0]]))
+    feeds = worker.load_feeds(tmp_path / "feeds.npz", ["file", "b"], 3)
+    assert feeds["file"].tolist() == [[1, 2]] * 3
+    assert feeds["b"].tolist() == [[3.0]] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_not_inherited_from_the_parent() -> None:
+    ballast = np.ones(2**26)  # 512 MiB
+    code = "from profilers.worker import peak_rss_mib; print(peak_rss_mib())"
+    root = Path(__file__).parents[2]
+    child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert 10 < float(child.stdout) < ballast.nbytes / 2**20
