@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exporters import ExportError, save_program, trace
+from exporters import ExportError, onnx_from_program, save_program, trace
 
 
 class FixedBatch(nn.Module):
@@ -95,3 +95,17 @@ def test_a_program_is_not_saved_under_another_suffix(vit: Any, tmp_path: Path) -
     with pytest.raises(ExportError, match=r"\.pt2"):
         save_program(trace(vit.module, vit.inputs, vit.dynamic_axes), tmp_path / "vit.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class KeywordsOnly(nn.Module):
+    """Takes its inputs as **kwargs and cuts a table to a dynamic length, so that the program has guards."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return inputs["a"] + inputs["b"] + torch.ones(32)[: inputs["a"].shape[1]]
+
+
+def test_a_forward_of_keywords_with_guards_is_lowered(tmp_path: Path) -> None:
+    axes = {"a": {0: "batch", 1: "sequence"}, "b": {0: "batch", 1: "sequence"}}
+    program = trace(KeywordsOnly(), {"a": torch.ones(2, 8), "b": torch.ones(2, 8)}, axes)
+    onnx_from_program(program, tmp_path / "m.onnx", output_names=("y",), dynamic_axes=axes)
+    assert (tmp_path / "m.onnx").is_file()
