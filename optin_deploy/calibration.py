@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -58,10 +59,12 @@ def load_calibration(
     if path is not None and not path.exists():
         raise UserError(f"calibration data {path} does not exist")
     preprocessing = network.preprocessing
-    if path is not None and path.suffix in (".npz", ".safetensors"):
+    if column is not None and not _is_table(path):
+        raise UserError(f"--calibration-column {column}: only a CSV or TSV file given as --calibration has columns")
+    if path is not None and path.suffix.lower() in (".npz", ".safetensors"):
         tensors = _read_tensors(network, path)
         rows = range(len(next(iter(tensors.values()))))
-        return _calibration(rows, _selecting(tensors), path, "tensor", samples, seed)
+        return _accepted(network, _calibration(rows, _selecting(tensors), path, "tensor", samples, seed))
     if isinstance(preprocessing, ImagePreprocessing):
         if path is not None:
             return _calibration(
@@ -71,7 +74,7 @@ def load_calibration(
         return _calibration(images, preprocessing, None, "image", samples, seed)
     if isinstance(preprocessing, TextPreprocessing):
         texts = builtin_texts() if path is None else read_texts(path, column)
-        return _calibration(texts, preprocessing, path, "text", samples, seed)
+        return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
     raise UserError("a module of your own without preprocessing needs tensors: --calibration FILE.npz or .safetensors")
 
 
@@ -118,6 +121,29 @@ def _calibration(
     return Calibration(tuple(batches), tuple(held_out), source, path is None, len(used), _digest([*batches, *held_out]))
 
 
+def _accepted(network: Network, calibration: Calibration) -> Calibration:
+    """``calibration`` as it is; UserError when the network fails on the samples with the extremes of an input."""
+    batches = (*calibration.batches, *calibration.held_out)
+    for name, sign in ((n, sign) for n, t in network.inputs.items() if not t.is_floating_point() for sign in (1, -1)):
+        batch = max(batches, key=lambda b: int((sign * b[name]).max()))
+        row = int((sign * batch[name]).flatten(1).amax(1).argmax())
+        sample = {n: t[row : row + 1] for n, t in batch.items()}
+        try:
+            with torch.inference_mode():
+                network.forward(sample)
+        except (RuntimeError, IndexError, ValueError) as error:
+            values, shape = sample[name], tuple(sample[name].shape)
+            raise UserError(
+                f"calibration on {calibration.source}: the network fails on {name} of shape {shape} with values from "
+                f"{values.min()} to {values.max()}: {' '.join(str(error).split())[:200]}"
+            ) from error
+    return calibration
+
+
+def _is_table(path: Path | None) -> bool:
+    return path is not None and path.suffix.lower() in (".csv", ".tsv")
+
+
 def image_files(path: Path) -> list[Path]:
     """All pictures below the folder ``path`` in the order of their names; UserError when there are none."""
     if not path.is_dir():
@@ -137,7 +163,7 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
         try:
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"image {file} cannot be read: remove it or repair it") from error
     return images
 
@@ -145,8 +171,8 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
 def read_table(path: Path) -> list[list[str]]:
     """Rows of a CSV or TSV file, empty ones left out; UserError when it cannot be read or is empty."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".tsv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".tsv":
                 rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
             else:
                 rows = list(csv.reader(file))
@@ -163,8 +189,8 @@ def table_columns(path: Path, columns: Sequence[str]) -> list[list[str]]:
 
     A column is a name of the header line; numbers count from 1 and mean that there is no header line.
     """
-    rows = read_table(path)
-    if all(c.isdigit() for c in columns):
+    rows, columns = read_table(path), [c.strip() for c in columns]
+    if all(c.isdecimal() for c in columns):
         indices = [int(c) - 1 for c in columns]
         width = min(len(row) for row in rows)
         wrong = [c for c, i in zip(columns, indices, strict=True) if not 0 <= i < width]
@@ -191,7 +217,7 @@ def read_texts(path: Path, column: str | None) -> list[str]:
     """Distinct texts of a text file (one a line) or of columns of a CSV or TSV file, in order."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: a text network calibrates on a text file, CSV, TSV, .npz or .safetensors")
-    if path.suffix in (".csv", ".tsv"):
+    if _is_table(path):
         if column is None:
             raise UserError(
                 f"{path} is a table: name its text column with --calibration-column (a number if it has no header)"
@@ -199,10 +225,10 @@ def read_texts(path: Path, column: str | None) -> list[str]:
         texts = [cell for row in table_columns(path, column.split(",")) for cell in row]
     else:
         try:
-            texts = path.read_text(encoding="utf-8").splitlines()
+            texts = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from error
-    texts = [text.strip() for text in dict.fromkeys(texts) if text.strip()]
+    texts = [text for text in dict.fromkeys(text.strip() for text in texts) if text]
     if not texts:
         raise UserError(f"{path} holds no texts")
     return texts
@@ -247,13 +273,14 @@ def _natural_noise(rng: np.random.Generator) -> np.ndarray[Any, Any]:
 
 def _read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
+        if path.suffix.lower() == ".npz":
+            # np.load would take a pickle or a single array by the same name.
+            with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             tensors = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"calibration tensors {path} cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, BadZipFile, SafetensorError) as error:
+        raise UserError(f"calibration tensors {path} cannot be read: {' '.join(str(error).split())}") from error
     _check_tensors(network, path, tensors)
     return {name: tensors[name].to(sample.dtype) for name, sample in network.inputs.items()}
 
@@ -271,6 +298,13 @@ def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) 
         if len(given) != sample.dim() or given[first:] != tuple(sample.shape[first:]):
             wanted = ", ".join(["samples", "sequence"][:first] + [str(n) for n in sample.shape[first:]])
             raise UserError(f"{path}: {name} has shape {given}, the network takes ({wanted})")
+        if tensors[name].is_floating_point() and not sample.is_floating_point():
+            raise UserError(f"{path}: {name} holds {tensors[name].dtype}, the network takes integers")
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity")
+    lengths = {name: tensors[name].shape[1] for name in network.sequence_inputs}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{path}: the sequences have different lengths: {lengths}")
     if len(rows) != 1 or not min(rows):
         raise UserError(
             f"{path}: tensors need one first axis of samples, at least one long; found lengths {sorted(rows)}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.files import whole_directory
-from optin_deploy.libraries import build
+from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.network import Network, Source
 from optin_deploy.plan import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
@@ -58,7 +58,7 @@ class _Text(_Strict):
 
 class _Input(_Strict):
     shape: tuple[int, ...]
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
 class _Description(_Strict):
@@ -158,12 +158,19 @@ def _read(path: Path) -> _Description:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path / JSON_NAME} is damaged or of another version: {where}: {first['msg']}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / JSON_NAME} cannot be read: {error}") from error
 
 
 def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
     description = _read(path)
-    dense = build(_source(description)) if module is None else module
-    small = sliced(dense, describe(dense, _sample_inputs(description)), Plan(description.kept))
+    try:
+        dense = build(_source(description)) if module is None else module
+        small = sliced(dense, describe(dense, _sample_inputs(description)), Plan(description.kept))
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    except UNFIT as error:
+        raise UserError(f"checkpoint {path} does not fit {description.source.name}: {reason(error)}") from error
     load_weights(small, path)
     return small.eval(), description
 
@@ -173,8 +180,7 @@ def load_weights(small: nn.Module, path: Path) -> None:
     try:
         small.load_state_dict(load_file(path / WEIGHTS_NAME))
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {reason}") from error
+        raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {reason(error)}") from error
 
 
 def _source(description: _Description) -> Source:
@@ -185,9 +191,9 @@ def _sample_inputs(description: _Description) -> Mapping[str, Tensor]:
     """Sample inputs of the recorded shapes: noise for pictures, ones for tokens and masks."""
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(given.shape, generator=generator)
-        if given.dtype == "float32"
-        else torch.ones(given.shape, dtype=torch.int64)
+        name: torch.randn(given.shape, generator=generator).to(getattr(torch, given.dtype))
+        if "float" in given.dtype
+        else torch.ones(given.shape, dtype=getattr(torch, given.dtype))
         for name, given in description.inputs.items()
     }
 
@@ -200,6 +206,9 @@ def _preprocessing(description: _Description, path: Path) -> Preprocessing | Non
     if description.image:
         return ImagePreprocessing(**description.image.model_dump())
     if description.text:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
         return TextPreprocessing(tokenizer, description.text.input_names, description.text.max_length)
     return None

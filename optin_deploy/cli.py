@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from optin_deploy.errors import GateError, UserError
 
@@ -66,7 +67,7 @@ def prune_export(
     scorer: Annotated[
         str | None, _option("sketch (neurons by random probes, heads exactly) or exact [sketch]", _PRUNE)
     ] = None,
-    probes: Annotated[int | None, _option("random probes per calibration batch [8]", _PRUNE)] = None,
+    probes: Annotated[int | None, _option("random probes per calibration batch [4]", _PRUNE)] = None,
     task_weight: Annotated[float | None, _option("weight of the task term beside the trajectory [1]", _PRUNE)] = None,
     align: Annotated[int | None, _option("keep neurons in multiples of this [64]", _PRUNE)] = None,
     compensate: Annotated[
@@ -100,18 +101,26 @@ def prune_export(
         if name in options:
             options[name] = [part.strip() for part in options[name].split(",") if part.strip()]
 
-    from optin_deploy.pipeline import prune_export as run
     from optin_deploy.recipe import make_recipe
+
+    # Wrong options are told before torch is loaded, which takes seconds.
+    resolved = make_recipe(options, recipe)
+
+    from optin_deploy.pipeline import prune_export as run
     from optin_deploy.report.terminal import summary
 
-    result = run(make_recipe(options, recipe), output=output, command=_command(), quiet=quiet)
+    result = run(resolved, output=output, command=_command(), quiet=quiet)
     if json_output:
         sys.stdout.write(result.report.model_dump_json(indent=1) + "\n")
     else:
         # Piped into a file, the tables keep the width they are made for.
         console = Console() if sys.stdout.isatty() else Console(width=100)
         console.print(summary(result.report))
-        console.print(f"Everything is in [bold]{result.directory}[/bold]: report.html, checkpoint, ONNX files.")
+        console.print(
+            Text.assemble(
+                "Everything is in ", (str(result.directory), "bold"), ": report.html, checkpoint, ONNX files."
+            )
+        )
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
         raise GateError("; ".join(f"{gate.name}: {gate.detail}" for gate in failed))
@@ -172,19 +181,25 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except GateError as error:
-        errors.print(f"[red]gate failed:[/red] {error}", highlight=False)
+        _tell(errors, "gate failed:", error)
         sys.exit(3)
     except _user_errors() as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        _tell(errors, "error:", error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # typer turns an interrupt into this exit code.
+        if isinstance(error, SystemExit) and error.code != 130:
+            raise
+        errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
         sys.exit(130)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Exporters and profilers have errors of their own; they are imported when there is one to tell."""
-    from exporters.errors import ExportError
-    from profilers.errors import ProfilingError
+def _tell(console: Console, what: str, error: Exception) -> None:
+    """One line. The message is no markup: `[cpu]` names an extra and not a style."""
+    console.print(Text.assemble((what, "red"), " ", " ".join(str(error).split())))
 
-    return (UserError, ExportError, ProfilingError)
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Exporters and profilers have errors of their own, which they can raise only once they are imported."""
+    homes = (("exporters.errors", "ExportError"), ("profilers.errors", "ProfilingError"))
+    return (UserError, *(getattr(sys.modules[home], name) for home, name in homes if home in sys.modules))

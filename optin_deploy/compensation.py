@@ -68,6 +68,8 @@ def compensate(
                 target = dense[group.name] if stream is None else dense[group.name] - stream
                 if group.scale:
                     target = target / pruned.get_parameter(group.scale)
+                if x is None:
+                    x = target[..., :0]
                 valid = network.valid_tokens(batch)
                 moments.add(_rows(x, valid), _rows(target, valid))
             _refit(pruned, group, plan, moments, ridge)
@@ -106,17 +108,14 @@ def _dense_streams(
 
 def _pruned_inputs(
     module: nn.Module, batch: Batch, block: str, group: Group, plan: Plan, done: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """Activations behind the units kept, ``(batch, tokens, features)``, and the residual stream if it is known."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Activations behind the units kept, ``(batch, tokens, features)``, if any are kept, and the residual stream if it
+    is known."""
     vanished = not plan.kept[group.name]
     wanted = (*((group.residual,) if group.residual else ()), *(() if vanished else (group.output,)))
     with resumed(module, done), recorded_inputs(module, wanted) as seen:
         run_until(module, batch, block)
-    stream = seen[group.residual] if group.residual else None
-    if not vanished:
-        return seen[group.output], stream
-    assert stream is not None
-    return stream[..., :0], stream
+    return seen.get(group.output), seen.get(group.residual or "")
 
 
 def _remember(done: dict[str, Any], block: str, output: Any) -> None:

@@ -45,6 +45,9 @@ class Agreement:
 def load_dataset(network: Network, path: Path, columns: str | None = None) -> Dataset:
     """A folder with one folder of images per class (top-1), or a CSV or TSV file.
 
+    Class folders are in the order of their names; where some classes have none, folders are named by class number from
+    0 or by label.
+
     Args:
         columns: "text,label" (accuracy) or "first,second,score" (Spearman's correlation of the cosine of the two
             sentences' mean-pooled features with the score), by header names or numbers from 1; without it, files of
@@ -80,13 +83,16 @@ def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str
         dense, small = network.forward(batch), network.forward(batch, pruned)
         samples += len(next(iter(dense.values())))
         for name, y in dense.items():
-            a, b = (_unpadded(t, network.valid_tokens(batch)).flatten(1).double() for t in (y, small[name]))
+            weight = _weights(network, name, y, batch)
+            places = weight.reshape(*weight.shape, *[1] * (y.dim() - weight.dim()))
+            a, b = ((t * places).flatten(1).double() for t in (y, small[name]))
             sums[name][0] += float(F.cosine_similarity(a, b, dim=1).sum())
             sums[name][1] += float((a - b).square().sum())
             sums[name][2] += float(a.square().sum())
             if name == network.logits:
-                equal = y.argmax(-1) == small[name].argmax(-1)
-                sums[name][3] += float(equal.double().reshape(len(y), -1).mean(1).sum())
+                equal = (y.argmax(-1) == small[name].argmax(-1)).reshape(len(y), -1)
+                share = (equal * places.reshape(len(y), -1)).sum(1) / places.reshape(len(y), -1).expand_as(equal).sum(1)
+                sums[name][3] += float(share.sum())
     return tuple(
         Agreement(
             output=name,
@@ -99,25 +105,25 @@ def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str
     )
 
 
-def _unpadded(output: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is None or output.shape[:2] != valid.shape:
-        return output
-    return output * valid.reshape(*valid.shape, *[1] * (output.dim() - 2)).to(output.dtype)
+def _weights(network: Network, name: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """1 where an output counts, 0 at padding: ``(batch, tokens)`` for an output per token, else ``(batch,)``."""
+    valid = network.valid_tokens(batch)
+    one_per_sample = name == network.logits and output.dim() == 2
+    if valid is None or one_per_sample or output.shape[:2] != valid.shape:
+        return output.new_ones(len(output))
+    return valid.to(output.dtype)
 
 
 def _images(network: Network, path: Path) -> Dataset:
     files = image_files(path)
-    classes = sorted({file.relative_to(path).parts[0] for file in files if file.parent != path})
     labelled = [file for file in files if file.parent != path]
     if not labelled:
         raise UserError(f"{path} has no class folders: top-1 needs one folder of images per class")
-    labels = [classes.index(file.relative_to(path).parts[0]) for file in labelled]
     if network.logits is None:
         raise UserError("the network has no class logits: top-1 cannot be measured")
-    with torch.inference_mode():
-        outputs = network.forward(network.inputs)[network.logits].shape[-1]
-    if len(classes) > outputs:
-        raise UserError(f"{path} has {len(classes)} classes, the network tells {outputs}")
+    folders = [file.relative_to(path).parts[0] for file in labelled]
+    numbers = _class_numbers(network, path, sorted(set(folders)))
+    labels = [numbers[folder] for folder in folders]
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
         def logits(part: list[Path]) -> Tensor:
@@ -128,13 +134,33 @@ def _images(network: Network, path: Path) -> Dataset:
     return Dataset("top-1", str(path), len(labelled), len(labelled), measure)
 
 
+def _class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str, int]:
+    """Class folders in the order of their names where there is one for every class, else what their names say."""
+    classes = _classes(network)
+    if len(folders) == classes:
+        return {folder: number for number, folder in enumerate(folders)}
+    try:
+        return {folder: _label(network, folder, classes) for folder in folders}
+    except ValueError as error:
+        raise UserError(
+            f"{path} has {len(folders)} class folders, the network tells {classes} classes: give one folder "
+            f"with images for every class, or name folders by class number or label; {error}"
+        ) from error
+
+
+def _classes(network: Network) -> int:
+    with torch.inference_mode():
+        return network.forward(network.inputs)[network.logits or ""].shape[-1]
+
+
 def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
     if network.logits is None:
         raise UserError(
             "the network has no class logits: accuracy cannot be measured (sentence pairs need three columns)"
         )
     try:
-        labels = [_label(network, row[1]) for row in rows]
+        classes = _classes(network)
+        labels = [_label(network, row[1].strip(), classes) for row in rows]
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -148,13 +174,14 @@ def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
     return Dataset("accuracy", str(path), len(rows), len(rows), measure)
 
 
-def _label(network: Network, label: str) -> int:
+def _label(network: Network, label: str, classes: int) -> int:
     names = getattr(getattr(network.module, "config", None), "label2id", None) or {}
-    if label.strip().lstrip("-").isdigit():
-        return int(label)
     if label in names:
         return int(names[label])
-    raise ValueError(f"label {label!r} is no number and none of the network's labels ({', '.join(map(str, names))})")
+    if label.isdecimal() and int(label) < classes:
+        return int(label)
+    known = f" and none of {', '.join(map(str, names))}"[:120] if names else ""
+    raise ValueError(f"label {label!r} is no class number from 0 to {classes - 1}{known}")
 
 
 def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
@@ -162,6 +189,8 @@ def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
         scores = torch.tensor([float(row[2]) for row in rows], dtype=torch.float64)
     except ValueError as error:
         raise UserError(f"{path}: the third column must be a number: {error}") from error
+    if not scores.isfinite().all() or len(scores.unique()) < 2:
+        raise UserError(f"{path}: a correlation needs finite scores, and at least two different ones")
     if "last_hidden_state" not in network.outputs:
         raise UserError("sentence pairs need a network that gives token features (last_hidden_state)")
     texts = sorted({text for row in rows for text in row[:2]}, key=lambda text: (len(text), text))

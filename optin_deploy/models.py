@@ -10,7 +10,7 @@ from torch import nn
 
 from optin_deploy import checkpoint
 from optin_deploy.errors import UserError
-from optin_deploy.libraries import build
+from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import cached_if_unreachable
@@ -71,20 +71,25 @@ def _timm_network(name: str, weights: str, image_size: int | None, seed: int) ->
 
 
 def _transformers_network(model: str, weights: str, image_size: int | None, sequence_length: int, seed: int) -> Network:
+    config = _transformers_config(model)
     if image_size is not None:
         raise UserError(f"--image-size {image_size} is for timm models; {model} takes the size of its configuration")
-    config = _transformers_config(model)
     with cached_if_unreachable():
         source = transformers_models.source_of(config)
-        if weights == "pretrained":
-            try:
+        try:
+            if weights == "pretrained":
                 module = transformers_models.load_pretrained(model, source)
-            except OSError as error:
-                raise UserError(f"the weights of {model} cannot be fetched or found: {_CHOICES}") from error
-        else:
-            module = _initialised(source, weights, seed)
+            else:
+                module = _initialised(source, weights, seed)
+        except OSError as error:
+            raise UserError(f"the weights of {model} cannot be fetched or found: {_CHOICES}") from error
+        except UNFIT as error:
+            raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
         preprocessing = transformers_models.read_preprocessing(model, module, sequence_length)
-    return transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
+    try:
+        return transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
+    except UNFIT as error:
+        raise UserError(f"{model} does not take what its own preprocessing gives: {reason(error)}") from error
 
 
 def _transformers_config(model: str) -> object:
@@ -93,7 +98,9 @@ def _transformers_config(model: str) -> object:
     try:
         with cached_if_unreachable():
             return transformers_models.read_config(model)
-    except (OSError, ValueError) as error:
+    except (OSError, *UNFIT) as error:
+        if Path(model).is_dir():
+            raise UserError(f"{Path(model, 'config.json')} cannot be used: {reason(error)}") from error
         near = difflib.get_close_matches(model, timm_models.short_names(), n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "`optin-deploy models` lists what is supported"
         raise UserError(
@@ -122,15 +129,13 @@ def load_weights(module: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from error
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"weights file {path} does not fit the model: {reason}") from error
+        raise UserError(f"weights file {path} does not fit the model: {reason(error)}") from error
 
 
 def _check_forward(network: Network) -> None:
     try:
         with torch.inference_mode():
             network.forward(network.inputs)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except UNFIT as error:
         shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{network.source.name} does not take inputs of shape {shapes}: {reason}") from error
+        raise UserError(f"{network.source.name} does not take inputs of shape {shapes}: {reason(error)}") from error

@@ -124,6 +124,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         samples=recipe.calibration_samples,
         seed=recipe.seed,
     )
+    _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
     return Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)
@@ -139,6 +140,14 @@ def _check_runtimes(recipe: Recipe) -> None:
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise UserError("ort-cuda: this onnxruntime has no CUDA provider: pip install 'optin-deploy[gpu]'")
+
+
+def _check_finite(network: Network, calibration: Calibration) -> None:
+    with torch.inference_mode():
+        outputs = network.forward(calibration.held_out[0])
+    bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
+    if bad:
+        raise UserError(f"the network gives NaN or infinity in {bad} on {calibration.source}: check its weights")
 
 
 def _device(name: str) -> torch.device:
@@ -343,7 +352,8 @@ def _report(
             "command": command
             or shlex.join(["optin-deploy", "prune-export", "--recipe", str(directory / "recipe.yaml")]),
             "model": {
-                "name": recipe.model,
+                # The end of a path is what tells one directory from another.
+                "name": "/".join(Path(recipe.model).parts[-2:]),
                 "library": network.source.library,
                 "weights": network.weights,
                 "inputs": {n: _shape(network, n) for n in network.inputs},

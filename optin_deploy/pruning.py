@@ -55,7 +55,7 @@ def prune(
     flops: float,
     *,
     scorer: Scorer = "sketch",
-    probes: int = 8,
+    probes: int = 4,
     task_weight: float = 1.0,
     align: int = 64,
     repair: bool = True,

@@ -16,7 +16,7 @@ Runtime = Literal["ort-cpu", "ort-cuda", "torch", "torch-cuda"]
 class Recipe(BaseModel):
     """One run of ``prune-export``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: Annotated[str, Field(min_length=1)]
     weights: str = "pretrained"
@@ -29,7 +29,7 @@ class Recipe(BaseModel):
 
     flops: Annotated[float, Field(gt=0, lt=1)]
     scorer: Literal["sketch", "exact"] = "sketch"
-    probes: Annotated[int, Field(ge=1)] = 8
+    probes: Annotated[int, Field(ge=1)] = 4
     task_weight: Annotated[float, Field(ge=0)] = 1.0
     align: Annotated[int, Field(ge=1)] = 64
     compensate: bool = True
@@ -73,11 +73,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"recipe {file} must be a mapping of options, like `flops: 0.5`")
-    return content
+    return {str(name): value for name, value in content.items()}
 
 
 def _message(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # An unknown name explains a missing one: it comes first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     name = str(first["loc"][0])
     option = "--" + name.replace("_", "-")
     if first["type"] == "extra_forbidden":

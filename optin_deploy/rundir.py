@@ -22,7 +22,7 @@ def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, vers
     digest.update(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     digest.update(f"{calibration_digest} {version} {torch.__version__}".encode())
     return digest.hexdigest()
 
@@ -51,10 +51,13 @@ def check(directory: Path, run: str) -> None:
 
 
 def create(directory: Path, run: str, recipe: Recipe) -> None:
-    """Make ``directory`` with the resolved recipe and the fingerprint."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / _RUN_NAME, json.dumps({"fingerprint": run}) + "\n")
-    recipe.save(directory / "recipe.yaml")
+    """Make ``directory`` with the resolved recipe and the fingerprint; UserError when it cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / _RUN_NAME, json.dumps({"fingerprint": run}) + "\n")
+        recipe.save(directory / "recipe.yaml")
+    except OSError as error:
+        raise UserError(f"--output {directory} cannot be made or written: {error.strerror}") from error
 
 
 def kept_json(path: Path, make: Callable[[], Any]) -> Any:

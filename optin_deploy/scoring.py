@@ -40,7 +40,7 @@ def score(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     scorer: Scorer = "sketch",
-    probes: int = 8,
+    probes: int = 4,
     task_weight: float = 1.0,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,

@@ -87,7 +87,7 @@ def knapsack(options: list[list[tuple[float, float]]], budget: float) -> list[in
 
     Exact dynamic programming with costs rounded up to a 50,000th of the budget. Every list needs an option of cost 0.
     """
-    step = budget / _GRID if budget > 0 else 1.0
+    step = max(budget, 1e-30) / _GRID
     best = np.zeros(_GRID + 1)
     choices = []
     for group in options:

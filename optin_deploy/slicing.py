@@ -11,14 +11,18 @@ from optin_deploy.structure.groups import Group, Side, StandIn, Structure
 
 
 class Constant(nn.Module):
-    """Stands in for a projection without inputs: gives its bias, of as many dimensions as the input."""
+    """Stands in for a projection without inputs: gives its bias, of as many dimensions as the input.
 
-    def __init__(self, bias: Tensor) -> None:
+    The axes before the last have size 1, which a residual stream broadcasts, or with ``whole`` the input's sizes.
+    """
+
+    def __init__(self, bias: Tensor, whole: bool) -> None:
         super().__init__()
+        self.whole = whole
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
+        return self.bias.expand(*x.shape[:-1], -1) if self.whole else self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
 
 
 class ConstantTuple(Constant):
@@ -85,10 +89,13 @@ def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
 def _stand_in(module: nn.Module, group: Group) -> None:
     output = module.get_submodule(group.output)
     assert isinstance(output, nn.Linear)
-    bias = output.bias if output.bias is not None else output.weight.new_zeros(output.out_features)
+    bias = output.bias
+    if bias is None:
+        bias = nn.Parameter(output.weight.new_zeros(output.out_features), requires_grad=output.weight.requires_grad)
+    whole = group.residual is None
     kinds: dict[StandIn, nn.Module] = {
-        "constant": Constant(bias),
-        "constant_tuple": ConstantTuple(bias),
+        "constant": Constant(bias, whole),
+        "constant_tuple": ConstantTuple(bias, whole),
         "pass": nn.Identity(),
         "pass_tuple": PassTuple(),
     }

@@ -7,7 +7,7 @@ The score of a unit is how far the network's trajectory moves when the unit is m
 F_l' are the token features that block l' gives, for the unit's own block and all behind it; G(F) is the Gram matrix of
 the L2-normalised features of a fixed sample of tokens; w is 1, and 0.5 for the last block; p is the softmax of the
 logits at temperature T. A network without logits (a backbone, an embedding model) is used for its features, so there
-the task part is ‖G(F_L) − G(F̃_L)‖²_F of the last block L. A score is manifold + factor · task, summed over batches;
+the task part is w_L ‖G(F_L) − G(F̃_L)‖²_F of the last block L. A score is manifold + factor · task, summed over batches;
 `task_factor` finds the factor that brings both parts to the same order of magnitude.
 """
 
@@ -75,15 +75,16 @@ class _Batch:
 
     def grams(self, outputs: Mapping[str, Any], copies: int = 1) -> dict[str, Tensor]:
         """Gram matrix of every block's output, times the root of the block's weight."""
-        grams = {}
-        for block, output in outputs.items():
-            features = first_tensor(output)
-            assert features is not None
-            count = features.shape[:-1].numel() // copies
-            tokens = sample_tokens(count, self.valid, self.seed).to(features.device)
-            weight = LAST_BLOCK_WEIGHT if block == self.structure.blocks[-1] else 1.0
-            grams[block] = weight**0.5 * gram(features, tokens, copies)
-        return grams
+        return {block: self.gram(block, output, copies) for block, output in outputs.items()}
+
+    def gram(self, block: str, output: Any, copies: int = 1) -> Tensor:
+        """Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""
+        features = first_tensor(output)
+        assert features is not None
+        count = features.shape[:-1].numel() // copies
+        tokens = sample_tokens(count, self.valid, self.seed).to(features.device)
+        weight = LAST_BLOCK_WEIGHT if block == self.structure.blocks[-1] else 1.0
+        return weight**0.5 * gram(features, tokens, copies)
 
 
 def sketch_scores(
@@ -103,18 +104,24 @@ def sketch_scores(
     unit of every block. The task part has the same form and joins the pass: KL is to second order a quadratic form in
     the logits with the Fisher information of the softmax, diag(p) − ppᵀ, whose root makes a probe of random signs.
 
+    The square of a sum over samples is nearly all noise between samples. So the masks are per sample: the sum of the
+    samples' squares, far less noisy, ranks the units of a group, and one factor per group, the ratio of both estimates
+    summed over its units, brings in what the samples' changes have in common.
+
     Args:
-        probes: random draws per batch; the error of a score falls with the root of probes times batches.
+        probes: random draws per batch; the error of a score falls with the root of probes times samples.
         weights: of the manifold and of the task part.
         advance: called with 1 after every probe.
     """
     device = next(network.module.parameters()).device
-    totals = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in structure.groups}
+    joint = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}
+    single = {name: zeros.clone() for name, zeros in joint.items()}
     for index, inputs in enumerate(batches):
         batch = _Batch(network, structure, inputs, seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
-        masks = {g.name: torch.ones(g.units, device=device, requires_grad=True) for g in structure.groups}
-        with frozen(network.module), torch.enable_grad(), masked(network.module, structure, masks):
+        masks = [torch.ones(batch.size, g.units, device=device, requires_grad=True) for g in structure.groups]
+        named = dict(zip(joint, masks, strict=True))
+        with frozen(network.module), torch.enable_grad(), masked(network.module, structure, named):
             outputs, logits = batch.run()
             grams = batch.grams(outputs)
             last = grams[structure.blocks[-1]]
@@ -123,12 +130,12 @@ def sketch_scores(
                 probe = _signs(last, generator) if logits is None else _softmax_probe(logits, generator)
                 task = torch.sum(probe * (last if logits is None else logits))
                 loss = weights[0] ** 0.5 * manifold + weights[1] ** 0.5 * task
-                gradients = torch.autograd.grad(loss, list(masks.values()), retain_graph=True, allow_unused=True)
-                for total, gradient in zip(totals.values(), gradients, strict=True):
-                    if gradient is not None:
-                        total.add_(gradient.double().square().cpu(), alpha=1 / probes)
+                gradients = torch.autograd.grad(loss, masks, retain_graph=True, materialize_grads=True)
+                for name, gradient in zip(joint, gradients, strict=True):
+                    joint[name] += gradient.double().sum(0).square() / probes
+                    single[name] += gradient.double().square().sum(0) / probes
                 advance(1)
-    return totals
+    return {n: (s * (joint[n].sum() / s.sum().clamp_min(1e-300))).cpu() for n, s in single.items()}
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,10 +174,14 @@ def exact_scores(
     factor: float,
     seed: int,
     advance: Advance = lambda _: None,
+    only: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Scores of the units of ``groups`` by masking each one and running the network on from its block.
 
-    ``factor`` is the task part's; ``advance`` is called with the number of units done, ``units × batches`` in all.
+    Args:
+        factor: of the task part, see `task_factor`.
+        advance: called with the number of units done, ``units × batches`` in all.
+        only: group name -> the units to score, where not all of the group are wanted; the others get 0.
     """
     scores = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
     for index, inputs in enumerate(batches):
@@ -178,7 +189,8 @@ def exact_scores(
         outputs, logits = batch.run()
         dense = batch.grams(outputs)
         for group in groups:
-            for units, manifold, task in _masked_runs(batch, group, outputs, dense, logits, advance):
+            wanted = torch.tensor((only or {}).get(group.name, range(group.units)), dtype=torch.long)
+            for units, manifold, task in _masked_runs(batch, group, wanted, outputs, dense, logits, advance):
                 scores[group.name][units] += manifold + factor * task
     return scores
 
@@ -186,26 +198,25 @@ def exact_scores(
 def _masked_runs(
     batch: _Batch,
     group: Group,
+    wanted: Tensor,
     outputs: Mapping[str, Any],
     dense: Mapping[str, Tensor],
     logits: Tensor | None,
     advance: Advance,
 ) -> Any:
-    """Yield ``(slice of units, manifold change, task change)``, a stack of masks at a time."""
+    """Yield ``(units, manifold change, task change)``, a stack of the units ``wanted`` at a time."""
     earlier = batch.structure.blocks[: group.layer]
     some = first_tensor(outputs[batch.structure.blocks[group.layer]])
     assert some is not None
-    stack = max(1, min(group.units, _STACKED_TOKENS // max(1, some.shape[:-1].numel())))
-    for start in range(0, group.units, stack):
-        units = slice(start, min(start + stack, group.units))
-        copies = units.stop - units.start
-        masks = 1 - torch.eye(group.units, device=some.device, dtype=some.dtype)[units]
+    for units in wanted.split(max(1, _STACKED_TOKENS // max(1, some.shape[:-1].numel()))):
+        copies = len(units)
+        masks = 1 - F.one_hot(units.to(some.device), group.units).to(some.dtype)
         given = {b: _repeated(outputs[b], copies, batch.size) for b in earlier}
         with masked(batch.network.module, batch.structure, {group.name: masks}):
             later, changed = batch.run(copies, given)
         moved = {
-            block: (matrix - dense[block]).square().sum((-1, -2)).double().cpu()
-            for block, matrix in batch.grams(later, copies).items()
+            block: (batch.gram(block, output, copies) - dense[block]).square().sum((-1, -2)).double().cpu()
+            for block, output in later.items()
         }
         last = moved[batch.structure.blocks[-1]]
         yield units, sum(moved.values()), last if logits is None else _divergence(logits, changed, copies)
@@ -222,6 +233,7 @@ def _repeated(output: Any, copies: int, batch: int) -> Any:
 
 def _divergence(logits: Tensor, changed: Any, copies: int) -> Tensor:
     """T² KL(p ‖ p̃) of each copy, summed over its samples."""
-    log_p = torch.log_softmax(logits / TEMPERATURE, dim=-1)
-    log_q = torch.log_softmax(changed.reshape(copies, *logits.shape) / TEMPERATURE, dim=-1)
-    return TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).flatten(1).sum(1).double().cpu()
+    # In float64: the terms cancel, and what is left of a small change in float32 is noise of either sign.
+    log_p = torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
+    log_q = torch.log_softmax(changed.double().reshape(copies, *logits.shape) / TEMPERATURE, dim=-1)
+    return TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).flatten(1).sum(1).cpu()

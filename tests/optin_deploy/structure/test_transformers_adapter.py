@@ -1,0 +1,77 @@
+import re
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from optin_deploy.structure.describe import describe
+from optin_deploy.structure.groups import Group, LeftDense
+from optin_deploy.structure.transformers import attention, feed_forward, split_feed_forward
+
+
+def bert_layer() -> nn.Module:
+    return tiny.network("bert").module.encoder.layer[0]
+
+
+def adapted_attention(module: nn.Module, parent: nn.Module) -> Group | LeftDense | None:
+    return attention("block.self", module, "block", parent)
+
+
+def with_attribute(name: str, value: object) -> nn.Module:
+    module = transformers.models.bert.modeling_bert.BertSelfAttention(tiny.network("bert").module.config)
+    if value is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("num_attention_heads", None, "number of heads"),
+        ("num_attention_heads", 3, "for 3 heads"),
+        ("key", nn.Linear(16, 8), "for 4 heads"),
+        ("attention_head_size", None, "width of a head"),
+    ],
+)
+def test_attentions_that_cannot_be_followed_are_left_dense(name: str, value: object, reason: str) -> None:
+    given = adapted_attention(with_attribute(name, value), bert_layer().attention)
+    assert isinstance(given, LeftDense)
+    assert given.module == "block.self"
+    assert re.search(reason, given.reason)
+
+
+def test_an_attention_without_an_output_projection_is_left_dense() -> None:
+    given = adapted_attention(bert_layer().attention.self, nn.Module())
+    assert isinstance(given, LeftDense)
+    assert "output projection" in given.reason
+
+
+@pytest.mark.parametrize("adapt", [attention, feed_forward, split_feed_forward])
+def test_modules_of_other_libraries_are_not_touched(adapt: object) -> None:
+    class Lookalike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value, self.out_proj = (nn.Linear(4, 4) for _ in range(4))
+            self.fc1, self.fc2, self.dense = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8)
+
+    assert adapt("intermediate", Lookalike(), "", nn.Module()) is None
+
+
+def test_layers_that_do_not_fit_together_are_no_feed_forward() -> None:
+    module = transformers.models.dinov2.modeling_dinov2.Dinov2MLP(tiny.network("dinov2").module.config)
+    assert isinstance(feed_forward("mlp", module, "", nn.Module()), Group)
+    module.fc2 = nn.Linear(9, 16)
+    assert feed_forward("mlp", module, "", nn.Module()) is None
+
+
+def test_a_swiglu_is_no_two_layer_feed_forward() -> None:
+    config = transformers.Dinov2Config(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, use_swiglu_ffn=True
+    )
+    module = transformers.Dinov2Model(config).eval()
+    structure = describe(module, {"pixel_values": torch.randn(1, 3, 16, 16)})
+    assert [g.kind for g in structure.groups] == ["head"]

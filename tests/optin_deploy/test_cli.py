@@ -1,0 +1,261 @@
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_bert, save_images, save_lines, save_shallow, texts
+
+from optin_deploy import cli, pipeline
+from optin_deploy.report import read_report
+
+MODEL = ["--model", "test_vit", "--weights", "random", "--image-size", "32", "--calibration-samples", "8"]
+QUICK = ["--runtimes", "ort-cpu", "--batch-sizes", "1", "--profile-seconds", "0.2", "--threads", "1"]
+RUN = ["prune-export", *MODEL, *QUICK, "--flops", "0.6"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory on a machine without GPU, hub and cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["optin-deploy", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(caught.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def refusal(here: Path, run: Run) -> Callable[..., str]:
+    """The one line on stderr of a run that must end with 2 and leave nothing."""
+
+    def call(*arguments: object) -> str:
+        before = sorted(here.parent.rglob("*"))
+        outcome = run(*arguments)
+        assert outcome.code == 2, outcome
+        assert outcome.out == ""
+        assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
+        assert sorted(here.parent.rglob("*")) == before
+        return outcome.err
+
+    return call
+
+
+def process(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line, in a process of its own, on one thread as these tests are."""
+    command = [sys.executable, "-m", "optin_deploy", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+# Finished runs
+
+
+def test_json_on_stdout_only(tmp_path: Path) -> None:
+    save_shallow(tmp_path / "shallow")
+    arguments = ["prune-export", "--model", "shallow", *QUICK, "--flops", "0.6", "--json", "--output", "run"]
+    done = process(tmp_path, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "shallow"]
+    again = read_report(tmp_path / "run" / "report.json").command
+    assert again.startswith("optin-deploy prune-export --model shallow")
+
+
+def test_failed_gate(here: Path, tmp_path: Path, run: Run) -> None:
+    save_shallow(tmp_path / "shallow")
+    arguments = ["--model", tmp_path / "shallow", *QUICK, "--flops", "0.6", "--calibration-samples", "8"]
+    outcome = run("prune-export", *arguments, "--parity-tolerance", "1e-12", "--no-compensate")
+    assert outcome.code == 3
+    assert re.fullmatch(r"gate failed: parity: [^\n]+\n", outcome.err)
+    (directory,) = (here / "runs").iterdir()
+    assert re.fullmatch(r"shallow-flops0\.6-[0-9a-f]{8}", directory.name)
+    assert directory.name in " ".join(outcome.out.split())
+    report = read_report(directory / "report.json")
+    assert {gate.name: gate.passed for gate in report.gates} == {"budget": True, "parity": False}
+    assert report.settings["compensate"] is False
+    assert (directory / "report.html").is_file()
+    # The saved recipe is the same run, which still fails.
+    assert run("prune-export", "--recipe", directory / "recipe.yaml", "--quiet", "--json").code == 3
+    assert list((here / "runs").iterdir()) == [directory]
+
+
+def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_pruned", interrupt)
+    outcome = run(*RUN, "--output", "my run")
+    assert outcome.code == 130
+    assert outcome.err == (
+        f"interrupted; finished stages are kept, go on with: optin-deploy {' '.join(RUN)} --output 'my run'\n"
+    )
+    assert load_file(here / "my run" / "scores.safetensors")
+
+
+# Bad inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--model", "tset_vit"], "did you mean test_vit"),
+        (["--model", "no-such-org/no-such-model"], "unknown model"),
+        (["--weights", "pretrained"], "pretrained weights of test_vit cannot be fetched"),
+        (["--weights", "model.pth"], "pickles are never loaded"),
+        (["--weights", "none.safetensors"], "cannot be read"),
+        (["--image-size", "33"], "image size 33 does not fit test_vit: give a multiple of its patch size 16"),
+        (["--image-size", "0"], "--image-size 0"),
+        (["--model", "test_resnet", "--weights", "random"], "img_size"),
+        (["--flops", "0"], "--flops 0"),
+        (["--flops", "1"], "--flops 1"),
+        (["--flops", "1.5"], "above 0 and below 1"),
+        (["--flops", "-1"], "--flops -1"),
+        (["--flops", "nan"], "--flops nan"),
+        (["--flops", "0.01"], r"with every prunable unit removed 0\.\d+ are left"),
+        (["--calibration", "none"], "calibration data none does not exist"),
+        (["--calibration-column", "text"], "--calibration-column text"),
+        (["--calibration-samples", "0"], "--calibration-samples 0"),
+        (["--evaluate", "none"], "evaluation data none does not exist"),
+        (["--scorer", "foo"], "--scorer foo"),
+        (["--align", "0"], "--align 0"),
+        (["--ridge", "-1"], "--ridge -1"),
+        (["--opset", "3"], "--opset 3"),
+        (["--runtimes", "tpu"], "--runtimes tpu"),
+        (["--runtimes", ","], "--runtimes"),
+        (["--runtimes", "ort-cpu,ort-cuda"], "no CUDA device is present"),
+        (["--runtimes", "torch-cuda"], "no CUDA device is present"),
+        (["--device", "cuda"], "--device cuda: no CUDA device"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--batch-sizes", "0,a"], "--batch-sizes 0"),
+        (["--batch-sizes", "1,a"], "--batch-sizes a"),
+        (["--threads", "0"], "--threads 0"),
+        (["--profile-seconds", "inf"], "--profile-seconds inf"),
+        (["--recipe", "none.yaml"], "recipe none.yaml cannot be read"),
+    ],
+)
+def test_wrong_options(refusal: Callable[..., str], changes: list[str], expected: str) -> None:
+    assert re.search(expected, refusal(*RUN, *changes))
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"), [(["--flops", "0.5"], "--model"), (["--model", "deit_small"], "--flops")]
+)
+def test_needed_options(refusal: Callable[..., str], given: list[str], missing: str) -> None:
+    assert f"{missing} is needed" in refusal("prune-export", *given)
+
+
+def test_unknown_key_in_recipe(here: Path, refusal: Callable[..., str]) -> None:
+    save_lines(here / "r.yaml", ["flop: 0.5", "model: test_vit"])
+    assert "unknown option 'flop': did you mean 'flops'?" in refusal("prune-export", "--recipe", "r.yaml")
+
+
+def test_bad_calibration(here: Path, refusal: Callable[..., str]) -> None:
+    (here / "empty").mkdir()
+    assert "holds no images" in refusal(*RUN, "--calibration", "empty")
+    save_images(here / "images", 4)[2].write_bytes(b"no image")
+    assert "002.png cannot be read" in refusal(*RUN, "--calibration", "images")
+
+
+def test_bad_text_calibration(here: Path, refusal: Callable[..., str]) -> None:
+    save_bert(here / "bert")
+    table = save_lines(here / "t.csv", ["text,label", *(f"{t},1" for t in texts(4))])
+    command = ["prune-export", "--model", "bert", "--flops", "0.7", "--sequence-length", "12", "--calibration"]
+    assert "--calibration-column" in refusal(*command, table)
+    assert "no column 'words'" in refusal(*command, table, "--calibration-column", "words")
+    assert "holds no texts" in refusal(*command, save_lines(here / "e.txt", [""]))
+
+
+@pytest.mark.parametrize("output", [".", "file", "file/run", "other"])
+def test_output_that_holds_something_else(here: Path, refusal: Callable[..., str], output: str) -> None:
+    (here / "file").touch()
+    (here / "other").mkdir()
+    (here / "other" / "run.json").write_text('{"fingerprint": "another"}')
+    assert f"--output {output} " in refusal(*RUN, "--output", output)
+
+
+def test_missing_package_names_the_extra(refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a))
+    assert "pip install 'optin-deploy[cpu]' (or [gpu] for a CUDA machine)" in refusal(*RUN)
+
+
+def test_messages_are_no_markup(here: Path, refusal: Callable[..., str]) -> None:
+    (here / "[bold]x[").mkdir()
+    assert "[bold]x[/] :smile:" in refusal(*RUN, "--calibration", "[bold]x[/] :smile:")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["prune-export", "--flos", "0.5"], ["prune-export", "--flops", "half"], ["no-such-command"], [*RUN, "stray"]],
+)
+def test_usage_errors(here: Path, run: Run, arguments: list[str]) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert not list(here.iterdir())
+
+
+def test_no_traceback_from_a_process(tmp_path: Path) -> None:
+    done = process(tmp_path, *RUN, "--flops", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: --flops 2[^\n]*\n", done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+# The other commands
+
+
+def test_models(run: Run) -> None:
+    outcome = run("models", "deit_tiny")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "timm.layers.Attention" in outcome.out
+    assert "deit_tiny_patch16_224" in outcome.out
+    found = json.loads(run("models", "deit_tiny", "--json").out)
+    assert "deit_tiny_patch16_224" in found["timm"]
+    assert found["modules"]
+
+
+def test_env(run: Run) -> None:
+    outcome = run("env")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "torch" in outcome.out
+    assert json.loads(run("env", "--json").out)["versions"]["torch"]
+
+
+def test_help(run: Run) -> None:
+    assert run("--help").code == 0
+    assert "--flops" in run("prune-export", "--help").out

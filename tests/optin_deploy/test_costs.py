@@ -1,0 +1,62 @@
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optin_deploy.costs import count_flops, flop_costs, flops_share
+from optin_deploy.plan import Plan
+from optin_deploy.slicing import sliced
+
+WIDTH, TOKENS, NEURONS, HEAD = tiny.WIDTH, 5, tiny.NEURONS, tiny.WIDTH // tiny.HEADS
+PER_HEAD = 2 * 4 * TOKENS * WIDTH * HEAD + 2 * 2 * TOKENS * TOKENS * HEAD
+PER_NEURON = 2 * 2 * TOKENS * WIDTH
+PATCHES, CLASSIFIER = 2 * 4 * 3 * 8 * 8 * WIDTH, 2 * WIDTH * 3
+
+
+def test_flops_of_a_vit_by_hand() -> None:
+    network = tiny.network("vit")
+    costs = flop_costs(network.module, tiny.structure("vit"), network.inputs)
+    assert costs.floor == PATCHES + CLASSIFIER
+    assert costs.total == costs.floor + tiny.LAYERS * (tiny.HEADS * PER_HEAD + NEURONS * PER_NEURON)
+    assert costs.per_unit["blocks.0.attn"] == PER_HEAD
+    assert costs.per_unit["blocks.1.mlp"] == PER_NEURON
+    assert costs.of(Plan({"blocks.0.attn": (2,)})) == costs.total - 3 * PER_HEAD
+
+
+def test_the_batch_does_not_count() -> None:
+    network = tiny.network("vit")
+    assert count_flops(network.module, tiny.images("x", batch=1)) == count_flops(network.module, tiny.images("x", 5))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_costs_predict_the_count_of_the_sliced_module(name: str, data: st.DataObject) -> None:
+    network, structure = tiny.network(name), tiny.structure(name)
+    plan = data.draw(tiny.plans(structure))
+    costs = flop_costs(network.module, structure, network.inputs)
+    assert costs.of(plan) == count_flops(sliced(network.module, structure, plan), network.inputs)
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_the_floor_is_the_count_with_everything_removed(name: str) -> None:
+    network, structure = tiny.network(name), tiny.structure(name)
+    costs = flop_costs(network.module, structure, network.inputs)
+    empty = sliced(network.module, structure, tiny.empty_plan(structure))
+    assert costs.floor == costs.of(tiny.empty_plan(structure)) == count_flops(empty, network.inputs)
+    assert costs.total == costs.of(Plan({})) == count_flops(network.module, network.inputs)
+
+
+def test_counting_leaves_the_module_as_it_was() -> None:
+    module = tiny.network("bert").module
+    count_flops(module, tiny.network("bert").inputs)
+    assert all(p.requires_grad for p in module.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_share_of_a_submodule() -> None:
+    network = tiny.network("vit")
+    total = count_flops(network.module, network.inputs)
+    assert flops_share(network.module, network.inputs, "patch_embed") == PATCHES / total
+    assert flops_share(network.module, network.inputs, "blocks.0.mlp") == NEURONS * PER_NEURON / total
+    assert flops_share(network.module, network.inputs, "norm") == 0

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+from optin_deploy.errors import UserError
+from optin_deploy.files import whole_directory, write_text
+
+
+def test_write_text_replaces_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for text in ("old", "neu: äöü"):
+        write_text(path, text)
+    assert path.read_text(encoding="utf-8") == "neu: äöü"
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", fail)
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "made"
+    with whole_directory(path) as directory:
+        (directory / "a").write_text("1")
+        assert not path.exists()
+    assert [p.name for p in path.iterdir()] == ["a"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_interrupted_directory_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "made") as directory:
+        (directory / "a").write_text("1")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_existing_path_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "made"
+    path.mkdir() if kind == "directory" else path.touch()
+    with pytest.raises(UserError, match="exists already"), whole_directory(path):
+        pytest.fail("must not be entered")

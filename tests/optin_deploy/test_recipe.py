@@ -1,0 +1,112 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import save_lines
+
+from optin_deploy.errors import UserError
+from optin_deploy.recipe import Recipe, make_recipe
+
+NEEDED: dict[str, Any] = {"model": "deit_small", "flops": 0.5}
+
+
+def message(options: dict[str, Any], file: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        make_recipe(options, file)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_round_trip_through_yaml(tmp_path: Path) -> None:
+    given = {
+        **NEEDED,
+        "calibration": tmp_path / "data.csv",
+        "calibration_column": "text",
+        "batch_sizes": (1, 4),
+        "runtimes": ("torch",),
+        "compensate": False,
+        "parity_tolerance": 1e-5,
+    }
+    recipe = make_recipe(given)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert make_recipe({}, tmp_path / "recipe.yaml") == recipe
+    assert set(Recipe.model_fields) == {
+        line.split(":")[0] for line in (tmp_path / "recipe.yaml").read_text().splitlines() if not line.startswith("-")
+    }
+
+
+def test_command_line_wins_over_file(tmp_path: Path) -> None:
+    file = save_lines(tmp_path / "r.yaml", ["model: deit_tiny", "flops: 0.7", "seed: 3"])
+    recipe = make_recipe({"flops": 0.4, "batch_sizes": ["1", "2"]}, file)
+    assert (recipe.model, recipe.flops, recipe.seed, recipe.batch_sizes) == ("deit_tiny", 0.4, 3, (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"flops": 0}, "--flops 0: give the part"),
+        ({"flops": 1}, "--flops 1: give the part"),
+        ({"flops": -0.5}, "--flops -0.5"),
+        ({"flops": float("nan")}, "--flops nan"),
+        ({"flops": "half"}, "--flops half"),
+        ({"model": ""}, "--model"),
+        ({"image_size": 0}, "--image-size 0"),
+        ({"sequence_length": 3}, "--sequence-length 3"),
+        ({"calibration_samples": 0}, "--calibration-samples 0"),
+        ({"scorer": "foo"}, "'sketch' or 'exact'"),
+        ({"probes": 0}, "--probes 0"),
+        ({"task_weight": -1}, "--task-weight -1"),
+        ({"align": 0}, "--align 0"),
+        ({"ridge": 0}, "--ridge 0"),
+        ({"ridge": float("inf")}, "--ridge inf"),
+        ({"opset": 17}, "--opset 17"),
+        ({"opset": 99}, "--opset 99"),
+        ({"parity_tolerance": 0}, "--parity-tolerance 0"),
+        ({"runtimes": ["tpu"]}, "--runtimes tpu"),
+        ({"runtimes": []}, "--runtimes"),
+        ({"batch_sizes": ["0", "a"]}, "--batch-sizes 0"),
+        ({"batch_sizes": ["a"]}, "--batch-sizes a"),
+        ({"batch_sizes": []}, "--batch-sizes"),
+        ({"threads": 0}, "--threads 0"),
+        ({"profile_seconds": 0}, "--profile-seconds 0"),
+        ({"profile_seconds": float("inf")}, "--profile-seconds inf"),
+        ({"device": "tpu"}, "--device tpu"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_wrong_values_are_named(options: dict[str, Any], expected: str) -> None:
+    assert expected in message({**NEEDED, **options})
+
+
+@pytest.mark.parametrize("missing", ["model", "flops"])
+def test_needed_options(missing: str) -> None:
+    assert message({k: v for k, v in NEEDED.items() if k != missing}) == f"--{missing} is needed"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["model: deit_tiny", "flop: 0.5"], "unknown option 'flop': did you mean 'flops'?"),
+        (["flops: 0.5", "model: a", "zzzz: 1"], "unknown option 'zzzz'"),
+        (["flops: 0.5", "model: a", "1: 1"], "unknown option '1'"),
+        (["- flops"], "must be a mapping of options"),
+        ([], "must be a mapping of options"),
+        (["flops: [0.5", "model: a"], "cannot be read"),
+        (["flops: 0.5", "model: [a, b]"], "--model"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, lines: list[str], expected: str) -> None:
+    assert expected in message({}, save_lines(tmp_path / "r.yaml", lines))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"\xff\xfe\x00flops")
+    for path in (tmp_path / "none.yaml", tmp_path, binary):
+        assert "cannot be read" in message(NEEDED, path)
+
+
+def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
+    file = save_lines(tmp_path / "r.yaml", ["model: !!python/object/apply:os.getcwd []", "flops: 0.5"])
+    assert "cannot be read" in message({}, file)

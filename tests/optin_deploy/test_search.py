@@ -1,0 +1,203 @@
+from itertools import product
+
+import pytest
+import tiny
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optin_deploy.costs import Costs, count_flops, flop_costs
+from optin_deploy.errors import UserError
+from optin_deploy.search import BUDGET_WINDOW, candidate_sizes, check_budget, knapsack, search
+from optin_deploy.slicing import sliced
+from optin_deploy.structure.describe import describe
+from optin_deploy.structure.groups import Group, Kind, Structure
+
+HEAD_COST, NEURON_COST, REST = 40.0, 1.0, 100.0
+
+
+def group(name: str, kind: Kind, units: int) -> Group:
+    return Group(name, kind, units, 1, output=name, sides=(), owners=(), stand_ins=())
+
+
+def anatomy(layers: int, heads: int, neurons: int) -> tuple[Structure, Costs]:
+    groups = tuple(
+        g for i in range(layers) for g in (group(f"{i}.attn", "head", heads), group(f"{i}.mlp", "neuron", neurons))
+    )
+    per_unit = {g.name: HEAD_COST if g.kind == "head" else NEURON_COST for g in groups}
+    units = {g.name: g.units for g in groups}
+    return Structure((), groups, 1), Costs(REST + sum(per_unit[n] * u for n, u in units.items()), per_unit, units)
+
+
+def random_scores(structure: Structure, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: torch.rand(g.units, generator=generator).double().pow(4) for g in structure.groups}
+
+
+def value(options: list[list[tuple[float, float]]], taken: list[int]) -> tuple[float, float]:
+    chosen = [group[i] for group, i in zip(options, taken, strict=True)]
+    return sum(v for v, _ in chosen), sum(c for _, c in chosen)
+
+
+def best_value(options: list[list[tuple[float, float]]], budget: float) -> float:
+    every = (value(options, list(taken)) for taken in product(*(range(len(o)) for o in options)))
+    return max(v for v, cost in every if cost <= budget)
+
+
+numbers = st.floats(0, 10, allow_subnormal=False)
+option_lists = st.lists(
+    st.lists(st.tuples(numbers, numbers), max_size=4).map(lambda found: [(0.0, 0.0), *found]), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=100)
+@given(options=option_lists, budget=st.floats(0.5, 30))
+@example(options=[[(0.0, 0.0), (1.0, 3.0)], [(0.0, 0.0), (1.0, 4.0)]], budget=6.9)
+def test_knapsack_against_all_choices(options: list[list[tuple[float, float]]], budget: float) -> None:
+    given_value, cost = value(options, knapsack(options, budget))
+    assert cost <= budget * (1 + 1e-9)
+    # Costs are rounded up to a 50,000th of the budget, one rounding a group.
+    assert given_value >= best_value(options, budget * (1 - len(options) / 50_000)) - 1e-9
+
+
+@settings(max_examples=50)
+@given(
+    options=st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=3).map(lambda o: [(0, 0), *o]),
+        min_size=1,
+        max_size=4,
+    ),
+    budget=st.sampled_from([1, 2, 4, 5, 8, 10, 16, 20, 25]),
+)
+def test_knapsack_is_exact_where_costs_fit_the_grid(options: list[list[tuple[float, float]]], budget: int) -> None:
+    given_value, cost = value(options, knapsack(options, budget))
+    assert cost <= budget
+    assert given_value == best_value(options, budget)
+
+
+def test_knapsack_without_a_budget_takes_what_is_free() -> None:
+    assert knapsack([[(0, 0), (1, 1)], [(0, 0), (2, 0), (3, 1)]], 0) == [0, 1]
+    assert knapsack([[(0, 0), (1, 1)]], -1e-12) == [0]
+
+
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.2, 0.99), align=st.sampled_from([1, 3, 8, 64]))
+def test_the_budget_holds_and_is_used(seed: int, fraction: float, align: int) -> None:
+    structure, costs = anatomy(layers=3, heads=4, neurons=300)
+    plan = search(structure, random_scores(structure, seed), costs, fraction, align)
+    assert costs.of(plan) <= fraction * costs.total
+    assert costs.of(plan) >= (fraction - BUDGET_WINDOW) * costs.total
+
+
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.2, 0.95), align=st.sampled_from([1, 16]))
+def test_the_best_units_of_a_group_are_kept(seed: int, fraction: float, align: int) -> None:
+    structure, costs = anatomy(layers=2, heads=4, neurons=160)
+    scores = random_scores(structure, seed)
+    plan = search(structure, scores, costs, fraction, align)
+    plan.check(structure)
+    assert plan.kept.keys() == scores.keys()
+    for name, kept in plan.kept.items():
+        removed = [u for u in range(len(scores[name])) if u not in kept]
+        if kept and removed:
+            assert scores[name][list(kept)].min() >= scores[name][removed].max()
+
+
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.35, 0.95))
+def test_no_other_sizes_are_worth_more(seed: int, fraction: float) -> None:
+    structure, costs = anatomy(layers=1, heads=4, neurons=60)
+    scores = random_scores(structure, seed)
+    plan = search(structure, scores, costs, fraction, align=1)
+    sums = {n: [0.0, *s.sort(descending=True).values.cumsum(0).tolist()] for n, s in scores.items()}
+    budget = fraction * costs.total
+    best = max(
+        sums["0.attn"][h] + sums["0.mlp"][n]
+        for h, n in product(range(5), range(61))
+        if REST + h * HEAD_COST + n * NEURON_COST <= budget - 1e-2
+    )
+    kept = sum(float(scores[n][list(k)].sum()) for n, k in plan.kept.items())
+    assert kept >= best - 1e-9
+
+
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.3, 0.95))
+def test_neurons_are_aligned_where_the_window_allows_it(seed: int, fraction: float) -> None:
+    structure, costs = anatomy(layers=4, heads=4, neurons=512)
+    plan = search(structure, random_scores(structure, seed), costs, fraction, align=16)
+    # One step is 16 of 2,788: finer than the window.
+    assert all(len(kept) % 16 == 0 for name, kept in plan.kept.items() if name.endswith("mlp"))
+
+
+def test_the_alignment_is_halved_where_it_is_too_coarse() -> None:
+    structure, costs = anatomy(layers=1, heads=1, neurons=1024)
+    scores = {"0.attn": torch.ones(1), "0.mlp": torch.ones(1024)}
+    plan = search(structure, scores, costs, 0.52, align=128)
+    assert (0.52 - BUDGET_WINDOW) * costs.total <= costs.of(plan) <= 0.52 * costs.total
+    assert len(plan.kept["0.mlp"]) % 128
+    assert len(plan.kept["0.mlp"]) % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("units", "align", "expected"),
+    [
+        (10, 1, list(range(11))),
+        (512, 64, list(range(0, 513, 64))),
+        (520, 64, [*range(0, 520, 64), 520]),
+        (256, 64, list(range(0, 257, 32))),
+        (7, 64, list(range(8))),
+    ],
+)
+def test_sizes_of_neurons(units: int, align: int, expected: list[int]) -> None:
+    assert candidate_sizes(group("m", "neuron", units), align) == expected
+
+
+def test_heads_are_never_aligned() -> None:
+    assert candidate_sizes(group("a", "head", 6), 64) == list(range(7))
+
+
+def test_a_budget_below_the_floor_names_the_floor() -> None:
+    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    floor = f"{REST / costs.total:.3f}"
+    with pytest.raises(UserError, match=floor):
+        search(structure, random_scores(structure, 0), costs, 0.1, 8)
+    with pytest.raises(UserError, match=f"milliseconds.*{floor}"):
+        check_budget(costs, 0.1, "milliseconds")
+    check_budget(costs, costs.floor / costs.total)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e9])
+def test_at_the_floor_nothing_is_kept(unit: float) -> None:
+    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    scaled = Costs(costs.total * unit, {n: c * unit for n, c in costs.per_unit.items()}, costs.units)
+    plan = search(structure, random_scores(structure, 0), scaled, scaled.floor / scaled.total, 1)
+    assert not any(plan.kept.values())
+
+
+def test_the_same_scores_give_the_same_plan() -> None:
+    structure, costs = anatomy(layers=3, heads=4, neurons=100)
+    scores = random_scores(structure, 1)
+    assert search(structure, scores, costs, 0.5, 8) == search(structure, scores, costs, 0.5, 8)
+
+
+def test_among_equals_the_first_units_and_as_many_as_possible_are_kept() -> None:
+    structure, costs = anatomy(layers=1, heads=2, neurons=100)
+    scores = {"0.attn": torch.tensor([1.0, 1.0]), "0.mlp": torch.zeros(100)}
+    plan = search(structure, scores, costs, 0.75, 1)
+    assert plan.kept["0.attn"] == (0, 1)
+    assert plan.kept["0.mlp"] == tuple(range(29))
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_the_size_of_scores_does_not_matter(factor: float) -> None:
+    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    scores = random_scores(structure, 2)
+    scaled = {n: s * factor for n, s in scores.items()}
+    assert search(structure, scaled, costs, 0.5, 8) == search(structure, scores, costs, 0.5, 8)
+
+
+def test_plans_on_a_real_network_meet_the_count() -> None:
+    network = tiny.vit(embed_dim=32, depth=3, mlp_ratio=4)
+    structure = describe(network.module, network.inputs)
+    costs = flop_costs(network.module, structure, network.inputs)
+    for fraction in (0.4, 0.5, 0.7):
+        plan = search(structure, random_scores(structure, 3), costs, fraction, 8)
+        share = count_flops(sliced(network.module, structure, plan), network.inputs) / costs.total
+        assert fraction - BUDGET_WINDOW <= share <= fraction

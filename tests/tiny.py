@@ -1,0 +1,215 @@
+"""Tiny networks with random weights of every supported kind, by name, and plans drawn for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import timm.layers
+import torch
+import transformers
+from hypothesis import strategies as st
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from optin_deploy.network import Network, Source, named_outputs
+from optin_deploy.plan import Plan
+from optin_deploy.structure.describe import describe
+from optin_deploy.structure.groups import Group, Structure
+
+WIDTH, HEADS, LAYERS, NEURONS = 16, 4, 2, 24
+VOCABULARY = 50
+
+Batch = dict[str, Tensor]
+
+
+class Segmenter(nn.Module):
+    """The user's own module: a timm backbone with a convolutional decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = _vit(num_classes=0, global_pool="")
+        self.decoder = nn.Sequential(nn.Conv2d(WIDTH, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        patches = self.backbone.forward_features(image)[:, 1:]
+        side = int(patches.shape[1] ** 0.5)
+        return self.decoder(patches.transpose(1, 2).unflatten(2, (side, side)))
+
+
+def _vit(cls: type[nn.Module] = VisionTransformer, **arguments: Any) -> nn.Module:
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
+    return cls(**{**sizes, "mlp_ratio": NEURONS / WIDTH, "num_classes": 3, **arguments})
+
+
+def _gated_vit() -> nn.Module:
+    module = _vit()
+    for block in module.blocks:
+        block.attn = timm.layers.Attention(WIDTH, HEADS, qkv_bias=True, gated=True)
+    return module
+
+
+def _image_config(cls: Any, **arguments: Any) -> Any:
+    return cls(
+        image_size=16,
+        patch_size=8,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        **{"intermediate_size": NEURONS, **arguments},
+    )
+
+
+def _text_config(cls: Any, **arguments: Any) -> Any:
+    return cls(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=NEURONS,
+        max_position_embeddings=40,
+        num_labels=3,
+        **arguments,
+    )
+
+
+def _distilbert() -> nn.Module:
+    return transformers.DistilBertModel(
+        transformers.DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=WIDTH,
+            n_layers=LAYERS,
+            n_heads=HEADS,
+            hidden_dim=NEURONS,
+            max_position_embeddings=40,
+        )
+    )
+
+
+_VISION: dict[str, Callable[[], nn.Module]] = {
+    "vit": _vit,
+    "vit_layer_scale": partial(_vit, init_values=0.1),
+    "vit_pooled": partial(_vit, class_token=False, global_pool="avg"),
+    "vit_qk_norm": partial(_vit, qk_norm=True),
+    "vit_gated": _gated_vit,
+    "vit_without_biases": partial(_vit, qkv_bias=False, proj_bias=False),
+    "deit_distilled": partial(_vit, VisionTransformerDistilled),
+    "hf_vit": lambda: transformers.ViTForImageClassification(_image_config(transformers.ViTConfig, num_labels=3)),
+    "hf_deit": lambda: transformers.DeiTModel(_image_config(transformers.DeiTConfig), add_pooling_layer=False),
+    "dinov2": lambda: transformers.Dinov2Model(
+        _image_config(transformers.Dinov2Config, mlp_ratio=2, layerscale_value=0.1)
+    ),
+    "segmenter": Segmenter,
+}
+_TEXT: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: transformers.BertModel(_text_config(transformers.BertConfig), add_pooling_layer=False),
+    "bert_classifier": lambda: transformers.BertForSequenceClassification(_text_config(transformers.BertConfig)),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(_text_config(transformers.RobertaConfig)),
+    "electra": lambda: transformers.ElectraForSequenceClassification(
+        _text_config(transformers.ElectraConfig, embedding_size=12)
+    ),
+    "distilbert": _distilbert,
+}
+TEXT_NAMES = tuple(_TEXT)
+NAMES = (*_VISION, *_TEXT)
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter drawn anew, biases, norms and LayerScale too, so that nothing is zero or one by construction."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.data = noise * 0.8 / parameter[0].numel() ** 0.5
+        else:
+            parameter.data = parameter.data + 0.2 * noise
+    return module.eval()
+
+
+def texts(batch: int = 3, length: int = 7, seed: int = 0) -> Batch:
+    """Token ids of lengths that differ, padded at the end; the first text has no padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    lengths = length - torch.arange(batch) % (length - 2)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+
+
+def images(name: str, batch: int = 3, seed: int = 0) -> Batch:
+    return {name: torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))}
+
+
+def batches(network: Network, count: int, size: int = 3) -> list[Batch]:
+    """Inputs for ``network`` that differ from batch to batch."""
+    name = next(iter(network.inputs))
+    seeds = range(1, count + 1)
+    return [texts(size, seed=s) if network.token_mask else images(name, size, seed=s) for s in seeds]
+
+
+def network_around(module: nn.Module, inputs: Batch, logits: bool = False) -> Network:
+    """A `Network` with all outputs of ``module``."""
+    with torch.no_grad():
+        outputs = named_outputs(module(**inputs))
+    found = next(iter(outputs)) if logits else None
+    mask = "attention_mask" if "attention_mask" in inputs else None
+    source = Source("custom", type(module).__name__)
+    return Network(module, inputs, {n: n for n in outputs}, source, "random", token_mask=mask, logits=found)
+
+
+@cache
+def network(name: str) -> Network:
+    """The network of that name; one object for all tests, so leave it as it is."""
+    torch.manual_seed(0)
+    module = randomised({**_VISION, **_TEXT}[name]())
+    if name in _TEXT:
+        return network_around(module, texts(), logits=hasattr(module, "classifier"))
+    argument = {"hf": "pixel_values", "dinov2": "pixel_values", "segmenter": "image"}.get(name.split("_")[0], "x")
+    classifies = argument == "x" or name == "hf_vit"
+    return network_around(module, images(argument), logits=classifies)
+
+
+@cache
+def structure(name: str) -> Structure:
+    return describe(network(name).module, network(name).inputs)
+
+
+def vit(**arguments: Any) -> Network:
+    """A new timm vision transformer with the given arguments."""
+    return network_around(randomised(_vit(**arguments)), images("x"), logits=True)
+
+
+def kept_units(group: Group) -> st.SearchStrategy[tuple[int, ...]]:
+    """None, all or some of the units."""
+    some = st.sets(st.integers(0, group.units - 1)).map(lambda s: tuple(sorted(s)))
+    return st.one_of(st.just(()), st.just(tuple(range(group.units))), some)
+
+
+def plans(structure: Structure) -> st.SearchStrategy[Plan]:
+    """Plans that name some of the groups."""
+    return st.fixed_dictionaries({}, optional={g.name: kept_units(g) for g in structure.groups}).map(Plan)
+
+
+def empty_plan(structure: Structure, *kinds: str) -> Plan:
+    """No unit left in any group of these kinds (any kind if none is given)."""
+    return Plan({g.name: () for g in structure.groups if not kinds or g.kind in kinds})
+
+
+def uneven_plan(structure: Structure) -> Plan:
+    """Keeps a different number of units in every group, none in one of them."""
+    kept = {}
+    for i, group in enumerate(structure.groups):
+        generator = torch.Generator().manual_seed(i)
+        number = (i + 1) * group.units // (len(structure.groups) + 1) if i != 1 else 0
+        kept[group.name] = tuple(torch.randperm(group.units, generator=generator)[:number].sort().values.tolist())
+    return Plan(kept)
+
+
+def masks_of(structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """The masks that do what slicing by ``plan`` does."""
+    masks = {}
+    for name, kept in plan.kept.items():
+        masks[name] = torch.zeros(structure.group(name).units)
+        masks[name][list(kept)] = 1.0
+    return masks
