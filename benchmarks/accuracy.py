@@ -127,15 +127,15 @@ def main() -> None:
         if not (given.data_root / needed).exists():
             print(f"{name}: skipped, {given.data_root / needed} is absent")
             continue
-        rows += run(build(given.data_root), [float(f) for f in given.flops.split(",")])
+        measured = run(build(given.data_root), [float(f) for f in given.flops.split(",")])
+        print(f"written to {common.write_results(f'accuracy-{name}', measured)}")
+        rows += measured
     table = Table("case", "FLOPs kept", "repair", "figures")
     for row in rows:
         named = {k: v for k, v in row.items() if isinstance(v, float) and k != "flops" and not k.endswith("seconds")}
         figures = ", ".join(f"{k} {v:.3f}" if v < 2 else f"{k} {v:.2f}" for k, v in named.items())
         table.add_row(row["case"], f"{row['flops']:.3f}", row["repair"], figures)
     Console(width=110).print(table)
-    if rows:
-        print(f"written to {common.write_results('accuracy', rows)}")
 
 
 if __name__ == "__main__":

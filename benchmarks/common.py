@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from profilers import environment  # noqa: E402
+from profilers import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -106,17 +106,14 @@ def _calibration(
         raise UserError(f"{path} holds {len(items)} sample: at least 2 are needed, one of them to compare on")
     count = samples or DEFAULT_SAMPLES[kind]
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = (
-        min(_HELD_OUT, max(1, min(len(items), count + _HELD_OUT) // 8)) if len(items) < count + _HELD_OUT else _HELD_OUT
-    )
+    # A plentiful set is cut to what is asked for; of a small one, an eighth is held out.
+    plenty = len(items) >= count + _HELD_OUT
+    held = _HELD_OUT if plenty else max(1, len(items) // 8)
     used = order[: min(count, len(items) - held)]
-    batches, held_out = (
-        [
-            preprocess([items[i] for i in indices[start : start + _BATCH_SIZE[kind]]])
-            for start in range(0, len(indices), _BATCH_SIZE[kind])
-        ]
-        for indices in (used, order[len(used) : len(used) + held])
-    )
+    batches = [preprocess([items[i] for i in part]) for part in _parts(items, used, kind, seed)]
+    held_out = [
+        preprocess([items[i] for i in part]) for part in _split(order[len(used) : len(used) + held], _BATCH_SIZE[kind])
+    ]
     source = "built-in samples" if path is None else str(path)
     return Calibration(tuple(batches), tuple(held_out), source, path is None, len(used), _digest([*batches, *held_out]))
 
@@ -142,6 +139,20 @@ def _accepted(network: Network, calibration: Calibration) -> Calibration:
 
 def _is_table(path: Path | None) -> bool:
     return path is not None and path.suffix.lower() in (".csv", ".tsv")
+
+
+def _parts(items: Sequence[Any], used: list[int], kind: str, seed: int) -> list[list[int]]:
+    """Indices batch by batch. Texts of like length share a batch, so that little is padding; batches come in random
+    order, so that the first ones are as good a sample as any."""
+    if kind != "text":
+        return _split(used, _BATCH_SIZE[kind])
+    parts = _split(sorted(used, key=lambda i: len(items[i])), _BATCH_SIZE[kind])
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [parts[i] for i in order]
+
+
+def _split(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def image_files(path: Path) -> list[Path]:

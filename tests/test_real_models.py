@@ -1,4 +1,4 @@
-"""Real weights: the MiniLM from its package, and the networks and data of the shared data folder where it is present."""
+"""Real weights: the MiniLM from its package, and the shared networks and data where they are present."""
 
 import os
 import sys
