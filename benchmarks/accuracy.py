@@ -1,141 +1,165 @@
-"""Accuracy of real networks, dense and pruned, over budgets: the README's table.
+"""Accuracy of real networks, dense and pruned, by every criterion and rival, over budgets and seeds.
 
-    python benchmarks/accuracy.py --data-root ../shared/data --flops 0.75,0.6,0.5
+    python benchmarks/accuracy.py --cases stsb,sst2 --methods trajectory-obs,trajectory --flops 0.6,0.5 --seeds 0,1,2
 
-Cases whose data is absent are skipped with a line. Nothing is trained, and no label is used except to evaluate.
+Rows are kept in ``results/DEVICE/accuracy-CASE.json`` method by method, and a run goes on where an earlier one has
+stopped. ``--table`` only prints what is there. Cases whose data is absent are skipped with a line. Nothing is
+trained; labels are used to evaluate, and by Fisher scores.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections import defaultdict
 from pathlib import Path
-from time import perf_counter
+from statistics import mean, stdev
 from typing import Any
 
 import common
-import saliency
+import matplotlib
 import torch
+from cases import CASES, Case
+from methods import METHODS, Outcome
 from rich.console import Console
 from rich.table import Table
 
-from optin_deploy import Network, load_calibration, load_network
-from optin_deploy.calibration import image_files, read_images
 from optin_deploy.costs import count_flops
-from optin_deploy.evaluation import load_dataset
-from optin_deploy.pruning import examine, remove
-from optin_deploy.scoring import score
-from optin_deploy.search import search
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+# Figures of which less is better.
+_LESS_IS_BETTER = ("KL", "difference")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One network, its calibration data, and ``measure``: a module in the network's place -> figures by name."""
-
-    name: str
-    network: Network
-    batches: tuple[dict[str, torch.Tensor], ...]
-    measure: Callable[[torch.nn.Module], dict[str, float]]
+def result_file(case: str) -> Path:
+    """Where the rows of a case are."""
+    return common.RESULTS / common.device_name() / f"accuracy-{case}.json"
 
 
-def stsb(data: Path) -> Case:
-    """all-MiniLM-L6-v2 on STS-B dev, calibrated on unlabelled STS-B train sentences."""
-    network = load_network(common.minilm_directory())
-    return _text_case("MiniLM, STS-B dev", network, data / "stsb" / "train.csv", "1,2", data / "stsb" / "dev.csv")
+def read_rows(case: str) -> list[Row]:
+    """The rows measured so far."""
+    path = result_file(case)
+    return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
 
 
-def sst2(data: Path) -> Case:
-    """MiniLM fine-tuned on SST-2, on its dev set, calibrated on unlabelled SST-2 train sentences."""
-    network = load_network(str(data / "minilm_sst2"))
-    return _text_case("minilm_sst2, SST-2 dev", network, data / "sst2" / "train.tsv", "1", data / "sst2" / "dev.tsv")
+def run(name: str, data: Path, methods: list[str], budgets: list[float], seeds: list[int]) -> None:
+    """Measure what is missing of a case."""
+    rows = read_rows(name)
+    for seed in seeds:
+        missing = {m: [b for b in budgets if (m, b, seed) not in _done(rows)] for m in methods}
+        if not any(missing.values()):
+            continue
+        case = CASES[name][0](data, seed, None)
+        total = count_flops(case.network.module, case.network.inputs)
+        if not any(row["method"] == "dense" and row["seed"] == seed for row in rows):
+            rows.append({"method": "dense", "name": "dense", "repair": "-", "budget": 1.0, "flops": 1.0, "seed": seed,
+                         "figures": case.measure(case.network.module)})  # fmt: skip
+        for method, wanted in missing.items():
+            for outcome in METHODS[method](case, wanted, seed) if wanted else ():
+                rows.append({"method": method, "seed": seed, **_measured(case, outcome, total)})
+                print(f"{name} seed {seed}: {_line(rows[-1])}", flush=True)
+            common.write_results(f"accuracy-{name}", rows)
 
 
-def _text_case(name: str, network: Network, calibration: Path, column: str, evaluation: Path) -> Case:
-    dataset = load_dataset(network, evaluation)
-    batches = load_calibration(network, calibration, column=column).batches
-    return Case(name, network, batches, lambda m: {dataset.metric: dataset.measure(m, lambda _: None)})
+def _done(rows: list[Row]) -> set[tuple[str, float, int]]:
+    return {(row["method"], row["budget"], row["seed"]) for row in rows}
 
 
-def saliency_maps(data: Path) -> Case:
-    """ViT-S/14 with a saliency decoder; calibrated on 64 photographs, judged on 48 others by its own dense maps."""
-    network = saliency.saliency_network(data)
-    calibration = load_calibration(network, data / "photos")
-    used = set(calibration_files(data / "photos", calibration.samples))
-    others = [f for f in image_files(data / "photos") if f not in used][:48]
-    judged = [network.preprocessing(read_images(others[i : i + 16])) for i in range(0, 48, 16)]
-
-    def measure(module: torch.nn.Module) -> dict[str, float]:
-        correlation, difference = saliency.map_agreement(network.module, module, judged)
-        return {"correlation": correlation, "mean abs. difference": difference}
-
-    return Case("vit_small_saliency", network, calibration.batches, measure)
+def _measured(case: Case, outcome: Outcome, total: int) -> Row:
+    row: Row = {"name": outcome.method, "repair": outcome.repair, "budget": outcome.budget, "seconds": outcome.seconds}
+    if outcome.module is None or outcome.plan is None:
+        return {**row, "flops": None, "figures": None, "reason": outcome.reason}
+    kept = {name: len(units) for name, units in outcome.plan.kept.items()}
+    flops = count_flops(outcome.module, case.network.inputs) / total
+    return {**row, "flops": flops, "figures": case.measure(outcome.module), "kept": kept}
 
 
-def calibration_files(folder: Path, samples: int, seed: int = 0) -> list[Path]:
-    """The pictures that ``load_calibration`` draws for this seed."""
-    files = image_files(folder)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [files[i] for i in order[:samples]]
+def _line(row: Row) -> str:
+    figures = row["figures"]
+    told = ", ".join(f"{n} {v:.4g}" for n, v in figures.items()) if figures else row["reason"]
+    return f"{row['name']}, repair {row['repair']}, {row['budget']}: {told} ({row['seconds']:.0f} s)"
 
 
-CASES: dict[str, tuple[Callable[[Path], Case], str]] = {
-    "stsb": (stsb, "stsb"),
-    "sst2": (sst2, "minilm_sst2"),
-    "saliency": (saliency_maps, "vit_small_saliency"),
-}
+def summary(rows: list[Row], figure: str) -> dict[tuple[str, str], dict[float, tuple[float, float, int]]]:
+    """(name, repair) -> budget -> mean, standard deviation and number of seeds of one figure."""
+    values: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["figures"]:
+            values[row["name"], row["repair"]][row["budget"]].append(row["figures"][figure])
+    return {
+        key: {b: (mean(v), stdev(v) if len(v) > 1 else 0.0, len(v)) for b, v in of_budget.items()}
+        for key, of_budget in values.items()
+    }
 
 
-def run(case: Case, budgets: list[float]) -> list[dict[str, Any]]:
-    """Score once, then search, slice, repair and measure for every budget."""
-    start = perf_counter()
-    anatomy = examine(case.network)
-    scores = score(case.network, anatomy.structure, case.batches)
-    scored = perf_counter() - start
-    rows = [{"case": case.name, "flops": 1.0, "repair": "-", **case.measure(case.network.module)}]
-    for budget in budgets:
-        plan = search(anatomy.structure, scores, anatomy.costs, budget, align=64)
-        for ridge in (None, 0.1):
-            start = perf_counter()
-            small = remove(case.network, anatomy.structure, plan, case.batches, ridge)
-            repaired = perf_counter() - start
-            flops = count_flops(small, case.network.inputs) / anatomy.costs.total
-            kept = [len(plan.kept[g.name]) for g in anatomy.structure.groups]
-            figures = case.measure(small)
-            rows.append(
-                {
-                    "case": case.name,
-                    "flops": flops,
-                    "repair": "ridge" if ridge else "none",
-                    **figures,
-                    "score_seconds": scored,
-                    "repair_seconds": repaired if ridge else 0.0,
-                    "kept": kept,
-                }
-            )
-            print(f"{case.name}: {flops:.3f} of the FLOPs, repair {rows[-1]['repair']}: {figures}", flush=True)
-    return rows
+def table(case: str, rows: list[Row], figure: str) -> Table:
+    """Mean over seeds of one figure by method and budget, the best of each budget in bold."""
+    found = summary(rows, figure)
+    budgets = sorted({b for of_budget in found.values() for b in of_budget if b < 1}, reverse=True)
+    dense = next(iter(found.get(("dense", "-"), {1.0: (float("nan"), 0.0, 0)}).values()))[0]
+    made = Table("method", "repair", *(f"{b:g}" for b in budgets), title=f"{case}: {figure}, dense {dense:.4g}")
+    sign = -1 if any(word in figure for word in _LESS_IS_BETTER) else 1
+    best = {b: max(sign * v[b][0] for k, v in found.items() if b in v and k[0] != "dense") for b in budgets}
+    for (name, repair), of_budget in found.items():
+        if name == "dense":
+            continue
+        cells = []
+        for b in budgets:
+            if b not in of_budget:
+                cells.append("-")
+                continue
+            value, spread, seeds = of_budget[b]
+            told = f"{value:.4g}" + (f" ± {spread:.2g}" if seeds > 1 else "")
+            cells.append(f"[bold]{told}[/bold]" if sign * value >= best[b] else told)
+        made.add_row(name, repair, *cells)
+    return made
+
+
+def plot(case: str, rows: list[Row]) -> Path:
+    """Headline figure over FLOPs, one line per method with its repair; an SVG beside the JSON."""
+    figure = next(iter(next(row["figures"] for row in rows if row["figures"])))
+    found = summary(rows, figure)
+    drawing, axes = plt.subplots(figsize=(6.4, 4.0))
+    for (name, repair), of_budget in found.items():
+        if name == "dense":
+            axes.axhline(next(iter(of_budget.values()))[0], color="0.6", linestyle=":", label="dense")
+        elif repair != "none" or name == "trajectory":
+            points = sorted((b, v[0]) for b, v in of_budget.items())
+            label = name if repair != "none" else f"{name} (OPTIN), no repair"
+            wide = 2.4 if name == "trajectory-obs" else 1.2
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=wide, label=label)
+    axes.set(xlabel="part of the FLOPs kept", ylabel=figure, title=case)
+    axes.legend(fontsize=7)
+    path = result_file(case).with_suffix(".svg")
+    drawing.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(drawing)
+    return path
 
 
 def main() -> None:
-    """Run the cases whose data is there, print the table, write the JSON."""
+    """Run the cases whose data is there, print the tables, draw the plots."""
     arguments = common.parser(__doc__ or "")
-    arguments.add_argument("--flops", default="0.75,0.6,0.5", help="budgets, comma-separated")
+    arguments.add_argument("--flops", default="0.8,0.7,0.6,0.5,0.4", help="budgets, comma-separated")
     arguments.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    arguments.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
+    arguments.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    arguments.add_argument("--table", action="store_true", help="only print and draw what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    rows: list[dict[str, Any]] = []
+    budgets, seeds = ([kind(v) for v in text.split(",")] for kind, text in ((float, given.flops), (int, given.seeds)))
     for name in given.cases.split(","):
-        build, needed = CASES[name]
-        if not (given.data_root / needed).exists():
-            print(f"{name}: skipped, {given.data_root / needed} is absent")
+        needed = given.data_root / CASES[name][1]
+        if not given.table and not needed.exists():
+            print(f"{name}: skipped, {needed} is absent")
+        elif not given.table:
+            run(name, given.data_root, given.methods.split(","), budgets, [int(s) for s in seeds])
+        rows = read_rows(name)
+        if not rows:
             continue
-        measured = run(build(given.data_root), [float(f) for f in given.flops.split(",")])
-        print(f"written to {common.write_results(f'accuracy-{name}', measured)}")
-        rows += measured
-    table = Table("case", "FLOPs kept", "repair", "figures")
-    for row in rows:
-        named = {k: v for k, v in row.items() if isinstance(v, float) and k != "flops" and not k.endswith("seconds")}
-        figures = ", ".join(f"{k} {v:.3f}" if v < 2 else f"{k} {v:.2f}" for k, v in named.items())
-        table.add_row(row["case"], f"{row['flops']:.3f}", row["repair"], figures)
-    Console(width=110).print(table)
+        for figure in next(row["figures"] for row in rows if row["figures"]):
+            if "standard error" not in figure:
+                Console(width=150).print(table(name, rows, figure))
+        print(f"rows in {result_file(name)}, plot in {plot(name, rows)}")
 
 
 if __name__ == "__main__":

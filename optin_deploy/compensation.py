@@ -1,39 +1,53 @@
-"""Closed-form repair: refit each output projection so that the pruned network follows the dense residual stream.
+"""Closed-form repair: refit the linear maps of a pruned network so that it follows the dense one.
 
-Sequential ridge regression, no labels and no gradients. With X the activations that enter the sliced projection in the
-already pruned network, r̃ the residual stream there, and s the dense network's stream after the sublayer, the weights
-and bias that give X Wᵀ + b ≈ (s − r̃) / γ in the least-squares sense are folded into the projection (γ: LayerScale).
+Sequential ridge regression, no labels and no gradients. In the order in which the pruned network runs, every linear
+layer and convolution is refitted on the inputs that it gets there, behind the maps already refitted:
+
+- a projection behind a group's units gives the dense residual stream back: with x̃ what enters it and r̃ the stream in
+  the pruned network, s the dense stream after the sublayer, γ the factor between (LayerScale, batch norm), the targets
+  are (s − r̃) / γ, or the dense output where the stream is unknown;
+- any other map (queries, keys, values, the first map of an FFN, a classifier) gives what it gives in the dense
+  network, in those features that are left.
+
+What is penalised is the change of the weights, and how strongly is chosen on held-out rows (see ``ridge``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.network import Network
+from optin_deploy.network import Network, named_outputs
 from optin_deploy.plan import Plan
+from optin_deploy.projections import design, set_weight_matrix, some_rows, weight_matrix
 from optin_deploy.replay import recorded_inputs, recorded_outputs, resumed, run_until
-from optin_deploy.slicing import output_bias
-from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.ridge import STRENGTHS, Moments, fit
+from optin_deploy.slicing import features_of, output_bias, query_gain
+from optin_deploy.structure.groups import Group, Structure, channels_last
+from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
 
 Batch = Mapping[str, Tensor]
+# Every so many batches, one is held out to choose the strength of the ridge.
+_HOLD_OUT = 4
 
 
-@dataclass
-class _Moments:
-    """Second moments of ``[X, 1]`` and of ``[X, 1]`` with the targets, in float64."""
+@dataclass(frozen=True)
+class _Map:
+    """A linear map to refit: the module that runs in the pruned network, and what it stands for in the dense one.
 
-    gram: Tensor | None = None
-    cross: Tensor | None = None
+    ``group`` is the one whose units it stands behind, if any. ``outputs`` are factors of the dense map's output
+    features, 0 for those removed, None for all ones. A map that has ``vanished``, whose group has no units left, is
+    only a bias.
+    """
 
-    def add(self, x: Tensor, target: Tensor) -> None:
-        """Add rows: ``x`` of shape ``(rows, features)``, ``target`` of shape ``(rows, outputs)``."""
-        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        gram, cross = (x.T @ x).double(), (x.T @ target).double()
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.cross = cross if self.cross is None else self.cross + cross
+    module: str
+    dense: str
+    group: Group | None
+    outputs: Tensor | None
+    vanished: bool
 
 
 @torch.no_grad()
@@ -43,116 +57,343 @@ def compensate(
     structure: Structure,
     plan: Plan,
     batches: Sequence[Batch],
-    ridge: float,
-    advance: Callable[[int], None],
+    strengths: Sequence[float] = STRENGTHS,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Refit the output projections of every pruned group of ``pruned`` (a sliced copy of ``network``), in place.
+    """Refit the linear maps of ``pruned`` (a sliced copy of ``network``) from the first pruned group on, in place.
 
     Args:
         structure: of the dense network.
-        ridge: penalty on the change of the weights, relative to the mean squared activation.
+        strengths: of the ridge, relative to the mean squared activation; where there are several, every map gets the
+            one that does best on held-out batches.
         advance: called with 1 after every block.
     """
-    dense_done: list[dict[str, Any]] = [{} for _ in batches]
-    pruned_done: list[dict[str, Any]] = [{} for _ in batches]
+    repair = _Repair(network, pruned, structure, plan, batches, strengths)
     for layer, block in enumerate(structure.blocks):
-        groups = [g for g in structure.groups if g.layer == layer and _is_pruned(g, plan)]
-        targets = [
-            _dense_streams(network.module, batch, block, groups, done)
-            for batch, done in zip(batches, dense_done, strict=True)
-        ]
-        for group in groups:
-            moments = _Moments()
-            for batch, done, dense in zip(batches, pruned_done, targets, strict=True):
-                x, stream = _pruned_inputs(pruned, batch, block, group, plan, done)
-                target = dense[group.name] if stream is None else dense[group.name] - stream
-                if group.scale:
-                    target = target / pruned.get_parameter(group.scale)
-                if x is None:
-                    x = target[..., :0]
-                valid = network.valid_tokens(batch)
-                moments.add(_rows(x, valid), _rows(target, valid))
-            _refit(pruned, group, plan, moments, ridge)
-        for batch, done in zip(batches, pruned_done, strict=True):
-            with resumed(pruned, done):
-                _remember(done, block, run_until(pruned, batch, block))
+        repair.block(layer, block)
         advance(1)
+    repair.tail()
 
 
-def _is_pruned(group: Group, plan: Plan) -> bool:
-    return group.name in plan.kept and len(plan.kept[group.name]) < group.units
+class _Repair:
+    """The state of a repair: for every batch, what the blocks done so far give in both networks."""
+
+    def __init__(
+        self,
+        network: Network,
+        pruned: nn.Module,
+        structure: Structure,
+        plan: Plan,
+        batches: Sequence[Batch],
+        strengths: Sequence[float],
+    ) -> None:
+        self.network, self.pruned, self.structure, self.plan = network, pruned, structure, plan
+        self.batches, self.strengths = batches, strengths
+        self.dense_done: list[dict[str, Any]] = [{} for _ in batches]
+        self.pruned_done: list[dict[str, Any]] = [{} for _ in batches]
+        self.changed = False
+        self.skips = _has_skips(network.module, structure, batches[0]) if batches else False
+        self.maps = _maps(network.module, pruned, structure, plan)
+
+    def block(self, layer: int, block: str) -> None:
+        """Refit the maps of one block, from the first pruned group on, and run both networks past it."""
+        groups = [g for g in self.structure.groups if g.layer == layer]
+        pruned = any(_is_pruned(g, self.structure, self.plan) for g in groups)
+        stages = self._stages(block) if self.changed or pruned else []
+        while stages and not self.changed:
+            first = [m.group for m in stages[0] if m.group is not None]
+            self.changed = any(_is_pruned(g, self.structure, self.plan) for g in first)
+            stages = stages if self.changed else stages[1:]
+        for stage in stages:
+            self._refit(stage, block)
+        for module, dones in ((self.network.module, self.dense_done), (self.pruned, self.pruned_done)):
+            for batch, done in zip(self.batches, dones, strict=True):
+                with resumed(module, done):
+                    self._remember(done, block, run_until(module, batch, block))
+
+    def _remember(self, done: dict[str, Any], block: str, output: Any) -> None:
+        """Keep ``output``; of earlier blocks no more than the shapes, if they only have to be skipped."""
+        if not self.skips:
+            _hollow_out(done)
+        done[block] = output
+
+    def tail(self) -> None:
+        """Refit the maps behind the last block."""
+        for stage in self._stages(None) if self.changed else []:
+            self._refit(stage, None)
+
+    def _stages(self, block: str | None) -> list[list[_Map]]:
+        """Maps of a block, or of what is behind the last block, in order; those of a stage are given the same input."""
+        # The tensors are held: memory that is given back would make the inputs of two maps look like one.
+        ran: list[tuple[str, Tensor | None, int]] = []
+        first, last = self.structure.blocks[0], self.structure.blocks[-1]
+
+        def hook(name: str) -> Any:
+            def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
+                given = first_tensor(args)
+                ran.append((name, given, 0 if given is None or given.is_inference() else given._version))
+
+            return note
+
+        inside = [m for m in self.maps if block is None or m == block or m.startswith(f"{block}.")]
+        with ExitStack() as stack:
+            for name in (*inside, *((first, last) if block is None else ())):
+                handle = self.pruned.get_submodule(name).register_forward_hook(hook(name))
+                stack.callback(handle.remove)
+            with resumed(self.pruned, self.pruned_done[0]):
+                if block is None:
+                    self.pruned(**self.batches[0])
+                else:
+                    run_until(self.pruned, self.batches[0], block)
+        names = [name for name, *_ in ran]
+        if block is None:
+            behind = max(i for i, name in enumerate(names) if name in (first, last))
+            ran = [r for r in ran[behind + 1 :] if not any(_is_inside(r[0], b) for b in self.structure.blocks)]
+        stages: list[list[_Map]] = []
+        before: tuple[int, int] | None = None
+        for name, given, version in ran:
+            # A module that runs more than once has no single input to be fitted on.
+            if names.count(name) > 1:
+                continue
+            found = self.maps[name]
+            own = None if given is None or found.group is not None else (given.data_ptr(), version)
+            if own is not None and own == before:
+                stages[-1].append(found)
+            else:
+                stages.append([found])
+            before = own
+        return _shortcuts_first(stages)
+
+    def _targets(self, stage: list[_Map], block: str | None, batch: Batch, done: dict[str, Any]) -> dict[str, Tensor]:
+        """What the dense network gives in place of the maps of a stage, of a projection in units of the stream.
+
+        It is run anew for every stage: keeping what all maps give for all batches would take far more memory.
+        """
+        module = self.network.module
+        groups = [m.group for m in stage if m.group is not None]
+        with resumed(module, done), _streams(module, groups) as streams, _outputs(module, stage) as outputs:
+            self._run(module, batch, block, stage[-1].dense, groups)
+        targets = {}
+        for found in stage:
+            axis = _axis(module.get_submodule(found.dense))
+            target = channels_last(outputs[found.dense], axis)
+            if found.group is not None and found.group.has_stream:
+                scale, shift = stream_scale(module, found.group), stream_shift(module, found.group)
+                target = target if scale is None else target * scale
+                target = target if shift is None else target + shift
+                target = target + channels_last(streams[found.group.name], axis)
+            elif found.outputs is not None:
+                factors = found.outputs.to(target)
+                target = (target * factors)[..., factors != 0]
+            targets[found.module] = target
+        return targets
+
+    def _run(self, module: nn.Module, batch: Batch, block: str | None, last: str, groups: Sequence[Group]) -> None:
+        """Run ``module`` as far as a stage needs it."""
+        if block is None:
+            module(**batch)
+        else:
+            # A shortcut may run behind the projection.
+            run_until(module, batch, block if any(g.shortcut for g in groups) else last)
+
+    def _refit(self, stage: list[_Map], block: str | None) -> None:
+        sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
+        several = len(self.strengths) > 1 and len(self.batches) > 1
+        for index, batch in enumerate(self.batches):
+            # Counted from the end, so that of few batches one is held out, too.
+            held_out = several and (len(self.batches) - 1 - index) % _HOLD_OUT == 0
+            targets = self._targets(stage, block, batch, self.dense_done[index])
+            for name, moments in self._moments(stage, block, batch, self.pruned_done[index], targets).items():
+                before = sums[name][held_out]
+                sums[name][held_out] = moments if before is None else before + moments
+        for found in stage:
+            training, held_out_moments = sums[found.module]
+            assert training is not None
+            self._write(found, training, held_out_moments)
+
+    def _moments(
+        self, stage: list[_Map], block: str | None, batch: Batch, done: dict[str, Any], targets: dict[str, Tensor]
+    ) -> dict[str, Moments]:
+        groups = [m.group for m in stage if m.group is not None]
+        names, valid = tuple(m.module for m in stage if not m.vanished), self.network.valid_tokens(batch)
+        inputs = recorded_inputs(self.pruned, names)
+        with resumed(self.pruned, done), _streams(self.pruned, groups) as streams, inputs as given:
+            self._run(self.pruned, batch, block, stage[-1].module, groups)
+        found = {}
+        for each in stage:
+            target = targets[each.module]
+            if each.group is not None and each.group.has_stream:
+                target = self._asked(each, target, streams[each.group.name])
+            target = _flat(target, valid)
+            if each.vanished:
+                x = target[:, :0]
+            else:
+                x = _flat(design(self.pruned.get_submodule(each.module), given[each.module]), valid)
+            rows = some_rows(len(target))
+            found[each.module] = Moments.of(x[rows], target[rows])
+        return found
+
+    def _asked(self, each: _Map, after: Tensor, before: Tensor) -> Tensor:
+        """What the projection has to give, so that the stream is ``after`` behind it."""
+        assert each.group is not None
+        target = after - channels_last(before, each.group.axis)
+        shift, scale = stream_shift(self.pruned, each.group), stream_scale(self.pruned, each.group)
+        target = target if shift is None else target - shift
+        # A factor of zero hides what the projection gives.
+        return target if scale is None else target / torch.where(scale == 0, 1.0, scale)
+
+    def _write(self, found: _Map, training: Moments, held_out: Moments | None) -> None:
+        module = self.pruned.get_submodule(found.module)
+        bias = output_bias(self.pruned, found.group) if found.group is not None else module.bias
+        norm_bias = None
+        if bias is None and found.group is not None and found.group.norm is not None:
+            norm_bias = self.pruned.get_submodule(found.group.norm).bias
+        old = torch.zeros_like(training.cross)
+        if not found.vanished:
+            old[:-1] = weight_matrix(module).T.double()
+        if isinstance(bias, Tensor):
+            old[-1] = bias.double()
+        free = isinstance(bias, Tensor) or norm_bias is not None
+        solution = fit(training, held_out, old, self.strengths, bias=free)
+        if not found.vanished:
+            set_weight_matrix(module, solution[:-1].T)
+        if isinstance(bias, Tensor):
+            bias.copy_(solution[-1])
+        elif isinstance(norm_bias, Tensor):
+            assert found.group is not None
+            scale = stream_scale(self.pruned, found.group)
+            assert scale is not None
+            norm_bias.add_(solution[-1] * scale)
 
 
-def _dense_streams(
-    module: nn.Module, batch: Batch, block: str, groups: Sequence[Group], done: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Run the next dense block; for each group the stream after its sublayer, or its output where no stream is known.
+def _shortcuts_first(stages: list[list[_Map]]) -> list[list[_Map]]:
+    """The stages in such an order that maps in a shortcut come before the projection that is added to it."""
+    ordered: list[list[_Map]] = []
+    for stage in stages:
+        shortcuts = [m.group.shortcut for m in stage if m.group is not None and m.group.shortcut is not None]
+        early = [s for s in stages if any(_is_inside(m.module, name) for m in s for name in shortcuts)]
+        ordered += [s for s in (*early, stage) if s not in ordered]
+    return ordered
 
-    In the units of the stream: the output is multiplied by LayerScale where the stream is known.
-    """
-    residuals = tuple(g.residual for g in groups if g.residual)
-    with (
-        resumed(module, done),
-        recorded_inputs(module, residuals) as streams,
-        recorded_outputs(module, tuple(g.output for g in groups)) as outputs,
-    ):
-        _remember(done, block, run_until(module, batch, block))
-    after = {}
+
+def _is_pruned(group: Group, structure: Structure, plan: Plan) -> bool:
+    """Whether units of ``group``, or of its heads' width, are gone."""
+    both = (group, structure.narrowing(group.name))
+    return any(g is not None and len(plan.kept.get(g.name, range(g.units))) < g.units for g in both)
+
+
+def _is_inside(name: str, block: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
+
+
+def _maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan: Plan) -> dict[str, _Map]:
+    """All maps that can be refitted, by the name of the module in the pruned network."""
+    maps: dict[str, _Map] = {}
+    modules, dense_modules = dict(pruned.named_modules()), dict(dense.named_modules())
+    behind = {g.output for g in structure.groups}
+    for group in structure.groups:
+        kept = plan.kept.get(group.name, tuple(range(group.units)))
+        if group.kind == "width":
+            continue
+        name = group.output
+        if not kept:
+            name = next(n for n, kind in group.stand_ins if kind.startswith("constant"))
+        maps[name] = _Map(name, group.output, group, None, not kept)
+    weights = [id(p) for m in modules.values() for n, p in m.named_parameters(recurse=False) if n == "weight"]
+    for name, module in modules.items():
+        is_map = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if not is_map or name in behind or name not in dense_modules or weights.count(id(module.weight)) > 1:
+            continue
+        gain = _kept_outputs(dense_modules[name], name, structure, plan)
+        maps[name] = _Map(name, name, None, gain, False)
+    return maps
+
+
+def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan) -> Tensor | None:
+    """Factors of the features that ``name`` gives: 0 for those removed, None where all stay as they are."""
+    features = len(dense.get_parameter("weight"))
+    factors = torch.ones(features)
+    for group in structure.groups:
+        kept = plan.kept.get(group.name, range(group.units))
+        if len(kept) == group.units:
+            continue
+        if any(side.module == name and side.axis == "out" for side in group.sides):
+            stay = torch.zeros(features)
+            stay[features_of(torch.tensor(tuple(kept), dtype=torch.long), group, features)] = 1.0
+            factors *= stay
+        if group.kind == "width" and group.qkv is not None and group.qkv.queries.module == name:
+            factors[group.qkv.queries.of(features)] *= query_gain(group, len(kept))
+    return None if bool((factors == 1).all()) else factors
+
+
+def _axis(module: nn.Module) -> int:
+    return 1 if isinstance(module, nn.Conv2d) else -1
+
+
+@contextmanager
+def _streams(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Tensor]]:
+    """Collect, by group, the residual streams that projections add to."""
+    inputs = tuple(g.residual for g in groups if g.residual is not None)
+    outputs = tuple(g.shortcut for g in groups if g.shortcut is not None)
+    found: dict[str, Tensor] = {}
+    with recorded_inputs(module, inputs) as given, recorded_outputs(module, outputs) as returned:
+        yield found
     for group in groups:
-        update = outputs[group.output]
-        if group.scale:
-            update = update * module.get_parameter(group.scale)
-        after[group.name] = streams[group.residual] + update if group.residual else update
-    return after
+        if group.residual is not None:
+            found[group.name] = given[group.residual]
+        elif group.shortcut is not None:
+            found[group.name] = returned[group.shortcut]
 
 
-def _pruned_inputs(
-    module: nn.Module, batch: Batch, block: str, group: Group, plan: Plan, done: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Activations behind the units kept, ``(batch, tokens, features)``, if any are kept, and the residual stream if it
-    is known."""
-    vanished = not plan.kept[group.name]
-    wanted = (*((group.residual,) if group.residual else ()), *(() if vanished else (group.output,)))
-    with resumed(module, done), recorded_inputs(module, wanted) as seen:
-        run_until(module, batch, block)
-    return seen.get(group.output), seen.get(group.residual or "")
+@contextmanager
+def _outputs(module: nn.Module, maps: Sequence[_Map]) -> Iterator[dict[str, Tensor]]:
+    """Collect copies of what the maps give in the dense network: an activation behind may work in place."""
+    found: dict[str, Tensor] = {}
+
+    def copy_to(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            found[name] = output.clone()
+
+        return hook
+
+    with ExitStack() as stack:
+        for each in maps:
+            handle = module.get_submodule(each.dense).register_forward_hook(copy_to(each.dense))
+            stack.callback(handle.remove)
+        yield found
 
 
-def _remember(done: dict[str, Any], block: str, output: Any) -> None:
-    """Keep ``output``; of earlier blocks, which only have to be skipped, no more than the shapes."""
-    for name, earlier in done.items():
-        done[name] = _hollow(earlier)
-    done[block] = output
+def _has_skips(module: nn.Module, structure: Structure, batch: Batch) -> bool:
+    """Whether more is made of a block's output than the next block's input, as in a U-Net: tried by hiding it."""
+    done: dict[str, Any] = {}
+    for block in structure.blocks:
+        with resumed(module, done):
+            output = run_until(module, batch, block)
+        if not _is_finite(output):
+            return True
+        _hollow_out(done)
+        done[block] = output
+    with resumed(module, done):
+        return not _is_finite(module(**batch))
+
+
+def _is_finite(output: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in named_outputs(output).values())
+
+
+def _hollow_out(done: dict[str, Any]) -> None:
+    for name, output in done.items():
+        done[name] = _hollow(output)
 
 
 def _hollow(output: Any) -> Any:
+    """NaN of the same shapes, in no memory."""
     if isinstance(output, Tensor):
-        return output.new_zeros(()).expand(output.shape)
+        return output.new_full((), float("nan") if output.is_floating_point() else 0).expand(output.shape)
     return tuple(_hollow(o) for o in output) if isinstance(output, tuple) else output
 
 
-def _rows(x: Tensor, valid: Tensor | None) -> Tensor:
-    rows = x.flatten(0, -2)
+def _flat(values: Tensor, valid: Tensor | None) -> Tensor:
+    """``(…, features)`` as rows, padding left out."""
+    rows = values.flatten(0, -2)
     return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows
-
-
-def _refit(module: nn.Module, group: Group, plan: Plan, moments: _Moments, ridge: float) -> None:
-    """Solve for the change of weights and bias; the ridge pulls the change, not the weights, towards zero."""
-    assert moments.gram is not None and moments.cross is not None
-    gram, cross = moments.gram, moments.cross
-    bias = output_bias(module, group)
-    weight = module.get_parameter(f"{group.output}.weight") if plan.kept[group.name] else None
-    features = len(gram) - 1
-    old = torch.zeros_like(cross)
-    if weight is not None:
-        old[:features] = weight.T.double()
-    if bias is not None:
-        old[features] = bias.double()
-    penalty = torch.zeros(features + 1, dtype=gram.dtype, device=gram.device)
-    penalty[:features] = ridge * gram.diagonal()[:features].mean() if features else 0.0
-    free = slice(None) if bias is not None else slice(features)
-    change = torch.linalg.solve((gram + penalty.diag())[free, free], (cross - gram @ old)[free])
-    if weight is not None:
-        weight.copy_((old[:features] + change[:features]).T)
-    if bias is not None:
-        bias.copy_(old[features] + change[features])

@@ -1,7 +1,7 @@
 """FLOPs, counted by torch's own counter on a real input. One multiply-add is two FLOPs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,36 @@ from optin_deploy.structure.groups import Structure
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network costs: in all, and per unit of each group. The unit is FLOPs for one sample."""
+    """What a network costs: in all, and per unit of each group. The unit is FLOPs for one sample.
+
+    ``widths`` says which group is the width of which heads: what those heads cost is proportional to both, and a
+    dimension's cost is its part of that.
+    """
 
     total: float
     per_unit: Mapping[str, float]
     units: Mapping[str, int]
+    widths: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
         """The cost with every unit removed."""
-        return self.total - sum(self.per_unit[name] * n for name, n in self.units.items())
+        return self.total - sum(self.per_unit[name] * self.units[name] for name in self._removable)
 
     def of(self, plan: Plan) -> float:
         """The cost of the network that ``plan`` leaves."""
-        return self.total - sum(self.per_unit[name] * (self.units[name] - len(k)) for name, k in plan.kept.items())
+        return self.floor + sum(
+            self.per_unit[name] * self.units[name] * self._share(plan, name) * self._share(plan, self.widths.get(name))
+            for name in self._removable
+        )
+
+    @property
+    def _removable(self) -> list[str]:
+        widths = set(self.widths.values())
+        return [name for name in self.units if name not in widths]
+
+    def _share(self, plan: Plan, name: str | None) -> float:
+        return len(plan.kept[name]) / self.units[name] if name is not None and name in plan.kept else 1.0
 
 
 def count_flops(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
@@ -45,7 +61,8 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
         owned = sum(sum(counts.get(f"{prefix}.{owner}", {}).values()) for owner in group.owners)
         per_unit[group.name] = owned / group.units
     total = sum(counts.get("Global", {}).values())
-    return Costs(total, per_unit, {g.name: g.units for g in structure.groups})
+    widths = {g.heads: g.name for g in structure.groups if g.heads is not None}
+    return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths)
 
 
 def flops_share(module: nn.Module, inputs: Mapping[str, Tensor], name: str) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optin_deploy.calibration import image_files, read_images, read_table, table_columns
 from optin_deploy.errors import UserError
+from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 
@@ -122,7 +123,7 @@ def _images(network: Network, path: Path) -> Dataset:
     if network.logits is None:
         raise UserError("the network has no class logits: top-1 cannot be measured")
     folders = [file.relative_to(path).parts[0] for file in labelled]
-    numbers = _class_numbers(network, path, sorted(set(folders)))
+    numbers = class_numbers(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
@@ -134,33 +135,14 @@ def _images(network: Network, path: Path) -> Dataset:
     return Dataset("top-1", str(path), len(labelled), len(labelled), measure)
 
 
-def _class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str, int]:
-    """Class folders in the order of their names where there is one for every class, else what their names say."""
-    classes = _classes(network)
-    if len(folders) == classes:
-        return {folder: number for number, folder in enumerate(folders)}
-    try:
-        return {folder: _label(network, folder, classes) for folder in folders}
-    except ValueError as error:
-        raise UserError(
-            f"{path} has {len(folders)} class folders, the network tells {classes} classes: give one folder "
-            f"with images for every class, or name folders by class number or label; {error}"
-        ) from error
-
-
-def _classes(network: Network) -> int:
-    with torch.inference_mode():
-        return network.forward(network.inputs)[network.logits or ""].shape[-1]
-
-
 def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
     if network.logits is None:
         raise UserError(
             "the network has no class logits: accuracy cannot be measured (sentence pairs need three columns)"
         )
     try:
-        classes = _classes(network)
-        labels = [_label(network, row[1].strip(), classes) for row in rows]
+        classes = class_count(network)
+        labels = [class_number(network, row[1].strip(), classes) for row in rows]
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -172,16 +154,6 @@ def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
         return _accuracy([rows[i][0] for i in order], [labels[i] for i in order], logits, advance)
 
     return Dataset("accuracy", str(path), len(rows), len(rows), measure)
-
-
-def _label(network: Network, label: str, classes: int) -> int:
-    names = getattr(getattr(network.module, "config", None), "label2id", None) or {}
-    if label in names:
-        return int(names[label])
-    if label.isdecimal() and int(label) < classes:
-        return int(label)
-    known = f" and none of {', '.join(map(str, names))}"[:120] if names else ""
-    raise ValueError(f"label {label!r} is no class number from 0 to {classes - 1}{known}")
 
 
 def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optin_deploy.structure.groups import Group, Structure
@@ -36,18 +37,51 @@ def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor])
             group = structure.group(name)
             handle = module.get_submodule(group.output).register_forward_pre_hook(_hook(group, mask))
             stack.callback(handle.remove)
+            if group.kind == "width":
+                stack.enter_context(masked_queries(module, group, mask))
         yield
 
 
-def _hook(group: Group, mask: Tensor) -> Any:
-    features = mask.repeat_interleave(group.width, dim=-1)
+@contextmanager
+def masked_queries(module: nn.Module, group: Group, mask: Tensor) -> Iterator[None]:
+    """Multiply the dimensions of all heads' queries by ``mask`` (as for `masked`) while the context lasts."""
+    assert group.qkv is not None
+    rows = group.qkv.queries
 
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        part = rows.of(output.shape[-1])
+        factors = _tiled(mask, part.stop - part.start)
+        before, after = factors.new_ones(part.start), factors.new_ones(output.shape[-1] - part.stop)
+        wide = [before.expand(*factors.shape[:-1], -1), factors, after.expand(*factors.shape[:-1], -1)]
+        return _multiplied(output, torch.cat(wide, dim=-1), -1)
+
+    handle = module.get_submodule(rows.module).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _hook(group: Group, mask: Tensor) -> Any:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
-        if features.dim() == 1:
-            return (x * features, *args[1:])
-        copies = features.shape[0]
-        stacked = x.reshape(copies, -1, x.shape[-1]) * features[:, None, :]
-        return (stacked.reshape(x.shape), *args[1:])
+        features = _tiled(mask.repeat_interleave(group.width, dim=-1), x.shape[group.axis])
+        return (_multiplied(x, features, group.axis), *args[1:])
 
     return hook
+
+
+def _tiled(mask: Tensor, features: int) -> Tensor:
+    """``mask`` repeated along its last axis to so many features: the width of heads is masked in each head alike."""
+    return mask.repeat(*[1] * (mask.dim() - 1), features // mask.shape[-1])
+
+
+def _multiplied(x: Tensor, features: Tensor, axis: int) -> Tensor:
+    """``x`` times ``(features,)`` along ``axis``, or ``(copies, features)`` where copies of a batch are stacked."""
+    along = [1] * x.dim()
+    along[axis] = -1
+    if features.dim() == 1:
+        return x * features.reshape(along)
+    copies = features.shape[0]
+    stacked = x.reshape(copies, -1, *x.shape[1:]) * features.reshape(copies, *along)
+    return stacked.reshape(x.shape)

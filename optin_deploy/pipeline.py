@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from exporters import check_parity, onnx_from_program, save_program, trace
 from optin_deploy import checkpoint, rundir
@@ -21,14 +22,16 @@ from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.costs import count_flops, flops_share
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, agreement, load_dataset
+from optin_deploy.files import write_text
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages
-from optin_deploy.pruning import Anatomy, examine, remove
+from optin_deploy.pruning import Anatomy, examine, next_step, remove, remove_more
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, write_report
-from optin_deploy.scoring import save_scores, score, scoring_steps
+from optin_deploy.rotation import in_principal_bases
+from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps
 from optin_deploy.search import BUDGET_WINDOW, check_budget, search
 from profilers import ProfileConfig, Variant, compare
 from profilers import environment as environment_of_this_machine
@@ -90,9 +93,8 @@ def prune_export(
             directory = output or rundir.default_directory(recipe, job.fingerprint)
             rundir.check(directory, job.fingerprint)
         rundir.create(directory, job.fingerprint, recipe)
-        scores = _scored(job, directory, stages)
-        plan = search(job.anatomy.structure, scores, job.anatomy.costs, recipe.flops, recipe.align)
-        small = _pruned(job, plan, directory, stages)
+        dense, scores = _scored(job, directory, stages)
+        plan, small = _pruned(job, dense, scores, directory, stages)
         results = _compared(job, small, directory, stages)
         results |= _exported(job, small, directory, stages)
         report = _report(job, plan, small, results, directory, stages, command)
@@ -103,6 +105,7 @@ def prune_export(
 def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibration | None = None) -> Job:
     """Read and check all inputs of a run; UserError for the first thing that is wrong."""
     _check_runtimes(recipe)
+    _check_probes(recipe)
     device = _device(recipe.device)
     earlier = Plan({})
     if network is None:
@@ -115,15 +118,17 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         )
         if checkpoint.is_checkpoint(recipe.model):
             earlier = checkpoint.read_plan(Path(recipe.model))
-    anatomy = examine(network)
+    anatomy = examine(network, narrow=recipe.narrows_heads)
     check_budget(anatomy.costs, recipe.flops)
     calibration = calibration or load_calibration(
         network,
         recipe.calibration,
         column=recipe.calibration_column,
+        labels=recipe.calibration_labels,
         samples=recipe.calibration_samples,
         seed=recipe.seed,
     )
+    _check_labels(recipe, network, calibration)
     _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
@@ -140,6 +145,20 @@ def _check_runtimes(recipe: Recipe) -> None:
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise UserError("ort-cuda: this onnxruntime has no CUDA provider: pip install 'optin-deploy[gpu]'")
+
+
+def _check_probes(recipe: Recipe) -> None:
+    if recipe.criterion == "trajectory" and recipe.scorer == "forward" and recipe.probes == 1:
+        raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
+
+
+def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:
+    if recipe.criterion != "fisher":
+        return
+    if network.logits is None:
+        raise UserError("--criterion fisher: the network has no class logits; take another criterion")
+    if calibration.labels is None:
+        raise UserError("--criterion fisher needs labels for the calibration data: give --calibration-labels")
 
 
 def _check_finite(network: Network, calibration: Calibration) -> None:
@@ -162,47 +181,67 @@ def _batches(batches: tuple[dict[str, Tensor], ...], device: torch.device) -> li
     return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
 
 
-def _scored(job: Job, directory: Path, stages: Stages) -> dict[str, Tensor]:
-    path, recipe, structure = directory / "scores.safetensors", job.recipe, job.anatomy.structure
-    steps = scoring_steps(structure, len(job.calibration.batches), recipe.scorer, recipe.probes)
-    with stages.stage("score", steps) as advance:
-        if path.is_file():
-            return load_file(path)
+def _scoring(recipe: Recipe) -> Scoring:
+    return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
+
+
+def _scored(job: Job, directory: Path, stages: Stages) -> tuple[Network, dict[str, Tensor]]:
+    """The network in the basis that it is scored and pruned in, on the run's device, and its scores."""
+    path, structure, scoring = directory / "scores.safetensors", job.anatomy.structure, _scoring(job.recipe)
+    calibration = job.calibration
+    with stages.stage("score", scoring_steps(structure, calibration.batches, scoring)) as advance:
         job.network.module.to(job.device)
+        if (directory / "checkpoint").exists() and path.is_file():
+            return job.network, load_file(path)
+        batches = _batches(calibration.batches, job.device)
+        dense = in_principal_bases(job.network, structure, batches)
+        if path.is_file():
+            return dense, load_file(path)
         scores = score(
-            job.network,
-            structure,
-            _batches(job.calibration.batches, job.device),
-            scorer=recipe.scorer,
-            probes=recipe.probes,
-            task_weight=recipe.task_weight,
-            seed=recipe.seed,
-            advance=advance,
+            dense, structure, job.anatomy.costs, batches, scoring, labels=calibration.labels, advance=advance
         )
         save_scores(scores, path)
-        return scores
+        return dense, scores
 
 
-def _pruned(job: Job, plan: Plan, directory: Path, stages: Stages) -> Network:
-    """Slice and repair, or read the checkpoint of an earlier try; writes plan.json and the checkpoint."""
+def _pruned(
+    job: Job, dense: Network, scores: Mapping[str, Tensor], directory: Path, stages: Stages
+) -> tuple[Plan, Network]:
+    """Search, slice and repair, or read the checkpoint of an earlier try; writes plan.json and the checkpoint."""
     recipe, structure, path = job.recipe, job.anatomy.structure, directory / "checkpoint"
-    with stages.stage("slice and repair", len(structure.blocks)) as advance:
-        rundir.kept_json(
-            directory / "plan.json",
-            lambda: {"flops": recipe.flops, "kept": {n: list(k) for n, k in plan.kept.items()}},
-        )
-        job.network.module.to(job.device)
-        batches = _batches(job.calibration.batches, job.device)
+    with stages.stage("slice and repair", len(structure.blocks) * recipe.rounds) as advance:
         if path.exists():
+            plan = _read_plan(directory)
             small = remove(job.network, structure, plan, [], None)
             checkpoint.load_weights(small, path)
         else:
-            small = remove(job.network, structure, plan, batches, recipe.ridge if recipe.compensate else None, advance)
+            plan, small = _in_rounds(job, dense, scores, advance)
+            write_text(directory / "plan.json", json.dumps({"flops": recipe.flops, "kept": dict(plan.kept)}) + "\n")
         pruned = job.network.with_module(small.cpu())
         job.network.module.cpu()
         if not path.exists():
             checkpoint.save(pruned, plan.after(job.earlier), path)
-    return pruned
+    return plan, pruned
+
+
+def _in_rounds(job: Job, dense: Network, scores: Mapping[str, Tensor], advance: Any) -> tuple[Plan, nn.Module]:
+    recipe, anatomy = job.recipe, job.anatomy
+    batches = _batches(job.calibration.batches, job.device)
+    ridge = recipe.ridge if recipe.compensate else None
+    plan = search(anatomy.structure, scores, anatomy.costs, recipe.flops ** (1 / recipe.rounds), recipe.align)
+    small = remove(dense, anatomy.structure, plan, batches, ridge, advance)
+    for number in range(2, recipe.rounds + 1):
+        budget = recipe.flops ** (number / recipe.rounds)
+        step = next_step(
+            dense.with_module(small), anatomy, budget, batches, _scoring(recipe), job.calibration.labels, recipe.align
+        )
+        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge, advance)
+    return plan, small
+
+
+def _read_plan(directory: Path) -> Plan:
+    kept = json.loads((directory / "plan.json").read_text(encoding="utf-8"))["kept"]
+    return Plan({name: tuple(units) for name, units in kept.items()})
 
 
 def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:

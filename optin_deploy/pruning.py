@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -10,7 +11,9 @@ from optin_deploy.costs import Costs, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
-from optin_deploy.scoring import Scorer, score
+from optin_deploy.ridge import STRENGTHS
+from optin_deploy.rotation import in_principal_bases
+from optin_deploy.scoring import Scoring, score
 from optin_deploy.search import check_budget, search
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
@@ -18,6 +21,8 @@ from optin_deploy.structure.groups import Structure
 
 Batches = Sequence[Mapping[str, Tensor]]
 Advance = Callable[[float], None]
+# Strength of the ridge: chosen on held-out batches, fixed, or None for no repair.
+Ridge = float | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,20 @@ class Pruned:
     anatomy: Anatomy
 
 
-def examine(network: Network) -> Anatomy:
-    """Find and count the prunable groups; UserError when there are none."""
+def examine(network: Network, *, narrow: bool = True) -> Anatomy:
+    """Find and count the prunable groups; UserError when there are none.
+
+    Args:
+        narrow: whether heads may also get narrower.
+    """
     structure = describe(network.module, network.inputs)
+    if not narrow:
+        structure = structure.without_widths()
     if not structure.groups:
         raise UserError(
             f"nothing prunable found in {network.source.name}: looked for timm's Attention and Mlp, for attentions of "
-            "transformers with separate query, key and value, and for two-layer feed-forward networks beside them"
+            "transformers with separate query, key and value, for two-layer feed-forward networks beside them, and for "
+            "residual blocks of two convolutions"
         )
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs))
 
@@ -54,48 +66,114 @@ def prune(
     batches: Batches,
     flops: float,
     *,
-    scorer: Scorer = "sketch",
-    probes: int = 4,
-    task_weight: float = 1.0,
+    scoring: Scoring | None = None,
+    labels: Sequence[Tensor] | None = None,
     align: int = 64,
-    repair: bool = True,
-    ridge: float = 0.1,
-    seed: int = 0,
+    ridge: Ridge = "auto",
+    rounds: int = 1,
+    narrow: bool | None = None,
 ) -> Pruned:
     """Score, search, slice and repair in one call.
 
     Args:
         batches: calibration inputs on the network's device.
         flops: part of the network's FLOPs to keep, above 0 and below 1.
-        scorer, probes, task_weight, seed: see `scoring.score`.
+        scoring: how units are scored.
+        labels: class numbers for each batch, for the criterion "fisher".
         align: see `search.search`.
-        repair: refit the output projections (see ``compensation``) with this ``ridge``.
+        ridge: strength of the repair's ridge (see ``compensation``), "auto" to choose it on held-out batches, None for
+            no repair.
+        rounds: in how many steps the budget is approached; each scores what the one before has left.
+        narrow: whether heads may also get narrower; None leaves it to the criterion.
 
     Raises:
         UserError: nothing is prunable, or the budget is out of range or below the floor.
     """
     if not 0 < flops < 1:
         raise UserError(f"flops={flops:g}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5")
-    anatomy = examine(network)
+    if rounds < 1:
+        raise UserError(f"rounds={rounds}: at least 1 is needed")
+    scoring = scoring or Scoring()
+    anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     check_budget(anatomy.costs, flops)
-    scores = score(
-        network, anatomy.structure, batches, scorer=scorer, probes=probes, task_weight=task_weight, seed=seed
-    )
-    plan = search(anatomy.structure, scores, anatomy.costs, flops, align)
-    small = remove(network, anatomy.structure, plan, batches, ridge if repair else None)
+    dense = in_principal_bases(network, anatomy.structure, batches)
+    scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
+    plan = search(anatomy.structure, scores, anatomy.costs, flops ** (1 / rounds), align)
+    small = remove(dense, anatomy.structure, plan, batches, ridge)
+    for number in range(2, rounds + 1):
+        budget = flops ** (number / rounds)
+        step = next_step(dense.with_module(small), anatomy, budget, batches, scoring, labels, align)
+        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge)
     return Pruned(network.with_module(small), plan, scores, anatomy)
 
 
+def next_step(
+    small: Network,
+    anatomy: Anatomy,
+    flops: float,
+    batches: Batches,
+    scoring: Scoring,
+    labels: Sequence[Tensor] | None,
+    align: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Structure, Plan]:
+    """What leaves a pruned network next, so that ``flops`` of the dense one's are left: its structure, and the plan in
+    its units.
+
+    Args:
+        anatomy: of the dense network.
+    """
+    narrow = any(g.kind == "width" for g in anatomy.structure.groups)
+    rest = examine(small, narrow=narrow)
+    scores = score(small, rest.structure, rest.costs, batches, scoring, labels=labels, advance=advance)
+    return rest.structure, search(
+        rest.structure, scores, rest.costs, flops * anatomy.costs.total / rest.costs.total, align
+    )
+
+
 def remove(
-    network: Network,
+    dense: Network,
     structure: Structure,
     plan: Plan,
     batches: Batches,
-    ridge: float | None,
+    ridge: Ridge,
     advance: Advance = lambda _: None,
 ) -> nn.Module:
-    """Slice by ``plan`` and, where ``ridge`` is not None, repair; ``advance`` is called once per block."""
-    small = sliced(network.module, structure, plan)
-    if ridge is not None:
-        compensate(network, small, structure, plan, batches, ridge, advance)
+    """Slice by ``plan`` and, unless ``ridge`` is None, repair; ``advance`` is called once per block."""
+    small = sliced(dense.module, structure, plan)
+    _repair(dense, small, structure, plan, batches, ridge, advance)
     return small
+
+
+def remove_more(
+    dense: Network,
+    anatomy: Anatomy,
+    plan: Plan,
+    small: nn.Module,
+    step: tuple[Structure, Plan],
+    batches: Batches,
+    ridge: Ridge,
+    advance: Advance = lambda _: None,
+) -> tuple[Plan, nn.Module]:
+    """Slice ``small``, which ``plan`` has left of the dense network, by a `next_step`; repair it against the dense one.
+
+    Returns:
+        the plan of both steps together, in the dense network's units, and the module.
+    """
+    together = step[1].after(plan)
+    smaller = sliced(small, *step)
+    _repair(dense, smaller, anatomy.structure, together, batches, ridge, advance)
+    return together, smaller
+
+
+def _repair(
+    dense: Network,
+    small: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    batches: Batches,
+    ridge: Ridge,
+    advance: Advance,
+) -> None:
+    if ridge is not None:
+        compensate(dense, small, structure, plan, batches, STRENGTHS if ridge == "auto" else (ridge,), advance)

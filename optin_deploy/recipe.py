@@ -25,15 +25,19 @@ class Recipe(BaseModel):
 
     calibration: Path | None = None
     calibration_column: str | None = None
+    calibration_labels: str | None = None
     calibration_samples: Annotated[int | None, Field(ge=1)] = None
 
     flops: Annotated[float, Field(gt=0, lt=1)]
-    scorer: Literal["sketch", "exact"] = "sketch"
-    probes: Annotated[int, Field(ge=1)] = 4
+    criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = "trajectory-obs"
+    scorer: Literal["sketch", "exact", "forward"] = "sketch"
+    probes: Annotated[int | None, Field(ge=1)] = None
     task_weight: Annotated[float, Field(ge=0)] = 1.0
     align: Annotated[int, Field(ge=1)] = 64
+    narrow_heads: bool | None = None
+    rounds: Annotated[int, Field(ge=1, le=16)] = 1
     compensate: bool = True
-    ridge: Annotated[float, Field(gt=0)] = 0.1
+    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     parity_tolerance: Annotated[float, Field(gt=0)] = 1e-4
@@ -48,6 +52,11 @@ class Recipe(BaseModel):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def narrows_heads(self) -> bool:
+        """Whether heads may get narrower: by default where the criterion counts what the others can take over."""
+        return self.criterion == "trajectory-obs" if self.narrow_heads is None else self.narrow_heads
 
     def save(self, path: Path) -> None:
         """Write as YAML, every option included."""

@@ -1,6 +1,7 @@
-"""Scores of every unit: neurons by sketch and heads exactly, or everything exactly."""
+"""Scores of every unit by the chosen criterion. A higher score matters more."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -8,16 +9,61 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factor
+from optin_deploy.costs import Costs
+from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
+from optin_deploy.criteria.forward import forward_scores, forward_steps
+from optin_deploy.criteria.loss import chunks
+from optin_deploy.criteria.magnitude import magnitude_scores
+from optin_deploy.criteria.random import random_scores
+from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Structure
 
-Scorer = Literal["sketch", "exact"]
-
+Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
+Scorer = Literal["sketch", "exact", "forward"]
+Batches = Sequence[Mapping[str, Tensor]]
 
 # Beside a sketch, heads are scored exactly on the first batches that hold this many tokens together.
 _EXACT_TOKENS = 3_000
+# A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
+_CHUNKS = 4
+# Forward passes are many: the weight of the task part is found on fewer samples.
+_FACTOR_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored.
+
+    Attributes:
+        criterion: "trajectory-obs" (see ``criteria.trajectory_obs``), "trajectory" (OPTIN's own), "fisher" (needs
+            labels), "magnitude" or "random".
+        scorer: of "trajectory": "sketch" scores neurons by random probes, and heads exactly on as many batches as hold
+            3,000 tokens; "exact" masks each unit on all batches; "forward" estimates what the sketch does, and heads
+            too, without a backward pass, for networks whose activations are too large to be kept.
+        probes: random draws per batch; None takes 4 for "trajectory", and 1 for "trajectory-obs", which draws anew for
+            each quarter of a batch.
+        task_weight: weight of the task part relative to the manifold part (see ``criteria.loss``).
+        seed: the same seed gives the same scores, bit for bit, on the same machine.
+    """
+
+    criterion: Criterion = "trajectory-obs"
+    scorer: Scorer = "sketch"
+    probes: int | None = None
+    task_weight: float = 1.0
+    seed: int = 0
+
+    @property
+    def draws(self) -> int:
+        """Random draws per batch."""
+        return self.probes or (4 if self.criterion == "trajectory" else 1)
+
+    @property
+    def narrows_heads(self) -> bool:
+        """Whether heads may get narrower where nothing else is said: where what is lost there can be compared."""
+        return self.criterion == "trajectory-obs"
 
 
 def save_scores(scores: Mapping[str, Tensor], path: Path) -> None:
@@ -28,64 +74,136 @@ def save_scores(scores: Mapping[str, Tensor], path: Path) -> None:
     temporary.replace(path)
 
 
-def scoring_steps(structure: Structure, batches: int, scorer: Scorer, probes: int) -> int:
+def scoring_steps(structure: Structure, batches: Batches, scoring: Scoring) -> int:
     """How often `score` will advance its progress, at most."""
-    exact = sum(g.units for g in structure.groups if scorer == "exact" or g.kind == "head")
-    return exact * batches + (probes * batches if scorer == "sketch" else 0)
+    samples = sum(_size(batch) for batch in batches)
+    if scoring.criterion == "trajectory-obs":
+        return scoring.draws * samples + len(structure.groups)
+    if scoring.criterion == "trajectory" and scoring.scorer == "forward":
+        return forward_steps(structure, scoring.draws) * len(batches)
+    if scoring.criterion == "trajectory":
+        exact = sum(g.units for g in structure.groups if scoring.scorer == "exact" or g.kind == "head")
+        return exact * len(batches) + (scoring.draws * len(batches) if scoring.scorer == "sketch" else 0)
+    return len(batches) if scoring.criterion == "fisher" else 1
 
 
 def score(
     network: Network,
     structure: Structure,
-    batches: Sequence[Mapping[str, Tensor]],
+    costs: Costs,
+    batches: Batches,
+    scoring: Scoring | None = None,
     *,
-    scorer: Scorer = "sketch",
-    probes: int = 4,
-    task_weight: float = 1.0,
-    seed: int = 0,
+    labels: Sequence[Tensor] | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """Trajectory scores per sample on ``batches``, which lie on the network's device.
+    """Scores on ``batches``, which lie on the network's device.
 
     Args:
-        scorer: "sketch" scores neurons by ``probes`` random draws per batch, and heads exactly on as many batches as
-            hold 3,000 tokens; "exact" masks each unit on all batches.
-        task_weight: weight of the task part relative to the manifold part (see ``criteria.trajectory``).
-        seed: the same seed gives the same scores, bit for bit, on the same machine.
+        costs: of ``structure``; random scores are in proportion to them.
+        labels: class numbers for each batch, for the criterion "fisher".
 
     Returns:
         group name -> float64 ``(units,)`` on the CPU; a higher score matters more.
 
     Raises:
-        UserError: the network gives NaN or infinity on the calibration data.
+        UserError: the network gives NaN or infinity on the calibration data; labels are missing.
     """
-    exactly = [g for g in structure.groups if scorer == "exact" or g.kind == "head"]
-    some = batches if scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
-    factor = task_factor(network, structure, batches[0], task_weight, seed) if task_weight else 0.0
-    exact = exact_scores(network, structure, exactly, some, factor=factor, seed=seed, advance=advance)
-    scores = _per_sample(exact, some)
-    if scorer == "sketch":
-        sketched = sketch_scores(
-            network, structure, batches, probes=probes, weights=(1.0, factor), seed=seed, advance=advance
-        )
-        scores = {**_per_sample(sketched, batches), **scores}
+    scoring = scoring or Scoring()
+    if scoring.criterion == "trajectory-obs":
+        scores = _obs(network, structure, batches, scoring, advance)
+    elif scoring.criterion == "trajectory":
+        scores = _trajectory(network, structure, batches, scoring, advance)
+    elif scoring.criterion == "fisher":
+        if labels is None:
+            raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
+        scores = fisher_scores(mask_gradients(network, structure, batches, labels, lambda n: advance(n)))
+    elif scoring.criterion == "magnitude":
+        scores = magnitude_scores(network.module, structure)
+    else:
+        scores = random_scores(structure, costs, scoring.seed)
     bad = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
     if bad:
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
     return scores
 
 
-def _exact_batches(network: Network, structure: Structure, batches: Sequence[Mapping[str, Tensor]]) -> int:
+def _obs(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    samples = max(1, -(-_size(batches[0]) // _CHUNKS))
+    factors = _factors(network, structure, chunks(batches[:1], samples)[0], scoring)
+    moments = probe_moments(
+        network,
+        structure,
+        batches,
+        probes=scoring.draws,
+        factors=factors,
+        seed=scoring.seed,
+        samples_at_once=samples,
+        advance=advance,
+    )
+    return obs_scores(network.module, structure, moments, advance)
+
+
+def _trajectory(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    if scoring.scorer == "forward":
+        return _forward(network, structure, batches, scoring, advance)
+    exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
+    some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
+    factors = _factors(network, structure, batches[0], scoring)
+    exact = exact_scores(network, structure, exactly, some, factors=factors, seed=scoring.seed, advance=advance)
+    scores = _per_sample(exact, some)
+    if scoring.scorer == "sketch":
+        sketched = sketch_scores(
+            network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed, advance=advance
+        )
+        scores = {**_per_sample(sketched, batches), **scores}
+    return scores
+
+
+def _forward(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
+) -> dict[str, Tensor]:
+    if scoring.draws < 2:
+        raise UserError("the scorer forward compares draws: it needs 2 probes at least")
+    some = chunks(batches[:1], _FACTOR_SAMPLES)[0]
+    factors = _factors(network, structure, some, scoring, forward_scores)
+    found = forward_scores(
+        network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed, advance=advance
+    )
+    return _per_sample(found, batches)
+
+
+def _factors(
+    network: Network,
+    structure: Structure,
+    batch: Mapping[str, Tensor],
+    scoring: Scoring,
+    sketch: Callable[..., dict[str, Tensor]] = sketch_scores,
+) -> Mapping[str, float]:
+    if not scoring.task_weight:
+        return {}
+    return task_factors(network, structure.without_widths(), batch, scoring.task_weight, scoring.seed, sketch)
+
+
+def _exact_batches(network: Network, structure: Structure, batches: Batches) -> int:
     """How many of the first batches hold enough tokens."""
     tokens = 0
     for index, batch in enumerate(batches):
         valid = network.valid_tokens(batch)
-        tokens += int(valid.sum()) if valid is not None else structure.tokens * len(next(iter(batch.values())))
+        tokens += int(valid.sum()) if valid is not None else structure.tokens * _size(batch)
         if tokens >= _EXACT_TOKENS:
             return index + 1
     return len(batches)
 
 
-def _per_sample(scores: Mapping[str, Tensor], batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
+def _per_sample(scores: Mapping[str, Tensor], batches: Batches) -> dict[str, Tensor]:
+    samples = sum(_size(batch) for batch in batches)
     return {name: values / samples for name, values in scores.items()}
+
+
+def _size(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))

@@ -21,6 +21,9 @@ BUDGET_WINDOW = 0.01
 _GRID = 50_000
 # A group narrower than this many alignment steps is cut in finer steps, so that small networks can be pruned at all.
 _MIN_STEPS = 8
+# Heads get narrower in multiples of this number, and of less where fewer than four such steps make the whole width.
+_WIDTH_STEP = 8
+_MIN_WIDTH_STEPS = 4
 
 
 def check_budget(costs: Costs, fraction: float, what: str = "FLOPs") -> None:
@@ -53,33 +56,61 @@ def search(structure: Structure, scores: Mapping[str, Tensor], costs: Costs, fra
 
 
 def _best_plan(structure: Structure, scores: Mapping[str, Tensor], costs: Costs, fraction: float, align: int) -> Plan:
-    groups = structure.groups
-    values = {g.name: scores[g.name].double().cpu().numpy() for g in groups}
-    order = {g.name: np.argsort(-values[g.name], kind="stable") for g in groups}
-    sizes = {g.name: candidate_sizes(g, align) for g in groups}
+    values = {g.name: scores[g.name].double().cpu().numpy() for g in structure.groups}
     # Scores of different networks differ by orders of magnitude; the small constant prefers more units among equals.
-    scale = max(sum(float(values[g.name].sum()) for g in groups), 1e-300)
-    options = []
+    scale = max(sum(float(v.sum()) for v in values.values()), 1e-300)
+    best = {g.name: _ranked(g, values[g.name]) for g in structure.groups}
+    gained = {n: np.concatenate([[0.0], np.cumsum(values[n][order] / scale + 1e-12)]) for n, order in best.items()}
+    groups = [g for g in structure.groups if g.kind != "width"]
+    choices = []
     for group in groups:
-        ranked = values[group.name][order[group.name]] / scale
-        value = np.concatenate([[0.0], np.cumsum(ranked + 1e-12)])
-        options.append([(value[n], n * costs.per_unit[group.name]) for n in sizes[group.name]])
+        width = structure.narrowing(group.name)
+        sizes = candidate_sizes(group, align)
+        narrowed = candidate_sizes(width, align) if width is not None else [0]
+        # Heads that all leave have no width.
+        choices.append([(n, w) for n in sizes for w in narrowed if n or w == narrowed[-1]])
+    options = []
+    for group, choice in zip(groups, choices, strict=True):
+        width = structure.narrowing(group.name)
+        full = costs.per_unit[group.name]
+        if width is None:
+            options.append([(gained[group.name][n], n * full) for n, _ in choice])
+        else:
+            # Narrower heads lose their part of what narrowing all heads loses.
+            lost = gained[width.name][-1] - gained[width.name]
+            options.append(
+                [(gained[group.name][n] - lost[w] * n / group.units, n * full * w / width.units) for n, w in choice]
+            )
     chosen = knapsack(options, fraction * costs.total - costs.floor)
     kept = {}
-    for group, option in zip(groups, chosen, strict=True):
-        best = order[group.name][: sizes[group.name][option]]
-        kept[group.name] = tuple(sorted(int(i) for i in best))
+    for group, choice, option in zip(groups, choices, chosen, strict=True):
+        units, dimensions = choice[option]
+        kept[group.name] = tuple(sorted(int(i) for i in best[group.name][:units]))
+        width = structure.narrowing(group.name)
+        if width is not None:
+            kept[width.name] = tuple(range(dimensions))
     return Plan(kept)
 
 
+def _ranked(group: Group, values: np.ndarray) -> np.ndarray:
+    """Units from the best on. Dimensions of heads are in order as they are."""
+    return np.arange(group.units) if group.kind == "width" else np.argsort(-values, kind="stable")
+
+
 def candidate_sizes(group: Group, align: int) -> list[int]:
-    """The numbers of units that may be kept of ``group``, from 0 to all."""
-    step = 1
-    if group.kind == "neuron":
-        step = align
-        while step > 1 and group.units < _MIN_STEPS * step:
-            step = (step + 1) // 2
+    """The numbers of units that may be kept of ``group``, from 0 to all; of dimensions of heads, from one step on."""
+    if group.kind == "width":
+        step = _fitting(min(align, _WIDTH_STEP), group.units, _MIN_WIDTH_STEPS)
+        return sorted({*range(step, group.units, step), group.units})
+    step = 1 if group.kind == "head" else _fitting(align, group.units, _MIN_STEPS)
     return sorted({*range(0, group.units, step), group.units})
+
+
+def _fitting(step: int, units: int, steps: int) -> int:
+    """``step``, halved until so many of them fit."""
+    while step > 1 and units < steps * step:
+        step = (step + 1) // 2
+    return step
 
 
 def knapsack(options: list[list[tuple[float, float]]], budget: float) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.plan import Plan
+from optin_deploy.projections import Geometry
 from optin_deploy.structure.groups import Group, Side, StandIn, Structure
 
 
@@ -22,7 +23,10 @@ class Constant(nn.Module):
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return self.bias.expand(*x.shape[:-1], -1) if self.whole else self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
+        # A copy, because the network may change it in place.
+        if self.whole:
+            return self.bias.expand(*x.shape[:-1], -1).clone()
+        return self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
 
 
 class ConstantTuple(Constant):
@@ -30,6 +34,30 @@ class ConstantTuple(Constant):
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(hidden_states), None
+
+
+class ConstantMap(Constant):
+    """`Constant` for a convolution: its bias as ``(1, C, 1, 1)``, or with ``whole`` of the size that it would give."""
+
+    def __init__(self, conv: nn.Conv2d, bias: Tensor, whole: bool) -> None:
+        super().__init__(bias, whole)
+        self.geometry = Geometry.of(conv)
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        bias = self.bias.reshape(1, -1, 1, 1)
+        return bias.expand(x.shape[0], -1, *self.geometry.output_size(x.shape[2:])).clone() if self.whole else bias
+
+
+class NoChannels(nn.Module):
+    """Stands in for a convolution of which no channel is left: ``(batch, 0, height, width)``, of its size."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.geometry = Geometry.of(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A new tensor, because the network may change it in place.
+        return x.new_zeros((x.shape[0], 0, *self.geometry.output_size(x.shape[2:])))
 
 
 class PassTuple(nn.Module):
@@ -46,39 +74,82 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     """
     plan.check(structure)
     small = copy.deepcopy(module)
-    for name, kept in plan.kept.items():
-        group = structure.group(name)
+    # In this order: heads leave before those that stay get narrower.
+    for group in structure.groups:
+        kept = plan.kept.get(group.name, range(group.units))
+        if len(kept) == group.units or not plan.kept.get(group.heads or "", (0,)):
+            continue
         if len(kept) == 0:
             _stand_in(small, group)
-        elif len(kept) < group.units:
+        else:
             _slice(small, group, torch.tensor(kept))
     return small
 
 
-def features_of(units: Tensor, group: Group, parts: int = 1) -> Tensor:
-    """Indices of the features that belong to ``units`` on a side with ``parts`` parts, in order."""
+def features_of(units: Tensor, group: Group, features: int) -> Tensor:
+    """Indices of those of a side's ``features`` that belong to ``units``, in order."""
     within = (units[:, None] * group.width + torch.arange(group.width)).reshape(-1)
-    return (torch.arange(parts)[:, None] * (group.units * group.width) + within).reshape(-1)
+    size = group.units * group.width
+    return (torch.arange(features // size)[:, None] * size + within).reshape(-1)
+
+
+def query_gain(group: Group, kept: int) -> float:
+    """What queries are multiplied by where ``kept`` dimensions are left and the softmax's scale follows the width."""
+    return (kept / group.units) ** 0.5 if group.qkv is not None and group.qkv.scale is not None else 1.0
 
 
 def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
+    if group.kind == "width":
+        _rescale_queries(module, group, len(kept))
     for side in group.sides:
-        linear = module.get_submodule(side.module)
-        assert isinstance(linear, nn.Linear)
-        _slice_linear(linear, side, features_of(kept, group, side.parts))
-    for name, attribute, per_unit in group.attributes:
-        setattr(module.get_submodule(name), attribute, len(kept) * per_unit)
+        layer = module.get_submodule(side.module)
+        features = features_of(kept, group, _size(layer, side))
+        if isinstance(layer, nn.BatchNorm2d):
+            _slice_norm(layer, features)
+        else:
+            _slice_layer(layer, side, features)
+    for name, attribute in group.attributes:
+        owner = module.get_submodule(name)
+        setattr(owner, attribute, getattr(owner, attribute) * len(kept) // group.units)
 
 
-def _slice_linear(linear: nn.Linear, side: Side, features: Tensor) -> None:
-    dim = 0 if side.axis == "out" else 1
-    linear.weight = _selected(linear.get_parameter("weight"), dim, features)
-    if side.axis == "in":
-        linear.in_features = len(features)
+def _size(layer: nn.Module, side: Side) -> int:
+    if isinstance(layer, nn.BatchNorm2d):
+        return layer.num_features
+    return layer.get_parameter("weight").shape[0 if side.axis == "out" else 1]
+
+
+@torch.no_grad()
+def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
+    assert group.qkv is not None
+    if group.qkv.scale is None:
         return
-    linear.out_features = len(features)
-    if linear.bias is not None:
-        linear.bias = _selected(linear.get_parameter("bias"), 0, features)
+    gain = query_gain(group, kept)
+    layer = module.get_submodule(group.qkv.queries.module)
+    for parameter in (layer.get_parameter("weight"), layer.bias):
+        if isinstance(parameter, Tensor):
+            parameter[group.qkv.queries.of(len(parameter))] *= gain
+    owner, attribute = module.get_submodule(group.qkv.scale[0]), group.qkv.scale[1]
+    setattr(owner, attribute, getattr(owner, attribute) / gain)
+
+
+def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
+    """Keep these outputs or inputs of a linear layer or a convolution."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    layer.weight = _selected(layer.get_parameter("weight"), 0 if side.axis == "out" else 1, features)
+    unit = "features" if isinstance(layer, nn.Linear) else "channels"
+    setattr(layer, f"{side.axis}_{unit}", len(features))
+    if side.axis == "out" and layer.bias is not None:
+        layer.bias = _selected(layer.get_parameter("bias"), 0, features)
+
+
+def _slice_norm(norm: nn.BatchNorm2d, features: Tensor) -> None:
+    norm.num_features = len(features)
+    for name, parameter in list(norm.named_parameters(recurse=False)):
+        setattr(norm, name, _selected(parameter, 0, features))
+    for name, buffer in list(norm.named_buffers(recurse=False)):
+        if buffer.dim():
+            setattr(norm, name, buffer.index_select(0, features.to(buffer.device)).contiguous())
 
 
 def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
@@ -88,19 +159,25 @@ def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
 
 def _stand_in(module: nn.Module, group: Group) -> None:
     output = module.get_submodule(group.output)
-    assert isinstance(output, nn.Linear)
+    whole = group.in_place or not group.has_stream
+    for name, kind in group.stand_ins:
+        module.set_submodule(name, _replacement(kind, module.get_submodule(name), output, whole))
+
+
+def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
+    """What stands in for ``replaced`` when the projection ``output`` has no inputs left."""
+    if kind == "no_channels":
+        assert isinstance(replaced, nn.Conv2d)
+        return NoChannels(replaced)
+    if kind in ("pass", "pass_tuple"):
+        return nn.Identity() if kind == "pass" else PassTuple()
+    assert isinstance(output, nn.Linear | nn.Conv2d)
     bias = output.bias
     if bias is None:
-        bias = nn.Parameter(output.weight.new_zeros(output.out_features), requires_grad=output.weight.requires_grad)
-    whole = group.residual is None
-    kinds: dict[StandIn, nn.Module] = {
-        "constant": Constant(bias, whole),
-        "constant_tuple": ConstantTuple(bias, whole),
-        "pass": nn.Identity(),
-        "pass_tuple": PassTuple(),
-    }
-    for name, kind in group.stand_ins:
-        module.set_submodule(name, kinds[kind])
+        bias = nn.Parameter(output.weight.new_zeros(len(output.weight)), requires_grad=output.weight.requires_grad)
+    if isinstance(output, nn.Conv2d):
+        return ConstantMap(output, bias, whole)
+    return ConstantTuple(bias, whole) if kind == "constant_tuple" else Constant(bias, whole)
 
 
 def output_bias(module: nn.Module, group: Group) -> nn.Parameter | None:

@@ -32,7 +32,7 @@ def test_sliced_minilm_equals_masked(minilm: Network) -> None:
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for group in structure.groups:
-        count = int(torch.randint(0, group.units + 1, (), generator=generator))
+        count = int(torch.randint(1 if group.kind == "width" else 0, group.units + 1, (), generator=generator))
         kept[group.name] = tuple(torch.randperm(group.units, generator=generator)[:count].sort().values.tolist())
     masks = {g.name: torch.zeros(g.units).index_fill(0, torch.tensor(kept[g.name]), 1.0) for g in structure.groups}
     with torch.inference_mode():
@@ -50,7 +50,7 @@ def test_minilm_keeps_its_sts_b_figure(minilm: Network, tmp_path: Path) -> None:
     dataset = load_dataset(minilm, tmp_path / "some.csv")
     batches = load_calibration(minilm, DATA / "stsb" / "train.csv", column="1,2", samples=128).batches
     dense = dataset.measure(minilm.module, lambda _: None)
-    pruned = prune(minilm, batches, 0.6, probes=4)
+    pruned = prune(minilm, batches, 0.6)
     assert dense > 80
     assert dataset.measure(pruned.network.module, lambda _: None) > dense - 2.5
 
@@ -59,7 +59,7 @@ def test_minilm_keeps_its_sts_b_figure(minilm: Network, tmp_path: Path) -> None:
 def test_fine_tuned_classifier_agrees_with_itself_after_pruning() -> None:
     network = load_network(str(DATA / "minilm_sst2"), sequence_length=32)
     calibration = load_calibration(network, DATA / "sst2" / "train.tsv", column="1", samples=64)
-    pruned = prune(network, calibration.batches, 0.7, probes=4)
+    pruned = prune(network, calibration.batches, 0.7)
     (found,) = agreement(network, pruned.network.module, calibration.held_out)
     assert found.top1_agreement is not None and found.top1_agreement > 0.85
 
@@ -73,7 +73,7 @@ def test_custom_module_around_a_timm_backbone_reloads(tmp_path: Path) -> None:
 
     network = saliency.saliency_network(DATA)
     calibration = load_calibration(network, DATA / "photos", samples=8)
-    pruned = prune(network, calibration.batches, 0.8, probes=1)
+    pruned = prune(network, calibration.batches, 0.8)
     optin_deploy.save(pruned.network, pruned.plan, tmp_path / "checkpoint")
     again = optin_deploy.load(tmp_path / "checkpoint", module=saliency.SaliencyNet())
     batch = calibration.held_out[0]

@@ -8,8 +8,10 @@ from typing import Any
 
 import timm.layers
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import strategies as st
+from timm.models import resnet
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -37,6 +39,52 @@ class Segmenter(nn.Module):
         patches = self.backbone.forward_features(image)[:, 1:]
         side = int(patches.shape[1] ** 0.5)
         return self.decoder(patches.transpose(1, 2).unflatten(2, (side, side)))
+
+
+class PlainBlock(nn.Module):
+    """Two convolutions beside a shortcut without weights; adds to new tensors, and its ReLU is no module."""
+
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, outputs, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity() if inputs == outputs else Padded(stride, outputs - inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.shortcut(x) + update)
+
+
+class Padded(nn.Module):
+    """Every ``stride``-th pixel, with ``more`` channels of zeros."""
+
+    def __init__(self, stride: int, more: int) -> None:
+        super().__init__()
+        self.stride, self.more = stride, more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+
+
+class PlainResNet(nn.Module):
+    """Three blocks of `PlainBlock` behind a stem, the second with a shortcut that pads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(PlainBlock(6, 10, 6, 1), PlainBlock(6, 8, 12, 2), PlainBlock(12, 9, 12, 1))
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+def _resnet(block: type[nn.Module] = resnet.BasicBlock, **arguments: Any) -> nn.Module:
+    """timm's, with one block a stage and two in the second; at 16 pixels the maps are 8, 4, 2 and 1 wide."""
+    sizes = {"layers": (1, 2, 1, 1), "channels": (8, 8, 12, 12), "stem_width": 8, "num_classes": 3}
+    return resnet.ResNet(block, **{**sizes, **arguments})
 
 
 def _vit(cls: type[nn.Module] = VisionTransformer, **arguments: Any) -> nn.Module:
@@ -103,6 +151,11 @@ _VISION: dict[str, Callable[[], nn.Module]] = {
     ),
     "segmenter": Segmenter,
 }
+_CNN: dict[str, Callable[[], nn.Module]] = {
+    "resnet": _resnet,
+    "resnet_silu_se": partial(_resnet, act_layer=nn.SiLU, block_args={"attn_layer": "se"}),
+    "plain_resnet": PlainResNet,
+}
 _TEXT: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: transformers.BertModel(_text_config(transformers.BertConfig), add_pooling_layer=False),
     "bert_classifier": lambda: transformers.BertForSequenceClassification(_text_config(transformers.BertConfig)),
@@ -114,17 +167,23 @@ _TEXT: dict[str, Callable[[], nn.Module]] = {
 }
 TEXT_NAMES = tuple(_TEXT)
 NAMES = (*_VISION, *_TEXT)
+CNN_NAMES = tuple(_CNN)
+ALL_NAMES = (*NAMES, *CNN_NAMES)
 
 
-def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter drawn anew, biases, norms and LayerScale too, so that nothing is zero or one by construction."""
+def randomised(module: nn.Module, seed: int = 0, gain: float = 0.8) -> nn.Module:
+    """Every parameter and batch-norm statistic drawn anew, so that nothing is zero or one by construction."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
-            parameter.data = noise * 0.8 / parameter[0].numel() ** 0.5
+            parameter.data = noise * gain / parameter[0].numel() ** 0.5
         else:
             parameter.data = parameter.data + 0.2 * noise
+    for submodule in module.modules():
+        if isinstance(submodule, nn.BatchNorm2d):
+            submodule.running_mean += 0.2 * torch.randn(submodule.num_features, generator=generator)
+            submodule.running_var *= torch.rand(submodule.num_features, generator=generator) + 0.5
     return module.eval()
 
 
@@ -162,7 +221,7 @@ def network_around(module: nn.Module, inputs: Batch, logits: bool = False) -> Ne
 def network(name: str) -> Network:
     """The network of that name; one object for all tests, so leave it as it is."""
     torch.manual_seed(0)
-    module = randomised({**_VISION, **_TEXT}[name]())
+    module = randomised({**_VISION, **_CNN, **_TEXT}[name](), gain=1.6 if name in _CNN else 0.8)
     if name in _TEXT:
         return network_around(module, texts(), logits=hasattr(module, "classifier"))
     argument = {"hf": "pixel_values", "dinov2": "pixel_values", "segmenter": "image"}.get(name.split("_")[0], "x")
@@ -180,10 +239,16 @@ def vit(**arguments: Any) -> Network:
     return network_around(randomised(_vit(**arguments)), images("x"), logits=True)
 
 
+def cnn(**arguments: Any) -> Network:
+    """A new timm ResNet with the given arguments."""
+    return network_around(randomised(_resnet(**arguments), gain=1.6), images("x"), logits=True)
+
+
 def kept_units(group: Group) -> st.SearchStrategy[tuple[int, ...]]:
-    """None, all or some of the units."""
-    some = st.sets(st.integers(0, group.units - 1)).map(lambda s: tuple(sorted(s)))
-    return st.one_of(st.just(()), st.just(tuple(range(group.units))), some)
+    """None, all or some of the units; of a width one dimension at least."""
+    least = 1 if group.kind == "width" else 0
+    some = st.sets(st.integers(0, group.units - 1), min_size=least).map(lambda s: tuple(sorted(s)))
+    return st.one_of(st.just((0,) * least), st.just(tuple(range(group.units))), some)
 
 
 def plans(structure: Structure) -> st.SearchStrategy[Plan]:
@@ -192,16 +257,17 @@ def plans(structure: Structure) -> st.SearchStrategy[Plan]:
 
 
 def empty_plan(structure: Structure, *kinds: str) -> Plan:
-    """No unit left in any group of these kinds (any kind if none is given)."""
-    return Plan({g.name: () for g in structure.groups if not kinds or g.kind in kinds})
+    """No unit left in any group of these kinds (any kind if none is given); widths, which cannot be empty, left out."""
+    return Plan({g.name: () for g in structure.without_widths().groups if not kinds or g.kind in kinds})
 
 
 def uneven_plan(structure: Structure) -> Plan:
-    """Keeps a different number of units in every group, none in one of them."""
+    """Keeps a different number of units in every group, none in the second that is no width."""
     kept = {}
+    empty = structure.without_widths().groups[1].name
     for i, group in enumerate(structure.groups):
         generator = torch.Generator().manual_seed(i)
-        number = (i + 1) * group.units // (len(structure.groups) + 1) if i != 1 else 0
+        number = max(1, (i + 1) * group.units // (len(structure.groups) + 1)) if group.name != empty else 0
         kept[group.name] = tuple(torch.randperm(group.units, generator=generator)[:number].sort().values.tolist())
     return Plan(kept)
 

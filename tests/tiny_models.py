@@ -33,6 +33,11 @@ def vision_network(seed: int = 0) -> Network:
     return load_network(**VISION, seed=seed)
 
 
+def resnet_network(seed: int = 0) -> Network:
+    """timm's test_resnet at 32 pixels: three basic blocks and a bottleneck, 1000 classes."""
+    return load_network("test_resnet", weights="random", image_size=32, seed=seed)
+
+
 def classifier(classes: int, **arguments: object) -> Network:
     """The same with few classes, or other arguments of timm's."""
     source = Source("timm", "test_vit", {"img_size": 32, "num_classes": classes, **arguments})

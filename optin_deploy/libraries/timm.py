@@ -1,5 +1,6 @@
 """Networks from timm, by name."""
 
+import re
 from typing import Any
 
 import timm
@@ -12,6 +13,8 @@ from optin_deploy.preprocessing import ImagePreprocessing
 
 # `deit_small` means `deit_small_patch16_224`; timm's own short names come first.
 _ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
+# The other ResNets are built of bottlenecks or pool between the convolutions, which is left dense.
+_BASIC_BLOCKS = re.compile(r"(se)?resnet(10t|18d?|34d?)")
 INPUT_NAME = "x"
 
 
@@ -32,14 +35,21 @@ def short_names() -> list[str]:
 
 
 def prunable_names() -> list[str]:
-    """timm's plain vision transformers, which are built of the prunable modules throughout."""
-    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    """timm's plain vision transformers and ResNets of basic blocks, built of the prunable modules throughout."""
+    shallow = [n for n in timm.list_models(module="resnet") if _BASIC_BLOCKS.fullmatch(n)]
+    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit") + shallow
+
+
+def _build_arguments(source: Source) -> dict[str, Any]:
+    """What timm builds the module with: a network that takes pictures of any size is not told their size."""
+    fixed = source.name.partition(".")[0] not in timm.list_models(module="resnet")
+    return {name: value for name, value in source.arguments.items() if fixed or name != "img_size"}
 
 
 def build(source: Source) -> nn.Module:
     """The dense module with timm's initial weights; UserError when the arguments do not fit."""
     try:
-        return timm.create_model(source.name, pretrained=False, **source.arguments).eval()
+        return timm.create_model(source.name, pretrained=False, **_build_arguments(source)).eval()
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {reason}") from error
@@ -57,7 +67,7 @@ def source_of(name: str, image_size: int | None) -> Source:
 
 def load_pretrained(source: Source) -> nn.Module:
     """The module with the weights that timm knows for it; OSError or RuntimeError when they cannot be had."""
-    return timm.create_model(source.name, pretrained=True, **source.arguments).eval()
+    return timm.create_model(source.name, pretrained=True, **_build_arguments(source)).eval()
 
 
 def network_of(module: nn.Module, source: Source, weights: str) -> Network:

@@ -15,7 +15,12 @@ from optin_deploy.report import numbers, plots, wording
 from optin_deploy.report.schema import PlanEntry, Report
 
 _FOLDER = Path(__file__).parent
-_KINDS = {"head": "Attention heads kept", "neuron": "FFN neurons kept"}
+_KINDS = {
+    "head": "Attention heads kept",
+    "width": "Head width kept",
+    "neuron": "FFN neurons kept",
+    "channel": "Channels kept",
+}
 
 
 def render(report: Report) -> str:

@@ -116,7 +116,7 @@ class PlanEntry(_Value):
     """How many units of one group stay."""
 
     group: str
-    kind: Literal["head", "neuron"]
+    kind: Literal["head", "width", "neuron", "channel"]
     layer: int
     units: int
     kept: int

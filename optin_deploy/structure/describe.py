@@ -1,42 +1,65 @@
 """From a module to its `Structure`: which groups it has, in which blocks, and how the network runs through them."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import takewhile
 
 from torch import Tensor, nn
 
 # Importing an adapter file registers its adapters.
-from optin_deploy.structure import timm, transformers  # noqa: F401
-from optin_deploy.structure.groups import Group, LeftDense, Structure
+from optin_deploy.structure import conv, timm, transformers  # noqa: F401
+from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
+from optin_deploy.structure.width import narrowable, width_group
 
 
 def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     """Find the prunable groups of ``module``; one trial forward on ``inputs`` (the sample batch) gives their order.
 
-    A group's block is the innermost enclosing element of a ``ModuleList`` or ``Sequential``. The structure has no
-    groups when nothing prunable is found.
+    A group's block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses it and its projection.
+    Channels are tried in a second forward. The structure has no groups when nothing prunable is found.
     """
     found, left_dense = _match_adapters(module)
-    block_of = {group.name: _enclosing_block(module, group.name) for group in found}
+    block_of = {group.name: _enclosing_block(module, group) for group in found}
     watched = {*block_of.values(), *(g.output for g in found)}
     calls = trial_forward(module, inputs)
     position = {call.name: i for i, call in reversed(list(enumerate(calls))) if call.name in watched}
-    blocks = tuple(sorted((b for b in set(block_of.values()) if b in position), key=position.__getitem__))
-    ran = [g for g in found if g.output in position]
-    left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g.output not in position]
+    ran = [g for g in found if g.output in position and block_of[g.name] in position]
+    left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
+    entangled = conv.entangled(module, inputs, calls, [g for g in ran if g.kind == "channel"])
+    left_dense += [LeftDense(name, reason) for name, reason in entangled.items()]
+    ran = [g for g in ran if g.name not in entangled]
+    blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):
-        residual, scale = residual_stream(calls, block_of[group.name], group.output)
-        layer = blocks.index(block_of[group.name])
-        groups.append(replace(group, layer=layer, residual=residual, scale=scale))
-    return Structure(blocks, tuple(groups), _tokens(calls, blocks), tuple(left_dense))
+        stream = residual_stream(calls, block_of[group.name], group.output)
+        groups.append(replace(group, layer=blocks.index(block_of[group.name]), **asdict(stream)))
+    groups = _with_widths(module, inputs, groups)
+    structure = Structure(blocks, tuple(groups), 0, tuple(left_dense))
+    return replace(structure, tokens=_tokens(calls, structure))
 
 
-def _tokens(calls: list[Call], blocks: tuple[str, ...]) -> int:
-    features = next((c.returned for c in calls if blocks and c.name == blocks[0] and c.returned is not None), None)
-    return features.shape[1:-1].numel() if features is not None else 0
+def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[Group]) -> list[Group]:
+    """The groups, and behind heads that can get narrower the group of their width."""
+    widths = {g.name: width_group(module, g) for g in groups if g.kind == "head"}
+    able = {g.name: g for g in narrowable(module, inputs, [w for w in widths.values() if w is not None])}
+    together = []
+    for group in groups:
+        together.append(group)
+        width = widths.get(group.name)
+        if width is not None and width.name in able:
+            stream = {n: getattr(group, n) for n in ("layer", "residual", "scale", "shortcut", "norm", "in_place")}
+            together.append(replace(width, **stream))
+    return together
+
+
+def _tokens(calls: list[Call], structure: Structure) -> int:
+    """Tokens that the first block gives for one sample."""
+    for call in calls:
+        if call.name in structure.blocks[:1] and call.returned is not None:
+            return channels_last(call.returned, structure.feature_axis(call.name)).shape[1:-1].numel()
+    return 0
 
 
 def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
@@ -53,10 +76,12 @@ def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
     return groups, left_dense
 
 
-def _enclosing_block(module: nn.Module, name: str) -> str:
-    parts = name.split(".")
+def _enclosing_block(module: nn.Module, group: Group) -> str:
+    name, output = group.name.split("."), group.output.split(".")
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(name, output, strict=False))
+    parts = [part for part, _ in shared] or name
     for length in range(len(parts), 0, -1):
         parent = module.get_submodule(".".join(parts[: length - 1]))
         if isinstance(parent, nn.ModuleList | nn.Sequential):
             return ".".join(parts[:length])
-    return name
+    return ".".join(parts)

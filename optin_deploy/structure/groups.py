@@ -1,41 +1,76 @@
 """What can be removed from a network, as plain values.
 
-A *unit* is a head or an FFN neuron; a *group* is the set of interchangeable units of one module. Masking, slicing,
-counting and compensation all read this description and know no model library.
+A *unit* is a head, a dimension of the width of an attention's heads, an FFN neuron or a channel of a convolution; a
+*group* is the set of interchangeable units of one module. Masking, slicing, counting and compensation all read this
+description and know no model library.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-Kind = Literal["head", "neuron"]
-StandIn = Literal["constant", "constant_tuple", "pass", "pass_tuple"]
+Kind = Literal["head", "width", "neuron", "channel"]
+StandIn = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_channels"]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a linear layer whose features belong to the units of a group.
+    """One side of a layer (linear, convolution, batch norm) whose features belong to the units of a group.
 
-    The side has ``parts * units * width`` features, ordered part, unit, feature: a fused query-key-value projection
-    has three parts, every other layer one.
+    Its features are ordered part, unit, feature, with as many parts as there is room for: a fused query-key-value
+    projection has three, every other layer one; for the width of heads, each head is a part.
     """
 
     module: str
     axis: Literal["out", "in"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some output features of a linear layer: part number ``part`` of its ``parts`` equal parts."""
+
+    module: str
+    part: int = 0
     parts: int = 1
+
+    def of(self, features: int) -> slice:
+        """Where they are among so many features."""
+        size = features // self.parts
+        return slice(self.part * size, (self.part + 1) * size)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Where an attention's queries, keys and values come from.
+
+    ``scale`` is the ``(module, attribute)`` of the softmax's factor where the attention takes it to be the present
+    width's -1/2th power; None where it stays as it is when heads get narrower.
+    """
+
+    queries: Rows
+    keys: Rows
+    values: Rows
+    scale: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """The interchangeable units of one attention or FFN.
+    """The interchangeable units of one attention, FFN or convolution.
 
-    ``output`` names the projection behind the units: its input has ``units * width`` features, and a unit is masked by
-    setting its features to zero there. ``owners`` are the modules whose FLOPs are proportional to the units kept.
-    ``attributes`` are ``(module, attribute, value per unit)`` to be set when units leave. ``stand_ins`` say what takes
-    the place of which module when no unit is left. ``residual`` names the module whose first input is the residual
-    stream that the output is added to, ``scale`` the LayerScale parameter between the two; ``residual`` is None where
-    something else than LayerScale stands between.
+    ``output`` names the projection behind the units: its input has ``units * width`` features along ``axis``, and a
+    unit is masked by setting its features to zero there. ``owners`` are the modules whose FLOPs are proportional to the
+    units kept. ``attributes`` are ``(module, attribute)`` whose value is proportional to them. ``stand_ins`` say what
+    takes the place of which module when no unit is left.
+
+    Heads with ``qkv`` may also get narrower: a group of kind "width" beside theirs, which names them as its ``heads``.
+    Its units are the dimensions of queries, keys and values, in order, the same in all heads; one at least stays.
+
+    The output is added to the residual stream: ``residual`` names the module whose first input is that stream, or,
+    where there is none, ``shortcut`` the module whose output is. ``norm`` names the BatchNorm2d and ``scale`` the
+    LayerScale parameter between output and addition, in this order. ``residual`` and ``shortcut`` are None where
+    something else stands between. ``in_place`` tells that the network changes what it adds in place, so that it cannot
+    be broadcast.
     """
 
     name: str
@@ -46,10 +81,21 @@ class Group:
     sides: tuple[Side, ...]
     owners: tuple[str, ...]
     stand_ins: tuple[tuple[str, StandIn], ...]
-    attributes: tuple[tuple[str, str, int], ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
     residual: str | None = None
     scale: str | None = None
     layer: int = -1
+    axis: int = -1
+    shortcut: str | None = None
+    norm: str | None = None
+    in_place: bool = False
+    qkv: Projections | None = None
+    heads: str | None = None
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether it is known to what the output is added."""
+        return self.residual is not None or self.shortcut is not None
 
 
 @dataclass(frozen=True)
@@ -78,6 +124,25 @@ class Structure:
             if group.name == name:
                 return group
         raise KeyError(name)
+
+    def narrowing(self, heads: str) -> Group | None:
+        """The group of the width of these heads, if they can get narrower."""
+        return next((group for group in self.groups if group.heads == heads), None)
+
+    def without_widths(self) -> "Structure":
+        """The same structure with heads that stay as wide as they are."""
+        return replace(self, groups=tuple(group for group in self.groups if group.kind != "width"))
+
+    def feature_axis(self, block: str) -> int:
+        """The axis of the output of ``block`` that holds its features: that of the last group in it."""
+        layer = self.blocks.index(block)
+        return next((group.axis for group in reversed(self.groups) if group.layer == layer), -1)
+
+
+def channels_last(x: Tensor, axis: int) -> Tensor:
+    """``x`` as ``(batch, …, features)``, its features lying along ``axis``: a map ``(batch, C, H, W)`` has H·W tokens
+    of width C."""
+    return x.movedim(axis, -1)
 
 
 def child(module: nn.Module, name: str) -> nn.Module | None:

@@ -1,16 +1,20 @@
 """Where the residual stream runs, found by what happens in a forward pass and not by names.
 
 Compensation needs to know to which stream a projection's output is added. In a pre-norm block that is the input of the
-norm before the sublayer, in a post-norm block the input of the sublayer itself; blocks with LayerScale put a factor
-between. Here the pair of tensors that differ by just that output is looked for.
+norm before the sublayer, in a post-norm block the input of the sublayer itself; in a CNN it is the input of the block,
+or what its shortcut gives. LayerScale or a batch norm may stand between. Here the pair of tensors that differ by just
+that output is looked for; a ReLU may follow the addition.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from optin_deploy.structure.groups import Group
 
 # How far `after - before` may be from the (scaled) output, relative to it, for the two to be the residual stream.
 _RELATIVE_TOLERANCE = 1e-3
@@ -18,12 +22,28 @@ _RELATIVE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Call:
-    """One module's call in a forward pass; ``given`` and ``returned`` are its first tensor input and output."""
+    """One module's call in a forward pass.
+
+    ``given`` and ``returned`` are its first tensor input and output as they were then; ``changed`` tells that the
+    network changed the output in place later.
+    """
 
     name: str
     module: nn.Module
     given: Tensor | None
     returned: Tensor | None
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """To what a projection's output is added, and what stands between: the fields of `Group` of the same names."""
+
+    residual: str | None = None
+    shortcut: str | None = None
+    norm: str | None = None
+    scale: str | None = None
+    in_place: bool = False
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -33,64 +53,164 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+class _Copies:
+    """Copies of tensors as they are now, one copy for each state of each tensor."""
+
+    def __init__(self) -> None:
+        # The tensors are held, so that no other one gets the id of one seen before.
+        self.seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.is_inference():
+            return tensor if tensor is None else tensor.clone()
+        key = (id(tensor), tensor._version)
+        if key not in self.seen:
+            self.seen[key] = (tensor, tensor.detach().clone())
+        return self.seen[key][1]
+
+
 def trial_forward(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]:
     """Run ``module`` once; every submodule's call, in the order in which the calls end."""
-    calls: list[Call] = []
+    copies = _Copies()
+    given: dict[str, list[Tensor | None]] = {name: [] for name, _ in module.named_modules()}
+    ended: list[tuple[Call, Tensor | None, int]] = []
 
-    def record(name: str) -> Any:
-        def hook(submodule: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = first_tensor(args if args else list(kwargs.values()))
-            calls.append(Call(name, submodule, given, first_tensor(output)))
+    def before(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[name].append(copies.of(first_tensor(args if args else list(kwargs.values()))))
 
         return hook
 
-    handles = [m.register_forward_hook(record(n), with_kwargs=True) for n, m in module.named_modules() if n]
+    def after(name: str) -> Any:
+        def hook(submodule: nn.Module, _: Any, output: Any) -> None:
+            returned = first_tensor(output)
+            call = Call(name, submodule, given[name].pop(), copies.of(returned), False)
+            ended.append((call, returned, _version(returned)))
+
+        return hook
+
+    handles = []
+    for name, submodule in module.named_modules():
+        if name:
+            handles.append(submodule.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(submodule.register_forward_hook(after(name)))
     try:
         with torch.no_grad():
             module(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return [replace(call, changed=_version(returned) != version) for call, returned, version in ended]
 
 
-def residual_stream(calls: list[Call], block: str, projection: str) -> tuple[str | None, str | None]:
-    """``(module whose first input is the stream, LayerScale parameter)`` for one output projection in ``block``.
+def _version(tensor: Tensor | None) -> int:
+    """Grows with every change in place."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
-    Either may be None: no stream when something else than LayerScale stands between projection and addition.
+
+def residual_stream(calls: Sequence[Call], block: str, projection: str) -> Stream:
+    """The `Stream` that one output projection in ``block`` is added to.
+
+    Neither ``residual`` nor ``shortcut`` is set when something else than a batch norm and LayerScale stands between
+    projection and addition.
     """
     end = next(i for i, call in enumerate(calls) if call.name == projection)
     inside = [i for i, call in enumerate(calls) if call.name == block or call.name.startswith(block + ".")]
-    update = calls[end].returned
-    assert update is not None
-    scale = None
-    for i in inside:
-        if i > end and (parameter := _layer_scale(calls[i], update)):
-            scale, update = f"{calls[i].name}.{parameter}", calls[i].returned
-            break
-    assert update is not None
+    last, norm, scale = calls[end], None, None
+    for call in (calls[i] for i in inside if i > end):
+        if norm is None and scale is None and _is_norm(call, last.returned):
+            last, norm = call, call.name
+        elif scale is None and (parameter := _layer_scale(call, last.returned)):
+            last, scale = call, f"{call.name}.{parameter}"
     # A module that encloses the projection ends after it but was given its input before.
     # Outer modules come first: they still stand where a whole sublayer is replaced.
     before = [calls[i] for i in inside if i < end or projection.startswith(calls[i].name + ".")]
     before.sort(key=lambda call: call.name.count("."))
     after = [t for i in inside if i > end for t in (calls[i].given, calls[i].returned)]
+    residual = _stream([(call.name, call.given) for call in before], last.returned, after)
+    shortcut = None
+    if residual is None:
+        # A shortcut may run before the projection or after it.
+        own = (projection, norm, last.name)
+        others = [calls[i] for i in inside if calls[i].name not in own]
+        others = [call for call in others if not projection.startswith(call.name + ".")]
+        others.sort(key=lambda call: call.name.count("."))
+        shortcut = _stream([(call.name, call.returned) for call in others], last.returned, after)
+    return Stream(residual, shortcut, norm, scale, last.changed)
+
+
+def _stream(
+    before: Sequence[tuple[str, Tensor | None]], update: Tensor | None, after: Sequence[Tensor | None]
+) -> str | None:
+    """The name of that one of ``before`` that gives one of ``after`` when ``update`` is added, of equals the first."""
+    # A norm initialised to zero hides what it is added to.
+    if update is None or not update.any():
+        return None
     best, best_error = None, _RELATIVE_TOLERANCE
-    for call in before:
+    for name, stream in before:
         for later in after:
-            if call.given is None or later is None or not call.given.shape == later.shape == update.shape:
+            if stream is None or later is None or not stream.shape == later.shape == update.shape:
                 continue
-            error = float((later - call.given - update).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
+            added = stream + update
+            if bool((later >= 0).all()):
+                added = F.relu(added)
+            error = float((later - added).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
             if error < best_error:
-                best, best_error = call.name, error
-    return best, scale
+                best, best_error = name, error
+    return best
 
 
-def _layer_scale(call: Call, update: Tensor) -> str | None:
+def _is_norm(call: Call, update: Tensor | None) -> bool:
+    """Whether ``call`` is a batch norm that takes ``update`` and is an affine function of each channel."""
+    norm = call.module
+    if update is None or call.given is None or call.returned is None or type(norm) is not nn.BatchNorm2d:
+        return False
+    if norm.running_var is None or norm.training or call.given.shape != update.shape:
+        return False
+    return torch.equal(call.given, update)
+
+
+def _layer_scale(call: Call, update: Tensor | None) -> str | None:
     """Name of the one parameter by which ``call`` multiplies ``update`` channel by channel, or None."""
-    if call.given is None or call.returned is None or call.given.shape != update.shape:
+    if update is None or call.given is None or call.returned is None or call.given.shape != update.shape:
         return None
     parameters = list(call.module.named_parameters(recurse=False))
     if len(parameters) != 1 or parameters[0][1].shape != update.shape[-1:] or not torch.equal(call.given, update):
         return None
     name, gamma = parameters[0]
     return name if torch.allclose(call.returned, update * gamma.detach(), rtol=1e-4) else None
+
+
+def stream_scale(module: nn.Module, group: Group) -> Tensor | None:
+    """What the output of ``group.output`` is multiplied by on its way to the stream: ``(features,)``, None if nothing.
+
+    A batch norm in eval mode gives weight / √(running variance + eps), LayerScale its parameter.
+    """
+    factor = None
+    if group.norm is not None:
+        factor = _norm_factor(module.get_submodule(group.norm))
+    if group.scale is not None:
+        gamma = module.get_parameter(group.scale)
+        factor = gamma if factor is None else factor * gamma
+    return factor
+
+
+def stream_shift(module: nn.Module, group: Group) -> Tensor | None:
+    """What is added to the output of ``group.output``, after `stream_scale`, on its way to the stream: ``(features,)``.
+
+    None without a batch norm. The update of the stream is ``scale * output + shift``.
+    """
+    if group.norm is None:
+        return None
+    norm = module.get_submodule(group.norm)
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+    shift = -norm.running_mean * _norm_factor(norm)
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return shift * module.get_parameter(group.scale) if group.scale is not None else shift
+
+
+def _norm_factor(norm: nn.Module) -> Tensor:
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
+    factor = (norm.running_var + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight

@@ -3,7 +3,7 @@
 import timm.layers
 from torch import nn
 
-from optin_deploy.structure.groups import Group, LeftDense, Side, join
+from optin_deploy.structure.groups import Group, LeftDense, Projections, Rows, Side, join
 from optin_deploy.structure.registry import adapter
 
 
@@ -14,7 +14,8 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         return None
     if not isinstance(module.norm, nn.Identity):
         return LeftDense(name, "a norm over all heads stands before the output projection (scale_norm)")
-    sides = [Side(join(name, "qkv"), "out", parts=3), Side(join(name, "proj"), "in")]
+    qkv = join(name, "qkv")
+    sides = [Side(qkv, "out"), Side(join(name, "proj"), "in")]
     if getattr(module, "gate", None) is not None:
         sides.append(Side(join(name, "gate"), "out"))
     return Group(
@@ -26,8 +27,20 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         sides=tuple(sides),
         owners=(name,),
         stand_ins=((name, "constant"),),
-        attributes=((name, "num_heads", 1), (name, "attn_dim", int(module.head_dim))),  # type: ignore[arg-type]
+        attributes=((name, "num_heads"), (name, "attn_dim")),
+        qkv=_fused(name, qkv) if _is_plain(module) else None,
     )
+
+
+def _fused(name: str, qkv: str) -> Projections:
+    queries, keys, values = (Rows(qkv, part, 3) for part in range(3))
+    return Projections(queries, keys, values, scale=(name, "scale"))
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether nothing but products stands between queries, keys, values and the output projection."""
+    norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+    return all(isinstance(n, nn.Identity | None) for n in norms) and getattr(attention, "gate", None) is None
 
 
 @adapter

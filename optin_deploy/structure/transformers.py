@@ -5,7 +5,7 @@ Modules are matched on what they hold, not on their class: transformers renames 
 
 from torch import nn
 
-from optin_deploy.structure.groups import Group, LeftDense, Side, StandIn, child, join
+from optin_deploy.structure.groups import Group, LeftDense, Projections, Rows, Side, StandIn, child, join
 from optin_deploy.structure.registry import adapter
 
 _QKV_NAMES = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
@@ -23,6 +23,11 @@ def _is_library_module(module: nn.Module) -> bool:
 def _linears(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear] | None:
     found = [child(module, n) for n in names]
     return [m for m in found if isinstance(m, nn.Linear)] if all(isinstance(m, nn.Linear) for m in found) else None
+
+
+def _separate(name: str, names: tuple[str, ...]) -> Projections:
+    queries, keys, values = (Rows(join(name, n)) for n in names)
+    return Projections(queries, keys, values)
 
 
 def _attribute(module: nn.Module, names: tuple[str, ...]) -> tuple[str, int] | None:
@@ -67,9 +72,13 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     head_width, all_width = _attribute(module, _HEAD_WIDTH_NAMES), _attribute(module, _ALL_HEADS_WIDTH_NAMES)
     if head_width is None:
         return LeftDense(name, "the width of a head is not an attribute of the module")
-    attributes = [(name, heads[0], 1)]
+    attributes = [(name, heads[0])]
     if all_width is not None and all_width[1] == features[0]:
-        attributes.append((name, all_width[0], width))
+        attributes.append((name, all_width[0]))
+    # Without an attribute of its own, the softmax's scale would change with the width.
+    scaled = isinstance(getattr(module, "scaling", None), float)
+    # Parameters of its own, like embeddings of relative positions, would have to be narrowed with the heads.
+    plain = {n.rpartition(".")[0] for n, _ in module.named_parameters()} <= {*names, *_OUTPUT_NAMES}
     return Group(
         name=name,
         kind="head",
@@ -80,6 +89,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         owners=owners,
         stand_ins=stand_ins,
         attributes=tuple(attributes),
+        qkv=_separate(name, names) if scaled and plain else None,
     )
 
 

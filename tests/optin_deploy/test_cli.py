@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import save_bert, save_images, save_lines, save_shallow, texts
 
 from optin_deploy import cli, pipeline
+from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report
 
 MODEL = ["--model", "test_vit", "--weights", "random", "--image-size", "32", "--calibration-samples", "8"]
@@ -126,6 +127,32 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
     assert load_file(here / "my run" / "scores.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"criterion": "trajectory-obs", "narrow_heads": None, "rounds": 1, "ridge": "auto", "probes": None}),
+        (["--criterion", "magnitude", "--narrow-heads"], {"criterion": "magnitude", "narrow_heads": True}),
+        (["--no-narrow-heads", "--rounds", "3"], {"narrow_heads": False, "rounds": 3}),
+        (["--ridge", "0.25"], {"ridge": 0.25}),
+        (["--ridge", "auto", "--no-compensate"], {"ridge": "auto", "compensate": False}),
+        (["--calibration-labels", "class"], {"calibration_labels": "class"}),
+    ],
+)
+def test_options_end_in_the_recipe(
+    run: Run, monkeypatch: pytest.MonkeyPatch, options: list[str], expected: dict[str, object]
+) -> None:
+    found: list[Recipe] = []
+
+    def stop(recipe: Recipe, **_: object) -> None:
+        found.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "prune_export", stop)
+    assert run(*RUN, *options).code == 130
+    given = found[0].model_dump()
+    assert {name: given[name] for name in expected} == expected
+
+
 # Bad inputs
 
 
@@ -139,7 +166,7 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
         (["--weights", "none.safetensors"], "cannot be read"),
         (["--image-size", "33"], "image size 33 does not fit test_vit: give a multiple of its patch size 16"),
         (["--image-size", "0"], "--image-size 0"),
-        (["--model", "test_resnet", "--weights", "random"], "img_size"),
+        (["--model", "test_efficientnet", "--weights", "random"], "img_size"),
         (["--flops", "0"], "--flops 0"),
         (["--flops", "1"], "--flops 1"),
         (["--flops", "1.5"], "above 0 and below 1"),
@@ -150,9 +177,16 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
         (["--calibration-column", "text"], "--calibration-column text"),
         (["--calibration-samples", "0"], "--calibration-samples 0"),
         (["--evaluate", "none"], "evaluation data none does not exist"),
+        (["--calibration-labels", "folders"], "--calibration-labels folders: only a table of texts"),
+        (["--criterion", "foo"], "--criterion foo: .*'trajectory-obs', .*'fisher', 'magnitude' or 'random'"),
+        (["--criterion", "fisher"], "--criterion fisher needs labels .*--calibration-labels"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--rounds", "17"], "--rounds 17"),
         (["--scorer", "foo"], "--scorer foo"),
+        (["--criterion", "trajectory", "--scorer", "forward", "--probes", "1"], "--probes 1: --scorer forward"),
         (["--align", "0"], "--align 0"),
         (["--ridge", "-1"], "--ridge -1"),
+        (["--ridge", "some"], "--ridge some"),
         (["--opset", "3"], "--opset 3"),
         (["--runtimes", "tpu"], "--runtimes tpu"),
         (["--runtimes", ","], "--runtimes"),
@@ -197,6 +231,10 @@ def test_bad_text_calibration(here: Path, refusal: Callable[..., str]) -> None:
     assert "--calibration-column" in refusal(*command, table)
     assert "no column 'words'" in refusal(*command, table, "--calibration-column", "words")
     assert "holds no texts" in refusal(*command, save_lines(here / "e.txt", [""]))
+    labels = [*command, table, "--calibration-column", "text", "--criterion", "fisher"]
+    assert "no column 'kind'" in refusal(*labels, "--calibration-labels", "kind")
+    assert "label 'w0 w0' is no class number" in refusal(*labels, "--calibration-labels", "text")
+    assert "--criterion fisher needs labels" in refusal(*labels)
 
 
 @pytest.mark.parametrize("output", [".", "file", "file/run", "other"])

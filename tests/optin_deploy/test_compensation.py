@@ -24,9 +24,14 @@ RIDGE = 0.01
 BATCHES = 6
 
 
+def structure_of(name: str) -> Structure:
+    """Heads, neurons and channels."""
+    return tiny.structure(name).without_widths()
+
+
 def repaired(network: Network, structure: Structure, plan: Plan, ridge: float = RIDGE) -> nn.Module:
     small = sliced(network.module, structure, plan)
-    compensate(network, small, structure, plan, tiny.batches(network, BATCHES), ridge, lambda _: None)
+    compensate(network, small, structure, plan, tiny.batches(network, BATCHES), (ridge,))
     return small
 
 
@@ -59,7 +64,7 @@ STREAMS = {
 @torch.no_grad()
 def rows(name: str, small: nn.Module, group: Group, plan: Plan, network: Network) -> tuple[np.ndarray, np.ndarray]:
     """Activations behind the kept units in the pruned network, and what the projection should give; no padding."""
-    block = tiny.structure(name).blocks[group.layer]
+    block = structure_of(name).blocks[group.layer]
     before, after, side = STREAMS[name][group.kind]
     stream_at, target_at = f"{block}.{before}", f"{block}.{after}".rstrip(".")
     xs, targets = [], []
@@ -92,7 +97,7 @@ def ridge_solution(x: np.ndarray, target: np.ndarray, old: np.ndarray, ridge: fl
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("which", ["uneven", "vanished heads", "vanished neurons"])
 def test_every_refit_is_the_ridge_solution(name: str, which: str) -> None:
-    network, structure = tiny.network(name), tiny.structure(name)
+    network, structure = tiny.network(name), structure_of(name)
     vanished = tiny.empty_plan(structure, which[9:-1]).kept if which != "uneven" else {}
     plan = Plan({**tiny.uneven_plan(structure).kept, **vanished})
     before, small = sliced(network.module, structure, plan), repaired(network, structure, plan)
@@ -105,7 +110,7 @@ def test_every_refit_is_the_ridge_solution(name: str, which: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_the_bias_of_a_vanished_group_is_the_mean_target(name: str) -> None:
-    network, structure = tiny.network(name), tiny.structure(name)
+    network, structure = tiny.network(name), structure_of(name)
     plan = tiny.empty_plan(structure)
     small = repaired(network, structure, plan)
     for group in structure.groups:
@@ -116,7 +121,7 @@ def test_the_bias_of_a_vanished_group_is_the_mean_target(name: str) -> None:
 @pytest.mark.parametrize("vanished", [False, True])
 def test_without_a_known_stream_the_dense_output_is_the_target(vanished: bool) -> None:
     network = tiny.vit(block_fn=ResPostBlock)
-    structure = describe(network.module, network.inputs)
+    structure = describe(network.module, network.inputs).without_widths()
     group = structure.groups[-1]
     assert group.residual is None
     plan = Plan({"blocks.0.attn": (1, 2), group.name: () if vanished else (0, 3, 4, 5)})
@@ -150,9 +155,9 @@ def error(network: Network, structure: Structure, small: nn.Module) -> float:
     return total
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL_NAMES)
 def test_the_network_comes_closer_to_the_dense_one(name: str) -> None:
-    network, structure = tiny.network(name), tiny.structure(name)
+    network, structure = tiny.network(name), structure_of(name)
     plan = tiny.uneven_plan(structure)
     masked = error(network, structure, sliced(network.module, structure, plan))
     assert error(network, structure, repaired(network, structure, plan)) < 0.7 * masked
@@ -161,8 +166,8 @@ def test_the_network_comes_closer_to_the_dense_one(name: str) -> None:
 @settings(max_examples=10)
 @given(data=st.data())
 def test_any_plan_can_be_repaired(data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(tiny.NAMES))
-    network, structure = tiny.network(name), tiny.structure(name)
+    name = data.draw(st.sampled_from(tiny.ALL_NAMES))
+    network, structure = tiny.network(name), structure_of(name)
     small = repaired(network, structure, data.draw(tiny.plans(structure)))
     assert all(p.isfinite().all() for p in small.parameters())
     network.forward(network.inputs, small)
@@ -170,46 +175,50 @@ def test_any_plan_can_be_repaired(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_with_nothing_pruned_nothing_changes(name: str) -> None:
-    network, structure = tiny.network(name), tiny.structure(name)
+    network, structure = tiny.network(name), structure_of(name)
     for plan in (Plan({}), Plan({g.name: tuple(range(g.units)) for g in structure.groups})):
         given = repaired(network, structure, plan).state_dict()
         assert all(torch.equal(given[k], v) for k, v in network.module.state_dict().items())
 
 
-def test_only_the_projections_of_pruned_groups_change() -> None:
-    network, structure = tiny.network("bert"), tiny.structure("bert")
+def test_all_behind_the_first_pruned_units_changes_and_nothing_before() -> None:
+    network, structure = tiny.network("bert_classifier"), structure_of("bert_classifier")
     group = structure.groups[1]
+    assert (group.kind, group.layer) == ("neuron", 0)
     plan = Plan({group.name: tuple(range(5))})
     dense = {k: v.clone() for k, v in network.module.state_dict().items()}
     before = sliced(network.module, structure, plan).state_dict()
     after = repaired(network, structure, plan).state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
-    assert changed == {f"{group.output}.weight", f"{group.output}.bias"}
+    linear = [n for n, m in network.module.named_modules() if isinstance(m, nn.Linear)]
+    behind = linear[linear.index(group.output) :]
+    assert len(behind) == 1 + 6 + 2
+    assert changed == {f"{name}.{kind}" for name in behind for kind in ("weight", "bias")}
     assert all(torch.equal(v, dense[k]) for k, v in network.module.state_dict().items())
 
 
 @pytest.mark.parametrize("where", ["blocks.0.mlp", "blocks.0.attn"])
 def test_a_duplicate_can_leave_without_a_trace(where: str) -> None:
     network = tiny.vit(init_values=0.5)
-    structure = describe(network.module, network.inputs)
+    structure = describe(network.module, network.inputs).without_widths()
     group = structure.group(where)
     up = next(s for s in group.sides if s.axis == "out")
     linear = network.module.get_submodule(up.module)
     for parameter in linear.parameters():
-        units = parameter.data.unflatten(0, (up.parts, group.units, group.width))
+        units = parameter.data.unflatten(0, (-1, group.units, group.width))
         units[:, 2] = units[:, 0]
     plan = Plan({where: tuple(u for u in range(group.units) if u != 2)})
-    small = repaired(network, structure, plan, ridge=1e-7)
+    small = repaired(network, structure, plan, ridge=1e-5)
     batch = tiny.images("x", 4, seed=99)
     with torch.no_grad():
         expected, given = network.module(**batch), small(**batch)
         without_repair = sliced(network.module, structure, plan)(**batch)
-    assert float((given - expected).abs().max()) <= 1e-4
-    assert float((without_repair - expected).abs().max()) > 1e-2
+    assert float((given - expected).abs().max()) <= 1e-3
+    assert float((without_repair - expected).abs().max()) > 0.1
 
 
 def test_a_large_ridge_keeps_the_weights() -> None:
-    network, structure = tiny.network("vit"), tiny.structure("vit")
+    network, structure = tiny.network("vit"), structure_of("vit")
     plan = Plan({"blocks.0.mlp": (0, 1, 2)})
     weight = "blocks.0.mlp.fc2.weight"
     before = sliced(network.module, structure, plan).get_parameter(weight)
@@ -218,32 +227,32 @@ def test_a_large_ridge_keeps_the_weights() -> None:
 
 
 def test_content_of_padding_does_not_matter() -> None:
-    network, structure = tiny.network("bert"), tiny.structure("bert")
+    network, structure = tiny.network("bert"), structure_of("bert")
     plan, results = tiny.uneven_plan(structure), []
     for padding in (1, 7):
         batches = copy.deepcopy(tiny.batches(network, 3))
         for batch in batches:
             batch["input_ids"][batch["attention_mask"] == 0] = padding
         small = sliced(network.module, structure, plan)
-        compensate(network, small, structure, plan, batches, RIDGE, lambda _: None)
+        compensate(network, small, structure, plan, batches, (RIDGE,))
         results.append(small.state_dict())
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-4)
 
 
 def test_progress_is_one_step_a_block_and_no_hooks_stay() -> None:
-    network, structure = tiny.network("vit"), tiny.structure("vit")
+    network, structure = tiny.network("vit"), structure_of("vit")
     plan = tiny.uneven_plan(structure)
     small = sliced(network.module, structure, plan)
     steps: list[int] = []
-    compensate(network, small, structure, plan, tiny.batches(network, 1), RIDGE, steps.append)
+    compensate(network, small, structure, plan, tiny.batches(network, 1), (RIDGE,), steps.append)
     assert steps == [1] * tiny.LAYERS
     for module in (network.module, small):
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())
 
 
 def test_layer_scale_does_not_matter_where_the_stream_is_unknown() -> None:
-    network, known = tiny.network("vit_layer_scale"), tiny.structure("vit_layer_scale")
+    network, known = tiny.network("vit_layer_scale"), structure_of("vit_layer_scale")
     plan, results = tiny.uneven_plan(known), []
     for change in ({"residual": None}, {"residual": None, "scale": None}):
         structure = replace(known, groups=tuple(replace(g, **change) for g in known.groups))
@@ -253,10 +262,10 @@ def test_layer_scale_does_not_matter_where_the_stream_is_unknown() -> None:
 
 
 def test_a_structure_may_hide_its_stream() -> None:
-    network, known = tiny.network("vit"), tiny.structure("vit")
+    network, known = tiny.network("vit"), structure_of("vit")
     unknown = replace(known, groups=tuple(replace(g, residual=None) for g in known.groups))
     plan = Plan({"blocks.0.attn": (0, 1)})
-    with_stream, without = (repaired(network, s, plan).state_dict() for s in (known, unknown))
+    with_stream, without = (repaired(network, s, plan).get_submodule("blocks.0.attn.proj") for s in (known, unknown))
     # Nothing before the first sublayer is pruned, so both targets are the dense output.
-    for key, value in with_stream.items():
-        torch.testing.assert_close(without[key], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(without.weight, with_stream.weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(without.bias, with_stream.bias, rtol=1e-4, atol=1e-5)

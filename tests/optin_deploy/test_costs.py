@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from optin_deploy.costs import count_flops, flop_costs, flops_share
 from optin_deploy.plan import Plan
 from optin_deploy.slicing import sliced
+from optin_deploy.structure.describe import describe
 
 WIDTH, TOKENS, NEURONS, HEAD = tiny.WIDTH, 5, tiny.NEURONS, tiny.WIDTH // tiny.HEADS
 PER_HEAD = 2 * 4 * TOKENS * WIDTH * HEAD + 2 * 2 * TOKENS * TOKENS * HEAD
@@ -28,7 +29,7 @@ def test_the_batch_does_not_count() -> None:
     assert count_flops(network.module, tiny.images("x", batch=1)) == count_flops(network.module, tiny.images("x", 5))
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL_NAMES)
 @settings(max_examples=10)
 @given(data=st.data())
 def test_costs_predict_the_count_of_the_sliced_module(name: str, data: st.DataObject) -> None:
@@ -38,13 +39,21 @@ def test_costs_predict_the_count_of_the_sliced_module(name: str, data: st.DataOb
     assert costs.of(plan) == count_flops(sliced(network.module, structure, plan), network.inputs)
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", tiny.ALL_NAMES)
 def test_the_floor_is_the_count_with_everything_removed(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     costs = flop_costs(network.module, structure, network.inputs)
     empty = sliced(network.module, structure, tiny.empty_plan(structure))
     assert costs.floor == costs.of(tiny.empty_plan(structure)) == count_flops(empty, network.inputs)
     assert costs.total == costs.of(Plan({})) == count_flops(network.module, network.inputs)
+
+
+def test_flops_of_channels_by_hand() -> None:
+    network = tiny.network("plain_resnet")
+    costs = flop_costs(network.module, tiny.structure("plain_resnet"), network.inputs)
+    assert costs.per_unit["blocks.0.conv1"] == 2 * 9 * 16 * 16 * (6 + 6)
+    assert costs.per_unit["blocks.1.conv1"] == 2 * 9 * 8 * 8 * (6 + 12)
+    assert costs.floor == 2 * 9 * 3 * 6 * 16 * 16 + 2 * 12 * 3
 
 
 def test_counting_leaves_the_module_as_it_was() -> None:
@@ -60,3 +69,35 @@ def test_share_of_a_submodule() -> None:
     assert flops_share(network.module, network.inputs, "patch_embed") == PATCHES / total
     assert flops_share(network.module, network.inputs, "blocks.0.mlp") == NEURONS * PER_NEURON / total
     assert flops_share(network.module, network.inputs, "norm") == 0
+
+
+def test_heads_cost_in_proportion_to_their_number_and_width() -> None:
+    network, structure = tiny.network("vit"), tiny.structure("vit")
+    costs = flop_costs(network.module, structure, network.inputs)
+    assert costs.widths == {f"blocks.{i}.attn": f"blocks.{i}.attn.width" for i in range(2)}
+    assert costs.per_unit["blocks.0.attn.width"] == tiny.HEADS * PER_HEAD / HEAD
+    cut = Plan({"blocks.0.attn": (0, 3), "blocks.0.attn.width": (0, 1, 2), "blocks.1.attn.width": (3,)})
+    whole = tiny.HEADS * PER_HEAD
+    assert costs.of(cut) == pytest.approx(costs.total - whole * (1 - 2 / 4 * 3 / 4) - whole * 3 / 4)
+    # Widths are no cost of their own: without them, the rest costs the same.
+    plain = flop_costs(network.module, structure.without_widths(), network.inputs)
+    assert (plain.total, plain.floor, plain.widths) == (costs.total, costs.floor, {})
+    assert costs.of(Plan({"blocks.0.attn": (), "blocks.0.attn.width": (1,)})) == costs.total - whole
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "distilbert", "hf_vit"])
+@settings(max_examples=10)
+@given(data=st.data())
+def test_costs_of_heads_and_width_cut_together(name: str, data: st.DataObject) -> None:
+    network, structure = tiny.network(name), tiny.structure(name)
+    both = [g for g in structure.groups if g.kind in ("head", "width")]
+    plan = Plan({g.name: data.draw(tiny.kept_units(g)) for g in both})
+    costs = flop_costs(network.module, structure, network.inputs)
+    small = sliced(network.module, structure, plan)
+    assert costs.of(plan) == count_flops(small, network.inputs)
+    # What is left can be counted, and cut, again.
+    left = describe(small, network.inputs)
+    rest = flop_costs(small, left, network.inputs)
+    assert (rest.total, rest.floor) == (costs.of(plan), costs.floor)
+    second = data.draw(tiny.plans(left))
+    assert rest.of(second) == pytest.approx(costs.of(second.after(plan)))

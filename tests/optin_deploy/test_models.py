@@ -4,6 +4,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VISION, WORDS, save_bert, vision_network
@@ -11,9 +12,11 @@ from tiny_models import VISION, WORDS, save_bert, vision_network
 from optin_deploy import checkpoint
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import hub
-from optin_deploy.libraries.timm import full_name
+from optin_deploy.libraries.timm import full_name, prunable_names
 from optin_deploy.models import load_network
 from optin_deploy.plan import Plan
+from optin_deploy.structure.conv import basic_block
+from optin_deploy.structure.groups import Group
 
 
 @pytest.fixture
@@ -128,8 +131,25 @@ def test_wrong_image_size(size: int) -> None:
     assert f"image size {size}" in refusal("test_vit", weights="random", image_size=size)
 
 
+def test_a_resnet_takes_any_image_size() -> None:
+    dense, small = (load_network("test_resnet", weights="random", image_size=size) for size in (None, 32))
+    assert small.inputs["x"].shape == (2, 3, 32, 32)
+    assert small.preprocessing.size == (32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(dense.module.parameters(), small.module.parameters(), strict=True))
+
+
+def test_names_listed_as_prunable_are_prunable_throughout() -> None:
+    names = [name for name in prunable_names() if "resnet" in name]
+    assert {"resnet18", "resnet34", "seresnet18"} <= set(names)
+    for name in names:
+        with torch.device("meta"):
+            module = timm.create_model(name)
+        found = [basic_block(n, m, "", module) for n, m in module.named_modules()]
+        assert {type(f) for f in found} == {Group, type(None)}
+
+
 def test_image_size_for_models_that_take_none(tmp_path: Path) -> None:
-    assert "img_size" in refusal("test_resnet", weights="random", image_size=64)
+    assert "img_size" in refusal("test_efficientnet", weights="random", image_size=64)
     save_bert(tmp_path)
     assert "--image-size 64" in refusal(tmp_path, image_size=64)
 

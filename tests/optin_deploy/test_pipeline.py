@@ -6,21 +6,27 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from tiny_models import TinyModule, own_batches, own_network, save_bert, save_lines, save_shallow, texts
 
+from exporters import check_parity, onnx_from_program, trace
 from optin_deploy import checkpoint, pipeline
-from optin_deploy.calibration import from_batches
+from optin_deploy.calibration import from_batches, load_calibration
 from optin_deploy.costs import count_flops
+from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
-from optin_deploy.network import Network
+from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.pipeline import Result, prune_export
+from optin_deploy.plan import Plan
+from optin_deploy.pruning import examine, prune
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report
+from optin_deploy.rotation import in_principal_bases
+from optin_deploy.scoring import Scoring
 from optin_deploy.slicing import sliced
-from optin_deploy.structure.describe import describe
 
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
 FILES = {
@@ -203,6 +209,49 @@ def test_interrupted_run_goes_on_and_gives_the_same(shallow: str, vision: Result
         assert ours.max_abs_reference == theirs.max_abs_reference
 
 
+def test_a_run_stopped_behind_its_scores_goes_on_in_the_same_bases(
+    shallow: str, vision: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_pruned", interrupt)
+        prune_export(vision_recipe(shallow), output=directory, quiet=True)
+    assert not (directory / "checkpoint").exists()
+    monkeypatch.setattr(pipeline, "score", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        no_export(monkeypatch)
+        prune_export(vision_recipe(shallow), output=directory, quiet=True)
+    assert artefacts(directory) == artefacts(vision.directory)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_run_with_a_checkpoint_reads_its_plan(
+    shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    directory, recipe = tmp_path / "run", vision_recipe(shallow, rounds=rounds, align=8)
+    run_until_export(recipe, directory)
+    found: list[tuple[dict[str, list[int]], Network]] = []
+
+    def export(_: object, small: Network, *__: object) -> None:
+        found.append((json.loads((directory / "plan.json").read_text())["kept"], small))
+        raise KeyboardInterrupt
+
+    for name in ("score", "search", "next_step", "in_principal_bases", "remove_more"):
+        monkeypatch.setattr(pipeline, name, None)
+    monkeypatch.setattr(pipeline, "_exported", export)
+    before = artefacts(directory)
+    with pytest.raises(KeyboardInterrupt):
+        prune_export(recipe, output=directory, quiet=True)
+    ((plan, small),) = found
+    assert plan == {n: list(k) for n, k in checkpoint.read_plan(directory / "checkpoint").kept.items()}
+    assert_stored(directory, small.module)
+    assert artefacts(directory) == before
+
+
 def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     for late in ("profile.json", "report.json", "report.html"):
         (own.directory / late).unlink()
@@ -235,19 +284,71 @@ def test_another_run_is_refused(shallow: str, vision: Result, change: dict[str, 
     assert times(vision.directory) == before
 
 
-def test_without_compensation(shallow: str, vision: Result, tmp_path: Path) -> None:
-    recipe = vision_recipe(shallow, compensate=False)
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "checkpoint" / "model.safetensors")
+
+
+def assert_stored(directory: Path, module: torch.nn.Module) -> None:
+    found = stored(directory)
+    assert found.keys() == module.state_dict().keys()
+    assert all(torch.equal(t, found[n]) for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_without_compensation(shallow: str, vision: Result, tmp_path: Path, narrow: bool) -> None:
+    recipe = vision_recipe(shallow, compensate=False, narrow_heads=narrow)
     run_until_export(recipe, tmp_path / "run")
     dense = load_network(shallow)
-    small = sliced(
-        dense.module,
-        describe(dense.module, dense.inputs),
-        checkpoint.read_plan(tmp_path / "run" / "checkpoint"),
+    structure = examine(dense, narrow=narrow).structure
+    turned = in_principal_bases(dense, structure, load_calibration(dense, None, samples=8).batches)
+    assert (turned is dense) == (not narrow)
+    plan = checkpoint.read_plan(tmp_path / "run" / "checkpoint")
+    assert_stored(tmp_path / "run", sliced(turned.module, structure, plan))
+    found, repaired = stored(tmp_path / "run"), stored(vision.directory)
+    assert any(t.shape != repaired[n].shape or not torch.equal(t, repaired[n]) for n, t in found.items())
+
+
+def test_heads_get_narrower_in_the_exported_network(tmp_path: Path) -> None:
+    save_bert(tmp_path / "bert", num_attention_heads=1)
+    lines = save_lines(tmp_path / "texts.txt", texts(60))
+    options = {"calibration": lines, "calibration_samples": 16, "sequence_length": 16, "align": 1}
+    result = prune_export(
+        Recipe(**QUICK, model=str(tmp_path / "bert"), flops=0.5, **options), output=tmp_path / "run", quiet=True
     )
-    found = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
-    assert all(torch.equal(t, found[n]) for n, t in small.state_dict().items())
-    repaired = load_file(vision.directory / "checkpoint" / "model.safetensors")
-    assert any(not torch.equal(t, repaired[n]) for n, t in found.items())
+    widths = [e for e in result.report.plan if e.kind == "width"]
+    heads = {e.group: e.kept for e in result.report.plan if e.kind == "head"}
+    assert any(0 < e.kept < e.units and heads[e.group.removesuffix(".width")] for e in widths)
+    assert [(g.name, g.passed) for g in result.report.gates] == [("budget", True), ("parity", True)]
+    test_onnx_runs_at_other_sizes(result)
+    test_checkpoint_is_the_pruned_network(result)
+
+
+@pytest.mark.parametrize(("name", "opset"), [("vit", 20), ("vit", 23), ("bert", 20), ("distilbert", 23)])
+def test_exports_of_narrow_heads_agree_with_torch(tmp_path: Path, name: str, opset: int) -> None:
+    network, structure = tiny.network(name), tiny.structure(name)
+    first, second = (g.name for g in structure.groups if g.kind == "head")
+    plan = Plan({first: (0, 2, 3), f"{first}.width": (0, 1, 3), second: (1,), f"{second}.width": (2,)})
+    small = network.with_module(sliced(network.module, structure, plan))
+    module, names = TensorOutputs(small.module, small.outputs), tuple(small.outputs)
+    axes = {n: {0: "batch"} if name == "vit" else {0: "batch", 1: "sequence"} for n in small.inputs}
+    program, path = trace(module, small.inputs, axes), tmp_path / "small.onnx"
+    onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=opset)
+    batches = tiny.batches(small, 2, size=5) if name == "vit" else [tiny.texts(1, 5), tiny.texts(4, 11)]
+    assert all(parity.passed for parity in check_parity(module, path, batches, names, tolerance=1e-5))
+
+
+@pytest.mark.parametrize("options", [{}, {"rounds": 2}, {"criterion": "trajectory", "narrow_heads": True}])
+def test_a_run_is_prune_in_one_call(shallow: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    run_until_export(vision_recipe(shallow, ridge=0.1, align=8, **options), tmp_path / "run")
+    dense = load_network(shallow)
+    arguments = {"narrow": options.get("narrow_heads"), "rounds": options.get("rounds", 1)}
+    scoring = Scoring(options.get("criterion", "trajectory-obs"))
+    batches = load_calibration(dense, None, samples=8).batches
+    expected = prune(dense, batches, 0.6, scoring=scoring, ridge=0.1, align=8, **arguments)
+    assert checkpoint.read_plan(tmp_path / "run" / "checkpoint") == expected.plan
+    assert_stored(tmp_path / "run", expected.network.module)
+    scores = load_file(tmp_path / "run" / "scores.safetensors")
+    assert all(torch.equal(scores[n], t) for n, t in expected.scores.items())
 
 
 def test_pruning_a_pruned_network(vision: Result, tmp_path: Path) -> None:
@@ -262,6 +363,71 @@ def test_pruning_a_pruned_network(vision: Result, tmp_path: Path) -> None:
     assert 0.89 <= ratio <= 0.9
     with torch.inference_mode():
         assert torch.isfinite(small.forward(other_batch(small))["logits"]).all()
+
+
+# Labels
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a classifier ``bert``, an encoder ``encoder`` and a labelled table ``t.csv``."""
+    path = tmp_path_factory.mktemp("labelled")
+    save_bert(path / "bert")
+    save_bert(path / "encoder", head=False)
+    save_lines(path / "t.csv", ["text,class", *(f"{t},{i % 3}" for i, t in enumerate(texts(60)))])
+    return path
+
+
+def fisher_recipe(path: Path, model: str = "bert", **options: Any) -> Recipe:
+    given = {"calibration": path / "t.csv", "calibration_column": "text", "calibration_samples": 24}
+    given |= {"sequence_length": 16, "flops": 0.7, "criterion": "fisher", "align": 8, **options}
+    return Recipe(**QUICK, model=str(path / model), **given)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_fisher_with_labels(labelled: Path, tmp_path: Path, rounds: int) -> None:
+    recipe = fisher_recipe(labelled, calibration_labels="class", rounds=rounds)
+    run_until_export(recipe, tmp_path / "run")
+    dense = load_network(recipe.model, sequence_length=16)
+    given = load_calibration(dense, recipe.calibration, column="text", labels="class", samples=24)
+    gradients = mask_gradients(dense, examine(dense, narrow=False).structure, given.batches, given.labels)
+    scores = load_file(tmp_path / "run" / "scores.safetensors")
+    assert scores.keys() == gradients.keys()
+    for name, expected in fisher_scores(gradients).items():
+        torch.testing.assert_close(scores[name], expected)
+    small = load_network(str(tmp_path / "run" / "checkpoint"))
+    assert 0.69 <= count_flops(small.module, small.inputs) / count_flops(dense.module, small.inputs) <= 0.7
+
+
+def test_other_labels_are_another_run(labelled: Path, tmp_path: Path) -> None:
+    recipe = fisher_recipe(labelled, calibration=tmp_path / "t.csv", calibration_labels="class")
+    for shift in (0, 1):
+        lines = ["text,class", *(f"{t},{(i + shift) % 3}" for i, t in enumerate(texts(60)))]
+        save_lines(tmp_path / "t.csv", lines)
+        if not shift:
+            run_until_export(recipe, tmp_path / "run")
+    with pytest.raises(UserError, match="holds another run"):
+        prune_export(recipe, output=tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        ("bert", {}, "--calibration-labels"),
+        ("encoder", {}, "no class logits"),
+        ("encoder", {"calibration_labels": "class"}, "no class logits"),
+        ("bert", {"calibration_labels": "kind"}, "no column 'kind'"),
+        ("bert", {"calibration": None, "calibration_column": None}, "--calibration-labels"),
+    ],
+)
+def test_fisher_without_what_it_needs_leaves_nothing(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, options: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=expected) as caught:
+        prune_export(fisher_recipe(labelled, model, **options), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 # Nothing is left behind where inputs are wrong

@@ -25,6 +25,10 @@ def test_round_trip_through_yaml(tmp_path: Path) -> None:
         "calibration_column": "text",
         "batch_sizes": (1, 4),
         "runtimes": ("torch",),
+        "calibration_labels": "class",
+        "criterion": "fisher",
+        "narrow_heads": True,
+        "rounds": 3,
         "compensate": False,
         "parity_tolerance": 1e-5,
     }
@@ -54,12 +58,19 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ({"image_size": 0}, "--image-size 0"),
         ({"sequence_length": 3}, "--sequence-length 3"),
         ({"calibration_samples": 0}, "--calibration-samples 0"),
-        ({"scorer": "foo"}, "'sketch' or 'exact'"),
+        ({"criterion": "foo"}, "'trajectory-obs', 'trajectory', 'fisher', 'magnitude' or 'random'"),
+        ({"scorer": "foo"}, "'sketch', 'exact' or 'forward'"),
         ({"probes": 0}, "--probes 0"),
         ({"task_weight": -1}, "--task-weight -1"),
         ({"align": 0}, "--align 0"),
         ({"ridge": 0}, "--ridge 0"),
         ({"ridge": float("inf")}, "--ridge inf"),
+        ({"ridge": "some"}, "--ridge some"),
+        ({"ridge": None}, "--ridge None"),
+        ({"rounds": 0}, "--rounds 0"),
+        ({"rounds": 17}, "--rounds 17"),
+        ({"rounds": 1.5}, "--rounds 1.5"),
+        ({"narrow_heads": "some"}, "--narrow-heads some"),
         ({"opset": 17}, "--opset 17"),
         ({"opset": 99}, "--opset 99"),
         ({"parity_tolerance": 0}, "--parity-tolerance 0"),
@@ -77,6 +88,14 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
 )
 def test_wrong_values_are_named(options: dict[str, Any], expected: str) -> None:
     assert expected in message({**NEEDED, **options})
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), ("0.5", 0.5), (2, 2.0)])
+def test_a_ridge_is_a_number_or_auto(tmp_path: Path, given: object, expected: object) -> None:
+    recipe = make_recipe({**NEEDED, "ridge": given})
+    assert recipe.ridge == expected
+    recipe.save(tmp_path / "r.yaml")
+    assert make_recipe({}, tmp_path / "r.yaml").ridge == expected
 
 
 @pytest.mark.parametrize("missing", ["model", "flops"])

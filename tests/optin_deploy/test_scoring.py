@@ -1,32 +1,106 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from optin_deploy import scoring
-from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factor
+from optin_deploy.costs import flop_costs
+from optin_deploy.criteria.fisher import mask_gradients
+from optin_deploy.criteria.magnitude import magnitude_scores
+from optin_deploy.criteria.random import random_scores
+from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
-from optin_deploy.scoring import save_scores, score, scoring_steps
+from optin_deploy.network import Network
+from optin_deploy.recipe import Recipe
+from optin_deploy.scoring import Criterion, Scoring, save_scores, score, scoring_steps
+from optin_deploy.structure.groups import Structure
+
+CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
+WAYS = [("trajectory-obs", "sketch"), *(("trajectory", scorer) for scorer in get_args(scoring.Scorer))]
 
 
-def test_heads_exactly_and_neurons_by_sketch() -> None:
+def scored(
+    network: Network,
+    structure: Structure,
+    batches: list[tiny.Batch],
+    *,
+    labels: list[Tensor] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    costs = flop_costs(network.module, structure, network.inputs)
+    return score(network, structure, costs, batches, Scoring(**options), labels=labels, advance=advance)
+
+
+def some_labels(batches: list[tiny.Batch]) -> list[Tensor]:
+    return [torch.arange(len(next(iter(batch.values())))) % 3 for batch in batches]
+
+
+def test_heads_exactly_and_the_rest_by_sketch() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     batches = tiny.batches(network, 2)
-    given = score(network, structure, batches, probes=4, task_weight=0.5, seed=5)
-    factor = task_factor(network, structure, batches[0], 0.5, 5)
-    exact = exact_scores(network, structure, structure.groups, batches, factor=factor, seed=5)
-    sketch = sketch_scores(network, structure, batches, probes=4, weights=(1.0, factor), seed=5)
+    given = scored(network, structure, batches, criterion="trajectory", probes=4, task_weight=0.5, seed=5)
+    factors = task_factors(network, structure.without_widths(), batches[0], 0.5, 5)
+    exact = exact_scores(network, structure, structure.groups, batches, factors=factors, seed=5)
+    sketch = sketch_scores(network, structure, batches, probes=4, factors=factors, seed=5)
+    assert given.keys() == {g.name for g in structure.groups}
     for group in structure.groups:
         expected = (exact if group.kind == "head" else sketch)[group.name]
         torch.testing.assert_close(given[group.name], expected / 6, rtol=1e-6, atol=0)
 
 
+def test_obs_scores_come_from_probes_of_pieces_of_a_batch() -> None:
+    network, structure = tiny.network("vit"), tiny.structure("vit")
+    batches = tiny.batches(network, 2, size=8)
+    given = scored(network, structure, batches, probes=3, seed=5)
+    first = {"x": batches[0]["x"][:2]}
+    factors = task_factors(network, structure.without_widths(), first, 1.0, 5)
+    moments = probe_moments(network, structure, batches, probes=3, factors=factors, seed=5, samples_at_once=2)
+    for name, expected in obs_scores(network.module, structure, moments).items():
+        assert torch.equal(given[name], expected)
+
+
+def test_the_other_criteria_are_what_their_functions_give() -> None:
+    network, structure = tiny.network("bert_classifier"), tiny.structure("bert_classifier")
+    batches = tiny.batches(network, 2)
+    costs = flop_costs(network.module, structure, network.inputs)
+    labels = some_labels(batches)
+    gradients = mask_gradients(network, structure, batches, labels)
+    for criterion, expected in (
+        ("fisher", {n: sum(s.square() for s in g) / len(g) for n, g in gradients.items()}),
+        ("magnitude", magnitude_scores(network.module, structure)),
+        ("random", random_scores(structure, costs, 7)),
+    ):
+        given = scored(network, structure, batches, criterion=criterion, labels=labels, seed=7)
+        assert given.keys() == expected.keys()
+        for name, values in expected.items():
+            torch.testing.assert_close(given[name], values)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_scores_of_every_criterion_are_finite_and_not_negative(criterion: Criterion) -> None:
+    network, structure = tiny.network("bert_classifier"), tiny.structure("bert_classifier")
+    batches = tiny.batches(network, 1)
+    given = scored(network, structure, batches, criterion=criterion, labels=some_labels(batches))
+    assert {g.name: (g.units,) for g in structure.groups} == {n: tuple(s.shape) for n, s in given.items()}
+    for values in given.values():
+        assert (values.dtype, values.device.type) == (torch.float64, "cpu")
+        assert values.isfinite().all() and float(values.min()) >= 0
+        assert float(values.max()) > 0
+
+
 def test_scores_are_per_sample() -> None:
     network, structure = tiny.network("bert_classifier"), tiny.structure("bert_classifier")
     batches = tiny.batches(network, 1)
-    once, twice = (score(network, structure, b, scorer="exact", seed=0) for b in (batches, batches * 2))
+    once, twice = (
+        scored(network, structure, b, criterion="trajectory", scorer="exact") for b in (batches, 2 * batches)
+    )
     for name in once:
         torch.testing.assert_close(twice[name], once[name], rtol=1e-5, atol=0)
 
@@ -34,8 +108,8 @@ def test_scores_are_per_sample() -> None:
 def test_without_a_task_only_the_manifold_counts() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     batches = tiny.batches(network, 1)
-    given = score(network, structure, batches, scorer="exact", task_weight=0.0)
-    expected = exact_scores(network, structure, structure.groups, batches, factor=0.0, seed=0)
+    given = scored(network, structure, batches, criterion="trajectory", scorer="exact", task_weight=0.0)
+    expected = exact_scores(network, structure, structure.groups, batches, factors={}, seed=0)
     for name in expected:
         torch.testing.assert_close(given[name], expected[name] / 3)
 
@@ -50,27 +124,39 @@ def test_heads_are_scored_on_as_many_batches_as_hold_enough_tokens(
     batches = tiny.batches(network, 4)
     # A batch has 15 tokens; of texts 7, 6 and 5 are not padding.
     expected = {1: 1, 20: 2, 10_000: 4}[tokens]
-    given = score(network, structure, batches, probes=1, seed=0)
-    exact = score(network, structure, batches[:expected], scorer="exact", seed=0)
+    given = scored(network, structure, batches, criterion="trajectory", probes=1)
+    exact = scored(network, structure, batches[:expected], criterion="trajectory", scorer="exact")
     for group in structure.groups:
         assert torch.equal(given[group.name], exact[group.name]) == (group.kind == "head")
 
 
-@pytest.mark.parametrize("scorer", ["sketch", "exact"])
-def test_the_announced_steps_are_taken(scorer: scoring.Scorer) -> None:
+@pytest.mark.parametrize(("criterion", "scorer"), [*WAYS, ("fisher", "sketch")])
+def test_the_announced_steps_are_taken(criterion: Criterion, scorer: scoring.Scorer) -> None:
+    network, structure = tiny.network("vit"), tiny.structure("vit")
+    batches = tiny.batches(network, 3)
+    steps: list[int] = []
+    options: dict[str, Any] = {"criterion": criterion, "scorer": scorer, "probes": 5}
+    scored(network, structure, batches, labels=some_labels(batches), advance=steps.append, **options)
+    assert sum(steps) == scoring_steps(structure, batches, Scoring(**options))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_criteria_without_data_take_no_more_steps_than_announced(criterion: Criterion) -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     steps: list[int] = []
-    score(network, structure, tiny.batches(network, 3), scorer=scorer, probes=5, advance=steps.append)
-    assert sum(steps) == scoring_steps(structure, 3, scorer, 5)
+    scored(network, structure, [], criterion=criterion, advance=steps.append)
+    assert sum(steps) <= scoring_steps(structure, [], Scoring(criterion)) == 1
 
 
-@pytest.mark.parametrize("scorer", ["sketch", "exact"])
-def test_one_seed_makes_the_same_bytes(scorer: scoring.Scorer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("criterion", "scorer"), [*WAYS, ("random", "sketch")])
+def test_one_seed_makes_the_same_bytes(criterion: Criterion, scorer: scoring.Scorer, tmp_path: Path) -> None:
     network, structure = tiny.network("distilbert"), tiny.structure("distilbert")
     batches = tiny.batches(network, 2)
-    for name in ("a", "b"):
-        save_scores(score(network, structure, batches, scorer=scorer, probes=2, seed=1), tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        given = scored(network, structure, batches, criterion=criterion, scorer=scorer, probes=2, seed=seed)
+        save_scores(given, tmp_path / name)
+    found = {name: (tmp_path / name).read_bytes() for name in "abc"}
+    assert found["a"] == found["b"] != found["c"]
 
 
 def test_saved_scores_come_back(tmp_path: Path) -> None:
@@ -82,8 +168,52 @@ def test_saved_scores_come_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
-@pytest.mark.parametrize("scorer", ["sketch", "exact"])
-def test_a_network_that_gives_nan_is_refused(scorer: scoring.Scorer) -> None:
+@pytest.mark.parametrize(("criterion", "scorer"), [*WAYS, ("fisher", "sketch")])
+def test_a_network_that_gives_nan_is_refused(criterion: Criterion, scorer: scoring.Scorer) -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
-    with pytest.raises(UserError, match="NaN"):
-        score(network, structure, [{"x": torch.full((2, 3, 16, 16), torch.nan)}], scorer=scorer)
+    batches = [{"x": torch.full((2, 3, 16, 16), torch.nan)}]
+    with pytest.raises(UserError, match="NaN") as caught:
+        scored(network, structure, batches, criterion=criterion, scorer=scorer, labels=some_labels(batches))
+    assert "\n" not in str(caught.value)
+
+
+def test_one_draw_is_too_few_to_compare() -> None:
+    network = tiny.network("vit")
+    with pytest.raises(UserError, match="2 probes at least") as caught:
+        scored(
+            network,
+            tiny.structure("vit"),
+            tiny.batches(network, 1),
+            criterion="trajectory",
+            scorer="forward",
+            probes=1,
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_draws_of_each_criterion() -> None:
+    assert [Scoring(c).draws for c in ("trajectory-obs", "trajectory")] == [1, 4]
+    assert Scoring("trajectory", probes=7).draws == Scoring(probes=7).draws == 7
+
+
+def test_fisher_needs_labels_and_logits() -> None:
+    for name, labels, expected in (("vit", None, "--calibration-labels"), ("bert", [torch.zeros(3)], "class logits")):
+        network = tiny.network(name)
+        with pytest.raises(UserError, match=expected) as caught:
+            scored(network, tiny.structure(name), tiny.batches(network, 1), criterion="fisher", labels=labels)
+        assert "\n" not in str(caught.value)
+
+
+def test_only_trajectory_obs_narrows_heads_of_itself() -> None:
+    for criterion in CRITERIA:
+        assert Scoring(criterion).narrows_heads == (criterion == "trajectory-obs")
+        recipe = Recipe(model="m", flops=0.5, criterion=criterion)
+        assert recipe.narrows_heads == Scoring(criterion).narrows_heads
+        for wanted in (True, False):
+            assert Recipe(model="m", flops=0.5, criterion=criterion, narrow_heads=wanted).narrows_heads == wanted
+
+
+def test_recipe_and_scoring_have_the_same_defaults() -> None:
+    recipe = Recipe(model="m", flops=0.5)
+    given = Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
+    assert given == Scoring()

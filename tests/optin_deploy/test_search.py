@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from optin_deploy.costs import Costs, count_flops, flop_costs
 from optin_deploy.errors import UserError
+from optin_deploy.plan import Plan
 from optin_deploy.search import BUDGET_WINDOW, candidate_sizes, check_budget, knapsack, search
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
@@ -151,6 +153,107 @@ def test_sizes_of_neurons(units: int, align: int, expected: list[int]) -> None:
 
 def test_heads_are_never_aligned() -> None:
     assert candidate_sizes(group("a", "head", 6), 64) == list(range(7))
+
+
+# Heads and their width
+
+
+def with_widths(layers: int, heads: int, width: int, neurons: int) -> tuple[Structure, Costs]:
+    """`anatomy` with heads that can get narrower."""
+    structure, costs = anatomy(layers, heads, neurons)
+    groups: list[Group] = []
+    for found in structure.groups:
+        groups.append(found)
+        if found.kind == "head":
+            groups.append(replace(group(f"{found.name}.width", "width", width), heads=found.name))
+    names = {g.heads: g.name for g in groups if g.heads is not None}
+    dimension = dict.fromkeys(names.values(), HEAD_COST * heads / width)
+    units = {g.name: g.units for g in groups}
+    return (
+        replace(structure, groups=tuple(groups)),
+        Costs(costs.total, {**costs.per_unit, **dimension}, units, names),
+    )
+
+
+def kept_value(scores: dict[str, Tensor], heads: int, width: int, neurons: int) -> float:
+    """The worth of one layer: the best heads, less their part of what all heads lose with the last dimensions."""
+    best = {n: s.sort(descending=True).values for n, s in scores.items() if n != "0.attn.width"}
+    lost = float(scores["0.attn.width"][width:].sum()) * heads / len(scores["0.attn"])
+    return float(best["0.attn"][:heads].sum()) - lost + float(best["0.mlp"][:neurons].sum())
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    fraction=st.floats(0.35, 0.95),
+    matters=st.sampled_from([0.01, 0.1, 1.0]),
+    width=st.sampled_from([1, 5, 8]),
+)
+def test_no_other_heads_and_widths_are_worth_more(seed: int, fraction: float, matters: float, width: int) -> None:
+    structure, costs = with_widths(layers=1, heads=4, width=width, neurons=30)
+    scores = random_scores(structure, seed)
+    scores["0.attn.width"] *= matters
+    plan = search(structure, scores, costs, fraction, align=1)
+    plan.check(structure)
+    assert costs.of(plan) <= fraction * costs.total
+    best = max(
+        kept_value(scores, h, w, n)
+        for h, w, n in product(range(5), range(1, width + 1), range(31))
+        if REST + h * w / width * HEAD_COST + n * NEURON_COST <= fraction * costs.total - 2e-2
+    )
+    sizes = (len(plan.kept[n]) for n in ("0.attn", "0.attn.width", "0.mlp"))
+    assert kept_value(scores, *sizes) >= best - 1e-9
+
+
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.25, 0.95), align=st.sampled_from([1, 8, 64]))
+def test_the_first_dimensions_and_the_best_heads_are_kept(seed: int, fraction: float, align: int) -> None:
+    structure, costs = with_widths(layers=3, heads=4, width=32, neurons=200)
+    scores = random_scores(structure, seed)
+    for name in scores:
+        if name.endswith("width"):
+            scores[name] *= 0.1
+    plan = search(structure, scores, costs, fraction, align)
+    assert plan.kept.keys() == scores.keys()
+    assert (fraction - BUDGET_WINDOW) * costs.total <= costs.of(plan) <= fraction * costs.total
+    for name, kept in plan.kept.items():
+        if name.endswith("width"):
+            assert kept == tuple(range(len(kept))) and kept
+            # Heads that all leave keep their width.
+            assert plan.kept[name.removesuffix(".width")] or len(kept) == 32
+        else:
+            removed = [u for u in range(len(scores[name])) if u not in kept]
+            if kept and removed:
+                assert scores[name][list(kept)].min() >= scores[name][removed].max()
+
+
+def test_dimensions_that_do_not_matter_leave_first() -> None:
+    structure, costs = with_widths(layers=2, heads=4, width=32, neurons=100)
+    scores = {g.name: torch.ones(g.units).double() for g in structure.groups}
+    for i in range(2):
+        scores[f"{i}.attn.width"][8:] = 0
+    narrow = costs.of(Plan({f"{i}.attn.width": tuple(range(8)) for i in range(2)}))
+    # A little more, which is less than a dimension costs.
+    plan = search(structure, scores, costs, (narrow + 1) / costs.total, 1)
+    for i in range(2):
+        assert plan.kept[f"{i}.attn.width"] == tuple(range(8))
+        assert plan.kept[f"{i}.attn"] == tuple(range(4))
+        assert plan.kept[f"{i}.mlp"] == tuple(range(100))
+
+
+@pytest.mark.parametrize(
+    ("units", "align", "expected"),
+    [
+        (64, 64, list(range(8, 65, 8))),
+        (64, 4, list(range(4, 65, 4))),
+        (64, 1, list(range(1, 65))),
+        (32, 64, [8, 16, 24, 32]),
+        (20, 64, [4, 8, 12, 16, 20]),
+        (30, 64, [4, 8, 12, 16, 20, 24, 28, 30]),
+        (4, 64, [1, 2, 3, 4]),
+        (1, 64, [1]),
+    ],
+)
+def test_sizes_of_widths(units: int, align: int, expected: list[int]) -> None:
+    assert candidate_sizes(group("w", "width", units), align) == expected
 
 
 def test_a_budget_below_the_floor_names_the_floor() -> None:

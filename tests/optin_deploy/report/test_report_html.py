@@ -150,6 +150,26 @@ def test_the_architecture_has_two_bars_a_layer(layers: int, report: Report) -> N
     assert plots.architecture(entries, "Heads").count("clip-path=") == 2 * layers
 
 
+def test_the_width_of_heads_has_a_picture_of_its_own(data: dict[str, Any]) -> None:
+    data["plan"] += [
+        {"group": f"blocks.{i}.attn.width", "kind": "width", "layer": i, "units": 64, "kept": 8 * (i + 1)}
+        for i in range(3)
+    ]
+    page = render(Report.model_validate(data))
+    assert "Head width kept: 48 of 192" in page
+    assert page.index("Attention heads kept") < page.index("Head width kept") < page.index("FFN neurons kept")
+    assert 'aria-label="architecture-width"' in page
+
+
+def test_channels_have_a_picture_of_their_own(data: dict[str, Any]) -> None:
+    data["plan"] = [
+        {"group": f"layer1.{i}.conv1", "kind": "channel", "layer": i, "units": 16, "kept": 4 * i} for i in range(3)
+    ]
+    page = render(Report.model_validate(data))
+    assert "Channels kept: 12 of 48" in page
+    assert Page(page).tags["svg"] == 4 + 2 + 1
+
+
 def test_one_sample_is_enough_to_draw(data: dict[str, Any]) -> None:
     item = data["profile"][0]
     item["samples_ms"] = {key: [[5.0]] for key in ("dense", "dense_again", "pruned")}

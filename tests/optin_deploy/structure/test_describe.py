@@ -56,6 +56,12 @@ EXPECTED = {
     "electra": ("electra.encoder.layer.1", 7, BERT),
     "distilbert": ("transformer.layer.1", 7, DISTILBERT),
 }
+NARROWABLE = EXPECTED.keys() - {"vit_qk_norm", "vit_gated"}
+
+
+def with_width(heads: tuple[object, ...], neurons: tuple[object, ...]) -> list[tuple[object, ...]]:
+    """A block's two groups and, behind the heads, their width: as many units as a head has dimensions."""
+    return [heads, (f"{heads[0]}.width", "width", heads[3], 1, *heads[4:]), neurons]
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -65,31 +71,33 @@ def test_groups_and_streams_of_every_network(name: str) -> None:
     assert structure.blocks == (block.replace(".1", ".0"), block)
     assert structure.tokens == tokens
     assert structure.left_dense == ()
-    assert [g.layer for g in structure.groups] == [0, 0, 1, 1]
+    expected = with_width(*groups) if name in NARROWABLE else groups
+    assert [g.layer for g in structure.groups] == [0] * len(expected) + [1] * len(expected)
     given = summary(structure, f"{block}.")
-    assert [(*g[:5], "" if g[5] == block else g[5], g[6]) for g in given] == groups
+    assert [(*g[:5], "" if g[5] == block else g[5], g[6]) for g in given] == expected
     first = summary(structure, f"{block.replace('.1', '.0')}.")
     assert [g[:5] for g in first] == [g[:5] for g in given]
+    assert [g[:5] for g in summary(structure.without_widths(), f"{block}.")] == [g[:5] for g in groups]
 
 
 def test_sides_owners_and_attributes_of_timm() -> None:
     attention, mlp = tiny.structure("vit_gated").groups[:2]
     a, m = attention.name, mlp.name
-    assert attention.sides == (Side(f"{a}.qkv", "out", 3), Side(f"{a}.proj", "in"), Side(f"{a}.gate", "out"))
+    assert attention.sides == (Side(f"{a}.qkv", "out"), Side(f"{a}.proj", "in"), Side(f"{a}.gate", "out"))
     assert attention.owners == (a,)
-    assert attention.attributes == ((a, "num_heads", 1), (a, "attn_dim", 4))
+    assert attention.attributes == ((a, "num_heads"), (a, "attn_dim"))
     assert attention.stand_ins == ((a, "constant"),)
     assert mlp.sides == (Side(f"{m}.fc1", "out"), Side(f"{m}.fc2", "in"))
     assert mlp.stand_ins == ((m, "constant"),)
 
 
 def test_sides_owners_and_attributes_of_bert() -> None:
-    attention, ffn = tiny.structure("bert").groups[:2]
+    attention, ffn = tiny.structure("bert").without_widths().groups[:2]
     layer = "encoder.layer.0"
     a, out = f"{layer}.attention.self", f"{layer}.attention.output.dense"
     assert attention.sides == (*(Side(f"{a}.{n}", "out") for n in ("query", "key", "value")), Side(out, "in"))
     assert attention.owners == (a, out)
-    assert attention.attributes == ((a, "num_attention_heads", 1), (a, "all_head_size", 4))
+    assert attention.attributes == ((a, "num_attention_heads"), (a, "all_head_size"))
     assert attention.stand_ins == ((a, "pass_tuple"), (out, "constant"))
     assert ffn.sides == (Side(f"{layer}.intermediate.dense", "out"), Side(f"{layer}.output.dense", "in"))
     assert ffn.owners == (f"{layer}.intermediate", f"{layer}.output.dense")
@@ -109,7 +117,7 @@ def test_norms_over_the_units_are_left_dense() -> None:
 def test_a_norm_in_the_feed_forward_only() -> None:
     network = tiny.vit(scale_mlp_norm=True)
     structure = describe(network.module, network.inputs)
-    assert [g.kind for g in structure.groups] == ["head", "head"]
+    assert [g.kind for g in structure.groups] == ["head", "width"] * 2
     assert [d.module for d in structure.left_dense] == ["blocks.0.mlp", "blocks.1.mlp"]
 
 
@@ -126,7 +134,7 @@ def test_subclasses_are_not_taken_for_the_real_thing() -> None:
             return super().forward(x).flip(-1)
 
     network = tiny.vit(mlp_layer=Other)
-    assert {g.kind for g in describe(network.module, network.inputs).groups} == {"head"}
+    assert {g.kind for g in describe(network.module, network.inputs).groups} == {"head", "width"}
 
 
 def test_blocks_without_known_modules_give_no_groups() -> None:
@@ -143,7 +151,8 @@ def test_modules_that_do_not_run_are_left_dense() -> None:
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 4, "num_classes": 0}
     structure = describe(Skipping(**sizes).eval(), {"x": torch.randn(1, 3, 16, 16)})
     assert structure.blocks == ("blocks.1",)
-    assert [(g.name, g.layer) for g in structure.groups] == [("blocks.1.attn", 0), ("blocks.1.mlp", 0)]
+    names = ["blocks.1.attn", "blocks.1.attn.width", "blocks.1.mlp"]
+    assert [(g.name, g.layer) for g in structure.groups] == [(name, 0) for name in names]
     reason = "does not run in a forward pass"
     assert structure.left_dense == (LeftDense("blocks.0.attn", reason), LeftDense("blocks.0.mlp", reason))
 
@@ -175,6 +184,6 @@ def test_a_structure_finds_its_groups() -> None:
     structure = tiny.structure("vit")
     found = structure.group("blocks.1.mlp")
     assert isinstance(found, Group)
-    assert found is structure.groups[3]
+    assert found is structure.groups[5]
     with pytest.raises(KeyError):
         structure.group("blocks.9.mlp")

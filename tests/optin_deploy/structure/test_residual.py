@@ -6,7 +6,14 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.residual import first_tensor, residual_stream, trial_forward
+from optin_deploy.structure.residual import (
+    Stream,
+    first_tensor,
+    residual_stream,
+    stream_scale,
+    stream_shift,
+    trial_forward,
+)
 
 
 class PreNorm(nn.Module):
@@ -34,7 +41,11 @@ class Halved(nn.Module):
 
 def stream(block: nn.Module) -> tuple[str | None, str | None]:
     module = tiny.randomised(nn.Sequential(block))
-    return residual_stream(trial_forward(module, {"input": torch.randn(2, 3, 4)}), "0", "0.linear")
+    found = residual_stream(trial_forward(module, {"input": torch.randn(2, 3, 4)}), "0", "0.linear")
+    assert found.shortcut is None
+    assert found.norm is None
+    assert not found.in_place
+    return found.residual, found.scale
 
 
 @pytest.mark.parametrize(
@@ -68,7 +79,7 @@ def test_a_projection_without_a_residual_has_no_stream() -> None:
 def test_a_norm_behind_the_projection_hides_the_stream() -> None:
     network = tiny.vit(block_fn=ResPostBlock)
     groups = describe(network.module, network.inputs).groups
-    assert [(g.residual, g.scale) for g in groups] == [(None, None)] * 4
+    assert [(g.residual, g.scale) for g in groups] == [(None, None)] * 6
 
 
 def test_small_layer_scales_are_found() -> None:
@@ -77,8 +88,9 @@ def test_small_layer_scales_are_found() -> None:
         if name.endswith("gamma"):
             parameter.data.fill_(1e-4)
     groups = describe(network.module, network.inputs).groups
-    assert [g.scale for g in groups[:2]] == ["blocks.0.ls1.gamma", "blocks.0.ls2.gamma"]
-    assert [g.residual for g in groups] == ["blocks.0", "blocks.0.norm2", "blocks.1", "blocks.1.norm2"]
+    assert [g.scale for g in groups[:3]] == ["blocks.0.ls1.gamma"] * 2 + ["blocks.0.ls2.gamma"]
+    streams = ["blocks.0", "blocks.0", "blocks.0.norm2", "blocks.1", "blocks.1", "blocks.1.norm2"]
+    assert [g.residual for g in groups] == streams
 
 
 def test_trial_forward_in_the_order_calls_end() -> None:
@@ -86,9 +98,81 @@ def test_trial_forward_in_the_order_calls_end() -> None:
     x = torch.randn(1, 2)
     calls = trial_forward(module, {"input": x})
     assert [c.name for c in calls] == ["0", "1.0", "1"]
-    assert calls[0].given is x
+    assert torch.equal(calls[0].given, x)
     assert calls[0].returned is calls[1].given
+    assert not any(call.changed for call in calls)
     assert not any(m._forward_hooks for m in module.modules())
+
+
+def test_tensors_are_recorded_as_they_were() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            update = self.linear(x)
+            update += x
+            return self.relu(update)
+
+    module = tiny.randomised(nn.Sequential(InPlace()))
+    x = torch.randn(5, 4)
+    linear, relu, block = trial_forward(module, {"input": x})
+    assert linear.changed
+    assert torch.equal(linear.returned, module[0].linear(x))
+    assert torch.equal(relu.given, linear.returned + x)
+    assert torch.equal(relu.returned, relu.given.relu())
+    assert torch.equal(block.returned, relu.returned)
+    assert residual_stream([linear, relu, block], "0", "0.linear") == Stream("0", in_place=True)
+
+
+@pytest.mark.parametrize("name", tiny.CNN_NAMES)
+@torch.no_grad()
+def test_scale_and_shift_give_the_update_of_the_stream(name: str) -> None:
+    module, structure = tiny.network(name).module, tiny.structure(name)
+    calls = {call.name: call for call in trial_forward(module, tiny.network(name).inputs)}
+    for group in structure.groups:
+        scale, shift = stream_scale(module, group), stream_shift(module, group)
+        given = calls[group.output].returned * scale[:, None, None] + shift[:, None, None]
+        torch.testing.assert_close(given, calls[group.norm].returned, rtol=1e-5, atol=1e-5)
+        if group.has_stream:
+            block = structure.blocks[group.layer]
+            before = calls[group.residual].given if group.residual else calls[group.shortcut].returned
+            torch.testing.assert_close((before + given).relu(), calls[block].returned, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_of_zeros_hides_the_stream() -> None:
+    module = tiny.randomised(tiny.PlainResNet())
+    for index in (0, 1):
+        nn.init.zeros_(module.blocks[index].bn2.weight)
+        nn.init.zeros_(module.blocks[index].bn2.bias)
+    groups = describe(module, tiny.images("x")).groups
+    assert [g.has_stream for g in groups] == [False, False, True]
+    assert [g.norm for g in groups] == [f"blocks.{i}.bn2" for i in range(3)]
+
+
+def test_scale_and_shift_without_a_batch_norm() -> None:
+    module = tiny.network("vit_layer_scale").module
+    group = tiny.structure("vit_layer_scale").groups[0]
+    assert stream_scale(module, group) is module.get_parameter(group.scale)
+    assert stream_shift(module, group) is None
+    assert stream_scale(tiny.network("vit").module, tiny.structure("vit").groups[0]) is None
+
+
+def test_a_batch_norm_and_a_layer_scale() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.scale = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False), LayerScale(4, 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale(self.norm(self.conv(x)))
+
+    # Four pixels a row, so that LayerScale takes its factors for those of the last axis.
+    module = tiny.randomised(nn.Sequential(Both()))
+    calls = trial_forward(module, {"input": torch.randn(2, 4, 4, 4)})
+    found = residual_stream(calls, "0", "0.conv")
+    assert found == Stream("0", norm="0.norm", scale="0.scale.gamma")
 
 
 def test_first_tensor() -> None:

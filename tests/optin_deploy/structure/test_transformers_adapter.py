@@ -74,4 +74,4 @@ def test_a_swiglu_is_no_two_layer_feed_forward() -> None:
     )
     module = transformers.Dinov2Model(config).eval()
     structure = describe(module, {"pixel_values": torch.randn(1, 3, 16, 16)})
-    assert [g.kind for g in structure.groups] == ["head"]
+    assert [g.kind for g in structure.groups] == ["head", "width"]

@@ -1,0 +1,119 @@
+"""Ways to prune a case to budgets: ours by every criterion, and the rivals. Each scores once for all its budgets."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from cases import Case
+from rivals import corp, kprune, vbp
+from torch import nn
+
+from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
+from optin_deploy.errors import UserError
+from optin_deploy.plan import Plan
+from optin_deploy.pruning import Anatomy, Ridge, examine, remove
+from optin_deploy.rotation import in_principal_bases
+from optin_deploy.scoring import Criterion, Scoring, score
+from optin_deploy.search import search
+from optin_deploy.slicing import sliced
+
+ALIGN = {"resnet20": 1, "resnet56": 1}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A pruned module, or why there is none; ``seconds`` are those of scores and repair together."""
+
+    method: str
+    repair: str
+    budget: float
+    plan: Plan | None
+    module: nn.Module | None
+    seconds: float
+    reason: str = ""
+
+
+Method = Callable[[Case, Sequence[float], int], Iterator[Outcome]]
+
+
+def by_criterion(
+    criterion: Criterion, *, narrow: bool | None = None, repairs: Sequence[Ridge] = ("auto", None)
+) -> Method:
+    """Our own pruning by one criterion, with repair and without."""
+
+    def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
+        scoring = Scoring(criterion=criterion, seed=seed)
+        name = criterion if narrow is None else f"{criterion}, whole heads"
+        if criterion == "fisher" and case.labels is None:
+            yield from (Outcome(name, "-", b, None, None, 0.0, "needs class labels") for b in budgets)
+            return
+        anatomy = examine(case.network, narrow=scoring.narrows_heads if narrow is None else narrow)
+        if narrow is False and anatomy == examine(case.network):
+            return
+        start = perf_counter()
+        dense = in_principal_bases(case.network, anatomy.structure, case.batches)
+        scores = score(dense, anatomy.structure, anatomy.costs, case.batches, scoring, labels=case.labels)
+        scored = perf_counter() - start
+        for budget in budgets:
+            plan = search(anatomy.structure, scores, anatomy.costs, budget, ALIGN.get(case.name, 64))
+            for ridge in repairs:
+                start = perf_counter()
+                module = remove(dense, anatomy.structure, plan, case.batches, ridge)
+                seconds = scored + perf_counter() - start
+                yield Outcome(name, "none" if ridge is None else "ridge", budget, plan, module, seconds)
+
+    return run
+
+
+def kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
+    """Kwon et al. in full: Fisher scores, rearrangement, least-squares rescaling of the masks."""
+    name, repair = "fisher, rearranged", "rescale"
+    if case.labels is None:
+        yield from (Outcome(name, repair, b, None, None, 0.0, "needs class labels") for b in budgets)
+        return
+    anatomy = examine(case.network, narrow=False)
+    start = perf_counter()
+    gradients = mask_gradients(case.network, anatomy.structure, case.batches, case.labels)
+    scores = fisher_scores(gradients)
+    scored = perf_counter() - start
+    for budget in budgets:
+        start = perf_counter()
+        first = search(anatomy.structure, scores, anatomy.costs, budget, ALIGN.get(case.name, 64))
+        plan = rearranged(first, gradients)
+        module = sliced(case.network.module, anatomy.structure, plan)
+        rescale(case.network, module, anatomy.structure, plan, case.batches)
+        yield Outcome(name, repair, budget, plan, module, scored + perf_counter() - start)
+
+
+Rival = Callable[..., tuple[Plan, nn.Module]]
+
+
+def rival(name: str, prune: Rival) -> Method:
+    """A method of others, with its own repair."""
+
+    def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
+        anatomy: Anatomy = examine(case.network, narrow=False)
+        for budget in budgets:
+            start = perf_counter()
+            try:
+                plan, module = prune(case.network, anatomy, case.batches, budget, seed=seed)
+            except UserError as error:
+                yield Outcome(name, "own", budget, None, None, 0.0, str(error))
+                continue
+            yield Outcome(name, "own", budget, plan, module, perf_counter() - start)
+
+    return run
+
+
+METHODS: dict[str, Method] = {
+    "trajectory-obs": by_criterion("trajectory-obs"),
+    "trajectory-obs-whole-heads": by_criterion("trajectory-obs", narrow=False),
+    "trajectory": by_criterion("trajectory"),
+    "fisher": by_criterion("fisher"),
+    "kwon": kwon,
+    "magnitude": by_criterion("magnitude"),
+    "random": by_criterion("random"),
+    "corp": rival("CORP", corp.prune),
+    "vbp": rival("variance-based", vbp.prune),
+    "kprune": rival("K-prune", kprune.prune),
+}

@@ -1,0 +1,31 @@
+"""The norm of a unit's weights: the oldest score, which needs no data."""
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.structure.groups import Group, Side, Structure
+
+
+@torch.no_grad()
+def magnitude_scores(module: nn.Module, structure: Structure) -> dict[str, Tensor]:
+    """Squared L2 norm of each unit's weights: group name -> float64 ``(units,)`` on the CPU.
+
+    The score of unit u is Σ_s ‖W_s[u]‖²_F over the sides s of its group, W_s[u] the rows (or columns) of the matrix or
+    convolution kernel W_s that belong to u: for a head its query, key, value and output weights. Biases and norms,
+    which have another scale than matrices, do not count.
+    """
+    return {
+        group.name: sum((_norms(module, group, s) for s in group.sides), _zeros(group)) for group in structure.groups
+    }
+
+
+def _zeros(group: Group) -> Tensor:
+    return torch.zeros(group.units, dtype=torch.float64)
+
+
+def _norms(module: nn.Module, group: Group, side: Side) -> Tensor:
+    weight = module.get_parameter(f"{side.module}.weight")
+    if weight.dim() < 2:
+        return _zeros(group)
+    features = weight.detach().double().transpose(0, 1 if side.axis == "in" else 0).flatten(1).square().sum(1)
+    return features.reshape(-1, group.units, group.width).sum((0, 2)).cpu()

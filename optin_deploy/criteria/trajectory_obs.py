@@ -1,0 +1,260 @@
+"""Trajectory-OBS: what it costs to remove a unit when the units kept may take over what they can imitate.
+
+Optimal brain surgeon (Hassibi & Stork, 1993) with the trajectory loss as its metric. For a group with activations x
+(rows of the projection's design, see ``projections``) and projection W, let g be the gradient of a probe of the loss
+(``criteria.loss``) at the projection's output, position by position, and
+
+    M = Σ g gᵀ          metric of the output, summed over positions and probes
+    C = Σ |g|² (x − x̄)(x − x̄)ᵀ / Σ |g|²          covariance, positions weighted by how much they matter
+
+Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ). Greedy elimination
+removes the cheapest units of a group, updates W and C⁻¹, and goes on until none is left. A unit's score is the running
+maximum of the costs at which units left, so one pass ranks all units, and scores compare across groups.
+
+Dimensions of heads (``rotation``) leave from the last to the first. To what the values lose, the same cost, is added
+what the attention's logits lose: the squared derivative of a probe for a mask on one dimension of all queries, summed
+over samples.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
+from optin_deploy.masking import masked_queries
+from optin_deploy.network import Network
+from optin_deploy.projections import columns_per_unit, design, some_rows, weight_matrix
+from optin_deploy.structure.groups import Group, Structure, channels_last
+
+Advance = Callable[[int], None]
+
+# Added to the covariance's diagonal, relative to its mean: units that never differ must not divide by zero.
+DAMPING = 0.01
+# Part of the units left that leaves at once, and not more than a fortieth of all.
+_STEP = 0.05
+_LARGEST_STEP = 1 / 40
+
+
+@dataclass
+class Moments:
+    """Sums over positions: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ; float64.
+
+    ``queries`` are, for heads that can get narrower, the squared derivatives for each dimension, summed over samples.
+    """
+
+    second: Tensor
+    metric: Tensor
+    queries: Tensor
+
+    def covariance(self) -> Tensor:
+        """Weighted covariance of the activations, ``(features, features)``."""
+        weight = self.second[-1, -1].clamp_min(1e-300)
+        mean = self.second[:-1, -1] / weight
+        return self.second[:-1, :-1] / weight - torch.outer(mean, mean)
+
+
+def probe_moments(
+    network: Network,
+    structure: Structure,
+    batches: Sequence[Batch],
+    *,
+    probes: int,
+    factors: Mapping[str, float],
+    seed: int,
+    manifold: float = 1.0,
+    samples_at_once: int | None = None,
+    advance: Advance = lambda _: None,
+) -> dict[str, Moments]:
+    """`Moments` of every group from backward passes of random probes; widths share those of their heads.
+
+    Args:
+        probes: random draws per batch.
+        factors: weights of the outputs' task terms, by output name.
+        manifold: weight of the manifold part.
+        samples_at_once: how much of a batch one backward pass takes; all of it when None. It keeps the activations
+            of every layer, so this bounds memory.
+        advance: called with the number of samples done, ``probes × samples`` in all.
+    """
+    device = next(network.module.parameters()).device
+    moments: dict[str, Moments] = {}
+    groups = [g for g in structure.groups if g.kind != "width"]
+    widths = [g for g in structure.groups if g.kind == "width"]
+    pieces = list(batches) if samples_at_once is None else chunks(batches, samples_at_once)
+    for index, inputs in enumerate(pieces):
+        trajectory = Trajectory(network, structure, inputs, seed + index)
+        generator = torch.Generator(device).manual_seed(seed + index)
+        with differentiable(network):
+            masks = {g.heads: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
+            with _tapped(network.module, groups) as (given, taps), ExitStack() as stack:
+                for group in widths:
+                    stack.enter_context(masked_queries(network.module, group, masks[group.heads]))
+                blocks, outputs = trajectory.run()
+            grams = trajectory.grams(blocks)
+            weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
+            for probe in range(probes):
+                loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
+                leaves = [*(taps[g.name] for g in groups), *masks.values()]
+                found = gradients(loss, leaves, keep=probe + 1 < probes)
+                for name, gradient in zip(masks, found[len(groups) :], strict=True):
+                    _add(moments, str(name), "queries", gradient.double().square().sum(0) / probes)
+                for group, gradient in zip(groups, found[: len(groups)], strict=True):
+                    g = _positions(channels_last(gradient, group.axis), trajectory.valid)
+                    weights[group.name] = weights[group.name] + g.square().sum(1) / probes
+                    _add(moments, group.name, "metric", (g.T @ g).double() / probes)
+                advance(trajectory.size)
+        with torch.no_grad():
+            for group in groups:
+                x = _rows(network.module, group, given[group.name], trajectory.valid)
+                rows = some_rows(len(x))
+                weighted = x[rows] * torch.as_tensor(weights[group.name])[rows, None]
+                _add(moments, group.name, "second", (weighted.T @ x[rows]).double())
+    return moments
+
+
+@contextmanager
+def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Collect, by group, the projection's input and a zero added to its output, whose gradient is the output's."""
+    given: dict[str, Tensor] = {}
+    taps: dict[str, Tensor] = {}
+
+    def tap(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given[name] = args[0].detach()
+            taps[name] = torch.zeros_like(output, requires_grad=True)
+            return output + taps[name]
+
+        return hook
+
+    with ExitStack() as stack:
+        for group in groups:
+            handle = module.get_submodule(group.output).register_forward_hook(tap(group.name))
+            stack.callback(handle.remove)
+        yield given, taps
+
+
+def _positions(values: Tensor, valid: Tensor | None) -> Tensor:
+    """``(…, features)`` as rows, padding left out."""
+    rows = values.flatten(0, -2)
+    return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows
+
+
+def _rows(module: nn.Module, group: Group, x: Tensor, valid: Tensor | None) -> Tensor:
+    rows = _positions(design(module.get_submodule(group.output), x), valid)
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+
+def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> None:
+    if name not in moments:
+        nothing = value.new_zeros(())
+        moments[name] = Moments(nothing, nothing, nothing)
+    setattr(moments[name], field, getattr(moments[name], field) + value)
+
+
+def obs_scores(
+    module: nn.Module,
+    structure: Structure,
+    moments: Mapping[str, Moments],
+    advance: Advance = lambda _: None,
+) -> dict[str, Tensor]:
+    """Scores from `probe_moments`: group name -> float64 ``(units,)`` on the CPU; ``advance`` is called per group."""
+    scores = {}
+    for group in structure.groups:
+        projection = module.get_submodule(group.output)
+        weight = weight_matrix(projection).detach().double()
+        found = moments[group.heads or group.name]
+        covariance = found.covariance()
+        if group.kind == "width":
+            order = torch.arange(group.units).flip(0)
+            costs = _width_costs(weight, covariance, found.metric, group.units) + found.queries.cpu().flip(0)
+        else:
+            order, costs = eliminate(weight, covariance, found.metric, columns_per_unit(projection, group.width))
+        # Those that left later score higher also where the running maximum stands still.
+        ranked = costs.cummax(0).values.clamp_min(1e-300) * (1 + 1e-9 * torch.arange(len(costs), dtype=costs.dtype))
+        score = torch.zeros(group.units, dtype=torch.float64)
+        score[order] = ranked
+        scores[group.name] = score
+        advance(1)
+    return scores
+
+
+def _width_costs(weight: Tensor, covariance: Tensor, metric: Tensor, units: int) -> Tensor:
+    """What the values lose with each dimension of all heads, from the last dimension to the first."""
+    heads = weight.shape[1] // units
+    # Dimension by dimension, the columns of all heads together.
+    columns = torch.arange(heads * units, device=weight.device).reshape(heads, units).T.reshape(-1)
+    order = torch.arange(units, device=weight.device).flip(0)
+    ordered = covariance[columns][:, columns]
+    return eliminate(weight[:, columns], ordered, metric, heads, order=order)[1]
+
+
+@torch.no_grad()
+def eliminate(
+    weight: Tensor, covariance: Tensor, metric: Tensor, width: int, step: float = _STEP, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy elimination of all units: ``(order, costs)``, both ``(units,)`` on the CPU.
+
+    Args:
+        weight: ``(outputs, units · width)``.
+        covariance: ``(units · width, units · width)`` of the activations.
+        metric: ``(outputs, outputs)``.
+        width: columns per unit.
+        step: part of the units left that is removed before costs are computed anew; 0 removes one at a time.
+        order: in which units leave, one at a time, whatever they cost.
+    """
+    units = weight.shape[1] // width
+    weight, alive = weight.clone(), torch.arange(units, device=weight.device)
+    inverse = _damped_inverse(covariance)
+    left_first, costs = [], []
+    while len(alive):
+        if order is None:
+            each = unit_costs(weight, inverse, metric, width)
+            out = each.argsort()[: max(1, min(int(step * len(alive)), int(_LARGEST_STEP * units)))]
+        else:
+            each = weight.new_ones(len(alive))
+            out = (alive == order[units - len(alive)]).nonzero()[:, 0]
+        columns = _columns(out, width)
+        removed = weight[:, columns]
+        block = torch.linalg.inv(inverse[columns][:, columns])
+        correction = block @ inverse[columns]
+        together = torch.sum(block * (removed.T @ metric @ removed))
+        # What removing them together costs is shared out as they cost one by one.
+        share = each[out] / each[out].sum().clamp_min(1e-300)
+        left_first.append(alive[out])
+        costs.append((share * together).clamp_min(0.0))
+        kept = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
+        kept[out] = False
+        left = _columns(kept.nonzero()[:, 0], width)
+        weight = weight[:, left] - removed @ correction[:, left]
+        inverse = inverse[left][:, left] - inverse[left][:, columns] @ correction[:, left]
+        alive = alive[kept]
+    return torch.cat(left_first).cpu(), torch.cat(costs).cpu()
+
+
+def _damped_inverse(covariance: Tensor) -> Tensor:
+    """Inverse of the covariance with `DAMPING`, or more where rounding has left it indefinite."""
+    damping = DAMPING * covariance.diagonal().abs().mean().clamp_min(1e-290)
+    one = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(covariance + damping * one)
+        if not failed or not bool(damping.isfinite()):
+            return torch.cholesky_inverse(root)
+        damping = 10 * damping
+
+
+def unit_costs(weight: Tensor, inverse: Tensor, metric: Tensor, width: int) -> Tensor:
+    """tr(M W_u ([C⁻¹]_uu)⁻¹ W_uᵀ) of every unit u alone: ``(units,)``; ``inverse`` is C⁻¹."""
+    if width == 1:
+        return torch.einsum("on,on->n", weight, metric @ weight) / inverse.diagonal()
+    units = weight.shape[1] // width
+    own = inverse.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.reshape(-1, units, width).permute(1, 0, 2)
+    quadratic = columns.transpose(1, 2) @ (metric @ columns)
+    return torch.linalg.solve(own, quadratic).diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _columns(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)

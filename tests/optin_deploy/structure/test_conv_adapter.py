@@ -1,0 +1,233 @@
+import pytest
+import timm.layers
+import tiny
+import torch
+import torchvision
+from timm.models import resnet
+from torch import Tensor, nn
+
+from optin_deploy.structure.conv import basic_block
+from optin_deploy.structure.describe import describe
+from optin_deploy.structure.groups import Group, LeftDense, Side, Structure, channels_last
+
+
+class Block(nn.Module):
+    """A block that can be pruned; the classes below each spoil it in one way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.extra = nn.Conv2d(6, 6, 1)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x)).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.bn2(self.conv2(self.inner(x)))).relu()
+
+
+class PreActivation(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.bn2(self.conv1(self.bn1(x).relu())).relu())
+
+
+class Dense(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner(x)
+        return inner + self.bn2(self.conv2(inner))
+
+
+class Concatenating(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner(x)
+        return self.bn2(self.conv2(inner)) + torch.cat([inner[:, :3], x[:, 3:]], 1)
+
+
+class Mixing(Block):
+    def inner(self, x: Tensor) -> Tensor:
+        return super().inner(x).softmax(1)
+
+
+class Gated(Block):
+    def inner(self, x: Tensor) -> Tensor:
+        inner = super().inner(x)
+        return inner * inner.mean(1, keepdim=True).sigmoid()
+
+
+class Extra(Block):
+    def inner(self, x: Tensor) -> Tensor:
+        return self.extra(super().inner(x))
+
+
+class Pooled(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(nn.functional.avg_pool2d(self.inner(x), 2))
+
+
+class Twice(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+class Unnormalised(Block):
+    def inner(self, x: Tensor) -> Tensor:
+        self.bn1(x)
+        return self.conv1(x).relu()
+
+
+SPOILT = {
+    PreActivation: "bn1 does not take what conv1 gives",
+    Dense: "its channels do not stay apart",
+    Concatenating: "its channels do not stay apart",
+    Mixing: "its channels do not stay apart",
+    Gated: "its channels do not stay apart",
+    Extra: "extra stands between its convolutions",
+    Pooled: "something between its convolutions changes the size",
+    Twice: "its convolutions do not run exactly once",
+    Unnormalised: "bn1 does not take what conv1 gives",
+}
+
+
+def described(*blocks: nn.Module, size: int = 8) -> Structure:
+    return describe(tiny.randomised(nn.Sequential(*blocks)), {"input": torch.randn(2, 6, size, size)})
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_only_blocks_that_run_as_they_look_are_pruned(spoilt: type[nn.Module]) -> None:
+    structure = described(Block(), spoilt(), Block())
+    names = [g.name for g in structure.groups]
+    assert names == ["0.conv1", "2.conv1"]
+    assert structure.blocks == ("0", "2")
+    assert structure.left_dense == (LeftDense("1.conv1", SPOILT[spoilt]),)
+
+
+def test_the_group_of_a_block() -> None:
+    structure = described(Block())
+    assert structure.groups == (
+        Group(
+            name="0.conv1",
+            kind="channel",
+            units=6,
+            width=1,
+            output="0.conv2",
+            sides=(Side("0.conv1", "out"), Side("0.bn1", "out"), Side("0.conv2", "in")),
+            owners=("0.conv1", "0.bn1", "0.conv2"),
+            stand_ins=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
+            residual="0",
+            norm="0.bn2",
+            layer=0,
+            axis=1,
+        ),
+    )
+    assert structure.tokens == 64
+    assert structure.feature_axis("0") == 1
+
+
+def test_blocks_of_torchvision() -> None:
+    block = torchvision.models.resnet.BasicBlock
+    structure = described(block(6, 6), block(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2), nn.BatchNorm2d(4))))
+    found = [(g.name, g.units, g.residual, g.shortcut, g.norm, g.in_place) for g in structure.groups]
+    assert found == [
+        ("0.conv1", 6, "0", None, "0.bn2", True),
+        ("1.conv1", 4, None, "1.downsample", "1.bn2", True),
+    ]
+
+
+def test_streams_of_the_tiny_networks() -> None:
+    plain = [(g.residual, g.shortcut, g.norm, g.in_place) for g in tiny.structure("plain_resnet").groups]
+    assert plain == [
+        ("blocks.0", None, "blocks.0.bn2", False),
+        (None, "blocks.1.shortcut", "blocks.1.bn2", False),
+        ("blocks.2", None, "blocks.2.bn2", False),
+    ]
+    second = tiny.structure("resnet").groups[2]
+    assert (second.residual, second.norm, second.in_place) == ("layer2.1", "layer2.1.bn2", True)
+    gated = tiny.structure("resnet_silu_se").groups
+    assert {(g.residual, g.shortcut) for g in gated} == {(None, None)}
+
+
+@pytest.mark.parametrize("name", tiny.CNN_NAMES)
+def test_groups_of_the_tiny_networks(name: str) -> None:
+    structure = tiny.structure(name)
+    assert structure.left_dense == ()
+    assert [g.layer for g in structure.groups] == list(range(len(structure.blocks)))
+    assert [g.name for g in structure.groups] == [f"{block}.conv1" for block in structure.blocks]
+    assert structure.tokens == (256 if name == "plain_resnet" else 16)
+
+
+def test_a_block_outside_a_container() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x)
+
+    structure = describe(tiny.randomised(Bare()), {"x": torch.randn(2, 6, 4, 4)})
+    assert (structure.blocks, [g.residual for g in structure.groups]) == (("first",), ["first"])
+
+
+def test_the_network_itself_is_no_block() -> None:
+    assert describe(tiny.randomised(Block()), {"x": torch.randn(2, 6, 4, 4)}).groups == ()
+
+
+def test_bottlenecks_are_left_dense() -> None:
+    network = tiny.cnn(block=resnet.Bottleneck)
+    structure = describe(network.module, network.inputs)
+    assert structure.groups == ()
+    assert [d.module for d in structure.left_dense] == [
+        f"layer{i}.{j}" for i, j in ((1, 0), (2, 0), (2, 1), (3, 0), (4, 0))
+    ]
+    assert all("bottleneck" in d.reason for d in structure.left_dense)
+
+
+def changed(**modules: nn.Module) -> Group | LeftDense | None:
+    block = Block()
+    for name, module in modules.items():
+        setattr(block, name, module)
+    return basic_block("b", block, "", nn.Module())
+
+
+@pytest.mark.parametrize(
+    ("modules", "reason"),
+    [
+        ({"conv1": nn.Conv2d(6, 6, 1, groups=2)}, "grouped"),
+        ({"conv2": nn.Conv2d(6, 6, 1, groups=3)}, "grouped"),
+        ({"bn1": nn.BatchNorm2d(5)}, "do not take the channels"),
+        ({"conv2": nn.Conv2d(7, 6, 1)}, "do not take the channels"),
+        ({"bn1": nn.GroupNorm(2, 6)}, "GroupNorm where a plain BatchNorm2d"),
+        ({"bn1": timm.layers.BatchNormAct2d(6)}, "BatchNormAct2d"),
+        ({"conv1": timm.layers.StdConv2d(6, 6, 3)}, "StdConv2d where a plain Conv2d"),
+        ({"conv3": nn.Conv2d(6, 6, 1)}, "bottleneck"),
+    ],
+)
+def test_blocks_of_other_layers_are_left_dense(modules: dict[str, nn.Module], reason: str) -> None:
+    given = changed(**modules)
+    assert isinstance(given, LeftDense)
+    assert reason in given.reason
+
+
+@pytest.mark.parametrize("modules", [{"conv1": nn.Linear(6, 6)}, {"conv2": nn.Identity()}, {"bn1": None}])
+def test_other_modules_are_none_of_its_business(modules: dict[str, nn.Module]) -> None:
+    assert changed(**modules) is None
+
+
+@pytest.mark.parametrize("pool", [timm.layers.BlurPool2d, nn.AvgPool2d])
+def test_pools_against_aliasing_are_left_dense(pool: type[nn.Module]) -> None:
+    module = tiny.randomised(resnet.ResNet(resnet.BasicBlock, (1, 2, 1, 1), 3, channels=(8,) * 4, aa_layer=pool))
+    structure = describe(module, {"x": torch.randn(1, 3, 64, 64)})
+    assert {g.name for g in structure.groups} == {"layer1.0.conv1", "layer2.1.conv1"}
+    assert {d.module for d in structure.left_dense} == {f"layer{i}.0.conv1" for i in (2, 3, 4)}
+
+
+def test_describing_leaves_no_hooks() -> None:
+    for network in (tiny.network("resnet"), tiny.network("plain_resnet")):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
+
+
+def test_channels_last() -> None:
+    x = torch.arange(24).reshape(1, 2, 3, 4)
+    assert torch.equal(channels_last(x, 1)[0, 2, 1], x[0, :, 2, 1])
+    assert torch.equal(channels_last(x, -1), x)
