@@ -119,10 +119,16 @@ def _labelled(
     raise UserError(f"--calibration-labels {labels}: only a table of texts and a folder of class folders have labels")
 
 
-def from_batches(batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
-    """Calibration on ready batches of the user's own, by input name; the last one is held out. Two at least."""
+def from_batches(batches: Sequence[Mapping[str, Tensor]], labels: Sequence[Tensor] | None = None) -> Calibration:
+    """Calibration on ready batches of the user's own, by input name; the last one is held out. Two at least.
+
+    Args:
+        labels: class numbers for each batch, for a criterion that needs them.
+    """
     if len(batches) < 2:
         raise UserError(f"{len(batches)} calibration batches: at least 2 are needed, one of them to compare on")
+    if labels is not None and len(labels) != len(batches):
+        raise UserError(f"labels for {len(labels)} batches, {len(batches)} batches given")
     own = [dict(batch) for batch in batches]
     return Calibration(
         batches=tuple(own[:-1]),
@@ -130,7 +136,8 @@ def from_batches(batches: Sequence[Mapping[str, Tensor]]) -> Calibration:
         source="tensors given by the caller",
         builtin=False,
         samples=sum(len(next(iter(batch.values()))) for batch in own[:-1]),
-        digest=_digest(own),
+        digest=_digest([*own, *({"labels": each} for each in labels or ())]),
+        labels=None if labels is None else tuple(labels[: len(own) - 1]),
     )
 
 

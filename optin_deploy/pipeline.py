@@ -240,7 +240,10 @@ def _in_rounds(job: Job, dense: Network, scores: Mapping[str, Tensor], advance: 
 
 
 def _read_plan(directory: Path) -> Plan:
-    kept = json.loads((directory / "plan.json").read_text(encoding="utf-8"))["kept"]
+    path = directory / "plan.json"
+    if not path.is_file():
+        raise UserError(f"{path} is gone: remove {directory / 'checkpoint'} too, to prune again")
+    kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
     return Plan({name: tuple(units) for name, units in kept.items()})
 
 

@@ -493,3 +493,14 @@ def test_labels_of_what_has_none(tmp_path: Path, text: Network, vision: Network,
         with pytest.raises(UserError, match=expected) as caught:
             load_calibration(network, path, labels=given)
         assert "\n" not in str(caught.value)
+
+
+def test_batches_of_the_callers_own_may_have_labels() -> None:
+    own = [{"x": torch.full((2, 3), float(i))} for i in range(3)]
+    labels = [torch.tensor([i, i]) for i in range(3)]
+    given = from_batches(own, labels)
+    assert given.labels is not None
+    assert [t.tolist() for t in given.labels] == [[0, 0], [1, 1]]
+    assert given.digest != from_batches(own).digest
+    with pytest.raises(UserError, match="labels for 2 batches, 3 batches given"):
+        from_batches(own, labels[:2])
