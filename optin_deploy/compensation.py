@@ -105,11 +105,15 @@ class _Repair:
             self.changed = any(_is_pruned(g, self.structure, self.plan) for g in first)
             stages = stages if self.changed else stages[1:]
         for stage in stages:
-            self._refit(stage, block)
-        for module, dones in ((self.network.module, self.dense_done), (self.pruned, self.pruned_done)):
-            for batch, done in zip(self.batches, dones, strict=True):
-                with resumed(module, done):
-                    self._remember(done, block, run_until(module, batch, block))
+            self._refit(stage, block, closing=stage is stages[-1])
+        if not stages:
+            self._pass(self.network.module, self.dense_done, block)
+        self._pass(self.pruned, self.pruned_done, block)
+
+    def _pass(self, module: nn.Module, dones: list[dict[str, Any]], block: str) -> None:
+        for batch, done in zip(self.batches, dones, strict=True):
+            with resumed(module, done):
+                self._remember(done, block, run_until(module, batch, block))
 
     def _remember(self, done: dict[str, Any], block: str, output: Any) -> None:
         """Keep ``output``; of earlier blocks no more than the shapes, if they only have to be skipped."""
@@ -120,7 +124,7 @@ class _Repair:
     def tail(self) -> None:
         """Refit the maps behind the last block."""
         for stage in self._stages(None) if self.changed else []:
-            self._refit(stage, None)
+            self._refit(stage, None, closing=False)
 
     def _stages(self, block: str | None) -> list[list[_Map]]:
         """Maps of a block, or of what is behind the last block, in order; those of a stage are given the same input."""
@@ -164,15 +168,21 @@ class _Repair:
             before = own
         return _shortcuts_first(stages)
 
-    def _targets(self, stage: list[_Map], block: str | None, batch: Batch, done: dict[str, Any]) -> dict[str, Tensor]:
+    def _targets(
+        self, stage: list[_Map], block: str | None, batch: Batch, done: dict[str, Any], closing: bool
+    ) -> dict[str, Tensor]:
         """What the dense network gives in place of the maps of a stage, of a projection in units of the stream.
 
-        It is run anew for every stage: keeping what all maps give for all batches would take far more memory.
+        It is run anew for every stage, and past the block for the last: keeping what all maps give for all batches
+        would take far more memory.
         """
         module = self.network.module
         groups = [m.group for m in stage if m.group is not None]
         with resumed(module, done), _streams(module, groups) as streams, _outputs(module, stage) as outputs:
-            self._run(module, batch, block, stage[-1].dense, groups)
+            if closing and block is not None:
+                self._remember(done, block, run_until(module, batch, block))
+            else:
+                self._run(module, batch, block, stage[-1].dense, groups)
         targets = {}
         for found in stage:
             axis = _axis(module.get_submodule(found.dense))
@@ -196,13 +206,13 @@ class _Repair:
             # A shortcut may run behind the projection.
             run_until(module, batch, block if any(g.shortcut for g in groups) else last)
 
-    def _refit(self, stage: list[_Map], block: str | None) -> None:
+    def _refit(self, stage: list[_Map], block: str | None, *, closing: bool) -> None:
         sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
         several = len(self.strengths) > 1 and len(self.batches) > 1
         for index, batch in enumerate(self.batches):
             # Counted from the end, so that of few batches one is held out, too.
             held_out = several and (len(self.batches) - 1 - index) % _HOLD_OUT == 0
-            targets = self._targets(stage, block, batch, self.dense_done[index])
+            targets = self._targets(stage, block, batch, self.dense_done[index], closing)
             for name, moments in self._moments(stage, block, batch, self.pruned_done[index], targets).items():
                 before = sums[name][held_out]
                 sums[name][held_out] = moments if before is None else before + moments

@@ -29,6 +29,7 @@ Batches = Sequence[Mapping[str, Tensor]]
 _EXACT_TOKENS = 3_000
 # A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
 _CHUNKS = 4
+_CHUNK_TOKENS = 512
 # Forward passes are many: the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
 
@@ -131,7 +132,7 @@ def score(
 def _obs(
     network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
-    samples = max(1, -(-_size(batches[0]) // _CHUNKS))
+    samples = _samples_at_once(network, structure, batches)
     factors = _factors(network, structure, chunks(batches[:1], samples)[0], scoring)
     moments = probe_moments(
         network,
@@ -144,6 +145,13 @@ def _obs(
         advance=advance,
     )
     return obs_scores(network.module, structure, moments, advance)
+
+
+def _samples_at_once(network: Network, structure: Structure, batches: Batches) -> int:
+    """How much of a batch a backward pass takes: a quarter, but not so little that matrices get thin."""
+    mask = network.token_mask
+    tokens = max(batch[mask].shape[1] for batch in batches) if mask else structure.tokens
+    return max(-(-_size(batches[0]) // _CHUNKS), -(-_CHUNK_TOKENS // max(1, tokens)))
 
 
 def _trajectory(

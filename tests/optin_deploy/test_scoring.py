@@ -55,13 +55,17 @@ def test_heads_exactly_and_the_rest_by_sketch() -> None:
         torch.testing.assert_close(given[group.name], expected / 6, rtol=1e-6, atol=0)
 
 
-def test_obs_scores_come_from_probes_of_pieces_of_a_batch() -> None:
+@pytest.mark.parametrize(("full", "samples"), [(0, 2), (2, 2), (4, 4), (100, 8)])
+def test_obs_scores_come_from_probes_of_pieces_of_a_batch(
+    full: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
+    monkeypatch.setattr(scoring, "_CHUNK_TOKENS", full * structure.tokens)
     batches = tiny.batches(network, 2, size=8)
     given = scored(network, structure, batches, probes=3, seed=5)
-    first = {"x": batches[0]["x"][:2]}
+    first = {"x": batches[0]["x"][:samples]}
     factors = task_factors(network, structure.without_widths(), first, 1.0, 5)
-    moments = probe_moments(network, structure, batches, probes=3, factors=factors, seed=5, samples_at_once=2)
+    moments = probe_moments(network, structure, batches, probes=3, factors=factors, seed=5, samples_at_once=samples)
     for name, expected in obs_scores(network.module, structure, moments).items():
         assert torch.equal(given[name], expected)
 
