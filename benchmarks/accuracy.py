@@ -2,8 +2,9 @@
 
     python benchmarks/accuracy.py --cases stsb,sst2 --methods trajectory-obs,trajectory --flops 0.6,0.5 --seeds 0,1,2
 
-Rows are kept in ``results/DEVICE/accuracy-CASE.json`` method by method, and a run goes on where an earlier one has
-stopped. ``--table`` only prints what is there. Cases whose data is absent are skipped with a line. Nothing is
+Rows are kept in ``results/DEVICE/accuracy-CASE.json`` method by method (``accuracy-CASE-N.json`` with ``--samples N``
+calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--table`` only
+prints what is there. Cases whose data is absent are skipped with a line. Nothing is
 trained; labels are used to evaluate, and by Fisher scores.
 """
 
@@ -31,25 +32,31 @@ Row = dict[str, Any]
 _LESS_IS_BETTER = ("KL", "difference")
 
 
-def result_file(case: str) -> Path:
-    """Where the rows of a case are."""
-    return common.RESULTS / common.device_name() / f"accuracy-{case}.json"
+def result_name(case: str, samples: int | None) -> str:
+    """What the rows of a case are kept under."""
+    return f"accuracy-{case}" if samples is None else f"accuracy-{case}-{samples}"
 
 
-def read_rows(case: str) -> list[Row]:
+def result_file(name: str) -> Path:
+    """Where the rows are that `result_name` names."""
+    return common.RESULTS / common.device_name() / f"{name}.json"
+
+
+def read_rows(name: str) -> list[Row]:
     """The rows measured so far."""
-    path = result_file(case)
+    path = result_file(name)
     return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
 
 
-def run(name: str, data: Path, methods: list[str], budgets: list[float], seeds: list[int]) -> None:
+def run(name: str, data: Path, methods: list[str], budgets: list[float], seeds: list[int], samples: int | None) -> None:
     """Measure what is missing of a case."""
-    rows = read_rows(name)
+    kept = result_name(name, samples)
+    rows = read_rows(kept)
     for seed in seeds:
         missing = {m: [b for b in budgets if (m, b, seed) not in _done(rows)] for m in methods}
         if not any(missing.values()):
             continue
-        case = CASES[name][0](data, seed, None)
+        case = CASES[name][0](data, seed, samples)
         total = count_flops(case.network.module, case.network.inputs)
         if not any(row["method"] == "dense" and row["seed"] == seed for row in rows):
             rows.append({"method": "dense", "name": "dense", "repair": "-", "budget": 1.0, "flops": 1.0, "seed": seed,
@@ -58,7 +65,7 @@ def run(name: str, data: Path, methods: list[str], budgets: list[float], seeds: 
             for outcome in METHODS[method](case, wanted, seed) if wanted else ():
                 rows.append({"method": method, "seed": seed, **_measured(case, outcome, total)})
                 print(f"{name} seed {seed}: {_line(rows[-1])}", flush=True)
-            common.write_results(f"accuracy-{name}", rows)
+            common.write_results(kept, rows)
 
 
 def _done(rows: list[Row]) -> set[tuple[str, float, int]]:
@@ -143,6 +150,7 @@ def main() -> None:
     arguments.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     arguments.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     arguments.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
     arguments.add_argument("--table", action="store_true", help="only print and draw what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -152,14 +160,15 @@ def main() -> None:
         if not given.table and not needed.exists():
             print(f"{name}: skipped, {needed} is absent")
         elif not given.table:
-            run(name, given.data_root, given.methods.split(","), budgets, [int(s) for s in seeds])
-        rows = read_rows(name)
+            run(name, given.data_root, given.methods.split(","), budgets, [int(s) for s in seeds], given.samples)
+        kept = result_name(name, given.samples)
+        rows = read_rows(kept)
         if not rows:
             continue
         for figure in next(row["figures"] for row in rows if row["figures"]):
             if "standard error" not in figure:
                 Console(width=150).print(table(name, rows, figure))
-        print(f"rows in {result_file(name)}, plot in {plot(name, rows)}")
+        print(f"rows in {result_file(kept)}, plot in {plot(kept, rows)}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from optin_deploy.network import Network, named_outputs
 from optin_deploy.plan import Plan
-from optin_deploy.projections import design, set_weight_matrix, some_rows, weight_matrix
-from optin_deploy.replay import recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.projections import design, set_weight_matrix, some_rows, valid_rows, weight_matrix
+from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.ridge import STRENGTHS, Moments, fit
 from optin_deploy.slicing import features_of, output_bias, query_gain
 from optin_deploy.structure.groups import Group, Structure, channels_last
@@ -118,7 +118,7 @@ class _Repair:
     def _remember(self, done: dict[str, Any], block: str, output: Any) -> None:
         """Keep ``output``; of earlier blocks no more than the shapes, if they only have to be skipped."""
         if not self.skips:
-            _hollow_out(done)
+            hollow_out(done)
         done[block] = output
 
     def tail(self) -> None:
@@ -234,11 +234,11 @@ class _Repair:
             target = targets[each.module]
             if each.group is not None and each.group.has_stream:
                 target = self._asked(each, target, streams[each.group.name])
-            target = _flat(target, valid)
+            target = valid_rows(target, valid)
             if each.vanished:
                 x = target[:, :0]
             else:
-                x = _flat(design(self.pruned.get_submodule(each.module), given[each.module]), valid)
+                x = valid_rows(design(self.pruned.get_submodule(each.module), given[each.module]), valid)
             rows = some_rows(len(target))
             found[each.module] = Moments.of(x[rows], target[rows])
         return found
@@ -381,7 +381,7 @@ def _has_skips(module: nn.Module, structure: Structure, batch: Batch) -> bool:
             output = run_until(module, batch, block)
         if not _is_finite(output):
             return True
-        _hollow_out(done)
+        hollow_out(done)
         done[block] = output
     with resumed(module, done):
         return not _is_finite(module(**batch))
@@ -389,21 +389,3 @@ def _has_skips(module: nn.Module, structure: Structure, batch: Batch) -> bool:
 
 def _is_finite(output: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in named_outputs(output).values())
-
-
-def _hollow_out(done: dict[str, Any]) -> None:
-    for name, output in done.items():
-        done[name] = _hollow(output)
-
-
-def _hollow(output: Any) -> Any:
-    """NaN of the same shapes, in no memory."""
-    if isinstance(output, Tensor):
-        return output.new_full((), float("nan") if output.is_floating_point() else 0).expand(output.shape)
-    return tuple(_hollow(o) for o in output) if isinstance(output, tuple) else output
-
-
-def _flat(values: Tensor, valid: Tensor | None) -> Tensor:
-    """``(…, features)`` as rows, padding left out."""
-    rows = values.flatten(0, -2)
-    return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from exporters import check_parity, onnx_from_program, save_program, trace
 from optin_deploy import checkpoint, rundir
@@ -27,12 +27,12 @@ from optin_deploy.models import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages
-from optin_deploy.pruning import Anatomy, examine, next_step, remove, remove_more
-from optin_deploy.recipe import Recipe
+from optin_deploy.pruning import Anatomy, examine, remove, remove_in_rounds
+from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.report import Report, write_report
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps
-from optin_deploy.search import BUDGET_WINDOW, check_budget, search
+from optin_deploy.search import BUDGET_WINDOW, check_budget
 from profilers import ProfileConfig, Variant, compare
 from profilers import environment as environment_of_this_machine
 
@@ -105,7 +105,7 @@ def prune_export(
 def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibration | None = None) -> Job:
     """Read and check all inputs of a run; UserError for the first thing that is wrong."""
     _check_runtimes(recipe)
-    _check_probes(recipe)
+    check_options(recipe)
     device = _device(recipe.device)
     earlier = Plan({})
     if network is None:
@@ -145,11 +145,6 @@ def _check_runtimes(recipe: Recipe) -> None:
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise UserError("ort-cuda: this onnxruntime has no CUDA provider: pip install 'optin-deploy[gpu]'")
-
-
-def _check_probes(recipe: Recipe) -> None:
-    if recipe.criterion == "trajectory" and recipe.scorer == "forward" and recipe.probes == 1:
-        raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
 
 
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:
@@ -215,28 +210,25 @@ def _pruned(
             small = remove(job.network, structure, plan, [], None)
             checkpoint.load_weights(small, path)
         else:
-            plan, small = _in_rounds(job, dense, scores, advance)
+            plan, small = remove_in_rounds(
+                dense,
+                job.anatomy,
+                scores,
+                _batches(job.calibration.batches, job.device),
+                recipe.flops,
+                scoring=_scoring(recipe),
+                labels=job.calibration.labels,
+                align=recipe.align,
+                ridge=recipe.ridge if recipe.compensate else None,
+                rounds=recipe.rounds,
+                advance=advance,
+            )
             write_text(directory / "plan.json", json.dumps({"flops": recipe.flops, "kept": dict(plan.kept)}) + "\n")
         pruned = job.network.with_module(small.cpu())
         job.network.module.cpu()
         if not path.exists():
             checkpoint.save(pruned, plan.after(job.earlier), path)
     return plan, pruned
-
-
-def _in_rounds(job: Job, dense: Network, scores: Mapping[str, Tensor], advance: Any) -> tuple[Plan, nn.Module]:
-    recipe, anatomy = job.recipe, job.anatomy
-    batches = _batches(job.calibration.batches, job.device)
-    ridge = recipe.ridge if recipe.compensate else None
-    plan = search(anatomy.structure, scores, anatomy.costs, recipe.flops ** (1 / recipe.rounds), recipe.align)
-    small = remove(dense, anatomy.structure, plan, batches, ridge, advance)
-    for number in range(2, recipe.rounds + 1):
-        budget = recipe.flops ** (number / recipe.rounds)
-        step = next_step(
-            dense.with_module(small), anatomy, budget, batches, _scoring(recipe), job.calibration.labels, recipe.align
-        )
-        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge, advance)
-    return plan, small
 
 
 def _read_plan(directory: Path) -> Plan:
@@ -412,6 +404,8 @@ def _report(
             "plan": [
                 {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
                 for g in structure.groups
+                # Heads that have all left have no width.
+                if plan.kept.get(g.heads or "") != ()
             ],
             "left_dense": [
                 {**asdict(left), "flops_share": flops_share(network.module, network.inputs, left.module)}

@@ -80,9 +80,14 @@ def columns_per_unit(projection: nn.Module, width: int) -> int:
     return width if isinstance(projection, nn.Linear) else width * _conv(projection).weight[0, 0].numel()
 
 
-def columns_of(projection: nn.Module, units: Tensor, width: int) -> Tensor:
-    """Indices of the columns of `design` that belong to ``units``, in order; each unit's are consecutive."""
-    each = columns_per_unit(projection, width)
+def valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
+    """``(…, features)`` as ``(rows, features)``, padding left out where ``valid`` has an entry for each row."""
+    rows = x.flatten(0, -2)
+    return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows
+
+
+def columns_of(units: Tensor, each: int) -> Tensor:
+    """Indices of the columns of `design` that belong to ``units``, in order, ``each`` consecutive ones per unit."""
     return (units[:, None] * each + torch.arange(each, device=units.device)).reshape(-1)
 
 

@@ -98,13 +98,38 @@ def prune(
     check_budget(anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
+    plan, small = remove_in_rounds(
+        dense, anatomy, scores, batches, flops, scoring=scoring, labels=labels, align=align, ridge=ridge, rounds=rounds
+    )
+    return Pruned(network.with_module(small), plan, scores, anatomy)
+
+
+def remove_in_rounds(
+    dense: Network,
+    anatomy: Anatomy,
+    scores: Mapping[str, Tensor],
+    batches: Batches,
+    flops: float,
+    *,
+    scoring: Scoring,
+    labels: Sequence[Tensor] | None,
+    align: int,
+    ridge: Ridge,
+    rounds: int,
+    advance: Advance = lambda _: None,
+) -> tuple[Plan, nn.Module]:
+    """Search, slice and repair, as `prune` does once there are ``scores``; ``advance`` is called per round and block.
+
+    Returns:
+        the plan, in the dense network's units, and the module.
+    """
     plan = search(anatomy.structure, scores, anatomy.costs, flops ** (1 / rounds), align)
-    small = remove(dense, anatomy.structure, plan, batches, ridge)
+    small = remove(dense, anatomy.structure, plan, batches, ridge, advance)
     for number in range(2, rounds + 1):
         budget = flops ** (number / rounds)
         step = next_step(dense.with_module(small), anatomy, budget, batches, scoring, labels, align)
-        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge)
-    return Pruned(network.with_module(small), plan, scores, anatomy)
+        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge, advance)
+    return plan, small
 
 
 def next_step(
@@ -115,7 +140,6 @@ def next_step(
     scoring: Scoring,
     labels: Sequence[Tensor] | None,
     align: int,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Structure, Plan]:
     """What leaves a pruned network next, so that ``flops`` of the dense one's are left: its structure, and the plan in
     its units.
@@ -125,7 +149,7 @@ def next_step(
     """
     narrow = any(g.kind == "width" for g in anatomy.structure.groups)
     rest = examine(small, narrow=narrow)
-    scores = score(small, rest.structure, rest.costs, batches, scoring, labels=labels, advance=advance)
+    scores = score(small, rest.structure, rest.costs, batches, scoring, labels=labels)
     return rest.structure, search(
         rest.structure, scores, rest.costs, flops * anatomy.costs.total / rest.costs.total, align
     )

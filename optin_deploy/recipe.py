@@ -75,6 +75,23 @@ def make_recipe(options: dict[str, Any], file: Path | None = None) -> Recipe:
         raise UserError(_message(error)) from error
 
 
+def check_options(recipe: Recipe) -> None:
+    """Raise UserError for an option that the others leave without effect, or that does not go with them."""
+    probed = recipe.criterion.startswith("trajectory")
+    without_effect = (
+        ("scorer", recipe.scorer, "sketch", recipe.criterion == "trajectory", "--criterion trajectory"),
+        ("probes", recipe.probes, None, probed and recipe.scorer != "exact", "random probes"),
+        ("task-weight", recipe.task_weight, 1.0, probed, "--criterion trajectory-obs or trajectory"),
+        ("calibration-labels", recipe.calibration_labels, None, recipe.criterion == "fisher", "--criterion fisher"),
+        ("ridge", recipe.ridge, "auto", recipe.compensate, "--compensate"),
+    )
+    for name, value, default, used, needed in without_effect:
+        if value != default and not used:
+            raise UserError(f"--{name} {value}: it has an effect only with {needed}")
+    if recipe.scorer == "forward" and recipe.probes == 1:
+        raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -88,3 +88,16 @@ def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hollow_out(outputs: dict[str, Any]) -> None:
+    """Keep no more of outputs for `resumed` than their shapes, in place: enough where blocks are only skipped."""
+    for name, output in outputs.items():
+        outputs[name] = _hollow(output)
+
+
+def _hollow(output: Any) -> Any:
+    """NaN of the same shapes, in no memory."""
+    if isinstance(output, Tensor):
+        return output.new_full((), float("nan") if output.is_floating_point() else 0).expand(output.shape)
+    return tuple(_hollow(o) for o in output) if isinstance(output, tuple) else output

@@ -26,10 +26,10 @@ from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.pruning import Anatomy
 from optin_deploy.search import BUDGET_WINDOW, candidate_sizes, check_budget
-from optin_deploy.slicing import sliced
+from optin_deploy.slicing import features_of, sliced
 from optin_deploy.structure.groups import Group, Structure
 
-from .shared import Batch, add_to_bias, check_met, features_of, projection_inputs, transformer_part
+from .shared import Batch, add_to_bias, check_met, projection_inputs, transformer_part
 
 RIDGE = 1e-3
 # A feature is active where it is larger than this part of its layer's root mean square.
@@ -158,7 +158,7 @@ def compensate(module: nn.Module, group: Group, kept: Sequence[int], found: Mome
     linear = module.get_submodule(group.output)
     assert isinstance(linear, nn.Linear)
     features = torch.zeros(len(found.mean), dtype=torch.bool, device=found.mean.device)
-    features[features_of(kept, group)] = True
+    features[features_of(torch.tensor(kept, dtype=torch.long), group, len(features))] = True
     covariance, mean, weight = found.covariance, found.mean, linear.weight.double()
     inner, lost = covariance[features][:, features], weight[:, ~features]
     penalty = (shrinkage(inner, found.count) if ridge is None else ridge) * torch.eye(len(inner)).to(inner)

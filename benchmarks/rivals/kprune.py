@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.costs import Costs
-from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments, valid_rows
+from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
+from optin_deploy.projections import valid_rows
 from optin_deploy.pruning import Anatomy
 from optin_deploy.replay import recorded_inputs
 from optin_deploy.search import check_budget, search

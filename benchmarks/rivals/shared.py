@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.costs import Costs
-from optin_deploy.criteria.fisher import ends_linear, valid_rows
+from optin_deploy.criteria.fisher import ends_linear
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
+from optin_deploy.projections import valid_rows
 from optin_deploy.pruning import Anatomy
 from optin_deploy.replay import recorded_inputs
 from optin_deploy.search import BUDGET_WINDOW
@@ -55,12 +56,6 @@ def projection_inputs(
             network.forward(batch)
         for group in structure.groups:
             yield group, valid_rows(seen.pop(group.output), network.valid_tokens(batch)).double()
-
-
-def features_of(units: Sequence[int], group: Group) -> Tensor:
-    """Indices of the inputs of the output projection that belong to ``units``."""
-    first = torch.tensor(units, dtype=torch.long)[:, None] * group.width
-    return (first + torch.arange(group.width)).flatten()
 
 
 def add_to_bias(linear: nn.Linear, change: Tensor) -> None:

@@ -23,7 +23,8 @@ from optin_deploy.errors import UserError
 from optin_deploy.masking import frozen, masked
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
-from optin_deploy.replay import recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.projections import valid_rows
+from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.structure.groups import Group, Structure
 
 # Label of positions that do not count, as in torch and transformers.
@@ -204,7 +205,9 @@ def rescale(
         for batch, outputs in zip(batches, done, strict=True):
             for module, earlier in zip((network.module, pruned), outputs, strict=True):
                 with resumed(module, earlier):
-                    _remember(earlier, block, run_until(module, batch, block))
+                    output = run_until(module, batch, block)
+                    hollow_out(earlier)
+                    earlier[block] = output
         advance(1)
     return factors
 
@@ -279,22 +282,3 @@ def sublayer_moments(
 def ends_linear(module: nn.Module, group: Group) -> bool:
     """Whether a linear projection stands behind the units of ``group``."""
     return isinstance(module.get_submodule(group.output), nn.Linear)
-
-
-def valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
-    """``x`` as ``(rows, features)``, without padding where ``valid`` has an entry for each row."""
-    rows = x.flatten(0, -2)
-    return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows
-
-
-def _remember(done: dict[str, Any], block: str, output: Any) -> None:
-    """Keep ``output``; of earlier blocks, which only have to be skipped, no more than the shapes."""
-    for name, earlier in done.items():
-        done[name] = _hollow(earlier)
-    done[block] = output
-
-
-def _hollow(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.new_zeros(()).expand(output.shape)
-    return tuple(map(_hollow, output)) if isinstance(output, tuple) else output

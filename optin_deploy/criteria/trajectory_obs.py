@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
 from optin_deploy.masking import masked_queries
 from optin_deploy.network import Network
-from optin_deploy.projections import columns_per_unit, design, some_rows, weight_matrix
+from optin_deploy.projections import columns_of, columns_per_unit, design, some_rows, valid_rows, weight_matrix
 from optin_deploy.structure.groups import Group, Structure, channels_last
 
 Advance = Callable[[int], None]
@@ -102,7 +102,7 @@ def probe_moments(
                 for name, gradient in zip(masks, found[len(groups) :], strict=True):
                     _add(moments, str(name), "queries", gradient.double().square().sum(0) / probes)
                 for group, gradient in zip(groups, found[: len(groups)], strict=True):
-                    g = _positions(channels_last(gradient, group.axis), trajectory.valid)
+                    g = valid_rows(channels_last(gradient, group.axis), trajectory.valid)
                     weights[group.name] = weights[group.name] + g.square().sum(1) / probes
                     _add(moments, group.name, "metric", (g.T @ g).double() / probes)
                 advance(trajectory.size)
@@ -136,14 +136,8 @@ def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[dict[s
         yield given, taps
 
 
-def _positions(values: Tensor, valid: Tensor | None) -> Tensor:
-    """``(…, features)`` as rows, padding left out."""
-    rows = values.flatten(0, -2)
-    return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows
-
-
 def _rows(module: nn.Module, group: Group, x: Tensor, valid: Tensor | None) -> Tensor:
-    rows = _positions(design(module.get_submodule(group.output), x), valid)
+    rows = valid_rows(design(module.get_submodule(group.output), x), valid)
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
@@ -216,7 +210,7 @@ def eliminate(
         else:
             each = weight.new_ones(len(alive))
             out = (alive == order[units - len(alive)]).nonzero()[:, 0]
-        columns = _columns(out, width)
+        columns = columns_of(out, width)
         removed = weight[:, columns]
         block = torch.linalg.inv(inverse[columns][:, columns])
         correction = block @ inverse[columns]
@@ -227,7 +221,7 @@ def eliminate(
         costs.append((share * together).clamp_min(0.0))
         kept = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
         kept[out] = False
-        left = _columns(kept.nonzero()[:, 0], width)
+        left = columns_of(kept.nonzero()[:, 0], width)
         weight = weight[:, left] - removed @ correction[:, left]
         inverse = inverse[left][:, left] - inverse[left][:, columns] @ correction[:, left]
         alive = alive[kept]
@@ -254,7 +248,3 @@ def unit_costs(weight: Tensor, inverse: Tensor, metric: Tensor, width: int) -> T
     columns = weight.reshape(-1, units, width).permute(1, 0, 2)
     quadratic = columns.transpose(1, 2) @ (metric @ columns)
     return torch.linalg.solve(own, quadratic).diagonal(dim1=1, dim2=2).sum(1)
-
-
-def _columns(units: Tensor, width: int) -> Tensor:
-    return (units[:, None] * width + torch.arange(width, device=units.device)).reshape(-1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.structure.groups import Group, Rows, Side, join
+from optin_deploy.structure.groups import Group, join
 
 # How far outputs may move, relative to their norm, under a change of basis.
 _RELATIVE_TOLERANCE = 1e-3
@@ -99,9 +99,3 @@ def _rotated(rows: Tensor, basis: Tensor) -> Tensor:
     heads, width, _ = basis.shape
     each = rows.reshape(heads, width, -1).to(basis.dtype)
     return (basis.to(rows.device).transpose(1, 2) @ each).reshape(rows.shape)
-
-
-def query_sides(group: Group) -> tuple[Rows, Side]:
-    """Where a mask on dimensions acts: on the queries, and on the input of the output projection."""
-    assert group.qkv is not None
-    return group.qkv.queries, Side(group.output, "in")

@@ -240,7 +240,7 @@ def test_a_run_with_a_checkpoint_reads_its_plan(
         found.append((json.loads((directory / "plan.json").read_text())["kept"], small))
         raise KeyboardInterrupt
 
-    for name in ("score", "search", "next_step", "in_principal_bases", "remove_more"):
+    for name in ("score", "in_principal_bases", "remove_in_rounds"):
         monkeypatch.setattr(pipeline, name, None)
     monkeypatch.setattr(pipeline, "_exported", export)
     before = artefacts(directory)

@@ -67,7 +67,7 @@ def test_the_columns_of_units_are_those_that_masking_zeroes(
     for unit in units.tolist():
         masked.narrow(axis, unit * width, width).zero_()
     changed = design(projection, x)
-    changed[..., columns_of(projection, units, width)] = 0
+    changed[..., columns_of(units, columns_per_unit(projection, width))] = 0
     assert torch.equal(changed, design(projection, masked))
     assert columns_per_unit(projection, width) * (x.shape[axis] // width) == changed.shape[-1]
 

@@ -5,7 +5,7 @@ import pytest
 from tiny_models import save_lines
 
 from optin_deploy.errors import UserError
-from optin_deploy.recipe import Recipe, make_recipe
+from optin_deploy.recipe import Recipe, check_options, make_recipe
 
 NEEDED: dict[str, Any] = {"model": "deit_small", "flops": 0.5}
 
@@ -129,3 +129,35 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
     file = save_lines(tmp_path / "r.yaml", ["model: !!python/object/apply:os.getcwd []", "flops: 0.5"])
     assert "cannot be read" in message({}, file)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer": "exact"}, "--scorer exact: .* only with --criterion trajectory$"),
+        ({"probes": 3, "criterion": "magnitude"}, "--probes 3: .* random probes"),
+        ({"probes": 3, "criterion": "trajectory", "scorer": "exact"}, "--probes 3"),
+        ({"task_weight": 2.0, "criterion": "random"}, "--task-weight 2.0"),
+        ({"calibration_labels": "class"}, "--calibration-labels class: .* only with --criterion fisher"),
+        ({"ridge": 0.1, "compensate": False}, "--ridge 0.1: .* only with --compensate"),
+        ({"criterion": "trajectory", "scorer": "forward", "probes": 1}, "--probes 1: --scorer forward"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_options(make_recipe({"model": "m", "flops": 0.5, **options}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"criterion": "trajectory", "scorer": "exact"},
+        {"probes": 3},
+        {"criterion": "fisher", "calibration_labels": "class"},
+        {"ridge": 0.1},
+        {"compensate": False},
+    ],
+)
+def test_options_with_an_effect_are_taken(options: dict[str, object]) -> None:
+    check_options(make_recipe({"model": "m", "flops": 0.5, **options}))

@@ -15,7 +15,7 @@ from optin_deploy.structure import timm as timm_adapter
 from optin_deploy.structure import transformers as transformers_adapter
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Rows, Side, Structure
-from optin_deploy.structure.width import change_basis, narrowable, query_sides, width_group
+from optin_deploy.structure.width import change_basis, narrowable, width_group
 
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]
 
@@ -87,7 +87,6 @@ def test_projections_and_attributes_of_timm() -> None:
     assert [width.qkv.queries, width.qkv.keys, width.qkv.values] == [Rows(f"{name}.qkv", i, 3) for i in range(3)]
     assert [rows.of(36) for rows in (width.qkv.queries, width.qkv.values)] == [slice(0, 12), slice(24, 36)]
     assert width.qkv.scale == (name, "scale")
-    assert query_sides(width) == (Rows(f"{name}.qkv", 0, 3), Side(f"{name}.proj", "in"))
 
 
 @pytest.mark.parametrize(
