@@ -1,22 +1,15 @@
 """Measures a pruned network against its dense original, each case in a process of its own."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import interleave
 from .environment import environment, usable_cores
 from .errors import ProfilingError
+from .isolated import Case, check_sample, measure_files
 from .results import Comparison, Measurement
 from .runners import RUNTIMES
 from .runners.base import Feeds
@@ -92,24 +85,14 @@ def compare(
     threads = config.threads or usable_cores().physical
     cases = [(runtime, batch_size) for runtime in config.runtimes for batch_size in config.batch_sizes]
     measurements = []
-    with tempfile.TemporaryDirectory(prefix="optin-profile-") as folder:
-        feeds = Path(folder, "feeds.npz")
-        np.savez(feeds, *sample.values())
-        for index, (runtime, batch_size) in enumerate(cases):
-            spec = {
-                "runtime": runtime,
-                "batch_size": batch_size,
-                "threads": threads,
-                "seconds": config.seconds,
-                "seed": config.seed,
-                "variants": {"dense": str(_file(dense, runtime)), "pruned": str(_file(pruned, runtime))},
-                "feeds": str(feeds),
-                "inputs": list(sample),
-            }
-            name = f"{runtime}, batch {batch_size}"
-            report = partial(_report, progress, index, len(cases), name)
-            result = _run_worker(spec, Path(folder, str(index)), name, report)
-            measurements.append(Measurement.from_samples(runtime, batch_size, **result, seed=config.seed))
+    # The dense file is loaded twice: by how much it differs from itself is the noise floor.
+    variants = {"dense": dense, "dense_again": dense, "pruned": pruned}
+    for index, (runtime, batch_size) in enumerate(cases):
+        case = Case(runtime, batch_size, threads, config.seconds, config.seed)
+        files = {name: file for name, variant in variants.items() if (file := _file(variant, runtime)) is not None}
+        report = partial(_report, progress, index, len(cases), case.name)
+        result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
+        measurements.append(Measurement.from_samples(runtime, batch_size, *result, seed=config.seed))
     return Comparison(tuple(measurements), environment(), _protocol(config, threads))
 
 
@@ -119,9 +102,7 @@ def _report(progress: Progress | None, index: int, cases: int, name: str, fracti
 
 
 def _file(variant: Variant, runtime: str) -> Path | None:
-    file = variant.onnx if RUNTIMES[runtime] == "onnx" else variant.program
-    # The worker may stand in another folder.
-    return file and file.resolve()
+    return variant.onnx if RUNTIMES[runtime] == "onnx" else variant.program
 
 
 def _check(dense: Variant, pruned: Variant, sample: Feeds, config: ProfileConfig) -> None:
@@ -133,71 +114,7 @@ def _check(dense: Variant, pruned: Variant, sample: Feeds, config: ProfileConfig
                 raise ProfilingError(f"runtime {runtime} needs the {name} network's exported program (.pt2)")
             if not file.is_file():
                 raise ProfilingError(f"the {name} network's file {file} does not exist")
-    for key, array in sample.items():
-        if array.ndim == 0 or array.shape[0] != 1:
-            raise ProfilingError(f"sample {key!r} has shape {array.shape}: its leading dimension must be 1")
-
-
-def _run_worker(spec: dict[str, Any], folder: Path, case: str, progress: Callable[[float], None]) -> dict[str, Any]:
-    """What a new process measured of one case; ProfilingError with the last line it said when it fails."""
-    folder.mkdir()
-    result, errors, spec_path = folder / "result.json", folder / "stderr.txt", folder / "spec.json"
-    spec_path.write_text(json.dumps({**spec, "result": str(result)}))
-    progress(0.0)
-    # stderr goes to a file: a pipe that nobody reads would block a talkative runtime.
-    with (
-        errors.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, "-m", "profilers.worker", str(spec_path)],
-            env=_worker_environment(spec["threads"]),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        ) as process,
-    ):
-        try:
-            for line in process.stdout or ():
-                fraction = _fraction(line)
-                if fraction is not None:
-                    progress(fraction)
-            status = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    if status != 0:
-        lines = [line.strip() for line in errors.read_text(errors="replace").splitlines() if line.strip()]
-        raise ProfilingError(f"measuring {case} {_ending(status)}: {lines[-1] if lines else 'it said nothing'}")
-    progress(1.0)
-    return json.loads(result.read_text())
-
-
-def _worker_environment(threads: int) -> dict[str, str]:
-    parent = Path(__file__).parent.parent
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        # The worker finds what this process finds, wherever either of them stands, and nothing else: a file named
-        # torch.py in the current folder must not come first.
-        "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in [*sys.path, str(parent)]),
-        "PYTHONSAFEPATH": "1",
-    }
-
-
-def _fraction(line: str) -> float | None:
-    """The progress that a line of the worker's stdout tells; None for the chatter of native libraries."""
-    try:
-        return float(json.loads(line)["progress"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return "failed"
-    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-status).name}{hint}"
+    check_sample(sample)
 
 
 def _protocol(config: ProfileConfig, threads: int) -> dict[str, Any]:

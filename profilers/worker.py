@@ -1,9 +1,10 @@
 """The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
 
-The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `variants` (`dense` and `pruned` to their
-files), `feeds` (an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`), `inputs` (their
-names), and `result`, the JSON file to write: `samples_ms`, `converged`, `peak_rss_mib`. Progress goes to stdout, one
-`{"progress": fraction}` a line; an error's last line on stderr says what is wrong, and the exit status is 1.
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `variants` (names to their files), `pairs` (of
+names, whose ratios must settle), `feeds` (an `.npz` with one sample, leading dimension 1, arrays in the order of
+`inputs`), `inputs` (their names), and `result`, the JSON file to write: `samples_ms`, `converged`, `peak_rss_mib`.
+Progress goes to stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what is wrong, and the
+exit status is 1.
 """
 
 import gc
@@ -11,6 +12,7 @@ import json
 import sys
 import traceback
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,6 @@ from .interleave import Samples, interleave
 from .runners import open_runner
 from .runners.base import Feeds, first_line
 from .statistics import stable
-
-# The dense file is loaded twice: by how much it differs from itself is the noise floor.
-VARIANTS = {"dense": "dense", "dense_again": "dense", "pruned": "pruned"}
 
 
 def main(arguments: list[str]) -> int:
@@ -50,13 +49,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], spec["batch_size"])
     with ExitStack() as opened:
         runs = {}
-        for name, source in VARIANTS.items():
-            runner = open_runner(spec["runtime"], Path(spec["variants"][source]), spec["threads"])
+        for name, file in spec["variants"].items():
+            runner = open_runner(spec["runtime"], Path(file), spec["threads"])
             runs[name] = opened.enter_context(runner).prepare(feeds)
         # A collection in the middle of a run would be counted as its latency.
         gc.collect()
         gc.disable()
-        samples, converged = interleave(runs, _settled, spec["seconds"], spec["seed"], _print_progress)
+        samples, converged = interleave(
+            runs, partial(_settled, spec["pairs"]), spec["seconds"], spec["seed"], _print_progress
+        )
     return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib()}
 
 
@@ -81,9 +82,9 @@ def peak_rss_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
-def _settled(samples: Samples) -> bool:
-    """Both the speed-up and the noise it is held against have settled."""
-    return all(stable(samples["dense"], samples[name]) for name in ("pruned", "dense_again"))
+def _settled(pairs: list[list[str]], samples: Samples) -> bool:
+    """The ratios of all pairs have settled; never without any pair."""
+    return bool(pairs) and all(stable(samples[first], samples[second]) for first, second in pairs)
 
 
 def _print_progress(fraction: float) -> None:

@@ -10,6 +10,8 @@ RUNTIMES: dict[str, Literal["onnx", "program"]] = {
     "ort-cuda": "onnx",
     "torch": "program",
     "torch-cuda": "program",
+    "torch-compile": "program",
+    "torch-compile-cuda": "program",
 }
 """Runtime name to the kind of file it runs: an ONNX file or an exported program (`.pt2`)."""
 
@@ -35,4 +37,5 @@ def open_runner(runtime: str, path: Path, threads: int) -> Runner:
         return OnnxRuntimeRunner(path, provider, threads)
     from .torch import TorchRunner
 
-    return TorchRunner(path, "cuda" if runtime == "torch-cuda" else "cpu", threads)
+    device = "cuda" if runtime.endswith("-cuda") else "cpu"
+    return TorchRunner(path, device, threads, compiled=runtime.startswith("torch-compile"))

@@ -1,4 +1,4 @@
-"""Exported programs (`.pt2` files written by `torch.export.save`) run eagerly by torch, on the CPU or through CUDA."""
+"""Exported programs (`.pt2` files written by `torch.export.save`) run by torch, eagerly or compiled, on CPU or CUDA."""
 
 import os
 import zipfile
@@ -19,7 +19,7 @@ _UNSAFE_PARTS = ("/opaque_obj", "/custom_obj", "/aotinductor/")
 
 
 class TorchRunner:
-    """An exported program, called as a module in inference mode without compilation.
+    """An exported program, called as a module in inference mode.
 
     Sets the threads of torch in this process.
 
@@ -27,17 +27,19 @@ class TorchRunner:
         path: a `.pt2` file.
         device: `cpu` or `cuda`.
         threads: intra-op threads.
+        compiled: by `torch.compile` (its default mode), for the shapes of the first inputs; that takes a minute and,
+            on the CPU, needs a C++ compiler.
 
     Raises:
         ProfilingError: the file cannot be loaded or holds pickled objects, or torch sees no CUDA device.
     """
 
-    def __init__(self, path: Path, device: str, threads: int) -> None:
+    def __init__(self, path: Path, device: str, threads: int, *, compiled: bool = False) -> None:
         import torch
         from torch.export.passes import move_to_device_pass
 
         if device == "cuda" and not torch.cuda.is_available():
-            raise ProfilingError("torch-cuda was asked for, but torch sees no CUDA device")
+            raise ProfilingError("a torch runtime on CUDA was asked for, but torch sees no CUDA device")
         torch.set_num_threads(threads)
         self._device = torch.device(device)
         try:
@@ -52,7 +54,8 @@ class TorchRunner:
             raise ProfilingError(f"torch cannot load {path}: {first_line(error)}") from error
         # The checks of inputs that export adds (guards, and a hook around `forward`) are no part of the network: they
         # would slow dense and pruned down by the same microseconds and so understate the ratio.
-        self._forward: Any = program.module(check_guards=False).forward
+        module = program.module(check_guards=False)
+        self._forward: Any = torch.compile(module, dynamic=False) if compiled else module.forward
         signature = program.module_call_graph[0].signature
         self._inputs = list((signature and signature.forward_arg_names) or program.graph_signature.user_inputs)
         self._outputs = [str(name) for name in program.graph_signature.user_outputs]

@@ -1,0 +1,162 @@
+"""Measures files against each other in a process of their own: one runtime, one batch size, any number of files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import ProfilingError
+from .interleave import Samples
+from .runners.base import Feeds
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured how.
+
+    Attributes:
+        runtime: one of `RUNTIMES`.
+        batch_size: samples in one run.
+        threads: CPU threads of one run.
+        seconds: time limit of the rounds; loading and warm-up come on top.
+        seed: of the order of turns.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    seconds: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.runtime}, batch {self.batch_size}"
+
+
+class Measured(NamedTuple):
+    """Samples in milliseconds (name to rounds × repeats), whether they had settled, and the peak memory."""
+
+    samples_ms: Samples
+    converged: bool
+    peak_rss_mib: float
+
+
+def measure_files(
+    files: Mapping[str, Path],
+    sample: Feeds,
+    case: Case,
+    pairs: Sequence[tuple[str, str]],
+    progress: Callable[[float], None] = lambda _: None,
+) -> Measured:
+    """Interleave runs of all files, round after round, until the ratios of ``pairs`` have settled or time is up.
+
+    Args:
+        files: name to a file that the runtime takes; one file under two names is loaded twice.
+        sample: input name to array of one sample, leading dimension 1; tiled to the batch size.
+        case: runtime, batch size, threads and time.
+        pairs: names whose ratios must settle; without any the whole time is used.
+        progress: called with the fraction done.
+
+    Raises:
+        ProfilingError: a file is missing, the sample does not fit, or the worker failed.
+    """
+    check_sample(sample)
+    for name, file in files.items():
+        if not file.is_file():
+            raise ProfilingError(f"the {name} network's file {file} does not exist")
+    with tempfile.TemporaryDirectory(prefix="optin-profile-") as folder:
+        feeds = Path(folder, "feeds.npz")
+        np.savez(feeds, *sample.values())
+        spec = {
+            **asdict(case),
+            # The worker may stand in another folder.
+            "variants": {name: str(file.resolve()) for name, file in files.items()},
+            "pairs": list(pairs),
+            "feeds": str(feeds),
+            "inputs": list(sample),
+        }
+        return Measured(**run_worker("profilers.worker", spec, case.threads, f"measuring {case.name}", progress))
+
+
+def check_sample(sample: Feeds) -> None:
+    """ProfilingError unless every array holds one sample."""
+    for key, array in sample.items():
+        if array.ndim == 0 or array.shape[0] != 1:
+            raise ProfilingError(f"sample {key!r} has shape {array.shape}: its leading dimension must be 1")
+
+
+def run_worker(
+    module: str, spec: Mapping[str, Any], threads: int, doing: str, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    """What ``python -m module SPEC.json`` wrote to the spec's ``result``, with progress as it goes.
+
+    ProfilingError with the last line the process said, after what it was ``doing``, when it fails.
+    """
+    progress(0.0)
+    with tempfile.TemporaryDirectory(prefix="optin-worker-") as name:
+        folder = Path(name)
+        result, errors, spec_path = folder / "result.json", folder / "stderr.txt", folder / "spec.json"
+        spec_path.write_text(json.dumps({**spec, "result": str(result)}))
+        # stderr goes to a file: a pipe that nobody reads would block a talkative runtime.
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(
+                [sys.executable, "-m", module, str(spec_path)],
+                env=_worker_environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            ) as process,
+        ):
+            try:
+                for line in process.stdout or ():
+                    fraction = _fraction(line)
+                    if fraction is not None:
+                        progress(fraction)
+                status = process.wait()
+            except BaseException:
+                process.kill()
+                raise
+        if status != 0:
+            lines = [line.strip() for line in errors.read_text(errors="replace").splitlines() if line.strip()]
+            raise ProfilingError(f"{doing} {_ending(status)}: {lines[-1] if lines else 'it said nothing'}")
+        progress(1.0)
+        return json.loads(result.read_text())
+
+
+def _worker_environment(threads: int) -> dict[str, str]:
+    parent = Path(__file__).parent.parent
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # The worker finds what this process finds, wherever either of them stands, and nothing else: a file named
+        # torch.py in the current folder must not come first.
+        "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in [*sys.path, str(parent)]),
+        "PYTHONSAFEPATH": "1",
+    }
+
+
+def _fraction(line: str) -> float | None:
+    """The progress that a line of the worker's stdout tells; None for the chatter of native libraries."""
+    try:
+        return float(json.loads(line)["progress"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return "failed"
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-status).name}{hint}"
