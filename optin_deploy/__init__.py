@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from optin_deploy.recipe import Recipe as Recipe
     from optin_deploy.report import Report as Report
     from optin_deploy.scoring import Scoring as Scoring
+    from optin_deploy.sweeps.run import sweep as sweep
+    from optin_deploy.sweeps.schema import SweepReport as SweepReport
 
 _HOMES = {
     "Calibration": "calibration",
@@ -40,6 +42,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "report",
     "Scoring": "scoring",
+    "SweepReport": "sweeps.schema",
     "TextPreprocessing": "preprocessing",
     "UserError": "errors",
     "custom_network": "network",
@@ -50,6 +53,7 @@ _HOMES = {
     "prune": "pruning",
     "prune_export": "pipeline",
     "save": "checkpoint",
+    "sweep": "sweeps.run",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,17 +1,20 @@
 """The command line. Exit codes: 0 done, 2 something to fix, 3 a gate failed, 130 interrupted, 1 a bug."""
 
+import json
 import logging
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from optin_deploy.errors import GateError, UserError
+from optin_deploy.options import MEASURE, MODEL, PRUNE, Quiet, RecipeFile, listed, option, takes_run_options
 
 app = typer.Typer(
     help="Make trained transformers smaller without retraining, export them, and measure how much faster they got.",
@@ -20,135 +23,159 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL, _DATA, _PRUNE, _EXPORT, _MEASURE = "Model", "Calibration and evaluation", "Pruning", "Export", "Measuring"
-
-
-def _option(help_text: str, panel: str) -> Any:
-    return typer.Option(help=help_text, rich_help_panel=panel, show_default=False)
-
 
 @app.command("prune-export")
+@takes_run_options
 def prune_export(
-    model: Annotated[
-        str | None,
-        _option(
-            "timm name (short forms work: deit_small), transformers id or directory, or a checkpoint of ours", _MODEL
-        ),
+    options: dict[str, Any],
+    flops: Annotated[float | None, option("part of the dense FLOPs to keep, like 0.5", PRUNE)] = None,
+    latency: Annotated[
+        float | None,
+        option("part of the dense latency to keep, as measured, like 0.6; with --flops both hold", PRUNE),
     ] = None,
-    flops: Annotated[float | None, _option("part of the dense FLOPs to keep, like 0.5", _PRUNE)] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="run directory [runs/MODEL-flopsF-HASH]", show_default=False)
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these options; the command line wins", show_default=False)
-    ] = None,
-    weights: Annotated[str | None, _option("pretrained, random, or a .safetensors file [pretrained]", _MODEL)] = None,
-    image_size: Annotated[
-        int | None, _option("pixels, where a timm model should take another size than its own", _MODEL)
-    ] = None,
-    sequence_length: Annotated[
-        int | None, _option("tokens at which FLOPs are counted and speed is measured [128]", _MODEL)
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        _option("unlabelled samples: image folder, text file, CSV/TSV, .npz or .safetensors [built-in samples]", _DATA),
-    ] = None,
-    calibration_column: Annotated[
-        str | None, _option("text columns of a CSV/TSV, by name or number, comma-separated", _DATA)
-    ] = None,
-    calibration_labels: Annotated[
-        str | None,
-        _option("labels, for --criterion fisher: a column of a CSV/TSV, or `folders` for class folders", _DATA),
-    ] = None,
-    calibration_samples: Annotated[
-        int | None, _option("how many samples to draw [128 images, 1024 texts]", _DATA)
-    ] = None,
-    evaluate: Annotated[
-        Path | None,
-        _option("labelled data: folder of class folders, or a CSV/TSV of text,label or first,second,score", _DATA),
-    ] = None,
-    evaluate_columns: Annotated[str | None, _option("these columns, by name or number, comma-separated", _DATA)] = None,
-    criterion: Annotated[
-        str | None,
-        _option("trajectory-obs, trajectory (OPTIN), fisher, magnitude or random [trajectory-obs]", _PRUNE),
-    ] = None,
-    scorer: Annotated[
-        str | None,
-        _option("of trajectory: sketch (neurons by random probes, heads exactly), exact or forward [sketch]", _PRUNE),
-    ] = None,
-    probes: Annotated[
-        int | None, _option("random probes per calibration batch [4 for trajectory, else 1]", _PRUNE)
-    ] = None,
-    task_weight: Annotated[float | None, _option("weight of the task term beside the trajectory [1]", _PRUNE)] = None,
-    align: Annotated[int | None, _option("keep neurons in multiples of this [64]", _PRUNE)] = None,
-    narrow_heads: Annotated[
-        bool | None,
-        typer.Option(
-            "--narrow-heads/--no-narrow-heads",
-            help="let heads lose width, too [on for trajectory-obs]",
-            rich_help_panel=_PRUNE,
-            show_default=False,
-        ),
-    ] = None,
-    rounds: Annotated[
-        int | None, _option("steps in which the budget is approached, scored anew each [1]", _PRUNE)
-    ] = None,
-    compensate: Annotated[
-        bool | None,
-        typer.Option(
-            "--compensate/--no-compensate",
-            help="refit linear maps in closed form [on]",
-            rich_help_panel=_PRUNE,
-            show_default=False,
-        ),
-    ] = None,
-    ridge: Annotated[
-        str | None, _option("strength of the ridge in that refit; auto chooses it on held-out batches [auto]", _PRUNE)
-    ] = None,
-    opset: Annotated[int | None, _option("ONNX opset [20]", _EXPORT)] = None,
-    parity_tolerance: Annotated[float | None, _option("largest error of ONNX against torch [1e-4]", _EXPORT)] = None,
-    runtimes: Annotated[
-        str | None, _option("ort-cpu, ort-cuda, torch, torch-cuda, comma-separated [ort-cpu,torch]", _MEASURE)
-    ] = None,
-    batch_sizes: Annotated[str | None, _option("comma-separated [1,8]", _MEASURE)] = None,
-    threads: Annotated[int | None, _option("CPU threads while measuring [all physical cores]", _MEASURE)] = None,
-    profile_seconds: Annotated[float | None, _option("time limit per runtime and batch size [10]", _MEASURE)] = None,
-    device: Annotated[str | None, _option("where to prune: auto, cpu or cuda [auto]", _PRUNE)] = None,
-    seed: Annotated[int | None, _option("one seed makes one result [0]", _PRUNE)] = None,
+    latency_ms: Annotated[float | None, option("the same in milliseconds, like 4.0", PRUNE)] = None,
+    output: Annotated[Path | None, option("run directory [runs/MODEL-flopsF-HASH]")] = None,
+    recipe: RecipeFile = None,
     json_output: Annotated[bool, typer.Option("--json", help="print report.json instead of tables")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Prune a network to a FLOP budget, export both to ONNX, measure both here, and write a report."""
-    options = {name: value for name, value in locals().items() if value is not None}
-    for name in ("output", "recipe", "json_output", "quiet"):
-        options.pop(name, None)
-    for name in ("runtimes", "batch_sizes"):
-        if name in options:
-            options[name] = [part.strip() for part in options[name].split(",") if part.strip()]
-
+    """Prune a network to a budget of FLOPs or latency, export to ONNX, measure both here, and write a report."""
     from optin_deploy.recipe import make_recipe
 
     # Wrong options are told before torch is loaded, which takes seconds.
-    resolved = make_recipe(options, recipe)
+    resolved = make_recipe(options | _given(flops=flops, latency=latency, latency_ms=latency_ms), recipe)
 
     from optin_deploy.pipeline import prune_export as run
     from optin_deploy.report.terminal import summary
 
     result = run(resolved, output=output, command=_command(), quiet=quiet)
-    if json_output:
-        sys.stdout.write(result.report.model_dump_json(indent=1) + "\n")
-    else:
-        # Piped into a file, the tables keep the width they are made for.
-        console = Console() if sys.stdout.isatty() else Console(width=100)
-        console.print(summary(result.report))
-        console.print(
-            Text.assemble(
-                "Everything is in ", (str(result.directory), "bold"), ": report.html, checkpoint, ONNX files."
-            )
-        )
+    _show(result.report, summary, result.directory, "report.html, checkpoint, ONNX files", json_output)
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
         raise GateError("; ".join(f"{gate.name}: {gate.detail}" for gate in failed))
+
+
+@app.command()
+@takes_run_options
+def sweep(
+    options: dict[str, Any],
+    flops: Annotated[
+        str | None, option("parts of the dense FLOPs to keep, comma-separated, like 0.8,0.6; a run each", PRUNE)
+    ] = None,
+    latency: Annotated[
+        str | None, option("parts of the dense latency to keep, as measured, like 0.8,0.6; a run each", PRUNE)
+    ] = None,
+    latency_ms: Annotated[str | None, option("the same in milliseconds, like 4.0,3.0", PRUNE)] = None,
+    output: Annotated[Path | None, option("sweep directory, with a run directory each [runs/MODEL-sweep-HASH]")] = None,
+    recipe: RecipeFile = None,
+    json_output: Annotated[bool, typer.Option("--json", help="print sweep.json instead of tables")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run prune-export at several budgets, scored once, and show which of the networks none of the others beats."""
+    from optin_deploy.sweeps.plan import plan, read_sweep
+
+    budgets = {name: listed(text) for name, text in _given(flops=flops, latency=latency, latency_ms=latency_ms).items()}
+    resolved, asked = read_sweep(options | budgets, recipe)
+    # Wrong options are told before torch is loaded, which takes seconds.
+    plan(resolved, asked)
+
+    from optin_deploy.sweeps.run import sweep as run
+    from optin_deploy.sweeps.terminal import summary
+
+    result = run(resolved, asked, output=output, command=_command(), quiet=quiet)
+    _show(result.report, summary, result.directory, "sweep.html, sweep.json, a run directory per budget", json_output)
+    failed = [(run.name, gate) for run in result.report.runs for gate in run.gates if not gate.passed]
+    if failed:
+        raise GateError("; ".join(f"{name}, {gate.name}: {gate.detail}" for name, gate in failed))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _show(report: Any, summary: Callable[[Any], RenderableType], directory: Path, files: str, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+        return
+    # Piped into a file, the tables keep the width they are made for.
+    console = Console() if sys.stdout.isatty() else Console(width=100)
+    console.print(summary(report))
+    console.print(Text.assemble("Everything is in ", (str(directory), "bold"), f": {files}."))
+
+
+@app.command()
+def profile(
+    model: Annotated[str | None, option("as for prune-export; without it --table lists the tables kept", MODEL)] = None,
+    weights: Annotated[str | None, option("pretrained, random, or a .safetensors file [pretrained]", MODEL)] = None,
+    image_size: Annotated[int | None, option("pixels, for a timm model", MODEL)] = None,
+    sequence_length: Annotated[int | None, option("tokens of the sample [128]", MODEL)] = None,
+    runtime: Annotated[str | None, option("what runs it [ort-cpu]", MEASURE)] = None,
+    batch_size: Annotated[int | None, option("samples in one run [1]", MEASURE)] = None,
+    threads: Annotated[int | None, option("CPU threads [all physical cores]", MEASURE)] = None,
+    profile_seconds: Annotated[float | None, option("time limit of the measurement [10]", MEASURE)] = None,
+    table: Annotated[
+        bool,
+        typer.Option("--table", help="what the sizes of its blocks cost instead", rich_help_panel=MEASURE),
+    ] = False,
+    table_seconds: Annotated[float | None, option("time limit of one table, if it is not kept [60]", MEASURE)] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure one network as it is: latency, and where the time goes; or, with --table, its latency tables."""
+    given = _given(
+        model=model,
+        weights=weights,
+        image_size=image_size,
+        sequence_length=sequence_length,
+        runtime=runtime,
+        batch_size=batch_size,
+        threads=threads,
+        profile_seconds=profile_seconds,
+        table_seconds=table_seconds,
+    )
+    if model is None and not table:
+        raise UserError("--model is needed: the network to profile (or --table alone, to list the tables kept)")
+    if model is None and len(given) > 0:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} needs --model: --table alone lists the tables kept")
+    if table_seconds is not None and not table:
+        raise UserError(f"--table-seconds {table_seconds:g}: it has an effect only with --table")
+    if profile_seconds is not None and table:
+        raise UserError(f"--profile-seconds {profile_seconds:g}: it has an effect only without --table")
+
+    shown, data = _profiled(given, quiet) if not table else _tables(given, quiet)
+    if json_output:
+        sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    else:
+        (Console() if sys.stdout.isatty() else Console(width=100)).print(shown)
+
+
+def _profiled(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
+    from optin_deploy.recipe import make_recipe
+
+    # Wrong options are told before torch is loaded, which takes seconds.
+    recipe = make_recipe(given)
+
+    from optin_deploy.profiling import run_profile
+    from optin_deploy.report.profile import profile_view
+
+    found = run_profile(recipe, quiet=quiet)
+    return profile_view(recipe.model, found), found.to_dict()
+
+
+def _tables(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
+    from optin_deploy.recipe import make_recipe
+
+    recipe = make_recipe(given) if given else None
+
+    from optin_deploy.profiling import run_tables
+    from optin_deploy.report.profile import cache_view, table_view
+    from profilers.tables import cache_folder, cached_settings
+
+    if recipe is None:
+        settings = cached_settings()
+        return cache_view(settings, str(cache_folder())), settings
+    found = run_tables(recipe, quiet=quiet)
+    return table_view(recipe.model, found), found.to_dict()
 
 
 @app.command()
@@ -157,8 +184,6 @@ def models(
     json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
     """List what can be pruned by name, and by module type."""
-    import json
-
     from optin_deploy.libraries.timm import prunable_names
     from optin_deploy.structure.registry import supported
 
@@ -178,8 +203,6 @@ def models(
 @app.command()
 def env(json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False) -> None:
     """Show versions and devices, and what is missing."""
-    import json
-
     from profilers import environment
 
     found = environment()

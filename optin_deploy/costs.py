@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from optin_deploy.masking import frozen
 from optin_deploy.plan import Plan
 from optin_deploy.structure.groups import Structure
+
+
+class CostModel(Protocol):
+    """What a search must know of a cost, in FLOPs or in milliseconds."""
+
+    @property
+    def total(self) -> float:
+        """The dense network's cost."""
+        ...
+
+    @property
+    def floor(self) -> float:
+        """The cost with every unit removed."""
+        ...
+
+    def of(self, plan: Plan) -> float:
+        """The cost of the network that ``plan`` leaves."""
+        ...
+
+    def option(self, group: str, units: int, width: int | None) -> float:
+        """What so many units of a group, each so wide where they can get narrower, cost above the floor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,28 +56,43 @@ class Costs:
 
     def of(self, plan: Plan) -> float:
         """The cost of the network that ``plan`` leaves."""
-        return self.floor + sum(
-            self.per_unit[name] * self.units[name] * self._share(plan, name) * self._share(plan, self.widths.get(name))
-            for name in self._removable
-        )
+        return self.floor + sum(self.option(name, *kept_size(self, plan, name)) for name in self._removable)
+
+    def option(self, group: str, units: int, width: int | None) -> float:
+        """See `CostModel`."""
+        share = 1.0 if width is None else width / self.units[self.widths[group]]
+        return self.per_unit[group] * units * share
 
     @property
     def _removable(self) -> list[str]:
         widths = set(self.widths.values())
         return [name for name in self.units if name not in widths]
 
-    def _share(self, plan: Plan, name: str | None) -> float:
-        return len(plan.kept[name]) / self.units[name] if name is not None and name in plan.kept else 1.0
+
+class _Sized(Protocol):
+    @property
+    def units(self) -> Mapping[str, int]: ...
+    @property
+    def widths(self) -> Mapping[str, str]: ...
+
+
+def kept_size(costs: _Sized, plan: Plan, group: str) -> tuple[int, int | None]:
+    """Units of a group that ``plan`` keeps, and how wide each is, None where they cannot get narrower."""
+
+    def kept(name: str) -> int:
+        return len(plan.kept[name]) if name in plan.kept else costs.units[name]
+
+    return kept(group), kept(costs.widths[group]) if group in costs.widths else None
 
 
 def count_flops(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """FLOPs of one forward pass for one sample of ``inputs`` (its first)."""
-    return sum(_counts(module, inputs).get("Global", {}).values())
+    return sum(flops_by_module(module, inputs).get("Global", {}).values())
 
 
 def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> Costs:
     """`Costs` of ``module`` for one sample of ``inputs``, from one counted forward pass."""
-    counts = _counts(module, inputs)
+    counts = flops_by_module(module, inputs)
     prefix = type(module).__name__
     per_unit = {}
     for group in structure.groups:
@@ -67,12 +105,13 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
 
 def flops_share(module: nn.Module, inputs: Mapping[str, Tensor], name: str) -> float:
     """The part of the FLOPs that the submodule ``name`` takes."""
-    counts = _counts(module, inputs)
+    counts = flops_by_module(module, inputs)
     total = sum(counts.get("Global", {}).values())
     return sum(counts.get(f"{type(module).__name__}.{name}", {}).values()) / total if total else 0.0
 
 
-def _counts(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, dict[object, int]]:
+def flops_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, dict[object, int]]:
+    """FLOPs by kind of operator: of every submodule under ``CLASS.name``, with CLASS the module's, and all "Global"."""
     sample = {name: value[:1] for name, value in inputs.items()}
     # The plain attention is counted on every device alike; fused kernels are not all known to the counter.
     # Frozen, because the counter follows everything that could have a gradient.

@@ -23,6 +23,18 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source`` or, across file systems, a copy; nothing where it exists already."""
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        temporary = target.with_name(f".{target.name}")
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+
+
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes ``path`` when the context ends without an error; UserError if it exists."""

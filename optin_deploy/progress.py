@@ -35,3 +35,15 @@ class Stages:
         yield lambda steps: self._progress.advance(task, steps)
         self._progress.update(task, completed=total)
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+
+
+def as_steps(advance: Advance) -> Advance:
+    """Progress told as the fraction done, for a display that wants the steps since."""
+    done = 0.0
+
+    def tell(fraction: float) -> None:
+        nonlocal done
+        advance(fraction - done)
+        done = fraction
+
+    return tell

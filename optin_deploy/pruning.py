@@ -14,7 +14,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.ridge import STRENGTHS
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring, score
-from optin_deploy.search import check_budget, search
+from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
@@ -116,14 +116,19 @@ def remove_in_rounds(
     align: int,
     ridge: Ridge,
     rounds: int,
+    edges: Mapping[str, Sequence[int]] | None = None,
     advance: Advance = lambda _: None,
 ) -> tuple[Plan, nn.Module]:
     """Search, slice and repair, as `prune` does once there are ``scores``; ``advance`` is called per round and block.
 
+    Args:
+        edges: numbers of units worth keeping, see `search.search_all`.
+
     Returns:
         the plan, in the dense network's units, and the module.
     """
-    plan = search(anatomy.structure, scores, anatomy.costs, flops ** (1 / rounds), align)
+    first = [Budget(anatomy.costs, flops ** (1 / rounds))]
+    plan = search_all(anatomy.structure, scores, first, align, edges)
     small = remove(dense, anatomy.structure, plan, batches, ridge, advance)
     for number in range(2, rounds + 1):
         budget = flops ** (number / rounds)

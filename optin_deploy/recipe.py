@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
 
-Runtime = Literal["ort-cpu", "ort-cuda", "torch", "torch-cuda"]
+Runtime = Literal["ort-cpu", "ort-cuda", "torch", "torch-cuda", "torch-compile", "torch-compile-cuda"]
 
 
 class Recipe(BaseModel):
@@ -28,12 +28,17 @@ class Recipe(BaseModel):
     calibration_labels: str | None = None
     calibration_samples: Annotated[int | None, Field(ge=1)] = None
 
-    flops: Annotated[float, Field(gt=0, lt=1)]
+    flops: Annotated[float | None, Field(gt=0, lt=1)] = None
+    latency: Annotated[float | None, Field(gt=0, lt=1)] = None
+    latency_ms: Annotated[float | None, Field(gt=0)] = None
+    runtime: Runtime | None = None
+    batch_size: Annotated[int | None, Field(ge=1)] = None
+    table_seconds: Annotated[float, Field(gt=0)] = 60.0
     criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = "trajectory-obs"
     scorer: Literal["sketch", "exact", "forward"] = "sketch"
     probes: Annotated[int | None, Field(ge=1)] = None
     task_weight: Annotated[float, Field(ge=0)] = 1.0
-    align: Annotated[int, Field(ge=1)] = 64
+    align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     narrow_heads: bool | None = None
     rounds: Annotated[int, Field(ge=1, le=16)] = 1
     compensate: bool = True
@@ -54,6 +59,49 @@ class Recipe(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
 
     @property
+    def has_latency(self) -> bool:
+        """Whether a budget is a measured latency."""
+        return self.latency is not None or self.latency_ms is not None
+
+    @property
+    def alignment(self) -> int | None:
+        """Neurons are kept in multiples of this; None where a latency table tells which numbers are worth keeping, by
+        default under a latency budget."""
+        if self.align is None:
+            return None if self.has_latency else 64
+        return None if self.align == "auto" else self.align
+
+    @property
+    def needs_table(self) -> bool:
+        """Whether latencies of blocks have to be measured before the search."""
+        return self.has_latency or self.alignment is None
+
+    @property
+    def target_runtime(self) -> Runtime:
+        """Where a latency budget holds: by default the first of the runtimes measured."""
+        return self.runtime or self.runtimes[0]
+
+    @property
+    def target_batch_size(self) -> int:
+        """The batch size that a latency budget holds for: by default the first of those measured."""
+        return self.batch_size or self.batch_sizes[0]
+
+    @property
+    def headline_batch_size(self) -> int:
+        """The batch size that the run is judged at: that of a latency budget, or else the largest."""
+        return self.target_batch_size if self.has_latency else max(self.batch_sizes)
+
+    @property
+    def measured_runtimes(self) -> tuple[Runtime, ...]:
+        """Runtimes of the report: those asked for, and that of the budget."""
+        return self.runtimes if self.target_runtime in self.runtimes else (self.target_runtime, *self.runtimes)
+
+    @property
+    def measured_batch_sizes(self) -> tuple[int, ...]:
+        """Batch sizes of the report: those asked for, and that of the budget."""
+        return tuple(dict.fromkeys((*self.batch_sizes, self.target_batch_size)))
+
+    @property
     def narrows_heads(self) -> bool:
         """Whether heads may get narrower: by default where the criterion counts what the others can take over."""
         return self.criterion == "trajectory-obs" if self.narrow_heads is None else self.narrow_heads
@@ -68,7 +116,7 @@ def make_recipe(options: dict[str, Any], file: Path | None = None) -> Recipe:
 
     Raises UserError, one line, for a file that cannot be read, an unknown key (with near ones) or a wrong value.
     """
-    given = {**_read(file), **options} if file else options
+    given = {**read_options(file), **options} if file else options
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:
@@ -84,15 +132,25 @@ def check_options(recipe: Recipe) -> None:
         ("task-weight", recipe.task_weight, 1.0, probed, "--criterion trajectory-obs or trajectory"),
         ("calibration-labels", recipe.calibration_labels, None, recipe.criterion == "fisher", "--criterion fisher"),
         ("ridge", recipe.ridge, "auto", recipe.compensate, "--compensate"),
+        ("runtime", recipe.runtime, None, recipe.needs_table, "--latency, --latency-ms or --align auto"),
+        ("batch-size", recipe.batch_size, None, recipe.needs_table, "--latency, --latency-ms or --align auto"),
+        ("table-seconds", recipe.table_seconds, 60.0, recipe.needs_table, "--latency, --latency-ms or --align auto"),
     )
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
             raise UserError(f"--{name} {value}: it has an effect only with {needed}")
+    if recipe.flops is None and not recipe.has_latency:
+        raise UserError("--flops is needed (or --latency, --latency-ms): give the part of the FLOPs to keep, like 0.5")
+    if recipe.latency is not None and recipe.latency_ms is not None:
+        raise UserError("--latency and --latency-ms: give one of them")
+    if recipe.rounds > 1 and recipe.has_latency:
+        raise UserError(f"--rounds {recipe.rounds}: a latency budget is met in one round; give a FLOP budget instead")
     if recipe.scorer == "forward" and recipe.probes == 1:
         raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_options(file: Path) -> dict[str, Any]:
+    """What a YAML file holds, by name, not validated; UserError, one line, when it cannot be read."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -112,7 +170,8 @@ def _message(error: ValidationError) -> str:
         return f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if first["type"] == "missing":
         return f"{option} is needed"
-    if name == "flops":
-        return f"--flops {first['input']}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5"
+    if name in ("flops", "latency"):
+        what = "FLOPs" if name == "flops" else "dense latency"
+        return f"{option} {first['input']}: give the part of the {what} to keep, above 0 and below 1, like 0.5"
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{option} {first['input']}: {reason}"

@@ -30,7 +30,9 @@ def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, vers
 def default_directory(recipe: Recipe, run: str) -> Path:
     """``runs/MODEL-flops0.5-HASH`` for the run with that fingerprint."""
     name = Path(recipe.model).name.replace("/", "-") or "model"
-    return Path("runs") / f"{name}-flops{recipe.flops:g}-{run[:8]}"
+    asked = {"flops": recipe.flops, "latency": recipe.latency, "ms": recipe.latency_ms}
+    budgets = "-".join(f"{what}{value:g}" for what, value in asked.items() if value is not None)
+    return Path("runs") / f"{name}-{budgets}-{run[:8]}"
 
 
 def check(directory: Path, run: str) -> None:

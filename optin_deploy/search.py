@@ -4,12 +4,14 @@ Each group offers a few sizes; choosing a size keeps the group's best units of t
 scores kept, the cost that of the units kept plus the part that cannot be removed. Costs may be FLOPs or milliseconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from optin_deploy.costs import Costs
+from optin_deploy.costs import CostModel
 from optin_deploy.errors import UserError
 from optin_deploy.plan import Plan
 from optin_deploy.structure.groups import Group, Structure
@@ -24,9 +26,29 @@ _MIN_STEPS = 8
 # Heads get narrower in multiples of this number, and of less where fewer than four such steps make the whole width.
 _WIDTH_STEP = 8
 _MIN_WIDTH_STEPS = 4
+# Two budgets: weights and prices are halved so often.
+_BISECTIONS, _DOUBLINGS = 16, 8
 
 
-def check_budget(costs: Costs, fraction: float, what: str = "FLOPs") -> None:
+@dataclass(frozen=True)
+class Budget:
+    """A part of the dense network's cost that may be kept; ``what`` names the cost in messages.
+
+    A plan is near the budget when its cost is less than ``window`` of the dense cost below it.
+    """
+
+    costs: CostModel
+    fraction: float
+    what: str = "FLOPs"
+    window: float = BUDGET_WINDOW
+
+    @property
+    def limit(self) -> float:
+        """The same in the unit of the cost."""
+        return self.fraction * self.costs.total
+
+
+def check_budget(costs: CostModel, fraction: float, what: str = "FLOPs") -> None:
     """Raise UserError, naming the floor, when ``fraction`` of the dense cost cannot be reached."""
     floor = costs.floor / costs.total
     if fraction < floor:
@@ -36,7 +58,7 @@ def check_budget(costs: Costs, fraction: float, what: str = "FLOPs") -> None:
         )
 
 
-def search(structure: Structure, scores: Mapping[str, Tensor], costs: Costs, fraction: float, align: int) -> Plan:
+def search(structure: Structure, scores: Mapping[str, Tensor], costs: CostModel, fraction: float, align: int) -> Plan:
     """The plan with the largest score kept whose cost is at most ``fraction`` of the dense cost, and near it.
 
     Args:
@@ -47,49 +69,148 @@ def search(structure: Structure, scores: Mapping[str, Tensor], costs: Costs, fra
     Raises:
         UserError: the budget is below the floor.
     """
-    check_budget(costs, fraction)
+    return search_all(structure, scores, [Budget(costs, fraction)], align)
+
+
+def search_all(
+    structure: Structure,
+    scores: Mapping[str, Tensor],
+    budgets: Sequence[Budget],
+    align: int,
+    edges: Mapping[str, Sequence[int]] | None = None,
+) -> Plan:
+    """`search` under several budgets, all of which hold.
+
+    Args:
+        edges: group name -> numbers of units worth keeping, in place of multiples of ``align`` where they come near
+            enough to a budget.
+
+    Raises:
+        UserError: a budget is below its floor.
+    """
+    for budget in budgets:
+        check_budget(budget.costs, budget.fraction, budget.what)
+    if edges is not None:
+        plan = _best_plan(structure, scores, budgets, {**_sizes(structure, align), **edges})
+        if _is_near(plan, budgets):
+            return plan
     while True:
-        plan = _best_plan(structure, scores, costs, fraction, align)
-        if align == 1 or costs.of(plan) >= (fraction - BUDGET_WINDOW) * costs.total:
+        plan = _best_plan(structure, scores, budgets, _sizes(structure, align))
+        if align == 1 or _is_near(plan, budgets):
             return plan
         align //= 2
 
 
-def _best_plan(structure: Structure, scores: Mapping[str, Tensor], costs: Costs, fraction: float, align: int) -> Plan:
+def _sizes(structure: Structure, align: int) -> dict[str, Sequence[int]]:
+    return {group.name: candidate_sizes(group, align) for group in structure.groups}
+
+
+def _is_near(plan: Plan, budgets: Sequence[Budget]) -> bool:
+    """Whether one of the budgets is nearly used up."""
+    return any(b.costs.of(plan) >= (b.fraction - b.window) * b.costs.total for b in budgets)
+
+
+def _best_plan(
+    structure: Structure, scores: Mapping[str, Tensor], budgets: Sequence[Budget], sizes: Mapping[str, Sequence[int]]
+) -> Plan:
     values = {g.name: scores[g.name].double().cpu().numpy() for g in structure.groups}
     # Scores of different networks differ by orders of magnitude; the small constant prefers more units among equals.
     scale = max(sum(float(v.sum()) for v in values.values()), 1e-300)
     best = {g.name: _ranked(g, values[g.name]) for g in structure.groups}
     gained = {n: np.concatenate([[0.0], np.cumsum(values[n][order] / scale + 1e-12)]) for n, order in best.items()}
     groups = [g for g in structure.groups if g.kind != "width"]
-    choices = []
+    choices: list[list[tuple[int, int | None]]] = []
+    kept_values: list[list[float]] = []
     for group in groups:
         width = structure.narrowing(group.name)
-        sizes = candidate_sizes(group, align)
-        narrowed = candidate_sizes(width, align) if width is not None else [0]
-        # Heads that all leave have no width.
-        choices.append([(n, w) for n in sizes for w in narrowed if n or w == narrowed[-1]])
-    options = []
-    for group, choice in zip(groups, choices, strict=True):
-        width = structure.narrowing(group.name)
-        full = costs.per_unit[group.name]
         if width is None:
-            options.append([(gained[group.name][n], n * full) for n, _ in choice])
-        else:
-            # Narrower heads lose their part of what narrowing all heads loses.
-            lost = gained[width.name][-1] - gained[width.name]
-            options.append(
-                [(gained[group.name][n] - lost[w] * n / group.units, n * full * w / width.units) for n, w in choice]
-            )
-    chosen = knapsack(options, fraction * costs.total - costs.floor)
+            choices.append([(n, None) for n in sizes[group.name]])
+            kept_values.append([gained[group.name][n] for n in sizes[group.name]])
+            continue
+        # Heads that all leave have no width. Narrower heads lose their part of what narrowing all heads loses.
+        narrowed = sizes[width.name]
+        pairs = [(n, w) for n in sizes[group.name] for w in narrowed if n or w == narrowed[-1]]
+        lost = gained[width.name][-1] - gained[width.name]
+        choices.append([*pairs])
+        kept_values.append([gained[group.name][n] - lost[w] * n / group.units for n, w in pairs])
     kept = {}
-    for group, choice, option in zip(groups, choices, chosen, strict=True):
+    for group, choice, option in zip(groups, choices, _chosen(groups, choices, kept_values, budgets), strict=True):
         units, dimensions = choice[option]
         kept[group.name] = tuple(sorted(int(i) for i in best[group.name][:units]))
         width = structure.narrowing(group.name)
-        if width is not None:
+        if width is not None and dimensions is not None:
             kept[width.name] = tuple(range(dimensions))
     return Plan(kept)
+
+
+def _chosen(
+    groups: Sequence[Group],
+    choices: Sequence[Sequence[tuple[int, int | None]]],
+    values: Sequence[Sequence[float]],
+    budgets: Sequence[Budget],
+) -> list[int]:
+    """For each group the index of the choice taken."""
+    # Each budget's room is 1.
+    parts = [
+        np.array([b.costs.option(g.name, n, w) for g, c in zip(groups, choices, strict=True) for n, w in c])
+        / max(b.limit - b.costs.floor, 1e-30)
+        for b in budgets
+    ]
+    ends = np.cumsum([len(c) for c in choices])
+    starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+
+    def solve(worth: NDArray[np.float64], cost: NDArray[np.float64]) -> NDArray[np.int64]:
+        split = [list(zip(*pair, strict=True)) for pair in zip(_split(worth, ends), _split(cost, ends), strict=True)]
+        return starts + np.array(knapsack(split, 1.0))
+
+    value = np.concatenate([np.asarray(v) for v in values])
+    taken = solve(value, parts[0]) if len(budgets) == 1 else _under_both(solve, value, parts[0], parts[1])
+    return [int(i) for i in taken - starts]
+
+
+def _split(flat: NDArray[np.float64], ends: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+    return np.split(flat, ends[:-1])
+
+
+Solve = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.int64]]
+
+
+def _under_both(
+    solve: Solve, value: NDArray[np.float64], first: NDArray[np.float64], second: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """A choice that leaves no more than 1 of either cost.
+
+    The two are weighed into one, which any choice within both also meets (surrogate relaxation, Glover 1975), and the
+    weight is bisected until both hold: then no choice within both is worth more. Where a step over both is too wide for
+    any weight, one stays a limit and the other gets a price (Lagrange's relaxation), dear enough to hold.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        weight = (low + high) / 2
+        taken = solve(value, weight * first + (1 - weight) * second)
+        over_first, over_second = (part[taken].sum() > 1 + 1e-9 for part in (first, second))
+        if not (over_first or over_second):
+            return taken
+        low, high = (weight, high) if over_first else (low, weight)
+    priced = [_priced(solve, value, *pair) for pair in ((first, second), (second, first))]
+    return max(priced, key=lambda taken: float(value[taken].sum()))
+
+
+def _priced(
+    solve: Solve, value: NDArray[np.float64], limited: NDArray[np.float64], priced: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """The choice within the first limit at the lowest price of the second cost for which that holds as well."""
+    low, high, price = 0.0, 0.0, 1.0
+    best: NDArray[np.int64] | None = None
+    for _ in range(_DOUBLINGS + _BISECTIONS):
+        taken = solve(value - price * priced, limited)
+        if priced[taken].sum() > 1 + 1e-9:
+            low, price = price, 2 * price if best is None else (price + high) / 2
+        else:
+            high, best = price, taken
+            price = (low + high) / 2
+    # What is free is always a choice.
+    return solve(-priced, limited) if best is None else best
 
 
 def _ranked(group: Group, values: np.ndarray) -> np.ndarray:
@@ -113,7 +234,7 @@ def _fitting(step: int, units: int, steps: int) -> int:
     return step
 
 
-def knapsack(options: list[list[tuple[float, float]]], budget: float) -> list[int]:
+def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
     """For each list of ``(value, cost)`` the index of the option taken, one each, with the largest total value.
 
     Exact dynamic programming with costs rounded up to a 50,000th of the budget. Every list needs an option of cost 0.

@@ -5,16 +5,21 @@ neither torch nor onnxruntime.
 """
 
 from .compare import ProfileConfig, Variant, compare
-from .environment import environment
+from .environment import environment, usable_cores
 from .errors import MissingPackageError, ProfilingError
+from .isolated import Case, measure_each, measure_files
+from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
 from .runners import RUNTIMES, open_runner
 from .statistics import Interval, Summary
 
 __all__ = [
+    "LAYER_RUNTIMES",
     "RUNTIMES",
+    "Case",
     "Comparison",
     "Interval",
+    "LayerProfile",
     "Measurement",
     "MissingPackageError",
     "ProfileConfig",
@@ -23,5 +28,9 @@ __all__ = [
     "Variant",
     "compare",
     "environment",
+    "layer_profile",
+    "measure_each",
+    "measure_files",
     "open_runner",
+    "usable_cores",
 ]

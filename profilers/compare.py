@@ -25,6 +25,10 @@ class Variant:
     onnx: Path
     program: Path | None = None
 
+    def file(self, runtime: str) -> Path | None:
+        """The file that ``runtime`` runs."""
+        return self.onnx if RUNTIMES[runtime] == "onnx" else self.program
+
 
 @dataclass(frozen=True)
 class ProfileConfig:
@@ -89,7 +93,7 @@ def compare(
     variants = {"dense": dense, "dense_again": dense, "pruned": pruned}
     for index, (runtime, batch_size) in enumerate(cases):
         case = Case(runtime, batch_size, threads, config.seconds, config.seed)
-        files = {name: file for name, variant in variants.items() if (file := _file(variant, runtime)) is not None}
+        files = {name: file for name, variant in variants.items() if (file := variant.file(runtime)) is not None}
         report = partial(_report, progress, index, len(cases), case.name)
         result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
         measurements.append(Measurement.from_samples(runtime, batch_size, *result, seed=config.seed))
@@ -101,15 +105,11 @@ def _report(progress: Progress | None, index: int, cases: int, name: str, fracti
         progress((index + fraction) / cases, name)
 
 
-def _file(variant: Variant, runtime: str) -> Path | None:
-    return variant.onnx if RUNTIMES[runtime] == "onnx" else variant.program
-
-
 def _check(dense: Variant, pruned: Variant, sample: Feeds, config: ProfileConfig) -> None:
     """Finds what would fail before minutes are spent on measuring."""
     for runtime in config.runtimes:
         for name, variant in (("dense", dense), ("pruned", pruned)):
-            file = _file(variant, runtime)
+            file = variant.file(runtime)
             if file is None:
                 raise ProfilingError(f"runtime {runtime} needs the {name} network's exported program (.pt2)")
             if not file.is_file():

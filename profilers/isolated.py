@@ -16,6 +16,7 @@ import numpy as np
 from .errors import ProfilingError
 from .interleave import Samples
 from .runners.base import Feeds
+from .statistics import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Case:
         threads: CPU threads of one run.
         seconds: time limit of the rounds; loading and warm-up come on top.
         seed: of the order of turns.
+        tolerance: relative, to which ratios must settle before the time is up.
     """
 
     runtime: str
@@ -35,6 +37,7 @@ class Case:
     threads: int
     seconds: float
     seed: int = 0
+    tolerance: float = TOLERANCE
 
     @property
     def name(self) -> str:
@@ -69,21 +72,28 @@ def measure_files(
     Raises:
         ProfilingError: a file is missing, the sample does not fit, or the worker failed.
     """
-    check_sample(sample)
-    for name, file in files.items():
+    return measure_each({name: (file, sample) for name, file in files.items()}, case, pairs, progress)
+
+
+def measure_each(
+    files: Mapping[str, tuple[Path, Feeds]],
+    case: Case,
+    pairs: Sequence[tuple[str, str]],
+    progress: Callable[[float], None] = lambda _: None,
+) -> Measured:
+    """`measure_files` for networks that do not take the same inputs: each file comes with its own sample."""
+    for name, (file, sample) in files.items():
+        check_sample(sample)
         if not file.is_file():
             raise ProfilingError(f"the {name} network's file {file} does not exist")
     with tempfile.TemporaryDirectory(prefix="optin-profile-") as folder:
-        feeds = Path(folder, "feeds.npz")
-        np.savez(feeds, *sample.values())
-        spec = {
-            **asdict(case),
+        variants = {}
+        for number, (name, (file, sample)) in enumerate(files.items()):
+            feeds = Path(folder, f"{number}.npz")
+            np.savez(feeds, *sample.values())
             # The worker may stand in another folder.
-            "variants": {name: str(file.resolve()) for name, file in files.items()},
-            "pairs": list(pairs),
-            "feeds": str(feeds),
-            "inputs": list(sample),
-        }
+            variants[name] = {"file": str(file.resolve()), "feeds": str(feeds), "inputs": list(sample)}
+        spec = {**asdict(case), "variants": variants, "pairs": list(pairs)}
         return Measured(**run_worker("profilers.worker", spec, case.threads, f"measuring {case.name}", progress))
 
 

@@ -7,16 +7,20 @@ no independent samples, and all variants measured in one round share its luck.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Doubles held at once while medians of resamples are taken (32 MiB).
 _BLOCK_ELEMENTS = 4 * 2**20
-# A bootstrap interval from a handful of rounds is too narrow to be trusted to end a measurement.
+# An interval from a handful of rounds is too rough an estimate to be trusted to end a measurement.
 STABLE_ROUNDS = 10
 TOLERANCE = 0.02
 _STABLE_RESAMPLES = 300
+# With more, the estimate from a handful of rounds would blow the interval up beyond use.
+_LARGEST_AUTOCORRELATION = 0.8
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def ratio_interval(
 
     Whole rounds are drawn with replacement, the same rounds for both variants, so that noise that lasts longer than
     a run widens the interval as it should, and noise that hits both variants of a round cancels as it should. The
-    interval is the percentile interval of the resampled ratios.
+    percentile interval of the resampled ratios, which is too narrow for a handful of rounds and for noise that lasts
+    longer than a round, is stretched by `_stretch`.
 
     Args:
         baseline_ms: rounds × repeats, in milliseconds.
@@ -80,8 +85,40 @@ def ratio_interval(
     rounds = len(baseline)
     picks = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
     ratios = _medians(baseline, picks) / _medians(candidate, picks)
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(np.median(baseline) / np.median(candidate)), float(low), float(high))
+    value = np.median(baseline) / np.median(candidate)
+    bounds = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = value * (bounds / value) ** _stretch(baseline, candidate, confidence)
+    return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))
+
+
+def _stretch(baseline: NDArray[np.float64], candidate: NDArray[np.float64], confidence: float) -> float:
+    """How many times wider than the bootstrap's an interval has to be, in the logarithm, with n rounds:
+
+        t(n − 1) / z · √(n / (n − 1)) · √((1 + ρ) / (1 − ρ))
+
+    Student's t over the normal's quantile because the spread is an estimate, n / (n − 1) because resamples scatter
+    around the sample's ratio and not the true one, and ρ, the lag-1 autocorrelation of the rounds' ratios, because
+    rounds that resemble the one before count for less. ρ is corrected for the bias −1/n of its estimate.
+    """
+    rounds = len(baseline)
+    logs = np.log(np.median(baseline, axis=1) / np.median(candidate, axis=1))
+    logs -= logs.mean()
+    square = float(logs @ logs)
+    autocorrelation = float(logs[1:] @ logs[:-1]) / square + 1 / rounds if square > 0 else 0.0
+    autocorrelation = min(max(autocorrelation, 0.0), _LARGEST_AUTOCORRELATION)
+    normal = NormalDist().inv_cdf((1 + confidence) / 2)
+    few = student_quantile(confidence, rounds - 1) / normal * (rounds / (rounds - 1)) ** 0.5
+    return few * ((1 + autocorrelation) / (1 - autocorrelation)) ** 0.5
+
+
+@cache
+def student_quantile(confidence: float, degrees: int) -> float:
+    """The t within whose ±t Student's distribution has the probability ``confidence``; good to 1e-4 of its value."""
+    # With t = √d · tan θ the density is proportional to cos(θ)^(d − 1), on a finite range.
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    heights = np.cos(angles) ** (degrees - 1)
+    area = np.concatenate([[0.0], np.cumsum(heights[1:] + heights[:-1])])
+    return float(degrees**0.5 * np.tan(np.interp(confidence, area / area[-1], angles)))
 
 
 def stable(baseline_ms: ArrayLike, candidate_ms: ArrayLike, tolerance: float = TOLERANCE) -> bool:
@@ -90,7 +127,7 @@ def stable(baseline_ms: ArrayLike, candidate_ms: ArrayLike, tolerance: float = T
     All of these must hold:
 
     1. There are at least `STABLE_ROUNDS` rounds.
-    2. The 95% bootstrap interval of the ratio reaches no further than ±tolerance from its middle: enough samples.
+    2. The 95% interval of the ratio reaches no further than ±tolerance from its middle: enough samples.
     3. The ratio over the first half of the rounds and that over the second differ by no more than twice the
        tolerance: no drift. Twice, because halves scatter twice as much around each other as the whole does around
        the truth; without drift, 2. nearly implies 3.

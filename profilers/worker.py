@@ -1,10 +1,10 @@
 """The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
 
-The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `variants` (names to their files), `pairs` (of
-names, whose ratios must settle), `feeds` (an `.npz` with one sample, leading dimension 1, arrays in the order of
-`inputs`), `inputs` (their names), and `result`, the JSON file to write: `samples_ms`, `converged`, `peak_rss_mib`.
-Progress goes to stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what is wrong, and the
-exit status is 1.
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `variants` (name to `file`, `feeds`,
+an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`, and `inputs`, their names), `pairs` (of
+variants, whose ratios must settle to the tolerance), and `result`, the JSON file to write: `samples_ms`, `converged`,
+`peak_rss_mib`. Progress goes to stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what
+is wrong, and the exit status is 1.
 """
 
 import gc
@@ -46,17 +46,17 @@ def main(arguments: list[str]) -> int:
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Loads the variants, measures them, and returns what goes into the result file."""
-    feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], spec["batch_size"])
     with ExitStack() as opened:
         runs = {}
-        for name, file in spec["variants"].items():
-            runner = open_runner(spec["runtime"], Path(file), spec["threads"])
+        for name, variant in spec["variants"].items():
+            feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
+            runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"])
             runs[name] = opened.enter_context(runner).prepare(feeds)
         # A collection in the middle of a run would be counted as its latency.
         gc.collect()
         gc.disable()
         samples, converged = interleave(
-            runs, partial(_settled, spec["pairs"]), spec["seconds"], spec["seed"], _print_progress
+            runs, partial(_settled, spec["pairs"], spec["tolerance"]), spec["seconds"], spec["seed"], _print_progress
         )
     return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib()}
 
@@ -82,9 +82,9 @@ def peak_rss_mib() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
-def _settled(pairs: list[list[str]], samples: Samples) -> bool:
+def _settled(pairs: list[list[str]], tolerance: float, samples: Samples) -> bool:
     """The ratios of all pairs have settled; never without any pair."""
-    return bool(pairs) and all(stable(samples[first], samples[second]) for first, second in pairs)
+    return bool(pairs) and all(stable(samples[first], samples[second], tolerance) for first, second in pairs)
 
 
 def _print_progress(fraction: float) -> None:

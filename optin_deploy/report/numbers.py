@@ -43,6 +43,11 @@ def bounds(interval: Interval) -> str:
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
+def ratio(before: float, after: float) -> str:
+    """What is left of a figure, as "0.62"; a dash where there was nothing."""
+    return f"{after / before:.2f}" if before else "—"
+
+
 def percent(share: float) -> str:
     """A share of 1, as "49.8 %"."""
     return f"{100 * share:.1f} %"

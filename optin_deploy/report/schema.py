@@ -99,9 +99,42 @@ class Calibration(_Value):
 
 
 class Budget(_Value):
-    """The asked-for share of the dense network's FLOPs, 0 to 1."""
+    """What was asked for: shares of the dense network's FLOPs and latency, 0 to 1, or milliseconds; None if not."""
 
-    flops: float
+    flops: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+
+
+class LatencyRound(_Value):
+    """One network that was built and measured on the way to a latency budget, on one scale of milliseconds."""
+
+    predicted_ms: float
+    measured_ms: float
+
+
+class LatencyBudget(_Value):
+    """How a latency budget was met.
+
+    `dense_ms` is the dense network's latency when the tables were made, `floor_ms` what would be left with every unit
+    removed, `taken` the number of the round whose plan was taken, `tables_cached` how many of `tables` were measured
+    before.
+    """
+
+    runtime: str
+    batch_size: int
+    fraction: float
+    dense_ms: float
+    floor_ms: float
+    rounds: list[LatencyRound]
+    taken: int
+    tables: int
+    tables_cached: int
+
+    @property
+    def limit_ms(self) -> float:
+        """The budget in milliseconds."""
+        return self.fraction * self.dense_ms
 
 
 class Variant(_Value):
@@ -177,6 +210,43 @@ class Realised(_Value):
     ratio: Interval
 
 
+class TimeRow(_Value):
+    """Milliseconds of one run, and FLOPs of one sample (0 where none are counted), of a part of both networks."""
+
+    name: str
+    dense_ms: float
+    pruned_ms: float
+    dense_flops: int
+    pruned_flops: int
+
+
+class Cause(_Value):
+    """Why the pruned network takes longer than its FLOPs say, in a sentence, and by how many milliseconds."""
+
+    lost_ms: float
+    sentence: str
+
+
+class LayerAccount(_Value):
+    """Where the time goes at one runtime and batch size; see `optin_deploy.account.Account`.
+
+    `parts`, `blocks` and `kinds` (of operators) each sum, with `between`, to `measured`: the medians of unprofiled
+    runs, to which the profile was scaled from what it summed to by itself, `profiled`. `lost_ms` is what the pruned
+    network takes above the dense time times the FLOPs ratio.
+    """
+
+    runtime: str
+    batch_size: int
+    parts: list[TimeRow]
+    blocks: list[TimeRow]
+    kinds: list[TimeRow]
+    between: TimeRow
+    measured: TimeRow
+    profiled: TimeRow
+    lost_ms: float
+    causes: list[Cause]
+
+
 class Report(_Value):
     """One run's report. Written by `write_report`, which also writes the headline figures derived here."""
 
@@ -187,6 +257,7 @@ class Report(_Value):
     model: ModelInfo
     calibration: Calibration
     budget: Budget
+    latency_budget: LatencyBudget | None = None
     settings: dict[str, Any]
     dense: Variant
     pruned: Variant
@@ -197,6 +268,7 @@ class Report(_Value):
     parity: list[Parity]
     profile: list[Measurement]
     protocol: dict[str, Any]
+    layers: list[LayerAccount] = []
     gates: list[Gate]
     warnings: list[str]
     stage_seconds: dict[str, float]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -11,6 +13,7 @@ from optin_deploy.report import numbers, wording
 from optin_deploy.report.schema import Measurement, Report
 
 _WIDTH = 100
+_CAUSES = 3
 
 
 def summary(report: Report) -> Group:
@@ -19,6 +22,10 @@ def summary(report: Report) -> Group:
     parts.append(_size(report))
     if report.profile:
         parts.append(_speed(report))
+    budget = wording.latency_budget(report)
+    if budget is not None:
+        parts += [Text("\nlatency budget", style="bold"), Text(fill(budget, _WIDTH))]
+    parts += _causes(report)
     outputs = _outputs(report)
     if outputs.row_count:
         parts.append(outputs)
@@ -83,6 +90,18 @@ def _speedup(item: Measurement) -> Text:
 
 def _realised(report: Report, item: Measurement) -> str:
     return f"{report.realised_ratio(item).value:.2f}"
+
+
+def _causes(report: Report) -> list[RenderableType]:
+    """The most costly reasons why it is not faster, for the headline's runtime."""
+    entry = wording.headline_layers(report)
+    if entry is None or not entry.causes:
+        return []
+    where = f"{wording.runtime_name(entry.runtime)}, batch {entry.batch_size}"
+    lines = [
+        fill(cause.sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ") for cause in entry.causes[:_CAUSES]
+    ]
+    return [Text(f"\nwhy not faster ({where})", style="bold"), Text("\n".join(lines))]
 
 
 def _outputs(report: Report) -> Table:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optin_deploy.report import numbers
-from optin_deploy.report.schema import Measurement, Report
+from optin_deploy.report.schema import LayerAccount, Measurement, Report
 
 RANDOM_WEIGHTS = (
     "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing. "
@@ -61,7 +61,14 @@ def device_name(report: Report, runtime: str) -> str:
 
 
 def headline(report: Report) -> Measurement | None:
-    """The measurement the verdict speaks of: the first runtime at its largest batch. A rule, so nobody picks it."""
+    """The measurement the verdict speaks of: that of a latency budget, or else the first runtime at its largest batch.
+
+    A rule, so nobody picks it.
+    """
+    budget = report.latency_budget
+    if budget is not None:
+        where = (budget.runtime, budget.batch_size)
+        return next((item for item in report.profile if (item.runtime, item.batch_size) == where), None)
     first = [item for item in report.profile if item.runtime == report.profile[0].runtime]
     return max(first, key=lambda item: item.batch_size, default=None)
 
@@ -75,6 +82,44 @@ def verdict(report: Report) -> str:
     where = f"at batch {item.batch_size} on {device_name(report, item.runtime)} with {runtime_name(item.runtime)}"
     realised = f"realised ratio {report.realised_ratio(item).value:.2f}"
     return f"{_speed(item, where)}, {fewer}, {realised}{_exceptions(report, item)}{_quality(report)}."
+
+
+def latency_budget(report: Report) -> str | None:
+    """How the latency budget was met, in a sentence; None where there was none."""
+    met = report.latency_budget
+    if met is None:
+        return None
+    asked = f"{met.fraction:.3g} of the dense latency with {runtime_name(met.runtime)} at batch {met.batch_size}"
+    best = met.rounds[met.taken]
+    built = f"{len(met.rounds)} network{'s' if len(met.rounds) > 1 else ''} built and measured"
+    return (
+        f"Asked for {asked}: {built}; the one taken needs {numbers.milliseconds(best.measured_ms)} ms of "
+        f"{numbers.milliseconds(met.limit_ms)} ms ({best.measured_ms / met.limit_ms:.3f} of the budget), predicted "
+        f"{numbers.milliseconds(best.predicted_ms)} ms."
+    )
+
+
+def headline_layers(report: Report) -> LayerAccount | None:
+    """The account of the headline's runtime: at its batch size, or else at the largest."""
+    item = headline(report)
+    mine = [entry for entry in report.layers if item is None or entry.runtime == item.runtime]
+    return max(
+        mine,
+        key=lambda entry: (item is not None and entry.batch_size == item.batch_size, entry.batch_size),
+        default=None,
+    )
+
+
+def profiled_share(entry: LayerAccount) -> str:
+    """How far the profiles alone are from the measured latencies, dense and pruned."""
+    dense, pruned = (
+        numbers.percent(own / whole)
+        for own, whole in (
+            (entry.profiled.dense_ms, entry.measured.dense_ms),
+            (entry.profiled.pruned_ms, entry.measured.pruned_ms),
+        )
+    )
+    return f"{dense} (dense) and {pruned} (pruned)"
 
 
 def faster(item: Measurement) -> bool:

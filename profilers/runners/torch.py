@@ -55,7 +55,7 @@ class TorchRunner:
         # The checks of inputs that export adds (guards, and a hook around `forward`) are no part of the network: they
         # would slow dense and pruned down by the same microseconds and so understate the ratio.
         module = program.module(check_guards=False)
-        self._forward: Any = torch.compile(module, dynamic=False) if compiled else module.forward
+        self._forward: Any = torch.compile(module.forward, dynamic=False) if compiled else module.forward
         signature = program.module_call_graph[0].signature
         self._inputs = list((signature and signature.forward_arg_names) or program.graph_signature.user_inputs)
         self._outputs = [str(name) for name in program.graph_signature.user_outputs]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import TinyModule, own_batches, own_network, save_bert, save_lines, save_shallow, texts
 
 from exporters import check_parity, onnx_from_program, trace
-from optin_deploy import checkpoint, pipeline
+from optin_deploy import checkpoint, measuring, pipeline
 from optin_deploy.calibration import from_batches, load_calibration
 from optin_deploy.costs import count_flops
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
@@ -40,6 +40,7 @@ FILES = {
     "pruned.onnx",
     "parity.json",
     "profile.json",
+    "layers.json",
     "report.json",
     "report.html",
 }
@@ -94,7 +95,7 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_exported", interrupt)
+    monkeypatch.setattr(pipeline, "export_and_measure", interrupt)
 
 
 def run_until_export(recipe: Recipe, directory: Path, **options: Any) -> None:
@@ -129,6 +130,11 @@ def test_report_can_be_read(run: Result) -> None:
     assert len((run.directory / "report.html").read_text(encoding="utf-8")) > 5000
     assert [(m.runtime, m.batch_size) for m in read.profile] == [("ort-cpu", 1)]
     assert read.realised[0].ratio.value > 0
+    (layers,) = read.layers
+    assert (layers.runtime, layers.batch_size) == ("ort-cpu", 1)
+    for rows in (layers.parts, layers.blocks, layers.kinds):
+        total = sum(row.pruned_ms for row in rows) + layers.between.pruned_ms
+        assert total == pytest.approx(read.profile[0].summary.pruned.p50_ms)
     assert all(read.stage_seconds.get(stage, 0) > 0 for stage in ("score", "export ONNX", "measure"))
 
 
@@ -242,7 +248,7 @@ def test_a_run_with_a_checkpoint_reads_its_plan(
 
     for name in ("score", "in_principal_bases", "remove_in_rounds"):
         monkeypatch.setattr(pipeline, name, None)
-    monkeypatch.setattr(pipeline, "_exported", export)
+    monkeypatch.setattr(pipeline, "export_and_measure", export)
     before = artefacts(directory)
     with pytest.raises(KeyboardInterrupt):
         prune_export(recipe, output=directory, quiet=True)
@@ -257,8 +263,9 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
         (own.directory / late).unlink()
     before = times(own.directory)
     made: list[str] = []
-    for name in ("score", "agreement", "onnx_from_program", "check_parity"):
-        monkeypatch.setattr(pipeline, name, lambda *_, name=name, **__: made.append(name))
+    homes = {"score": pipeline, "agreement": pipeline, "onnx_from_program": measuring, "check_parity": measuring}
+    for name, home in homes.items():
+        monkeypatch.setattr(home, name, lambda *_, name=name, **__: made.append(name))
     again = prune_export(
         Recipe(**QUICK, model="mine", flops=0.5),
         output=own.directory,

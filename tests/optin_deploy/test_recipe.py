@@ -54,6 +54,10 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ({"flops": -0.5}, "--flops -0.5"),
         ({"flops": float("nan")}, "--flops nan"),
         ({"flops": "half"}, "--flops half"),
+        ({"latency": 1.5}, "--latency 1.5: give the part of the dense latency to keep, above 0 and below 1"),
+        ({"latency_ms": 0}, "--latency-ms 0"),
+        ({"runtime": "tpu"}, "--runtime tpu"),
+        ({"align": "edges"}, "--align edges"),
         ({"model": ""}, "--model"),
         ({"image_size": 0}, "--image-size 0"),
         ({"sequence_length": 3}, "--sequence-length 3"),
@@ -98,9 +102,13 @@ def test_a_ridge_is_a_number_or_auto(tmp_path: Path, given: object, expected: ob
     assert make_recipe({}, tmp_path / "r.yaml").ridge == expected
 
 
-@pytest.mark.parametrize("missing", ["model", "flops"])
-def test_needed_options(missing: str) -> None:
-    assert message({k: v for k, v in NEEDED.items() if k != missing}) == f"--{missing} is needed"
+def test_a_model_is_needed() -> None:
+    assert message({"flops": 0.5}) == "--model is needed"
+
+
+def test_a_budget_is_needed() -> None:
+    with pytest.raises(UserError, match=r"^--flops is needed \(or --latency, --latency-ms\)"):
+        check_options(make_recipe({"model": "deit_small"}))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +149,11 @@ def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
         ({"calibration_labels": "class"}, "--calibration-labels class: .* only with --criterion fisher"),
         ({"ridge": 0.1, "compensate": False}, "--ridge 0.1: .* only with --compensate"),
         ({"criterion": "trajectory", "scorer": "forward", "probes": 1}, "--probes 1: --scorer forward"),
+        ({"runtime": "torch"}, "--runtime torch: .* only with --latency"),
+        ({"batch_size": 4}, "--batch-size 4: .* only with --latency"),
+        ({"table_seconds": 9}, "--table-seconds 9.0: .* only with --latency"),
+        ({"latency": 0.5, "latency_ms": 3}, "--latency and --latency-ms: give one"),
+        ({"latency": 0.5, "rounds": 2}, "--rounds 2: a latency budget"),
     ],
 )
 def test_options_without_effect_are_refused(options: dict[str, object], message: str) -> None:
@@ -157,7 +170,35 @@ def test_options_without_effect_are_refused(options: dict[str, object], message:
         {"criterion": "fisher", "calibration_labels": "class"},
         {"ridge": 0.1},
         {"compensate": False},
+        {"latency": 0.5, "runtime": "torch", "batch_size": 4},
+        {"align": "auto", "table_seconds": 9},
+        {"flops": None, "latency_ms": 4},
     ],
 )
 def test_options_with_an_effect_are_taken(options: dict[str, object]) -> None:
     check_options(make_recipe({"model": "m", "flops": 0.5, **options}))
+
+
+def test_where_a_latency_holds() -> None:
+    recipe = make_recipe({"model": "m", "latency": 0.5})
+    assert (recipe.target_runtime, recipe.target_batch_size, recipe.headline_batch_size) == ("ort-cpu", 1, 1)
+    assert (recipe.measured_runtimes, recipe.measured_batch_sizes) == (recipe.runtimes, recipe.batch_sizes)
+    recipe = make_recipe({"model": "m", "latency_ms": 5, "runtime": "torch-compile", "batch_size": 4})
+    assert (recipe.target_runtime, recipe.target_batch_size, recipe.headline_batch_size) == ("torch-compile", 4, 4)
+    assert recipe.measured_runtimes == ("torch-compile", "ort-cpu", "torch")
+    assert recipe.measured_batch_sizes == (1, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "alignment", "needs_table"),
+    [
+        ({"flops": 0.5}, 64, False),
+        ({"flops": 0.5, "align": "auto"}, None, True),
+        ({"flops": 0.5, "align": 16}, 16, False),
+        ({"latency": 0.5}, None, True),
+        ({"latency": 0.5, "align": 32}, 32, True),
+    ],
+)
+def test_alignment(options: dict[str, Any], alignment: int | None, needs_table: bool) -> None:
+    recipe = make_recipe({"model": "m", **options})
+    assert (recipe.alignment, recipe.needs_table) == (alignment, needs_table)

@@ -13,16 +13,16 @@ from profilers.runners.base import Feeds
 
 def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Path:
     np.savez(folder / "feeds.npz", *sample.values())
+    variant = {"file": str(model), "feeds": str(folder / "feeds.npz"), "inputs": list(sample)}
     spec = {
         "runtime": "ort-cpu",
         "batch_size": 2,
         "threads": 1,
         "seconds": 0.2,
         "seed": 0,
-        "variants": {"dense": str(model), "pruned": str(model)},
+        "tolerance": 0.02,
+        "variants": dict.fromkeys(("dense", "pruned"), variant),
         "pairs": [["dense", "pruned"]],
-        "feeds": str(folder / "feeds.npz"),
-        "inputs": list(sample),
         "result": str(folder / "result.json"),
     }
     path = folder / "spec.json"

@@ -14,7 +14,7 @@ from optin_deploy.network import Network
 from optin_deploy.structure import timm as timm_adapter
 from optin_deploy.structure import transformers as transformers_adapter
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Rows, Side, Structure
+from optin_deploy.structure.groups import Group, Rows, Structure
 from optin_deploy.structure.width import change_basis, narrowable, width_group
 
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]

@@ -1,4 +1,5 @@
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,22 @@ def test_outputs_are_those_of_the_module(mlp_program: Program, sample: Feeds, ba
     with torch.inference_mode():
         expected = module(torch.from_numpy(feeds["x"])).numpy()
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_outputs_are_those_of_the_module(
+    mlp_program: Program, sample: Feeds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    module, path = mlp_program(32)
+    feeds = {"x": np.repeat(sample["x"], 3, axis=0)}
+    with open_runner("torch-compile", path, threads=1) as runner:
+        (output,) = runner.infer(feeds).values()
+        runner.prepare(feeds)()
+    with torch.inference_mode():
+        expected = module(torch.from_numpy(feeds["x"])).numpy()
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+    assert list((tmp_path / "inductor").iterdir())
 
 
 class Keywords(torch.nn.Module):

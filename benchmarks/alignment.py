@@ -1,0 +1,123 @@
+"""What alignment is worth: networks of the same FLOPs whose layers keep multiples of other numbers, in one run.
+
+    python benchmarks/alignment.py --data-root ../shared/data
+
+Every network is cut to half of its FLOPs with neurons in multiples of 1, 8, 16 and 64, and on the edges of its latency
+tables (``--align auto``). Repair changes no shape and is left out. Dense and all cut networks take turns in a process;
+"worth" is what is kept of the scores' sum, relative to multiples of 1. Writes ``results/DEVICE/alignment.json``;
+``--table`` only prints what is there.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import common
+import torch
+from latency_budget import scored
+from realised_ratio import load
+from rich.console import Console
+from rich.table import Table
+
+from optin_deploy.latency.budget import edges_of
+from optin_deploy.latency.measure import Target, export_network, measure_network
+from optin_deploy.plan import Plan
+from optin_deploy.pruning import examine
+from optin_deploy.search import Budget, search_all
+from optin_deploy.slicing import sliced
+from profilers import measure_files
+from profilers.statistics import Interval, ratio_interval
+
+NAME, FLOPS = "alignment", 0.5
+STEPS = (1, 8, 16, 64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One alignment: "auto" or a number; ``worth`` is the part kept of the score's sum, relative to alignment 1."""
+
+    model: str
+    runtime: str
+    batch_size: int
+    align: str
+    flops: float
+    worth: float
+    speedup: Interval
+
+    @property
+    def realised(self) -> float:
+        """Speed-up ÷ factor by which the FLOPs fell."""
+        return self.speedup.value * self.flops
+
+
+def kept_score(plan: Plan, scores: dict[str, torch.Tensor]) -> float:
+    """The sum of the scores of what stays; widths, whose worth depends on their heads', are counted like units."""
+    return sum(float(scores[name][list(kept)].sum()) for name, kept in plan.kept.items())
+
+
+def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
+    """All alignments of one network at one batch size."""
+    network, calibration = load(model, given.data_root, given.samples)
+    anatomy = examine(network)
+    dense, scores = scored(network, anatomy, calibration.batches)
+    target = Target(given.runtime, size, given.threads)
+    edges = edges_of(anatomy.structure, measure_network(network, anatomy.structure, target, lambda _: None))
+    budget = [Budget(anatomy.costs, FLOPS)]
+    plans = {str(step): search_all(anatomy.structure, scores, budget, step) for step in STEPS}
+    plans["auto"] = search_all(anatomy.structure, scores, budget, 8, edges)
+    with TemporaryDirectory(prefix="optin-benchmark-") as name:
+        files = {"dense": export_network(dense, dense.module, target, Path(name, "dense"))}
+        for align, plan in plans.items():
+            small = sliced(dense.module, anatomy.structure, plan)
+            files[align] = export_network(dense, small, target, Path(name, align))
+        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
+        pairs = [("dense", align) for align in plans]
+        samples = measure_files(files, sample, target.case(given.seconds), pairs).samples_ms
+    best = kept_score(plans["1"], scores)
+    return [
+        Row(model, given.runtime, size, align, anatomy.costs.of(plan) / anatomy.costs.total,
+            kept_score(plan, scores) / best, ratio_interval(samples["dense"], samples[align]))
+        for align, plan in plans.items()
+    ]  # fmt: skip
+
+
+def table(rows: list[Row]) -> Table:
+    """By network and batch size."""
+    made = Table("Network", "Runtime", "batch", "align", "FLOPs", "worth kept", "speed-up", "realised")
+    for row in rows:
+        interval = f"{row.speedup.value:.2f}× [{row.speedup.low:.2f}–{row.speedup.high:.2f}]"
+        made.add_row(row.model, row.runtime, str(row.batch_size), row.align, f"{row.flops:.3f}", f"{row.worth:.4f}",
+                     interval.replace("[", "\\["), f"{row.realised:.2f}")  # fmt: skip
+    return made
+
+
+def read_rows() -> list[Row]:
+    """The rows measured last."""
+    path = common.RESULTS / common.device_name() / f"{NAME}.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
+    return [Row(**{**row, "speedup": Interval(**row["speedup"])}) for row in figures["rows"]]
+
+
+def main() -> None:
+    """Measure, write, print."""
+    arguments = common.parser(__doc__ or "")
+    arguments.add_argument("--models", default="deit_small,minilm", help="comma-separated")
+    arguments.add_argument("--runtime", default="ort-cpu")
+    arguments.add_argument("--batch-sizes", default="1,8", help="comma-separated")
+    arguments.add_argument("--seconds", type=float, default=60.0, help="time limit of one network and batch size")
+    arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
+    arguments.add_argument("--table", action="store_true", help="only print what was measured")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    if not given.table:
+        rows = [row for model in given.models.split(",") for size in given.batch_sizes.split(",")
+                for row in run(model, given, int(size))]  # fmt: skip
+        protocol = {"flops": FLOPS, "threads": given.threads, "seconds_per_case": given.seconds}
+        common.write_results(NAME, {"protocol": protocol, "rows": [asdict(row) for row in rows]})
+    Console(width=120).print(table(read_rows()))
+
+
+if __name__ == "__main__":
+    main()

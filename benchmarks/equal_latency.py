@@ -1,0 +1,142 @@
+"""FLOP budget against latency budget at the same measured latency: which keeps more accuracy?
+
+    python benchmarks/equal_latency.py --data-root ../shared/data
+
+MiniLM is pruned to a FLOP budget as ``prune-export --flops`` does it, and measured; then to a latency budget of just
+that latency, as ``--latency`` does it. Both are repaired, judged on STS-B dev, and measured against each other in one
+interleaved run. Writes ``results/DEVICE/equal-latency.json``; ``--table`` only prints what is there.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import common
+import torch
+from cases import stsb
+from latency_budget import scored
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from optin_deploy import Network
+from optin_deploy.latency.budget import meet
+from optin_deploy.latency.measure import Target, export_network, measure_network
+from optin_deploy.pruning import examine, remove
+from optin_deploy.search import search
+from profilers import measure_files
+from profilers.statistics import Interval, ratio_interval
+
+NAME = "equal-latency"
+_METRIC, _LIKENESS = "Spearman × 100", "similarity correlation"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One FLOP budget (``flops``) and the latency budget of what it takes; figures of the two in this order.
+
+    ``latency`` is the part of the dense latency that each takes, ``ratio`` latency-budgeted ÷ FLOP-budgeted time, with
+    its interval.
+    """
+
+    batch_size: int
+    seed: int
+    flops: float
+    latency: tuple[float, float]
+    ratio: Interval
+    flops_left: tuple[float, float]
+    spearman: tuple[float, float]
+    likeness: tuple[float, float]
+
+
+def latencies(
+    dense: Network, modules: dict[str, nn.Module], target: Target, seconds: float
+) -> dict[str, list[list[float]]]:
+    """Milliseconds of all modules in one interleaved run, by name."""
+    with TemporaryDirectory(prefix="optin-benchmark-") as folder:
+        files = {name: export_network(dense, module, target, Path(folder, name)) for name, module in modules.items()}
+        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
+        pairs = [("dense", name) for name in modules if name != "dense"]
+        return dict(measure_files(files, sample, target.case(seconds), pairs).samples_ms)
+
+
+def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
+    """All FLOP budgets at one batch size."""
+    case = stsb(given.data_root, seed, given.samples)
+    network, anatomy = case.network, examine(case.network)
+    in_bases, scores = scored(network, anatomy, case.batches)
+    target = Target(given.runtime, size, given.threads, seed=seed)
+    structure, total = anatomy.structure, anatomy.costs.total
+    measured = measure_network(network, structure, target, lambda _: None)
+    rows = []
+    for flops in (float(f) for f in given.flops.split(",")):
+        plan = search(structure, scores, anatomy.costs, flops, 64)
+        first = remove(in_bases, structure, plan, case.batches, "auto")
+        taken = latencies(network, {"dense": network.module, "flops": first}, target, given.seconds)
+        part = ratio_interval(taken["flops"], taken["dense"]).value
+        other = meet(in_bases, structure, scores, measured, part, [], target, None).plan
+        second = remove(in_bases, structure, other, case.batches, "auto")
+        modules = {"dense": network.module, "flops": first, "latency": second}
+        found = latencies(network, modules, target, given.seconds)
+        figures = [case.measure(module) for module in (first, second)]
+        rows.append(
+            Row(
+                batch_size=size,
+                seed=seed,
+                flops=flops,
+                latency=tuple(ratio_interval(found[n], found["dense"]).value for n in ("flops", "latency")),
+                ratio=ratio_interval(found["latency"], found["flops"]),
+                flops_left=tuple(anatomy.costs.of(p) / total for p in (plan, other)),
+                spearman=tuple(f[_METRIC] for f in figures),
+                likeness=tuple(f[_LIKENESS] for f in figures),
+            )
+        )
+        Console(width=140).print(table(rows[-1:]))
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """FLOP-budgeted → latency-budgeted."""
+    made = Table(
+        "batch", "seed", "--flops", "latency", "time ratio", "FLOPs", "Spearman × 100", "similarity correlation"
+    )
+    for row in rows:
+        ratio = f"{row.ratio.value:.3f} \\[{row.ratio.low:.3f}–{row.ratio.high:.3f}]"
+        made.add_row(str(row.batch_size), str(row.seed), f"{row.flops:g}", *(
+            ratio if pair is None else f"{pair[0]:{form}} → {pair[1]:{form}}"
+            for pair, form in ((row.latency, ".3f"), (None, ""), (row.flops_left, ".3f"), (row.spearman, ".2f"),
+                               (row.likeness, ".4f"))))  # fmt: skip
+    return made
+
+
+def read_rows() -> list[Row]:
+    """The rows measured last."""
+    path = common.RESULTS / common.device_name() / f"{NAME}.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
+    return [Row(**{**row, "ratio": Interval(**row["ratio"])}) for row in figures["rows"]]
+
+
+def main() -> None:
+    """Measure, write, print."""
+    arguments = common.parser(__doc__ or "")
+    arguments.add_argument("--flops", default="0.6,0.5,0.4", help="comma-separated")
+    arguments.add_argument("--runtime", default="ort-cpu")
+    arguments.add_argument("--batch-sizes", default="8", help="comma-separated")
+    arguments.add_argument("--seeds", default="0", help="comma-separated")
+    arguments.add_argument("--seconds", type=float, default=30.0, help="time limit of one measurement")
+    arguments.add_argument("--samples", type=int, default=256, help="calibration samples")
+    arguments.add_argument("--table", action="store_true", help="only print what was measured")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    if not given.table:
+        rows = [row for size in given.batch_sizes.split(",") for seed in given.seeds.split(",")
+                for row in run(given, int(size), int(seed))]  # fmt: skip
+        protocol = {"samples": given.samples, "threads": given.threads, "seconds_per_case": given.seconds}
+        common.write_results(NAME, {"protocol": protocol, "rows": [asdict(row) for row in rows]})
+    Console(width=140).print(table(read_rows()))
+
+
+if __name__ == "__main__":
+    main()

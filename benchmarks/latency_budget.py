@@ -1,0 +1,218 @@
+"""Whether latency budgets are met: measured ÷ asked for, and the error of the tables' predictions.
+
+    python benchmarks/latency_budget.py --data-root ../shared/data
+
+For every network and batch size tables are measured (or read from the cache), then every budget is met as
+``prune-export --latency`` does it. A measurement of its own judges the result: dense, dense again and pruned take turns
+in a new process. A budget is met when the measured latency is at most 3 % off what was asked for, and not above it by
+more than the dense network differs from itself (A/A).
+
+Rows are kept in ``results/DEVICE/latency-budget.json``, one by one; those of a network, batch size and budget are
+replaced when they are measured again. ``--table`` only prints what is there, ``--markdown`` prints it for the README.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import common
+import torch
+from realised_ratio import load
+from rich.console import Console
+from rich.table import Table
+
+from optin_deploy import Network
+from optin_deploy.latency.budget import meet
+from optin_deploy.latency.measure import Measured, Target, export_network, measure_network
+from optin_deploy.pruning import Anatomy, Batches, examine
+from optin_deploy.rotation import in_principal_bases
+from optin_deploy.scoring import Scoring, score
+from optin_deploy.slicing import sliced
+from profilers import measure_files
+from profilers.statistics import Interval, ratio_interval
+
+NAME = "latency-budget"
+CLOSE = 0.03
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget.
+
+    Attributes:
+        asked: part of the dense latency.
+        measured: part of the dense latency that the result takes, with its 95 % interval, in a run of its own.
+        noise: dense ÷ dense again in that run.
+        errors: predicted ÷ measured, less 1, of every network built on the way.
+        flops: part of the dense FLOPs that the result has.
+        seconds: spent on searching, building and measuring, the tables left out.
+        table_seconds: spent on the tables, shared by the budgets of this network and batch size.
+    """
+
+    model: str
+    runtime: str
+    batch_size: int
+    asked: float
+    measured: Interval
+    noise: Interval
+    errors: list[float]
+    flops: float
+    seconds: float
+    table_seconds: float
+
+    @property
+    def relative(self) -> float:
+        """Measured ÷ asked for."""
+        return self.measured.value / self.asked
+
+    @property
+    def allowance(self) -> float:
+        """How far above 1 `relative` may be: as far as the dense network's A/A interval reaches from 1."""
+        return max(abs(self.noise.low - 1), abs(self.noise.high - 1))
+
+    @property
+    def close(self) -> bool:
+        """Within 3 % of what was asked for."""
+        return abs(self.relative - 1) <= CLOSE
+
+    @property
+    def held(self) -> bool:
+        """Not above what was asked for by more than the noise."""
+        return self.relative <= 1 + self.allowance
+
+
+def scored(network: Network, anatomy: Anatomy, batches: Batches) -> tuple[Network, dict[str, torch.Tensor]]:
+    """The network in its principal bases, and the default criterion's scores."""
+    turned = in_principal_bases(network, anatomy.structure, batches)
+    return turned, score(turned, anatomy.structure, anatomy.costs, batches, Scoring())
+
+
+def run(
+    model: str, dense: Network, anatomy: Anatomy, scores: dict[str, torch.Tensor], measured: Measured, target: Target,
+    asked: float, seconds: float, table_seconds: float,
+) -> Row:  # fmt: skip
+    """Meet one budget and judge what came of it."""
+    start = perf_counter()
+    met = meet(dense, anatomy.structure, scores, measured, asked, [], target, None)
+    spent = perf_counter() - start
+    with TemporaryDirectory(prefix="optin-benchmark-") as folder:
+        small = sliced(dense.module, anatomy.structure, met.plan)
+        file = export_network(dense, dense.module, target, Path(folder, "dense"))
+        files = {"dense": file, "dense again": file, "pruned": export_network(dense, small, target, Path(folder, "p"))}
+        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
+        pairs = [("dense", "pruned"), ("dense", "dense again")]
+        samples = measure_files(files, sample, target.case(seconds), pairs).samples_ms
+    return Row(
+        model=model,
+        runtime=target.runtime,
+        batch_size=target.batch_size,
+        asked=asked,
+        measured=ratio_interval(samples["pruned"], samples["dense"]),
+        noise=ratio_interval(samples["dense"], samples["dense again"]),
+        errors=[r.error for r in met.rounds],
+        flops=anatomy.costs.of(met.plan) / anatomy.costs.total,
+        seconds=spent,
+        table_seconds=table_seconds,
+    )
+
+
+def read_rows() -> list[Row]:
+    """The rows measured so far."""
+    path = common.RESULTS / common.device_name() / f"{NAME}.json"
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
+    return [
+        Row(**{**row, "measured": Interval(**row["measured"]), "noise": Interval(**row["noise"])})
+        for row in figures["rows"]
+    ]
+
+
+def _case(row: Row) -> tuple[str, str, int, float]:
+    return row.model, row.runtime, row.batch_size, row.asked
+
+
+def merged(rows: Sequence[Row], new: Row) -> list[Row]:
+    """``rows`` with ``new`` in the place of the one it repeats; in the order of their cases."""
+    kept = [row for row in rows if _case(row) != _case(new)]
+    return sorted([*kept, new], key=lambda row: (row.model, row.runtime, row.batch_size, -row.asked))
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Heading and one line per budget."""
+    heading = ["Network", "Runtime", "batch", "asked for", "measured", "÷ asked", "noise", "FLOPs", "prediction errors"]
+    lines = [
+        [
+            row.model, row.runtime, str(row.batch_size), f"{row.asked:g}",
+            f"{row.measured.value:.3f} [{row.measured.low:.3f}–{row.measured.high:.3f}]",
+            f"{row.relative:.3f}{'' if row.close and row.held else ' (missed)'}", f"±{row.allowance:.1%}",
+            f"{row.flops:.3f}", ", ".join(f"{error:+.1%}" for error in row.errors),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return heading, lines
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table for the README."""
+    heading, lines = cells(rows)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *lines])
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The table for the terminal, with the counts of what was met."""
+    heading, lines = cells(rows)
+    close, held = sum(r.close for r in rows), sum(r.held for r in rows)
+    made = Table(*heading, title=f"{close} of {len(rows)} within {CLOSE:.0%} of the budget, {held} not above it")
+    for line in lines:
+        made.add_row(*(cell.replace("[", "\\[") for cell in line))
+    return made
+
+
+def measure(given: argparse.Namespace) -> None:
+    """All cases, each row written as it comes."""
+    for model in given.models.split(","):
+        network, calibration = load(model, given.data_root, given.samples)
+        anatomy = examine(network)
+        dense, scores = scored(network, anatomy, calibration.batches)
+        for size in (int(s) for s in given.batch_sizes.split(",")):
+            target = Target(given.runtime, size, given.threads)
+            start = perf_counter()
+            measured = measure_network(network, anatomy.structure, target, lambda _: None)
+            table_seconds = perf_counter() - start
+            print(f"{model}, batch {size}: tables in {table_seconds:.0f} s, dense {measured.costs.total:.4g} ms, floor "
+                  f"{measured.costs.floor:.4g} ms", flush=True)  # fmt: skip
+            for asked in (float(f) for f in given.latency.split(",")):
+                row = run(model, dense, anatomy, scores, measured, target, asked, given.seconds, table_seconds)
+                protocol: dict[str, Any] = {"threads": given.threads, "seconds_per_case": given.seconds}
+                rows = [asdict(r) for r in merged(read_rows(), row)]
+                common.write_results(NAME, {"protocol": protocol, "rows": rows})
+                print(" | ".join(cells([row])[1][0]) + f" | {row.seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Measure what is asked for, print the table."""
+    arguments = common.parser(__doc__ or "")
+    arguments.add_argument("--models", default="deit_small,deit_tiny,minilm", help="comma-separated")
+    arguments.add_argument("--runtime", default="ort-cpu")
+    arguments.add_argument("--batch-sizes", default="1,8", help="comma-separated")
+    arguments.add_argument("--latency", default="0.8,0.65,0.5", help="parts of the dense latency, comma-separated")
+    arguments.add_argument("--seconds", type=float, default=30.0, help="time limit of the judging measurement")
+    arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
+    arguments.add_argument("--table", action="store_true", help="only print what was measured")
+    arguments.add_argument("--markdown", action="store_true", help="only print what was measured, for the README")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    if not (given.table or given.markdown):
+        measure(given)
+    if given.markdown:
+        print(markdown(read_rows()))
+    else:
+        Console(width=150).print(table(read_rows()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Torch-Pruning (Fang et al., "DepGraph", CVPR 2023) at a given part of the FLOPs, through its own public API.
+
+Set up as in the examples of its release 1.6 for a timm ViT and for a BERT, so that a network comes out as its users get
+it: magnitude importance (no data), the same pruning ratio in every layer, and what ties layers together pruned in all
+of them, so that the width of the residual stream shrinks too.
+
+- Vision transformers of timm: the classifier is left as it is, and every head loses dimensions (``prune_head_dims``,
+  its default and what its ViT scripts use) while all heads stay; ``prune_num_heads`` is what its BERT example uses.
+- BERT: whole heads are removed (``prune_num_heads``) at the same ratio as everything else. The encoder's output gets
+  narrower with the stream: 384 features of MiniLM become about 270, while ours keeps them. A pooler is left as it is.
+
+Afterwards the numbers of heads are written into the attention modules by hand, as its examples do. Its example for
+timm also replaces the forward of the attention; timm's own now runs with narrower heads once ``attn_dim`` is right.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import timm.layers
+from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from optin_deploy.costs import count_flops
+from optin_deploy.network import Network, named_outputs
+
+WINDOW = 0.01
+# Bisection goes on for a while inside the window: the closer, the better the comparison.
+_CLOSE, _STEPS = 0.002, 10
+
+
+def installed() -> bool:
+    """Whether torch-pruning can be imported."""
+    return find_spec("torch_pruning") is not None
+
+
+def prune(network: Network, flops: float) -> tuple[nn.Module, float]:
+    """The network pruned to ``flops`` (a part of the dense FLOPs, ± `WINDOW`), and the pruning ratio that did it.
+
+    Raises:
+        ValueError: no pruning ratio comes that close.
+    """
+    dense = count_flops(network.module, network.inputs)
+
+    def pruned(ratio: float) -> tuple[nn.Module, float]:
+        module = at_ratio(network, ratio)
+        return module, count_flops(module, network.inputs) / dense
+
+    module, ratio, share = bisected(pruned, flops)
+    if abs(share - flops) > WINDOW:
+        raise ValueError(f"torch-pruning comes no closer to {flops:g} of the FLOPs than {share:.3f}; try another part")
+    return module, ratio
+
+
+def bisected(pruned: Callable[[float], tuple[nn.Module, float]], flops: float) -> tuple[nn.Module, float, float]:
+    """The module, its ratio and its part of the FLOPs that is closest to ``flops`` among those tried.
+
+    Args:
+        pruned: pruning ratio -> module and its part of the dense FLOPs, which falls as the ratio grows.
+    """
+    low, high = 0.0, 1.0
+    best: tuple[nn.Module, float, float] | None = None
+    for _ in range(_STEPS):
+        ratio = (low + high) / 2
+        module, share = pruned(ratio)
+        if best is None or abs(share - flops) < abs(best[2] - flops):
+            best = module, ratio, share
+        if abs(share - flops) <= _CLOSE:
+            break
+        low, high = (ratio, high) if share > flops else (low, ratio)
+    assert best is not None
+    return best
+
+
+def at_ratio(network: Network, ratio: float) -> nn.Module:
+    """A copy of the network's module with ``ratio`` of the channels of every layer removed, and of its heads."""
+    import torch_pruning
+
+    module = copy.deepcopy(network.module)
+    sample = {name: tensor[:1] for name, tensor in network.inputs.items()}
+    whole_heads = any(isinstance(m, BertSelfAttention) for m in module.modules())
+    with warnings.catch_warnings():
+        # It tells that it found the position embeddings and prunes them, too, as it should.
+        warnings.simplefilter("ignore")
+        pruner = torch_pruning.pruner.MetaPruner(
+            module,
+            sample,
+            importance=torch_pruning.importance.MagnitudeImportance(p=2, group_reduction="mean"),
+            pruning_ratio=ratio,
+            ignored_layers=[m for name in ("head", "pooler", "classifier") if (m := getattr(module, name, None))],
+            num_heads=heads_of(module),
+            prune_num_heads=whole_heads,
+            prune_head_dims=not whole_heads,
+            head_pruning_ratio=ratio,
+            forward_fn=lambda called, inputs: called(**inputs),
+            output_transform=_first_tensor,
+            # Its defaults are dictionaries that all pruners of a process share.
+            in_channel_groups={},
+            out_channel_groups={},
+        )
+        pruner.step()
+    _tell_heads(module, pruner.num_heads)
+    return module.eval()
+
+
+def heads_of(module: nn.Module) -> dict[nn.Module, int]:
+    """Projections to queries, keys and values, and how many heads they have."""
+    heads: dict[nn.Module, int] = {}
+    for m in module.modules():
+        if isinstance(m, timm.layers.Attention):
+            heads[m.qkv] = m.num_heads
+        elif isinstance(m, BertSelfAttention):
+            heads |= dict.fromkeys((m.query, m.key, m.value), m.num_attention_heads)
+    return heads
+
+
+def _tell_heads(module: nn.Module, heads: dict[nn.Module, int]) -> None:
+    for m in module.modules():
+        if isinstance(m, timm.layers.Attention):
+            m.num_heads, m.attn_dim = heads[m.qkv], m.qkv.out_features // 3
+            m.head_dim = m.attn_dim // m.num_heads
+        elif isinstance(m, BertSelfAttention):
+            m.num_attention_heads, m.all_head_size = heads[m.query], m.query.out_features
+            m.attention_head_size = m.all_head_size // m.num_attention_heads
+
+
+def _first_tensor(output: object) -> Tensor:
+    return next(iter(named_outputs(output).values()))

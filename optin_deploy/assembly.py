@@ -1,0 +1,136 @@
+"""The report of a run, put together from what its stages found."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from optin_deploy.costs import count_flops, flops_share
+from optin_deploy.job import VERSION, Job
+from optin_deploy.network import Network
+from optin_deploy.plan import Plan
+from optin_deploy.recipe import Recipe
+from optin_deploy.report import Report
+from optin_deploy.search import BUDGET_WINDOW
+from profilers import environment
+
+VARIANTS = ("dense", "pruned")
+
+
+def assemble(
+    job: Job,
+    plan: Plan,
+    small: Network,
+    results: dict[str, Any],
+    directory: Path,
+    stage_seconds: dict[str, float],
+    command: str | None,
+) -> Report:
+    """The report of a run: figures of both networks, gates, and all that the stages found (``results``)."""
+    recipe, network, structure = job.recipe, job.network, job.anatomy.structure
+    figures = {
+        name: {
+            "flops": count_flops(n.module, n.inputs),
+            "parameters": sum(p.numel() for p in n.module.parameters()),
+            "onnx_mib": sum(f.stat().st_size for f in directory.glob(f"{name}.onnx*")) / 2**20,
+        }
+        for name, n in zip(VARIANTS, (network, small), strict=True)
+    }
+    ratio = figures["pruned"]["flops"] / figures["dense"]["flops"]
+    gates = [*_budget_gates(recipe, ratio, results), _parity_gate(results["parity"])]
+    return Report.model_validate(
+        {
+            "created": datetime.now(UTC),
+            "version": VERSION,
+            "command": command
+            or shlex.join(["optin-deploy", "prune-export", "--recipe", str(directory / "recipe.yaml")]),
+            "model": {
+                # The end of a path is what tells one directory from another.
+                "name": "/".join(Path(recipe.model).parts[-2:]),
+                "library": network.source.library,
+                "weights": network.weights,
+                "inputs": {n: _shape(network, n) for n in network.inputs},
+            },
+            "calibration": {
+                "source": job.calibration.source,
+                "builtin": job.calibration.builtin,
+                "samples": job.calibration.samples,
+                "seed": recipe.seed,
+            },
+            "budget": {"flops": recipe.flops, "latency": recipe.latency, "latency_ms": recipe.latency_ms},
+            "latency_budget": results["latency_budget"],
+            "settings": recipe.model_dump(mode="json"),
+            **figures,
+            "plan": [
+                {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
+                for g in structure.groups
+                # Heads that have all left have no width.
+                if plan.kept.get(g.heads or "") != ()
+            ],
+            "left_dense": [
+                {**asdict(left), "flops_share": flops_share(network.module, network.inputs, left.module)}
+                for left in structure.left_dense
+            ],
+            "agreement": results["agreement"],
+            "evaluation": results["evaluation"],
+            "parity": results["parity"],
+            "profile": results["profile"]["measurements"],
+            "protocol": results["profile"]["protocol"],
+            "layers": results["layers"],
+            "gates": gates,
+            "warnings": [],
+            "stage_seconds": stage_seconds,
+            "environment": {**environment(), "pruned on": str(job.device)},
+        }
+    )
+
+
+def _budget_gates(recipe: Recipe, flops: float, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A gate per budget; together with a latency, FLOPs may end below their window."""
+    gates = []
+    if recipe.flops is not None:
+        lowest = 0.0 if recipe.has_latency else recipe.flops - BUDGET_WINDOW
+        wanted = f"at most {recipe.flops:g}" if recipe.has_latency else f"{lowest:g} to {recipe.flops:g}"
+        gates.append(
+            {
+                "name": "budget",
+                "passed": lowest <= flops <= recipe.flops,
+                "detail": f"{flops:.4f} of the dense FLOPs; wanted {wanted}",
+            }
+        )
+    if recipe.has_latency:
+        gates.append(_latency_gate(recipe, results["profile"]["measurements"]))
+    return gates
+
+
+def _latency_gate(recipe: Recipe, measurements: list[dict[str, Any]]) -> dict[str, Any]:
+    """Met when the final measurement is not above the budget by more than dense differs from itself."""
+    where = (recipe.target_runtime, recipe.target_batch_size)
+    measured = next(m for m in measurements if (m["runtime"], m["batch_size"]) == where)
+    noise = max(abs(measured["noise"]["low"] - 1), abs(measured["noise"]["high"] - 1))
+    if recipe.latency is not None:
+        found, wanted, unit = 1 / measured["speedup"]["value"], recipe.latency, "of the dense latency"
+    else:
+        found, wanted, unit = measured["summary"]["pruned"]["p50_ms"], recipe.latency_ms or 0.0, "ms"
+    return {
+        "name": "latency",
+        "passed": found <= wanted * (1 + noise),
+        "detail": f"{found:.4g} {unit} ({where[0]}, batch {where[1]}); wanted at most {wanted:g}, noise ±{noise:.1%}",
+    }
+
+
+def _parity_gate(parity: list[dict[str, Any]]) -> dict[str, Any]:
+    failed = [p for p in parity if not p["passed"]]
+    return {
+        "name": "parity",
+        "passed": not failed,
+        "detail": "; ".join(f"{p['variant']} {p['output']} is off by {p['max_abs_error']:.1e}" for p in failed)
+        or f"largest error {max(p['max_abs_error'] for p in parity):.1e} on held-out inputs",
+    }
+
+
+def _shape(network: Network, name: str) -> list[int | str]:
+    axes = network.dynamic_axes[name]
+    return [axes.get(i, n) for i, n in enumerate(network.inputs[name].shape)]

@@ -1,0 +1,123 @@
+"""A run whose inputs have all been read and checked, before any long work."""
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from optin_deploy import checkpoint, rundir
+from optin_deploy.calibration import Calibration, load_calibration
+from optin_deploy.errors import UserError
+from optin_deploy.evaluation import Dataset, load_dataset
+from optin_deploy.latency.measure import Target
+from optin_deploy.models import load_network
+from optin_deploy.network import Network
+from optin_deploy.plan import Plan
+from optin_deploy.pruning import Anatomy, examine
+from optin_deploy.recipe import Recipe, check_options
+from optin_deploy.search import check_budget
+from profilers import usable_cores
+
+VERSION = importlib.metadata.version("optin-deploy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose inputs have all been read and checked."""
+
+    recipe: Recipe
+    network: Network
+    earlier: Plan
+    anatomy: Anatomy
+    calibration: Calibration
+    dataset: Dataset | None
+    device: torch.device
+    fingerprint: str
+
+    @property
+    def target(self) -> Target:
+        """Where a latency budget holds."""
+        return target_of(self.recipe)
+
+
+def target_of(recipe: Recipe) -> Target:
+    """Where a latency budget of ``recipe`` holds, or would."""
+    threads = recipe.threads or usable_cores().physical
+    return Target(
+        recipe.target_runtime, recipe.target_batch_size, threads, recipe.opset, recipe.table_seconds, recipe.seed
+    )
+
+
+def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibration | None = None) -> Job:
+    """Read and check all inputs of a run; UserError for the first thing that is wrong."""
+    check_options(recipe)
+    check_runtimes(recipe)
+    device = _device(recipe.device)
+    earlier = Plan({})
+    if network is None:
+        network = load_network(
+            recipe.model,
+            weights=recipe.weights,
+            image_size=recipe.image_size,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
+        )
+        if checkpoint.is_checkpoint(recipe.model):
+            earlier = checkpoint.read_plan(Path(recipe.model))
+    anatomy = examine(network, narrow=recipe.narrows_heads)
+    if recipe.flops is not None:
+        check_budget(anatomy.costs, recipe.flops)
+    calibration = calibration or load_calibration(
+        network,
+        recipe.calibration,
+        column=recipe.calibration_column,
+        labels=recipe.calibration_labels,
+        samples=recipe.calibration_samples,
+        seed=recipe.seed,
+    )
+    _check_labels(recipe, network, calibration)
+    _check_finite(network, calibration)
+    dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
+    run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
+    return Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)
+
+
+def check_runtimes(recipe: Recipe) -> None:
+    """Raise UserError unless all runtimes of ``recipe`` are installed and their devices present."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UserError("onnxruntime is not installed: pip install 'optin-deploy[cpu]' (or [gpu] for a CUDA machine)")
+    runtimes = recipe.measured_runtimes
+    if any("cuda" in runtime for runtime in runtimes) and not torch.cuda.is_available():
+        raise UserError(f"--runtimes {','.join(runtimes)}: no CUDA device is present")
+    if "ort-cuda" in runtimes:
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise UserError("ort-cuda: this onnxruntime has no CUDA provider: pip install 'optin-deploy[gpu]'")
+
+
+def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:
+    if recipe.criterion != "fisher":
+        return
+    if network.logits is None:
+        raise UserError("--criterion fisher: the network has no class logits; take another criterion")
+    if calibration.labels is None:
+        raise UserError("--criterion fisher needs labels for the calibration data: give --calibration-labels")
+
+
+def _check_finite(network: Network, calibration: Calibration) -> None:
+    with torch.inference_mode():
+        outputs = network.forward(calibration.held_out[0])
+    bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
+    if bad:
+        raise UserError(f"the network gives NaN or infinity in {bad} on {calibration.source}: check its weights")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is present; use --device cpu")
+    return torch.device(name)

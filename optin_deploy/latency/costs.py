@@ -1,0 +1,97 @@
+"""Milliseconds as a cost: what every group saves at every size, by latency tables, on the scale of the network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optin_deploy.costs import kept_size
+from optin_deploy.latency.stacks import BlockType, part_name
+from optin_deploy.plan import Plan
+from optin_deploy.structure.groups import Structure
+from profilers.tables import LatencyTable
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a group costs at its sizes, against all of it: ``ms[i, j]``, at most 0, at ``units[i]``, ``widths[j]``."""
+
+    units: tuple[int, ...]
+    widths: tuple[int | None, ...]
+    ms: NDArray[np.float64]
+
+    def at(self, units: int, width: int | None) -> float:
+        """The milliseconds at a size, linear between those measured. Narrower than the narrowest measured counts as
+        that."""
+        columns = [float(np.interp(units, self.units, column)) for column in self.ms.T]
+        if width is None or len(columns) == 1:
+            return columns[-1]
+        return float(np.interp(width, [w for w in self.widths if w is not None], columns))
+
+
+@dataclass(frozen=True)
+class LatencyCosts:
+    """The latency of a network in one runtime, in milliseconds: `costs.CostModel`.
+
+    The dense network's, less what the groups' sizes save. ``factor`` corrects all savings alike, after a real network
+    has been measured.
+    """
+
+    total: float
+    units: Mapping[str, int]
+    widths: Mapping[str, str]
+    curves: Mapping[str, Curve]
+    factor: float = 1.0
+
+    @cached_property
+    def floor(self) -> float:
+        """The latency with every unit removed."""
+        return self.total + self.factor * sum(curve.at(0, None) for curve in self.curves.values())
+
+    def option(self, group: str, units: int, width: int | None) -> float:
+        """What a size costs above the floor."""
+        curve = self.curves[group]
+        return self.factor * (curve.at(units, width) - curve.at(0, None))
+
+    def of(self, plan: Plan) -> float:
+        """The latency of the network that ``plan`` leaves."""
+        return self.floor + sum(self.option(name, *kept_size(self, plan, name)) for name in self.curves)
+
+    def corrected(self, plan: Plan, measured_ms: float) -> "LatencyCosts":
+        """The same, its savings scaled so that ``plan`` comes out at what it was measured at."""
+        predicted = self.total - self.of(plan)
+        # A network that saves next to nothing tells nothing about savings; noise must not turn them around.
+        if predicted <= 0.02 * self.total:
+            return self
+        wanted = self.factor * (self.total - measured_ms) / predicted
+        return replace(self, factor=float(np.clip(wanted, 0.25 * self.factor, 4 * self.factor)))
+
+
+def latency_costs(
+    structure: Structure,
+    tables: list[tuple[BlockType, LatencyTable]],
+    dense_ms: float,
+    block_scale: list[float],
+) -> LatencyCosts:
+    """The costs of a network whose dense latency is ``dense_ms``.
+
+    Args:
+        tables: every type of block with its table.
+        block_scale: for each table, what its milliseconds are to be multiplied with to be those of the time at which
+            ``dense_ms`` was measured.
+    """
+    curves = {}
+    for (kind, table), scale in zip(tables, block_scale, strict=True):
+        for block, groups in zip(kind.blocks, kind.groups, strict=True):
+            for group in groups:
+                if group.kind != "width":
+                    units, widths, ms = table.grid(part_name(block, group))
+                    curves[group.name] = Curve(tuple(units), tuple(widths), ms * scale)
+    return LatencyCosts(
+        dense_ms,
+        {g.name: g.units for g in structure.groups},
+        {g.heads: g.name for g in structure.groups if g.heads is not None},
+        curves,
+    )

@@ -1,0 +1,140 @@
+"""The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+
+from exporters import check_parity, onnx_from_program, save_program, trace
+from optin_deploy import rundir
+from optin_deploy.account import account
+from optin_deploy.assembly import VARIANTS
+from optin_deploy.causes import told
+from optin_deploy.job import Job
+from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.parts import narrow_widths, own_flops, places
+from optin_deploy.progress import Advance, Stages, as_steps
+from optin_deploy.structure.describe import describe
+from profilers import LAYER_RUNTIMES, ProfileConfig, Variant, compare, layer_profile
+
+# Time limit of one layer profile; averages over a hundred runs move little after it.
+_LAYER_SECONDS = 5.0
+
+
+def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:
+    """ONNX files, parity and profile. Programs for the torch runtime live only as long as they are measured."""
+    recipe = job.recipe
+    with TemporaryDirectory(prefix="optin-deploy-") as temporary:
+        variants = {}
+        with stages.stage("export ONNX", 2) as advance:
+            for name, network in zip(VARIANTS, (job.network, small), strict=True):
+                program = Path(temporary) / f"{name}.pt2"
+                variants[name] = Variant(directory / f"{name}.onnx", program)
+                _export(network, variants[name].onnx, program, recipe.opset)
+                advance(1)
+        with stages.stage("check parity", 2) as advance:
+            parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
+        with stages.stage("measure", 1) as advance:
+            profile = rundir.kept_json(directory / "profile.json", lambda: _profile(job, variants, advance))
+        with stages.stage("profile layers", 1) as advance:
+            layers = rundir.kept_json(
+                directory / "layers.json",
+                lambda: _layers(job, small, variants, profile["measurements"], as_steps(advance)),
+            )
+    return {"parity": parity, "profile": profile, "layers": layers}
+
+
+def _export(network: Network, onnx: Path, program: Path, opset: int) -> None:
+    traced = trace(TensorOutputs(network.module, network.outputs), network.inputs, network.dynamic_axes)
+    save_program(traced, program)
+    if not onnx.is_file():
+        onnx_from_program(
+            traced, onnx, output_names=tuple(network.outputs), dynamic_axes=network.dynamic_axes, opset=opset
+        )
+
+
+def _parity(job: Job, small: Network, variants: Mapping[str, Variant], advance: Any) -> list[dict[str, Any]]:
+    rows = []
+    for name, network in zip(VARIANTS, (job.network, small), strict=True):
+        checked = check_parity(
+            TensorOutputs(network.module, network.outputs),
+            variants[name].onnx,
+            parity_batches(network, job.calibration.held_out),
+            tuple(network.outputs),
+            tolerance=job.recipe.parity_tolerance,
+        )
+        rows += [
+            {
+                "variant": name,
+                "output": p.output,
+                "max_abs_error": p.max_abs_error,
+                "max_abs_reference": p.max_abs_reference,
+                "tolerance": p.tolerance,
+                "passed": p.passed,
+            }
+            for p in checked
+        ]
+        advance(1)
+    return rows
+
+
+def parity_batches(network: Network, held_out: tuple[dict[str, Tensor], ...]) -> list[dict[str, Tensor]]:
+    """Inputs of several batch sizes, and lengths for text, out of those that the network was not calibrated on."""
+    batches = []
+    for count in (1, 3, 8):
+        batch = {name: t[:count] for name, t in held_out[0].items()}
+        valid = network.valid_tokens(batch)
+        length = int(valid.sum(1).max()) if valid is not None else 0
+        batches.append(
+            {name: t[:, :length] if name in network.sequence_inputs and length else t for name, t in batch.items()}
+        )
+    return batches
+
+
+def _profile(job: Job, variants: Mapping[str, Variant], advance: Any) -> dict[str, Any]:
+    recipe, tell = job.recipe, as_steps(advance)
+    config = ProfileConfig(
+        runtimes=recipe.measured_runtimes,
+        batch_sizes=recipe.measured_batch_sizes,
+        threads=recipe.threads,
+        seconds=recipe.profile_seconds,
+        seed=recipe.seed,
+    )
+    sample = {name: t[:1].numpy() for name, t in job.network.inputs.items()}
+    return compare(variants["dense"], variants["pruned"], sample, config, lambda done, _: tell(done)).to_dict()
+
+
+def _layers(
+    job: Job, small: Network, variants: Mapping[str, Variant], measurements: list[dict[str, Any]], progress: Advance
+) -> list[dict[str, Any]]:
+    """The account of where the time goes, for the case that each runtime is judged by."""
+    recipe, dense = job.recipe, job.network
+    where = places(dense.module, job.anatomy.structure)
+    flops = [own_flops(n.module, n.inputs, where) for n in (dense, small)]
+    widths = narrow_widths(describe(small.module, small.inputs))
+    sample = {name: t[:1].numpy() for name, t in dense.inputs.items()}
+    batch_size = recipe.headline_batch_size
+    cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
+    found = []
+    for number, measured in enumerate(cases):
+        files = [variants[name].file(measured["runtime"]) for name in VARIANTS]
+        profiles = [
+            layer_profile(
+                measured["runtime"],
+                file,
+                sample,
+                list(where),
+                batch_size=measured["batch_size"],
+                threads=recipe.threads,
+                seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
+                seed=recipe.seed,
+            )
+            for file in files
+            if file is not None
+        ]
+        p50s_ms = (measured["summary"]["dense"]["p50_ms"], measured["summary"]["pruned"]["p50_ms"])
+        found.append(told(account(profiles[0], profiles[1], flops[0], flops[1], where, p50s_ms), widths))
+        progress((number + 1) / len(cases))
+    return found

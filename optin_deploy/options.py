@@ -1,0 +1,151 @@
+"""The options that commands share, each written down once."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+MODEL, PRUNE, DATA, EXPORT, MEASURE = PANELS = (
+    "Model",
+    "Pruning",
+    "Calibration and evaluation",
+    "Export",
+    "Measuring",
+)
+
+
+def option(help_text: str, panel: str | None = None) -> Any:
+    """An option without a default of its own, on one of the `PANELS` or, with None, among the general ones."""
+    # Defaults stand in brackets, which are no markup.
+    return typer.Option(help=escape(help_text), rich_help_panel=panel, show_default=False)
+
+
+RecipeFile = Annotated[Path | None, option("YAML file with any of these options; the command line wins")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
+
+# Every option of a run but its budget: name -> type and help. What is not given is left to `Recipe`'s defaults.
+RUN_OPTIONS: dict[str, Any] = {
+    "model": Annotated[
+        str | None,
+        option(
+            "timm name (short forms work: deit_small), transformers id or directory, or a checkpoint of ours", MODEL
+        ),
+    ],
+    "runtime": Annotated[str | None, option("runtime that the latency is for [the first of --runtimes]", PRUNE)],
+    "batch_size": Annotated[
+        int | None, option("batch size that the latency is for [the first of --batch-sizes]", PRUNE)
+    ],
+    "table_seconds": Annotated[
+        float | None, option("time limit of measuring one type of block; tables are kept and used again [60]", PRUNE)
+    ],
+    "weights": Annotated[str | None, option("pretrained, random, or a .safetensors file [pretrained]", MODEL)],
+    "image_size": Annotated[
+        int | None, option("pixels, where a timm model should take another size than its own", MODEL)
+    ],
+    "sequence_length": Annotated[
+        int | None, option("tokens at which FLOPs are counted and speed is measured [128]", MODEL)
+    ],
+    "calibration": Annotated[
+        Path | None,
+        option("unlabelled samples: image folder, text file, CSV/TSV, .npz or .safetensors [built-in samples]", DATA),
+    ],
+    "calibration_column": Annotated[
+        str | None, option("text columns of a CSV/TSV, by name or number, comma-separated", DATA)
+    ],
+    "calibration_labels": Annotated[
+        str | None,
+        option("labels, for --criterion fisher: a column of a CSV/TSV, or `folders` for class folders", DATA),
+    ],
+    "calibration_samples": Annotated[int | None, option("how many samples to draw [128 images, 1024 texts]", DATA)],
+    "evaluate": Annotated[
+        Path | None,
+        option("labelled data: folder of class folders, or a CSV/TSV of text,label or first,second,score", DATA),
+    ],
+    "evaluate_columns": Annotated[str | None, option("these columns, by name or number, comma-separated", DATA)],
+    "criterion": Annotated[
+        str | None,
+        option("trajectory-obs, trajectory (OPTIN), fisher, magnitude or random [trajectory-obs]", PRUNE),
+    ],
+    "scorer": Annotated[
+        str | None,
+        option("of trajectory: sketch (neurons by random probes, heads exactly), exact or forward [sketch]", PRUNE),
+    ],
+    "probes": Annotated[int | None, option("random probes per calibration batch [4 for trajectory, else 1]", PRUNE)],
+    "task_weight": Annotated[float | None, option("weight of the task term beside the trajectory [1]", PRUNE)],
+    "align": Annotated[
+        str | None,
+        option("keep neurons in multiples of this; auto measures which are worth it [64, auto for a latency]", PRUNE),
+    ],
+    "narrow_heads": Annotated[
+        bool | None,
+        typer.Option(
+            "--narrow-heads/--no-narrow-heads",
+            help="let heads lose width, too [on for trajectory-obs]",
+            rich_help_panel=PRUNE,
+            show_default=False,
+        ),
+    ],
+    "rounds": Annotated[int | None, option("steps in which the budget is approached, scored anew each [1]", PRUNE)],
+    "compensate": Annotated[
+        bool | None,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="refit linear maps in closed form [on]",
+            rich_help_panel=PRUNE,
+            show_default=False,
+        ),
+    ],
+    "ridge": Annotated[
+        str | None, option("strength of the ridge in that refit; auto chooses it on held-out batches [auto]", PRUNE)
+    ],
+    "opset": Annotated[int | None, option("ONNX opset [20]", EXPORT)],
+    "parity_tolerance": Annotated[float | None, option("largest error of ONNX against torch [1e-4]", EXPORT)],
+    "runtimes": Annotated[
+        str | None,
+        option(
+            "ort-cpu, torch, torch-compile, ort-cuda, torch-cuda, torch-compile-cuda [ort-cpu,torch]",
+            MEASURE,
+        ),
+    ],
+    "batch_sizes": Annotated[str | None, option("comma-separated [1,8]", MEASURE)],
+    "threads": Annotated[int | None, option("CPU threads while measuring [all physical cores]", MEASURE)],
+    "profile_seconds": Annotated[float | None, option("time limit per runtime and batch size [10]", MEASURE)],
+    "device": Annotated[str | None, option("where to prune: auto, cpu or cuda [auto]", PRUNE)],
+    "seed": Annotated[int | None, option("one seed makes one result [0]", PRUNE)],
+}
+_LISTS = ("runtimes", "batch_sizes")
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` with `RUN_OPTIONS` beside its own options; those given come as its first argument, a mapping."""
+    own = list(inspect.signature(command).parameters.values())[1:]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in RUN_OPTIONS.items()
+    ]
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        options = {name: given.pop(name) for name in RUN_OPTIONS}
+        options = {name: value for name, value in options.items() if value is not None}
+        command(options | {name: listed(options[name]) for name in _LISTS if name in options}, **given)
+
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+    signature = inspect.Signature(sorted([*keywords, *shared], key=_panel))
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    return called
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Help shows panels in the order in which their first options come."""
+    panel = parameter.annotation.__metadata__[0].rich_help_panel
+    return PANELS.index(panel) if panel in PANELS else len(PANELS)

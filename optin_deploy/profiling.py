@@ -1,0 +1,210 @@
+"""One network measured as it is: its latency, the part of it that each kind of layer takes, and its latency tables."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+
+from optin_deploy.job import check_runtimes, target_of
+from optin_deploy.latency.budget import edges_of
+from optin_deploy.latency.measure import Target, export_network, measure_network
+from optin_deploy.latency.stacks import part_name
+from optin_deploy.models import load_network
+from optin_deploy.network import Network
+from optin_deploy.parts import PARTS, places
+from optin_deploy.progress import Advance, Stages, as_steps
+from optin_deploy.pruning import examine
+from optin_deploy.recipe import Recipe
+from profilers import LAYER_RUNTIMES, layer_profile, measure_files
+from profilers.layers import OTHER
+from profilers.statistics import Summary, summarise
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """A part of the network (attention, FFN, …) and what it takes of one run, in milliseconds."""
+
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class NetworkProfile:
+    """The latency of one network.
+
+    ``parts`` are scaled so that they sum to the median, with what no operator takes as "between operators"; none where
+    the runtime has no profile by layer.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    summary: Summary
+    parts: tuple[PartTime, ...]
+
+    @property
+    def throughput_per_s(self) -> float:
+        """Samples per second at the median latency."""
+        return 1000 * self.batch_size / self.summary.p50_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict whose keys are the attributes."""
+        return {**asdict(self), "throughput_per_s": self.throughput_per_s}
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """A size of a part of a block: milliseconds that the block takes with it, and whether a search takes it.
+
+    ``spread`` is half the middle half of its samples, relative to their median.
+    """
+
+    units: int
+    width: int | None
+    block_ms: float
+    of_dense: float
+    spread: float
+    edge: bool
+
+
+@dataclass(frozen=True)
+class PartTable:
+    """The sizes of one part of one type of block; ``blocks`` are how many of the network's are of that type."""
+
+    block: str
+    blocks: int
+    part: str
+    dense_block_ms: float
+    rows: tuple[SizeRow, ...]
+
+
+@dataclass(frozen=True)
+class TableView:
+    """The latency tables of a network: its dense latency, what is left with every unit removed, and every part's sizes.
+
+    ``dense_ms``, ``floor_ms`` are of now, the tables' own figures of when they were measured.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    dense_ms: float
+    floor_ms: float
+    cached: int
+    parts: tuple[PartTable, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict whose keys are the attributes."""
+        return asdict(self)
+
+
+def run_profile(recipe: Recipe, *, quiet: bool = False) -> NetworkProfile:
+    """Measure the network that ``recipe`` names, at its runtime and batch size.
+
+    Raises:
+        UserError: the network cannot be had, the runtime is not here, or nothing in the network is known by its parts.
+        ProfilingError: the runtime failed.
+    """
+    with Stages(Console(stderr=True), quiet=quiet) as stages:
+        network = _load(recipe, stages)
+        with stages.stage("measure") as advance:
+            return profile_network(network, target_of(recipe), recipe.profile_seconds, as_steps(advance))
+
+
+def run_tables(recipe: Recipe, *, quiet: bool = False) -> TableView:
+    """The latency tables of the network that ``recipe`` names, at its runtime and batch size; errors as above."""
+    with Stages(Console(stderr=True), quiet=quiet) as stages:
+        network = _load(recipe, stages)
+        with stages.stage("latency tables") as advance:
+            return network_tables(network, target_of(recipe), as_steps(advance))
+
+
+def _load(recipe: Recipe, stages: Stages) -> Network:
+    with stages.stage("load and check"):
+        check_runtimes(recipe)
+        return load_network(
+            recipe.model,
+            weights=recipe.weights,
+            image_size=recipe.image_size,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
+        )
+
+
+def profile_network(network: Network, target: Target, seconds: float, progress: Advance) -> NetworkProfile:
+    """Export and measure for ``seconds``, then profile by layer for at most as long again.
+
+    Raises:
+        UserError: nothing in the network is known by its parts.
+        ProfilingError: the runtime failed.
+    """
+    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    where = places(network.module, examine(network).structure)
+    with TemporaryDirectory(prefix="optin-profile-") as folder:
+        file = export_network(network, network.module, target, Path(folder, "network"))
+        samples = measure_files({"network": file}, sample, target.case(seconds), (), lambda part: progress(part / 2))
+        summary = summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
+        parts: dict[str, float] = {}
+        if target.runtime in LAYER_RUNTIMES:
+            layers = layer_profile(
+                target.runtime,
+                file,
+                sample,
+                list(where),
+                batch_size=target.batch_size,
+                threads=target.threads,
+                seconds=seconds,
+                seed=target.seed,
+                progress=lambda part: progress(0.5 + part / 2),
+            )
+            for row in layers.rows:
+                name = OTHER if row.module not in where else where[row.module].part
+                parts[name] = parts.get(name, 0.0) + row.ms
+            parts["between operators"] = layers.overhead_ms
+    factor = summary.p50_ms / sum(parts.values()) if parts else 1.0
+    order = [name for name in (*PARTS, OTHER, *parts) if name in parts]
+    times = tuple(PartTime(name, factor * parts[name]) for name in dict.fromkeys(order))
+    return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
+
+
+def network_tables(network: Network, target: Target, progress: Advance) -> TableView:
+    """The latency tables of a network, measured where the cache has none.
+
+    Raises:
+        UserError: the network has nothing to prune.
+        ProfilingError: the runtime failed, or a cached table is damaged.
+    """
+    structure = examine(network).structure
+    measured = measure_network(network, structure, target, progress)
+    edges = edges_of(structure, measured)
+    parts = []
+    for kind, table in zip(measured.types, measured.tables, strict=True):
+        for group in kind.groups[0]:
+            if group.kind == "width":
+                continue
+            name = part_name(kind.blocks[0], group)
+            rows = []
+            for row in sorted((r for r in table.rows if r.part == name), key=lambda r: (r.units, r.width or 0)):
+                ms = [value for turn in row.samples_ms for value in turn]
+                summary = summarise(ms)
+                block_ms = table.block_ms + (row.p50_ms - table.dense_ms) / table.depth
+                edge = group.name in edges and row.units in edges[group.name]
+                spread = _middle_half(ms) / summary.p50_ms / 2
+                rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, edge))
+            parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, tuple(rows)))
+    return TableView(
+        target.runtime,
+        target.batch_size,
+        target.threads,
+        measured.costs.total,
+        measured.costs.floor,
+        sum(measured.cached),
+        tuple(parts),
+    )
+
+
+def _middle_half(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[3 * (len(ordered) - 1) // 4] - ordered[(len(ordered) - 1) // 4]

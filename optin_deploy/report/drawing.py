@@ -1,0 +1,65 @@
+"""What the plots have in common: their style, and how they become SVG to be put inline into a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK = "#010203"
+"""Stands for currentColor, which matplotlib cannot write."""
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "optin-deploy",
+    "font.family": "sans-serif",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "grid.color": INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.6,
+}
+_WIDTH = 4.6
+"""Inches. A panel fills a phone's width at its own size, and two stand side by side on a desktop."""
+
+
+def panel(height: float) -> tuple[Figure, Axes]:
+    """A figure of the usual width and ``height`` inches, and its axes. Draw and save it under `STYLE`."""
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure without prologue and metadata, its ids made the page's only ones by the plot's name."""
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    text = buffer.getvalue()
+    prefix = re.sub(r"[^\w-]", "_", name)
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text.replace("<svg", f'<svg role="img" aria-label="{prefix}"', 1)
+    # A style element inside an SVG would restyle the whole page.
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'href="#', f'href="#{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text)
+    return re.sub(r"(font(?:-family)?:[^;\"]*?)'[^;\"]*", r"\1inherit", text)

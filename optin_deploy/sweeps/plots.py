@@ -1,0 +1,39 @@
+"""The fronts of a sweep as SVG, in the manner of ``report/plots.py``."""
+
+from __future__ import annotations
+
+import matplotlib
+
+from optin_deploy.report.drawing import INK, STYLE, panel, svg
+from optin_deploy.report.plots import DENSE, PRUNED
+from optin_deploy.sweeps import schema, wording
+
+
+def front(drawn: schema.Front, quality: schema.Quality) -> str:
+    """Quality over cost: intervals as bars, the front joined by a line, dominated points hollow; an SVG string."""
+    scale = 100 if quality.kind == "top1" else 1
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panel(3.0)
+        best = [point for point in drawn.points if not point.dominated]
+        axes.plot([p.cost.value for p in best], [p.quality * scale for p in best], color=INK, alpha=0.4, linewidth=1)
+        for point in drawn.points:
+            color, marker = (DENSE, "s") if point.network == schema.DENSE else (PRUNED, "o")
+            at = (point.cost.value, point.quality * scale)
+            axes.plot([point.cost.low, point.cost.high], [at[1]] * 2, color=color, alpha=0.5, linewidth=1.4)
+            axes.plot(
+                *at,
+                marker=marker,
+                markersize=6,
+                markeredgecolor=color,
+                markerfacecolor="none" if point.dominated else color,
+                gid=f"{point.network}-{wording.standing(point)}",
+            )
+            # Neighbours on and off the front keep their names apart.
+            beside = (4, 6) if point.dominated else (4, -11)
+            axes.annotate(point.network, at, beside, textcoords="offset points", fontsize=8)
+        axes.margins(x=0.16, y=0.14)
+        axes.set_xlabel("FLOPs, pruned ÷ dense" if drawn.cost == "flops" else "p50 latency, pruned ÷ dense")
+        axes.set_ylabel(f"{quality.name}, %" if quality.kind == "top1" else quality.name)
+        axes.set_title(wording.title(drawn))
+        axes.grid(True)
+        return svg(figure, f"front-{wording.title(drawn)}")

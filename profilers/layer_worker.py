@@ -1,0 +1,122 @@
+"""The isolated process that profiles one file by layer: `python -m profilers.layer_worker SPEC.json`.
+
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `file`, `modules` (dotted names), `feeds` (an
+`.npz` with one sample, leading dimension 1, arrays in the order of `inputs`), `inputs` (their names), `folder` (for
+files on the way), and `result`, the JSON file to write: `rows`, `total_ms`, `profiled_ms`. Progress and errors are told
+as by `profilers.worker`.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from .errors import ProfilingError
+from .interleave import WARM_UP_RUNS, Samples, interleave
+from .layers import OTHER
+from .operators import Operator, ProfiledRuns
+from .runners import open_runner
+from .runners.base import Feeds, first_line
+from .worker import load_feeds
+
+# A median over so many runs moves no more, and a profile of thousands of runs takes long to read.
+_RUNS = 100
+
+
+def main(arguments: list[str]) -> int:
+    """Profiles what the spec describes; the exit status."""
+    try:
+        spec = json.loads(Path(arguments[0]).read_text())
+        result = measure(spec)
+    except ProfilingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except Exception as error:  # whatever the runtimes raise must reach the parent as one line
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        return 1
+    Path(spec["result"]).write_text(json.dumps(result))
+    return 0
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs the file plainly and profiled, in turns, and returns what goes into the result file."""
+    if spec["runtime"] == "ort-cuda":
+        # Read when CUDA starts: ONNX Runtime's profiler times the host, which otherwise does not wait for the GPU.
+        os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
+    feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], spec["batch_size"])
+    profiled = _open_profiled(spec, feeds)
+    with open_runner(spec["runtime"], Path(spec["file"]), spec["threads"]) as runner:
+        variants = {"plain": runner.prepare(feeds), "profiled": profiled.run}
+        gc.collect()
+        gc.disable()
+        samples, _ = interleave(variants, _enough, spec["seconds"], spec["seed"], _print_progress)
+        gc.enable()
+    record = profiled.finish()
+    runs = typical(record.times_ms, skip=WARM_UP_RUNS)
+    times_ms = [fmean(times) for times in zip(*(record.times_ms[run] for run in runs), strict=True)]
+    return {
+        "rows": summed(record.operators, times_ms, spec["modules"]),
+        "total_ms": median(ms for turn in samples["plain"] for ms in turn),
+        "profiled_ms": fmean(record.whole_ms[run] for run in runs),
+    }
+
+
+def typical(times_ms: Sequence[Sequence[float]], skip: int) -> list[int]:
+    """Which runs to average over: past the first ``skip``, the middle half by their total.
+
+    An operator's median over all runs would not do: interruptions hit another operator in every run, and what is in
+    no median would be lost from the sum.
+
+    Args:
+        times_ms: runs × operators.
+    """
+    ordered = sorted(range(skip, len(times_ms)), key=lambda run: sum(times_ms[run]))
+    return ordered[len(ordered) // 4 : len(ordered) - len(ordered) // 4]
+
+
+def summed(operators: Sequence[Operator], times_ms: Sequence[float], modules: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows by module and operator type, in the order of ``operators``."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for operator, ms in zip(operators, times_ms, strict=True):
+        key = innermost(operator.path, modules), operator.type
+        row = rows.setdefault(key, {"module": key[0], "operator": key[1], "calls": 0, "ms": 0.0})
+        row["calls"] += 1
+        row["ms"] += ms
+    return list(rows.values())
+
+
+def innermost(path: str, modules: Sequence[str]) -> str:
+    """The innermost of the modules that ``path`` is in, the first part of which may be a wrapper; or `OTHER`."""
+    candidates = [path, path.partition(".")[2]]
+    inside = [name for name in modules if any(f"{place}.".startswith(f"{name}.") for place in candidates)]
+    return max(inside, key=len, default=OTHER)
+
+
+def _open_profiled(spec: dict[str, Any], feeds: Feeds) -> ProfiledRuns:
+    path, threads, folder = Path(spec["file"]), spec["threads"], Path(spec["folder"])
+    if spec["runtime"].startswith("ort"):
+        from .operators.onnxruntime import ProfiledSession
+
+        provider = "CUDAExecutionProvider" if spec["runtime"] == "ort-cuda" else "CPUExecutionProvider"
+        return ProfiledSession(path, provider, threads, feeds, folder)
+    from .operators.torch import ProfiledProgram
+
+    return ProfiledProgram(path, "cuda" if spec["runtime"] == "torch-cuda" else "cpu", threads, feeds)
+
+
+def _enough(samples: Samples) -> bool:
+    return sum(map(len, samples["profiled"])) >= _RUNS
+
+
+def _print_progress(fraction: float) -> None:
+    print(json.dumps({"progress": round(fraction, 3)}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

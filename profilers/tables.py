@@ -1,0 +1,161 @@
+"""Latency tables: what the sizes of one type of block cost in one runtime, measured once and kept in a cache."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ProfilingError
+
+# Counted up when what is measured, or how, changes: older tables are then not found.
+_LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One size of one part of the block, every other part dense.
+
+    Attributes:
+        part: name of the part within the block.
+        units: how many it keeps.
+        width: of each unit, for heads that can get narrower; None elsewhere.
+        samples_ms: latencies of the stack in milliseconds, rounds × repeats.
+    """
+
+    part: str
+    units: int
+    width: int | None
+    samples_ms: list[list[float]]
+
+    @property
+    def p50_ms(self) -> float:
+        """Median latency of the stack, in milliseconds."""
+        return median(value for turn in self.samples_ms for value in turn)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """All rows of one type of block, measured in one interleaved run as stacks of ``depth`` identical blocks.
+
+    ``setting`` is what the figures hold for: device, threads, runtime and versions, precision, batch size, the block
+    and its inputs. ``depths`` has the dense block's samples by stack depth: the difference of two depths is a block
+    without the fixed cost of a run.
+    """
+
+    setting: Mapping[str, Any]
+    depth: int
+    depths: Mapping[int, list[list[float]]]
+    rows: tuple[Row, ...]
+
+    @property
+    def block_ms(self) -> float:
+        """Latency of one dense block, by differencing the two depths, in milliseconds."""
+        (few, short), (many, tall) = sorted(
+            (depth, median(value for turn in turns for value in turn)) for depth, turns in self.depths.items()
+        )
+        return (tall - short) / (many - few)
+
+    @property
+    def dense_ms(self) -> float:
+        """Latency of the stack of ``depth`` dense blocks, in milliseconds."""
+        return median(value for turn in self.depths[self.depth] for value in turn)
+
+    def grid(self, part: str) -> tuple[list[int], list[int | None], NDArray[np.float64]]:
+        """Units, widths, and the milliseconds of one block at each pair, relative to the dense block, never falling
+        with size. Without any unit the width does not matter."""
+        rows = [row for row in self.rows if row.part == part]
+        units = sorted({row.units for row in rows})
+        widths = sorted({row.width for row in rows if row.units}, key=lambda width: width or 0)
+        found = {(row.units, row.width): (row.p50_ms - self.dense_ms) / self.depth for row in rows}
+        none = next(value for (n, _), value in found.items() if n == 0)
+        cells = np.array([[found[n, w] if n else none for w in widths] for n in units])
+        return units, widths, np.minimum(_rising(cells), 0.0)
+
+    def edges(self, part: str) -> list[int]:
+        """The staircase of a part, at full width: the largest size of every level of cost, 0 and all included."""
+        units, _, cells = self.grid(part)
+        cost = cells[:, -1]
+        last = [i for i in range(len(units)) if i + 1 == len(units) or cost[i + 1] > cost[i]]
+        return sorted({0, *(units[i] for i in last)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return {**asdict(self), "depths": {str(depth): turns for depth, turns in self.depths.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The table that `to_dict` wrote; KeyError or TypeError on anything else."""
+        rows = tuple(Row(**row) for row in data["rows"])
+        depths = {int(depth): turns for depth, turns in data["depths"].items()}
+        return cls(data["setting"], data["depth"], depths, rows)
+
+
+def rising(values: Sequence[float]) -> list[float]:
+    """The never falling sequence nearest to ``values`` in least squares: neighbours that fall share their mean."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = float(value), 1
+        while pools and pools[-1][0] >= mean:
+            before, more = pools.pop()
+            mean, count = (before * more + mean * count) / (more + count), more + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
+
+
+def _rising(cells: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Never falling along both axes; a few sweeps, each axis in turn, then what is left is lifted."""
+    for _ in range(8):
+        cells = np.array([rising(row) for row in cells])
+        cells = np.array([rising(column) for column in cells.T]).T
+    return np.maximum.accumulate(np.maximum.accumulate(cells, 0), 1)
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: ``optin-deploy/tables`` in the user's cache folder (``XDG_CACHE_HOME``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optin-deploy" / "tables"
+
+
+def table_file(setting: Mapping[str, Any]) -> Path:
+    """The file of the table with that setting, there or not."""
+    text = json.dumps({"layout": _LAYOUT, **setting}, sort_keys=True)
+    return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def read_table(setting: Mapping[str, Any]) -> LatencyTable | None:
+    """The cached table of that setting, None when there is none; ProfilingError when its file is damaged."""
+    path = table_file(setting)
+    if not path.is_file():
+        return None
+    try:
+        return LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProfilingError(f"the latency table {path} cannot be read: remove it to measure again") from error
+
+
+def cached_settings() -> list[dict[str, Any]]:
+    """The settings of all tables in the cache, the newest first; damaged files are left out."""
+    files = cache_folder().glob("*.json") if cache_folder().is_dir() else ()
+    found = []
+    for path in sorted(files, key=lambda path: -path.stat().st_mtime):
+        try:
+            found.append(dict(json.loads(path.read_text(encoding="utf-8"))["setting"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def save_table(table: LatencyTable) -> Path:
+    """Write the table into the cache, whole or not at all."""
+    path = table_file(table.setting)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(table.to_dict()), encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optin_deploy.latency.costs import Curve, LatencyCosts
+from optin_deploy.plan import Plan
+
+HEADS = Curve((0, 2, 4), (8, 16), np.array([[-2.0, -2.0], [-1.5, -1.0], [-0.5, 0.0]]))
+NEURONS = Curve((0, 64, 128), (None,), np.array([[-3.0], [-1.0], [0.0]]))
+UNITS = {"attn": 4, "width": 16, "mlp": 128}
+COSTS = LatencyCosts(10.0, UNITS, {"attn": "width"}, {"attn": HEADS, "mlp": NEURONS})
+
+
+def plan(heads: int, width: int, neurons: int) -> Plan:
+    return Plan({"attn": tuple(range(heads)), "width": tuple(range(width)), "mlp": tuple(range(neurons))})
+
+
+sizes = st.builds(plan, st.integers(0, 4), st.integers(1, 16), st.integers(0, 128))
+
+
+def test_between_measured_sizes_costs_are_linear() -> None:
+    assert NEURONS.at(32, None) == pytest.approx(-2.0)
+    assert HEADS.at(3, 16) == pytest.approx(-0.5)
+    assert HEADS.at(2, 12) == pytest.approx(-1.25)
+    assert HEADS.at(3, 12) == pytest.approx(-0.75)
+
+
+def test_narrower_than_measured_counts_as_the_narrowest() -> None:
+    assert HEADS.at(4, 1) == HEADS.at(4, 8) == pytest.approx(-0.5)
+
+
+def test_all_units_cost_the_dense_latency_and_none_the_floor() -> None:
+    assert COSTS.of(Plan({})) == COSTS.of(plan(4, 16, 128)) == pytest.approx(10.0)
+    assert COSTS.floor == COSTS.of(plan(0, 16, 0)) == pytest.approx(5.0)
+
+
+@given(sizes)
+def test_a_plan_costs_the_floor_and_its_options(found: Plan) -> None:
+    kept = {name: len(units) for name, units in found.kept.items()}
+    options = COSTS.option("attn", kept["attn"], kept["width"]) + COSTS.option("mlp", kept["mlp"], None)
+    assert COSTS.of(found) == pytest.approx(COSTS.floor + options)
+    assert min(COSTS.option("attn", kept["attn"], kept["width"]), COSTS.option("mlp", kept["mlp"], None)) >= -1e-12
+
+
+@given(sizes, st.floats(0.6, 1.6))
+def test_corrected_costs_agree_with_what_was_measured(found: Plan, factor: float) -> None:
+    saved = COSTS.total - COSTS.of(found)
+    measured_ms = COSTS.total - factor * saved
+    corrected = COSTS.corrected(found, measured_ms)
+    assert corrected.total == COSTS.total
+    if saved > 0.02 * COSTS.total:
+        assert corrected.of(found) == pytest.approx(measured_ms)
+    else:
+        assert corrected == COSTS
+
+
+def test_noise_cannot_turn_savings_around() -> None:
+    corrected = COSTS.corrected(plan(2, 8, 64), measured_ms=11.0)
+    assert corrected.floor < corrected.total
+    assert torch.isfinite(torch.tensor(corrected.floor))

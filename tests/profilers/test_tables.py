@@ -1,0 +1,95 @@
+from itertools import combinations_with_replacement, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from profilers import ProfilingError
+from profilers.tables import LatencyTable, Row, read_table, rising, save_table, table_file
+
+SETTING = {"runtime": "ort-cpu", "batch_size": 1}
+DEPTH = 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "optin-deploy" / "tables"
+
+
+def samples(ms: float) -> list[list[float]]:
+    """Three rounds around ``ms``, the last interrupted."""
+    return [[ms, ms], [ms - 0.1, ms + 0.1], [ms, 9 * ms]]
+
+
+def table(mlp: dict[int, float], attention: dict[tuple[int, int], float], fixed: float = 2.0) -> LatencyTable:
+    """What one block costs by the units of its parts; the dense block costs the most of each together."""
+    dense = max(mlp.values())
+    rows = [Row("mlp", n, None, samples(fixed + DEPTH * ms)) for n, ms in mlp.items()]
+    rows += [Row("attn", n, w, samples(fixed + DEPTH * ms)) for (n, w), ms in attention.items()]
+    depths = {1: samples(fixed + dense), DEPTH: samples(fixed + DEPTH * dense)}
+    return LatencyTable(SETTING, DEPTH, depths, tuple(rows))
+
+
+MLP = {0: 1.0, 64: 3.0, 80: 4.0, 96: 4.0, 128: 4.0}
+ATTENTION = {(0, 8): 2.0, (2, 4): 2.5, (2, 8): 3.0, (4, 4): 3.0, (4, 8): 4.0}
+
+
+def test_differencing_two_depths_leaves_the_fixed_cost_out() -> None:
+    assert table(MLP, ATTENTION, fixed=0.0).block_ms == pytest.approx(4.0)
+    assert table(MLP, ATTENTION, fixed=50.0).block_ms == pytest.approx(4.0)
+
+
+def test_the_grid_is_relative_to_the_dense_block() -> None:
+    units, widths, ms = table(MLP, ATTENTION).grid("mlp")
+    assert (units, widths) == ([0, 64, 80, 96, 128], [None])
+    np.testing.assert_allclose(ms[:, 0], [-3.0, -1.0, 0.0, 0.0, 0.0], atol=1e-9)
+
+
+def test_without_any_unit_the_width_does_not_matter() -> None:
+    units, widths, ms = table(MLP, ATTENTION).grid("attn")
+    assert (units, widths) == ([0, 2, 4], [4, 8])
+    np.testing.assert_allclose(ms, [[-2.0, -2.0], [-1.5, -1.0], [-1.0, 0.0]], atol=1e-9)
+
+
+def test_the_staircase_keeps_the_largest_size_of_every_level() -> None:
+    assert table(MLP, ATTENTION).edges("mlp") == [0, 64, 128]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=4))
+def test_rising_is_the_nearest_rising_sequence(values: list[int]) -> None:
+    found = rising(values)
+    assert all(a <= b + 1e-12 for a, b in pairwise(found))
+
+    def distance(other: tuple[float, ...] | list[float]) -> float:
+        return sum((a - b) ** 2 for a, b in zip(values, other, strict=True))
+
+    # Levels of the nearest are means of runs of values: all of those, in all rising orders.
+    means = {sum(values[i:j]) / (j - i) for i in range(len(values)) for j in range(i + 1, len(values) + 1)}
+    best = min(map(distance, combinations_with_replacement(sorted(means), len(values))))
+    assert distance(found) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_saved_table_is_read_again(cache: Path) -> None:
+    made = table(MLP, ATTENTION)
+    assert read_table(SETTING) is None
+    path = save_table(made)
+    assert path.parent == cache
+    assert read_table(SETTING) == made
+    assert read_table({**SETTING, "batch_size": 8}) is None
+    assert [p.name for p in cache.iterdir()] == [path.name]
+
+
+def test_the_order_of_a_setting_does_not_matter() -> None:
+    assert table_file({"a": 1, "b": 2}) == table_file({"b": 2, "a": 1})
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", '{"rows": [{"part": 1}], "depths": {}}'])
+def test_a_damaged_table_is_told(damage: str) -> None:
+    path = save_table(table(MLP, ATTENTION))
+    path.write_text(damage)
+    with pytest.raises(ProfilingError, match="remove it to measure again"):
+        read_table(SETTING)
