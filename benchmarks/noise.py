@@ -28,7 +28,7 @@ NAMES = ("dense", "dense again")
 
 @dataclass(frozen=True)
 class Run:
-    """One process: median(dense) ÷ median(dense again) with its interval, rounds made, and whether it had settled."""
+    """One process: dense ÷ dense again with its interval, rounds made, and whether it had settled."""
 
     batch_size: int
     ratio: Interval

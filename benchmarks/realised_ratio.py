@@ -56,7 +56,7 @@ class Row:
         flops: part of the dense FLOPs that is left.
         dense_p50_ms: median latency of the dense network in the same run.
         p50_ms: that of the pruned one.
-        speedup: median(dense) ÷ median(pruned) with its 95 % interval.
+        speedup: dense ÷ pruned with its 95 % interval.
         noise: the same of dense ÷ dense again.
         realised: speed-up ÷ factor by which the FLOPs fell.
         ours: of other methods, median(theirs) ÷ median(ours) in the same run: above 1 where ours is faster.

@@ -189,7 +189,7 @@ def network_tables(network: Network, target: Target, progress: Advance) -> Table
             for row in sorted((r for r in table.rows if r.part == name), key=lambda r: (r.units, r.width or 0)):
                 ms = [value for turn in row.samples_ms for value in turn]
                 summary = summarise(ms)
-                block_ms = table.block_ms + (row.p50_ms - table.dense_ms) / table.depth
+                block_ms = table.block_ms - table.saved_ms(row)
                 edge = group.name in edges and row.units in edges[group.name]
                 spread = _middle_half(ms) / summary.p50_ms / 2
                 rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, edge))

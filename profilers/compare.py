@@ -126,7 +126,7 @@ def _protocol(config: ProfileConfig, threads: int) -> dict[str, Any]:
         "input_transfer": "excluded: inputs are placed on the device beforehand, outputs stay on it",
         "latency": "wall time of one complete run, by time.perf_counter_ns",
         "interval": "bootstrap over whole rounds, paired across variants, 95%",
-        "speedup": "median(dense) / median(pruned)",
+        "speedup": "dense / pruned of every round's medians, interquartile mean of the logarithms over rounds",
         "warm_up_runs": interleave.WARM_UP_RUNS,
         "warm_up_seconds": interleave.WARM_UP_SECONDS,
         "turn_ms": interleave.TURN_MS,

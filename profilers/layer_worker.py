@@ -7,22 +7,19 @@ as by `profilers.worker`.
 """
 
 import gc
-import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from .errors import ProfilingError
 from .interleave import WARM_UP_RUNS, Samples, interleave
 from .layers import OTHER
 from .operators import Operator, ProfiledRuns
 from .runners import open_runner
-from .runners.base import Feeds, first_line
-from .worker import load_feeds
+from .runners.base import Feeds
+from .worker import answer, load_feeds, print_progress
 
 # A median over so many runs moves no more, and a profile of thousands of runs takes long to read.
 _RUNS = 100
@@ -30,18 +27,7 @@ _RUNS = 100
 
 def main(arguments: list[str]) -> int:
     """Profiles what the spec describes; the exit status."""
-    try:
-        spec = json.loads(Path(arguments[0]).read_text())
-        result = measure(spec)
-    except ProfilingError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except Exception as error:  # whatever the runtimes raise must reach the parent as one line
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {first_line(error)}", file=sys.stderr)
-        return 1
-    Path(spec["result"]).write_text(json.dumps(result))
-    return 0
+    return answer(arguments, measure)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +41,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         variants = {"plain": runner.prepare(feeds), "profiled": profiled.run}
         gc.collect()
         gc.disable()
-        samples, _ = interleave(variants, _enough, spec["seconds"], spec["seed"], _print_progress)
+        samples, _ = interleave(variants, _enough, spec["seconds"], spec["seed"], print_progress)
         gc.enable()
     record = profiled.finish()
     runs = typical(record.times_ms, skip=WARM_UP_RUNS)
@@ -112,10 +98,6 @@ def _open_profiled(spec: dict[str, Any], feeds: Feeds) -> ProfiledRuns:
 
 def _enough(samples: Samples) -> bool:
     return sum(map(len, samples["profiled"])) >= _RUNS
-
-
-def _print_progress(fraction: float) -> None:
-    print(json.dumps({"progress": round(fraction, 3)}), flush=True)
 
 
 if __name__ == "__main__":

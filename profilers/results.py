@@ -18,7 +18,7 @@ class Measurement:
         samples_ms: variant to its latencies in milliseconds, rounds × repeats.
         summary: variant to the summary of its latencies.
         throughput_per_s: variant to samples per second: batch size ÷ p50.
-        speedup: median(dense) ÷ median(pruned) with its 95% interval.
+        speedup: dense ÷ pruned, by `statistics.ratio_interval`, with its 95% interval.
         noise: the same of dense ÷ dense_again, which is 1 but for noise (the A/A run).
         significant: the speed-up's interval excludes 1, and the speed-up (or slow-down) is larger than the largest
             ratio that the A/A interval allows for the same file.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ProfilingError
+from .statistics import paired_ratio
 
 # Counted up when what is measured, or how, changes: older tables are then not found.
 _LAYOUT = 1
@@ -34,11 +35,6 @@ class Row:
     width: int | None
     samples_ms: list[list[float]]
 
-    @property
-    def p50_ms(self) -> float:
-        """Median latency of the stack, in milliseconds."""
-        return median(value for turn in self.samples_ms for value in turn)
-
 
 @dataclass(frozen=True)
 class LatencyTable:
@@ -57,15 +53,18 @@ class LatencyTable:
     @property
     def block_ms(self) -> float:
         """Latency of one dense block, by differencing the two depths, in milliseconds."""
-        (few, short), (many, tall) = sorted(
-            (depth, median(value for turn in turns for value in turn)) for depth, turns in self.depths.items()
-        )
-        return (tall - short) / (many - few)
+        few = min(self.depths)
+        short = paired_ratio(self.depths[few], self.depths[self.depth])
+        return self.dense_ms * (1 - short) / (self.depth - few)
 
     @property
     def dense_ms(self) -> float:
         """Latency of the stack of ``depth`` dense blocks, in milliseconds."""
         return median(value for turn in self.depths[self.depth] for value in turn)
+
+    def saved_ms(self, row: Row) -> float:
+        """What one block of that size takes less than a dense one, in milliseconds."""
+        return self.dense_ms * (1 - paired_ratio(row.samples_ms, self.depths[self.depth])) / self.depth
 
     def grid(self, part: str) -> tuple[list[int], list[int | None], NDArray[np.float64]]:
         """Units, widths, and the milliseconds of one block at each pair, relative to the dense block, never falling
@@ -73,7 +72,7 @@ class LatencyTable:
         rows = [row for row in self.rows if row.part == part]
         units = sorted({row.units for row in rows})
         widths = sorted({row.width for row in rows if row.units}, key=lambda width: width or 0)
-        found = {(row.units, row.width): (row.p50_ms - self.dense_ms) / self.depth for row in rows}
+        found = {(row.units, row.width): -self.saved_ms(row) for row in rows}
         none = next(value for (n, _), value in found.items() if n == 0)
         cells = np.array([[found[n, w] if n else none for w in widths] for n in units])
         return units, widths, np.minimum(_rising(cells), 0.0)

@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,11 @@ from .statistics import stable
 
 def main(arguments: list[str]) -> int:
     """Measures the case that the spec describes; the exit status."""
+    return answer(arguments, measure)
+
+
+def answer(arguments: list[str], measure: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Writes what ``measure`` gives for the spec file named first in ``arguments``; the exit status."""
     try:
         spec = json.loads(Path(arguments[0]).read_text())
         result = measure(spec)
@@ -56,7 +62,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         gc.disable()
         samples, converged = interleave(
-            runs, partial(_settled, spec["pairs"], spec["tolerance"]), spec["seconds"], spec["seed"], _print_progress
+            runs, partial(_settled, spec["pairs"], spec["tolerance"]), spec["seconds"], spec["seed"], print_progress
         )
     return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib()}
 
@@ -87,7 +93,8 @@ def _settled(pairs: list[list[str]], tolerance: float, samples: Samples) -> bool
     return bool(pairs) and all(stable(samples[first], samples[second], tolerance) for first, second in pairs)
 
 
-def _print_progress(fraction: float) -> None:
+def print_progress(fraction: float) -> None:
+    """Tells the parent how much is done, 0 to 1."""
     print(json.dumps({"progress": round(fraction, 3)}), flush=True)
 
 

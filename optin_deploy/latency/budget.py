@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from optin_deploy.search import Budget, candidate_sizes, check_budget, search_al
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
 from profilers import measure_files
+from profilers.statistics import paired_ratio
 
 MOST_ROUNDS = 3
 # A plan is taken when its network takes between these parts of the latency asked for; the search aims between them.
@@ -91,10 +91,7 @@ def meet(
             plan = search_all(structure, scores, [wanted, *others], align or 8, edges)
             files["pruned"] = export_network(dense, sliced(dense.module, structure, plan), target, folder / "pruned")
             found = measure_files(files, sample, target.case(_SECONDS), [("dense", "pruned")])
-            dense_ms, pruned_ms = (
-                median(value for turn in found.samples_ms[n] for value in turn) for n in ("dense", "pruned")
-            )
-            on_scale = costs.total * pruned_ms / dense_ms
+            on_scale = costs.total * paired_ratio(found.samples_ms["pruned"], found.samples_ms["dense"])
             flops = [b.costs.of(plan) / b.costs.total for b in others if b.what == "FLOPs"]
             tried.append((plan, Round(costs.of(plan), on_scale, flops[0] if flops else 0.0), costs))
             progress((number + 1) / MOST_ROUNDS)

@@ -19,6 +19,7 @@ from optin_deploy.latency.stacks import BlockType, block_types, part_name, stack
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.groups import Group, Structure
 from profilers import RUNTIMES, Case, environment, measure_each, measure_files
+from profilers.statistics import paired_ratio
 from profilers.tables import LatencyTable, Row, read_table, save_table
 
 _SHALLOW, _DEPTH = 1, 3
@@ -196,20 +197,17 @@ def _anchor(
     """
     file = export_network(network, network.module, target, folder / "network")
     sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
-    dense_ms, scales = [], []
+    dense_ms, scales = 0.0, []
     for number, (kind, table) in enumerate(zip(types, tables, strict=True)):
         stacked, inputs = _export_stack(network.module, structure, kind, {}, _DEPTH, target, folder / f"stack{number}")
         case = target.case(_ANCHOR_SECONDS / len(types))
         pairs = [("network", "stack")]
         samples = measure_each({"network": (file, sample), "stack": (stacked, inputs)}, case, pairs)
-        dense_ms.append(_p50(samples.samples_ms["network"]))
-        scales.append(_p50(samples.samples_ms["stack"]) / table.dense_ms)
-    # One scale: that of the first measurement of the network.
-    return dense_ms[0], [scale * dense_ms[0] / own for scale, own in zip(scales, dense_ms, strict=True)]
-
-
-def _p50(turns: list[list[float]]) -> float:
-    return median(value for turn in turns for value in turn)
+        network_ms, stack_ms = samples.samples_ms["network"], samples.samples_ms["stack"]
+        # One scale: that of the first measurement of the network.
+        dense_ms = dense_ms or median(value for turn in network_ms for value in turn)
+        scales.append(dense_ms * paired_ratio(stack_ms, network_ms) / table.dense_ms)
+    return dense_ms, scales
 
 
 def _setting(kind: BlockType, target: Target) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Throughput(_Value):
 class Measurement(_Value):
     """One runtime at one batch size, in the layout of `profilers.Measurement.to_dict()`.
 
-    `speedup` is median(dense) ÷ median(pruned), `noise` the same of dense ÷ dense again, and `significant` whether
+    `speedup` is dense ÷ pruned, see `profilers.statistics`, `noise` dense ÷ dense again, and `significant` whether
     the speed-up, or slow-down, stands out of that noise.
     """
 
