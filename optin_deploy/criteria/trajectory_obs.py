@@ -7,17 +7,9 @@ Optimal brain surgeon (Hassibi & Stork, 1993) with the trajectory loss as its me
     M = Σ g gᵀ          metric of the output, summed over positions and probes
     C = Σ |g|² (x − x̄)(x − x̄)ᵀ / Σ |g|²          covariance, positions weighted by how much they matter
 
-Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ), as if errors at
-different positions had nothing to do with each other. Those of one sample do: with a_p = (x_p − x̄)ᵀ W_uᵀ g_p at its
-position p, what unit u gives of the probe's derivative, the group's costs are multiplied by its coherence
-
-    κ = Σ_u Σ_samples (Σ_p a_p)² / Σ_u Σ_samples Σ_p a_p²
-
-which is 1 for errors that are independent, and the number of positions for errors that are all alike.
-
-Greedy elimination removes the cheapest units of a group, updates W and C⁻¹, and goes on until none is left. A unit's
-score is the running maximum of the costs at which units left, so one pass ranks all units, and scores compare across
-groups.
+Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ). Greedy elimination
+removes the cheapest units of a group, updates W and C⁻¹, and goes on until none is left. A unit's score is the running
+maximum of the costs at which units left, so one pass ranks all units, and scores compare across groups.
 
 Dimensions of heads (``rotation``) leave from the last to the first. To what the values lose, the same cost, is added
 what the attention's logits lose: the squared derivative of a probe for a mask on one dimension of all queries, summed
@@ -26,7 +18,7 @@ over samples.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,20 +44,11 @@ class Moments:
     """Sums over positions: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ; float64.
 
     ``queries`` are, for heads that can get narrower, the squared derivatives for each dimension, summed over samples.
-    ``whole`` and ``apart`` are, for all units together, the squares of what a unit gives of a probe's derivative, of
-    whole samples and of positions.
     """
 
     second: Tensor
     metric: Tensor
     queries: Tensor
-    whole: Tensor = field(default_factory=lambda: torch.zeros(()))
-    apart: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    @property
-    def coherence(self) -> float:
-        """How alike the errors at a sample's positions are, from 1 on: see above."""
-        return float(self.whole / self.apart) if float(self.apart) > 0 else 1.0
 
     def covariance(self) -> Tensor:
         """Weighted covariance of the activations, ``(features, features)``."""
@@ -122,9 +105,6 @@ def probe_moments(
                     g = valid_rows(channels_last(gradient, group.axis), trajectory.valid)
                     weights[group.name] = weights[group.name] + g.square().sum(1) / probes
                     _add(moments, group.name, "metric", (g.T @ g).double() / probes)
-                    whole, apart = _effects(network.module, group, given[group.name], g, trajectory)
-                    _add(moments, group.name, "whole", whole)
-                    _add(moments, group.name, "apart", apart)
                 advance(trajectory.size)
         with torch.no_grad():
             for group in groups:
@@ -161,25 +141,10 @@ def _rows(module: nn.Module, group: Group, x: Tensor, valid: Tensor | None) -> T
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
-@torch.no_grad()
-def _effects(
-    module: nn.Module, group: Group, given: Tensor, gradient: Tensor, trajectory: Trajectory
-) -> tuple[Tensor, Tensor]:
-    """`Moments.whole` and ``apart`` of one probe; ``gradient`` has a row for every position that counts."""
-    projection = module.get_submodule(group.output)
-    seen = design(projection, given)
-    sample = torch.arange(len(seen), device=seen.device)[:, None].expand(seen.shape[:2])[..., None]
-    x, sample = valid_rows(seen, trajectory.valid), valid_rows(sample, trajectory.valid)[:, 0]
-    effects = (x - x.mean(0)) * (gradient @ weight_matrix(projection))
-    units = effects.unflatten(1, (group.units, -1)).sum(2)
-    whole = units.new_zeros(len(seen), group.units).index_add_(0, sample, units)
-    return whole.double().square().sum(), units.double().square().sum()
-
-
 def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> None:
     if name not in moments:
         nothing = value.new_zeros(())
-        moments[name] = Moments(nothing, nothing, nothing, nothing, nothing)
+        moments[name] = Moments(nothing, nothing, nothing)
     setattr(moments[name], field, getattr(moments[name], field) + value)
 
 
@@ -198,11 +163,9 @@ def obs_scores(
         covariance = found.covariance()
         if group.kind == "width":
             order = torch.arange(group.units).flip(0)
-            values = _width_costs(weight, covariance, found.metric, group.units)
-            costs = found.coherence * values + found.queries.cpu().flip(0)
+            costs = _width_costs(weight, covariance, found.metric, group.units) + found.queries.cpu().flip(0)
         else:
             order, costs = eliminate(weight, covariance, found.metric, columns_per_unit(projection, group.width))
-            costs = found.coherence * costs
         # Those that left later score higher also where the running maximum stands still.
         ranked = costs.cummax(0).values.clamp_min(1e-300) * (1 + 1e-9 * torch.arange(len(costs), dtype=costs.dtype))
         score = torch.zeros(group.units, dtype=torch.float64)

@@ -85,11 +85,6 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
         handle.remove()
         x, y = seen
         metric, second = 0.0, 0.0
-        effects: dict[tuple[int, int], Tensor | float] = {}
-        rows = [seen_at(network, group, x, w) for w in np.ndindex(*y.movedim(group.axis, -1).shape[:-1])
-                if "attention_mask" not in batch or batch["attention_mask"][w]]  # fmt: skip
-        mean, apart = torch.stack(rows).mean(0), 0.0
-        weight = network.module.get_submodule(group.output).weight.detach().flatten(1)
         for where in np.ndindex(*y.movedim(group.axis, -1).shape[:-1]):
             if "attention_mask" in batch and not batch["attention_mask"][where]:
                 continue
@@ -98,14 +93,9 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
                 g = gradient_at(network, structure, batch, group, where, draw)
                 metric = metric + g.outer(g) / probes
                 second = second + g.square().sum() * row.outer(row) / probes
-                effect = ((row[:-1] - mean) * (g @ weight)).reshape(group.units, -1).sum(1)
-                effects[where[0], draw] = effects.get((where[0], draw), 0.0) + effect
-                apart = apart + effect.square().sum()
         assert float(metric.trace()) > 0
         torch.testing.assert_close(given[group.name].metric, metric, rtol=1e-9, atol=1e-9 * float(metric.abs().max()))
         torch.testing.assert_close(given[group.name].second, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
-        whole = sum(effect.square().sum() for effect in effects.values())
-        assert given[group.name].coherence == pytest.approx(float(whole / apart), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
@@ -118,7 +108,6 @@ def test_batches_in_chunks_sum(name: str) -> None:
     pieces = [{n: t[:2] for n, t in batch.items()}, {n: t[2:] for n, t in batch.items()}]
     parts = [probe_moments(network, structure, [p], seed=SEED + i, **arguments) for i, p in enumerate(pieces)]
     for name_, moments in given.items():
-        # What is centred is centred chunk by chunk.
         for field in ("metric", "second"):
             torch.testing.assert_close(getattr(moments, field), sum(getattr(p[name_], field) for p in parts))
 
@@ -296,7 +285,7 @@ def test_scores_of_any_network(name: str) -> None:
         assert given.dtype == torch.float64
         assert bool((given[order].diff() > 0).all())
         highest = np.maximum.accumulate(costs.numpy())
-        np.testing.assert_allclose(given[order], found.coherence * highest, rtol=1e-6)
+        np.testing.assert_allclose(given[order], highest, rtol=1e-6)
 
 
 def test_units_that_cost_nothing_keep_their_order() -> None:
@@ -333,7 +322,7 @@ def test_content_of_padding_does_not_matter(name: str) -> None:
         factors = dict.fromkeys(network.outputs, 1.0)
         found.append(probe_moments(network, structure, [batch], probes=2, factors=factors, seed=0))
     for group, moments in found[0].items():
-        for field in ("metric", "second", "whole", "apart"):
+        for field in ("metric", "second"):
             expected = getattr(moments, field)
             given = getattr(found[1][group], field)
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

@@ -1,11 +1,14 @@
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optin_deploy.latency.costs import Curve, LatencyCosts
+from optin_deploy.latency.costs import Curve, LatencyCosts, latency_costs
+from optin_deploy.latency.stacks import block_types
 from optin_deploy.plan import Plan
+from profilers.tables import LatencyTable, Row
 
 HEADS = Curve((0, 2, 4), (8, 16), np.array([[-2.0, -2.0], [-1.5, -1.0], [-0.5, 0.0]]))
 NEURONS = Curve((0, 64, 128), (None,), np.array([[-3.0], [-1.0], [0.0]]))
@@ -60,3 +63,19 @@ def test_noise_cannot_turn_savings_around() -> None:
     corrected = COSTS.corrected(plan(2, 8, 64), measured_ms=11.0)
     assert corrected.floor < corrected.total
     assert torch.isfinite(torch.tensor(corrected.floor))
+
+
+@pytest.mark.parametrize(("dense_ms", "scale", "expected"), [(10.0, 1.0, 7.0), (10.0, 2.0, 4.0), (1.0, 1.0, 0.01)])
+def test_costs_of_a_network_from_its_tables(dense_ms: float, scale: float, expected: float) -> None:
+    network, structure = tiny.network("distilbert"), tiny.structure("distilbert").without_widths()
+    (kind,) = block_types(network.module, structure, network.inputs)
+    times = {"attention": {0: 3.0, 2: 4.5, 4: 6.0}, "ffn": {0: 4.5, 12: 6.0, 24: 6.0}}
+    rows = [Row(part, n, None, [[ms], [ms]]) for part, sizes in times.items() for n, ms in sizes.items()]
+    table = LatencyTable({}, 3, {1: [[2.0], [2.0]], 3: [[6.0], [6.0]]}, tuple(rows))
+    assert kind.parts == tuple(times)
+    costs = latency_costs(structure, [(kind, table)], dense_ms, [scale])
+    # Two blocks, each 1 ms less without its attention and 0.5 ms less without its FFN.
+    assert costs.total == dense_ms
+    assert costs.floor == pytest.approx(expected)
+    half = Plan({g.name: tuple(range(g.units // 2)) for g in structure.groups if g.kind == "neuron"})
+    assert costs.of(half) == pytest.approx(dense_ms)
