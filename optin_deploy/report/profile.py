@@ -14,19 +14,21 @@ from optin_deploy.report import numbers, wording
 def profile_view(name: str, profile: NetworkProfile) -> Group:
     """Latency, throughput, and where the time goes."""
     summary = profile.summary
-    head = _table(f"{name}: {_where(profile)}")
+    title = Text(f"{name}: {_where(profile)}", style="bold")
+    head = _table()
     for column in ("p50 ms", "p90 ms", "p99 ms", "samples/s", "runs"):
         head.add_column(column, justify="right")
     latencies = (numbers.milliseconds(ms) for ms in (summary.p50_ms, summary.p90_ms, summary.p99_ms))
     head.add_row(*latencies, numbers.per_second(profile.throughput_per_s), str(summary.count))
     if not profile.parts:
-        return Group(head, Text(f"{wording.runtime_name(profile.runtime)} has no profile by layer.", style="dim"))
-    parts = _table("\nwhere the time goes")
+        note = f"{wording.runtime_name(profile.runtime)} has no profile by layer."
+        return Group(title, head, Text(note, style="dim"))
+    parts = _table()
     for column in ("part", "ms", "share"):
         parts.add_column(column, justify="left" if column == "part" else "right")
     for part in profile.parts:
         parts.add_row(part.name, numbers.milliseconds(part.ms), numbers.percent(part.ms / summary.p50_ms))
-    return Group(head, parts)
+    return Group(title, head, Text("\nwhere the time goes", style="bold"), parts)
 
 
 def table_view(name: str, view: TableView) -> Group:
@@ -43,7 +45,7 @@ def cache_view(settings: Sequence[Mapping[str, Any]], folder: str) -> Renderable
     """The tables that are kept, a line each."""
     if not settings:
         return Text(f"no latency tables in {folder}: --model measures those of a network")
-    table = _table(f"latency tables in {folder}")
+    table = _table()
     for column in ("runtime", "batch", "threads", "block", "input", "device", "versions"):
         table.add_column(column, justify="right" if column in ("batch", "threads") else "left", overflow="fold")
     for setting in settings:
@@ -52,12 +54,13 @@ def cache_view(settings: Sequence[Mapping[str, Any]], folder: str) -> Renderable
         shape = " × ".join(str(n) for n in block["inputs"][0][1:])
         sizes = (str(setting["batch_size"]), str(setting["threads"]))
         table.add_row(setting["runtime"], *sizes, block["class"], shape, setting["device"], versions)
-    return table
+    return Group(Text(f"latency tables in {folder}", style="bold"), table)
 
 
-def _part(part: PartTable) -> Table:
+def _part(part: PartTable) -> Group:
     times = f" × {part.blocks}" if part.blocks > 1 else ""
-    made = _table(f"\n{part.part} of {part.block}{times}: dense block {numbers.milliseconds(part.dense_block_ms)} ms")
+    title = f"\n{part.part} of {part.block}{times}: dense block {numbers.milliseconds(part.dense_block_ms)} ms"
+    made = _table()
     wide = any(row.width is not None for row in part.rows)
     for column in ("units", *(["width"] if wide else []), "block ms", "of dense", "spread", ""):
         made.add_column(column, justify="right" if column else "left")
@@ -65,7 +68,7 @@ def _part(part: PartTable) -> Table:
         width = [str(row.width) if row.units else "–"] if wide else []
         figures = (numbers.milliseconds(row.block_ms), f"{row.of_dense:.3f}", f"±{100 * row.spread:.1f} %")
         made.add_row(str(row.units), *width, *figures, "edge" if row.edge else "")
-    return made
+    return Group(Text(title, style="bold"), made)
 
 
 def _where(of: NetworkProfile | TableView) -> str:
@@ -73,5 +76,6 @@ def _where(of: NetworkProfile | TableView) -> str:
     return f"{wording.runtime_name(of.runtime)}, batch {of.batch_size}, {threads}"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
+def _table() -> Table:
+    # A table's own title would be folded to the width of the table.
+    return Table(header_style="dim", box=None, pad_edge=False)

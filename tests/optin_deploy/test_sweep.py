@@ -69,11 +69,11 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def measured(speedup: float, noise: float = 0.01) -> dict[str, Any]:
     """What profilers hands over for a pruned network that is so much faster."""
-    wave = [[1 + noise * math.sin(7 * i + j) for j in range(3)] for i in range(40)]
+    wave, other = ([[1 + noise * math.sin(s * i + j) for j in range(3)] for i in range(40)] for s in (7, 5))
     samples = {
         "dense": [[10 * w for w in row] for row in wave],
         "dense_again": [[10 * w for w in reversed(row)] for row in wave],
-        "pruned": [[10 * w / speedup for w in row] for row in wave],
+        "pruned": [[10 * w / speedup for w in row] for row in other],
     }
     return Measurement.from_samples("ort-cpu", 1, samples, True, 100.0).to_dict()
 
@@ -403,7 +403,8 @@ def test_the_terminal_text(runs: dict[str, Report]) -> None:
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"flops-0\.7 +0\.69\d +80\.00 +dominated", text)
-    assert re.search(r"ONNX Runtime, batch 1 +flops-0\.[67] +0\.77 \[0\.\d\d–0\.\d\d\]", text)
+    fastest = min(1 / runs[name].profile[0].speedup.value for name in ("flops-0.6", "flops-0.7"))
+    assert re.search(rf"ONNX Runtime, batch 1 +flops-0\.[67] +{fastest:.2f} \[0\.\d\d–0\.\d\d\]", text)
     assert "Judged by accuracy on dev.csv." in text
 
 
