@@ -74,7 +74,7 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
             files[align] = export_network(dense, small, target, Path(name, align))
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", align) for align in plans]
-        samples = measure_files(files, sample, target.case(given.seconds), pairs).samples_ms
+        samples = measure_files(files, sample, target.case(given.seconds, files.values()), pairs).samples_ms
     best = kept_score(plans["1"], scores)
     return [
         Row(model, given.runtime, size, align, anatomy.costs.of(plan) / anatomy.costs.total,

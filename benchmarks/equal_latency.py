@@ -59,7 +59,7 @@ def latencies(
         files = {name: export_network(dense, module, target, Path(folder, name)) for name, module in modules.items()}
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", name) for name in modules if name != "dense"]
-        return dict(measure_files(files, sample, target.case(seconds), pairs).samples_ms)
+        return dict(measure_files(files, sample, target.case(seconds, files.values()), pairs).samples_ms)
 
 
 def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:

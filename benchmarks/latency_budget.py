@@ -106,7 +106,7 @@ def run(
         files = {"dense": file, "dense again": file, "pruned": export_network(dense, small, target, Path(folder, "p"))}
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", "pruned"), ("dense", "dense again")]
-        samples = measure_files(files, sample, target.case(seconds), pairs).samples_ms
+        samples = measure_files(files, sample, target.case(seconds, files.values()), pairs).samples_ms
     return Row(
         model=model,
         runtime=target.runtime,

@@ -8,7 +8,7 @@ of ``prune-export`` does. With intervals that say what they promise, 19 of 20 co
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ from realised_ratio import export, load
 from rich.console import Console
 from rich.table import Table
 
-from profilers.isolated import Case, measure_files
+from profilers.isolated import Case, loads_for, measure_files
 from profilers.statistics import Interval, ratio_interval
 
 MODEL, RUNTIME = "deit_tiny", "ort-cpu"
@@ -38,6 +38,7 @@ class Run:
 
 def run(file: Path, sample: dict[str, Any], case: Case) -> Run:
     """Measure ``file`` against itself, until the ratio has settled or time is up, in a new process."""
+    case = replace(case, loads=loads_for(RUNTIME, [file] * len(NAMES)))
     result = measure_files(dict.fromkeys(NAMES, file), sample, case, [NAMES])
     first, second = (result.samples_ms[name] for name in NAMES)
     return Run(case.batch_size, ratio_interval(first, second), len(first), result.converged)

@@ -1,11 +1,18 @@
-"""How long scores, search and repair take at half of the FLOPs, with the default settings.
+"""How long scores, search and repair take at half of the FLOPs with the default settings, and how much memory.
 
     python benchmarks/pruning_time.py --data-root ../shared/data
 
-Writes ``results/DEVICE/pruning-time.json``: seconds per step, of MiniLM on sentences and of deit_small on photographs.
+Every network is pruned in a process of its own: MiniLM on sentences, deit_small on photographs. Memory is the peak of
+what the process has resident beyond the loaded network and calibration data, relative to that of inference on one
+calibration batch. Linux only. Writes ``results/DEVICE/pruning-time.json``.
 """
 
-from itertools import pairwise
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,32 +28,85 @@ from optin_deploy.search import search
 FLOPS = 0.5
 
 
-def main() -> None:
-    """Prune both networks once, print and write the seconds."""
-    given = common.parser(__doc__ or "").parse_args()
+@dataclass(frozen=True)
+class Step:
+    """One step: its duration, and the peak of its memory beyond what was resident before the first."""
+
+    name: str
+    seconds: float
+    peak_mib: float
+
+
+def resident_mib(field: str) -> float:
+    """``VmRSS``, what is resident now, or ``VmHWM``, its peak since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def forget_peak() -> None:
+    """Let ``VmHWM`` start again."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Prune one network once."""
     torch.set_num_threads(given.threads)
-    data, rows = given.data_root, []
-    cases: tuple[tuple[str, str, dict[str, Any]], ...] = (
-        ("MiniLM", "pretrained", {"path": data / "stsb" / "train.csv", "column": "1,2"}),
-        ("deit_small", "random", {"path": data / "photos"}),
+    sentences = {"path": given.data_root / "stsb" / "train.csv", "column": "1,2"}
+    own: dict[str, Any] = sentences if name == "MiniLM" else {"path": given.data_root / "photos"}
+    weights = "pretrained" if name == "MiniLM" else "random"
+    network = load_network(common.minilm_directory() if name == "MiniLM" else name, weights=weights)
+    calibration = load_calibration(network, **own)
+    anatomy, batches = examine(network), calibration.batches
+    structure, before = anatomy.structure, resident_mib("VmRSS")
+    steps: list[Step] = []
+
+    def step(what: str, work: Callable[[], Any]) -> Any:
+        forget_peak()
+        start = perf_counter()
+        result = work()
+        steps.append(Step(what, perf_counter() - start, resident_mib("VmHWM") - before))
+        return result
+
+    with torch.inference_mode():
+        step(
+            "inference", lambda: network.forward(max(batches, key=lambda batch: max(map(torch.numel, batch.values()))))
+        )
+    dense = step("turn", lambda: in_principal_bases(network, structure, batches))
+    scores = step("score", lambda: score(dense, structure, anatomy.costs, batches))
+    plan = step("search", lambda: search(structure, scores, anatomy.costs, FLOPS, align=64))
+    step("repair", lambda: remove(dense, structure, plan, batches, "auto"))
+    return {
+        "network": name,
+        "samples": calibration.samples,
+        "threads": given.threads,
+        "steps": [asdict(s) for s in steps],
+    }
+
+
+def told(row: dict[str, Any]) -> str:
+    """One line."""
+    inference, *steps = row["steps"]
+    parts = ", ".join(
+        f"{s['name']} {s['seconds']:.1f} s, {s['peak_mib'] / inference['peak_mib']:.1f} × inference's memory"
+        for s in steps
     )
-    for name, weights, calibrated in cases:
-        network = load_network(common.minilm_directory() if name == "MiniLM" else name, weights=weights)
-        calibration = load_calibration(network, **calibrated)
-        anatomy, batches = examine(network), calibration.batches
-        times = [perf_counter()]
-        dense = in_principal_bases(network, anatomy.structure, batches)
-        scores = score(dense, anatomy.structure, anatomy.costs, batches)
-        times.append(perf_counter())
-        plan = search(anatomy.structure, scores, anatomy.costs, FLOPS, align=64)
-        times.append(perf_counter())
-        remove(dense, anatomy.structure, plan, batches, "auto")
-        times.append(perf_counter())
-        spent = [after - before for before, after in pairwise(times)]
-        steps = dict(zip(("score", "search", "repair"), spent, strict=True))
-        rows.append({"network": name, "samples": calibration.samples, "threads": given.threads, "seconds": steps})
-        told = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in steps.items())
-        print(f"{name}, {calibration.samples} samples: {told}, together {times[-1] - times[0]:.1f} s", flush=True)
+    seconds = sum(s["seconds"] for s in steps)
+    return (
+        f"{row['network']}, {row['samples']} samples: {parts}; together {seconds:.1f} s; inference "
+        f"{inference['peak_mib']:.0f} MiB"
+    )
+
+
+def main() -> None:
+    """Prune the networks once each, print and write the figures."""
+    arguments = common.parser(__doc__ or "")
+    arguments.add_argument("--models", default="MiniLM,deit_small", help="comma-separated")
+    given = arguments.parse_args()
+    rows = []
+    for name in given.models.split(","):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            rows.append(pool.submit(run, name, given).result())
+        print(told(rows[-1]), flush=True)
     print(f"written to {common.write_results('pruning-time', rows)}")
 
 

@@ -14,7 +14,7 @@ they are measured again. ``--table`` only prints what is there, ``--markdown`` p
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +32,7 @@ from optin_deploy.costs import count_flops
 from optin_deploy.measuring import parity_batches
 from optin_deploy.network import TensorOutputs
 from profilers import RUNTIMES
-from profilers.isolated import Case, measure_files
+from profilers.isolated import Case, loads_for, measure_files
 from profilers.statistics import Interval, ratio_interval, summarise
 
 FLOPS = 0.5
@@ -138,6 +138,7 @@ def measure(
     suffix = ".onnx" if RUNTIMES[case.runtime] == "onnx" else ".pt2"
     stems = {"dense": dense, "dense again": dense, **{name: stem for name, (stem, _) in pruned.items()}}
     files = {name: stem.with_suffix(suffix) for name, stem in stems.items()}
+    case = replace(case, loads=loads_for(case.runtime, files.values()))
     result = measure_files(files, dict(sample), case, [("dense", name) for name in files if name != "dense"])
     samples = result.samples_ms
     noise = ratio_interval(samples["dense"], samples["dense again"])

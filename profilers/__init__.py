@@ -7,7 +7,7 @@ neither torch nor onnxruntime.
 from .compare import ProfileConfig, Variant, compare
 from .environment import environment, usable_cores
 from .errors import MissingPackageError, ProfilingError
-from .isolated import Case, measure_each, measure_files
+from .isolated import Case, loads_for, measure_each, measure_files
 from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
 from .runners import RUNTIMES, open_runner
@@ -29,6 +29,7 @@ __all__ = [
     "compare",
     "environment",
     "layer_profile",
+    "loads_for",
     "measure_each",
     "measure_files",
     "open_runner",

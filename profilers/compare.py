@@ -9,7 +9,7 @@ from typing import Any
 from . import interleave
 from .environment import environment, usable_cores
 from .errors import ProfilingError
-from .isolated import Case, check_sample, measure_files
+from .isolated import MOST_LOADS, Case, check_sample, loads_for, measure_files
 from .results import Comparison, Measurement
 from .runners import RUNTIMES
 from .runners.base import Feeds
@@ -89,11 +89,12 @@ def compare(
     threads = config.threads or usable_cores().physical
     cases = [(runtime, batch_size) for runtime in config.runtimes for batch_size in config.batch_sizes]
     measurements = []
-    # The dense file is loaded twice: by how much it differs from itself is the noise floor.
+    # The dense file is measured twice: by how much it differs from itself is the noise floor.
     variants = {"dense": dense, "dense_again": dense, "pruned": pruned}
     for index, (runtime, batch_size) in enumerate(cases):
-        case = Case(runtime, batch_size, threads, config.seconds, config.seed)
         files = {name: file for name, variant in variants.items() if (file := variant.file(runtime)) is not None}
+        loads = loads_for(runtime, files.values())
+        case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads)
         report = partial(_report, progress, index, len(cases), case.name)
         result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
         measurements.append(Measurement.from_samples(runtime, batch_size, *result, seed=config.seed))
@@ -122,7 +123,7 @@ def _protocol(config: ProfileConfig, threads: int) -> dict[str, Any]:
     return {
         "isolation": "each runtime and batch size in a process of its own",
         "interleaving": "dense, dense again and pruned take turns in rounds, in an order shuffled every round",
-        "noise": "A/A: the dense file loaded twice and measured against itself in the same rounds",
+        "noise": "A/A: the dense file loaded once more and measured against itself in the same rounds",
         "input_transfer": "excluded: inputs are placed on the device beforehand, outputs stay on it",
         "latency": "wall time of one complete run, by time.perf_counter_ns",
         "interval": "bootstrap over whole rounds, paired across variants, 95%",
@@ -131,6 +132,8 @@ def _protocol(config: ProfileConfig, threads: int) -> dict[str, Any]:
         "warm_up_seconds": interleave.WARM_UP_SECONDS,
         "turn_ms": interleave.TURN_MS,
         "uncounted_runs_per_turn": 1,
+        "uncounted_below_ms": interleave.WARMED_MS,
+        "loads_at_most": MOST_LOADS,
         "tolerance": TOLERANCE,
         "min_rounds_to_converge": STABLE_ROUNDS,
         "threads": threads,

@@ -1,7 +1,7 @@
 """The measuring loop: several variants in turns, round after round, until the figures settle or the time is up."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import numpy as np
@@ -10,6 +10,8 @@ WARM_UP_RUNS = 3
 WARM_UP_SECONDS = 0.3
 # Long enough that the turn's beginning does not matter, short enough that a slow phase hits several variants.
 TURN_MS = 40.0
+# Slower runs take so long that what the run before has left in the caches does not matter.
+WARMED_MS = 200.0
 # Bounds the samples kept of a model that takes microseconds.
 MOST_REPEATS = 100
 # Below this no interval can be told: kept even when it takes longer than the time limit.
@@ -20,7 +22,7 @@ Samples = dict[str, list[list[float]]]
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], None]],
+    variants: Mapping[str, Sequence[Callable[[], None]]],
     settled: Callable[[Samples], bool],
     seconds: float,
     seed: int,
@@ -30,12 +32,13 @@ def interleave(
     """Warms the variants up, then times them in rounds.
 
     In each round every variant has one turn of so many runs as take about `TURN_MS` (at least one, at most
-    `MOST_REPEATS`), in an order shuffled anew, so that no variant always follows the same one. A turn of several
-    runs begins with one that is not counted: it fetches the weights back into the caches and lets the previous
-    variant's threads go to sleep.
+    `MOST_REPEATS`), in an order shuffled anew, so that no variant always follows the same one. A turn begins with a
+    run that is not counted, if it takes less than `WARMED_MS`: it fetches the weights back into the caches and lets
+    the previous variant's threads go to sleep.
 
     Args:
-        variants: name to a callable that makes one run.
+        variants: name to callables that make one run, one for each time that the variant is loaded; they take its
+            turns one after the other. Where in memory a network happens to lie makes it a percent faster or slower.
         settled: asked now and then whether the samples so far are enough.
         seconds: time limit of the rounds; warm-up comes on top. `FEWEST_ROUNDS` are made whatever the limit.
         seed: of the order of turns.
@@ -45,17 +48,21 @@ def interleave(
     Returns:
         The samples, and whether `settled` held when the rounds ended.
     """
-    repeats = {name: _repeats(_warm_up_ms(run, clock_ns)) for name, run in variants.items()}
+    latency_ms = {
+        name: median(_warm_up_ms(run, WARM_UP_SECONDS / len(runs), clock_ns) for run in runs)
+        for name, runs in variants.items()
+    }
     samples: Samples = {name: [] for name in variants}
     names = list(variants)
     order = np.random.default_rng(seed)
     start_ns = clock_ns()
-    next_check = FEWEST_ROUNDS
+    rounds, next_check = 0, FEWEST_ROUNDS
     while True:
         for index in order.permutation(len(names)):
             name = names[index]
-            samples[name].append(_turn_ms(variants[name], repeats[name], clock_ns))
-        rounds = len(samples[names[0]])
+            runs = variants[name]
+            samples[name].append(_turn_ms(runs[rounds % len(runs)], latency_ms[name], clock_ns))
+        rounds += 1
         elapsed = (clock_ns() - start_ns) / 1e9
         progress(min(1.0, elapsed / seconds))
         late = elapsed >= seconds and rounds >= FEWEST_ROUNDS
@@ -68,12 +75,12 @@ def interleave(
             next_check = rounds + max(1, rounds // 8)
 
 
-def _warm_up_ms(run: Callable[[], None], clock_ns: Callable[[], int]) -> float:
+def _warm_up_ms(run: Callable[[], None], seconds: float, clock_ns: Callable[[], int]) -> float:
     """Runs until caches, thread pools and clocks are warm; the typical latency of the later half in milliseconds."""
     times_ms: list[float] = []
-    end_ns = clock_ns() + WARM_UP_SECONDS * 1e9
+    end_ns = clock_ns() + seconds * 1e9
     while len(times_ms) < WARM_UP_RUNS or clock_ns() < end_ns:
-        times_ms += _turn_ms(run, 1, clock_ns)
+        times_ms.append(_run_ms(run, clock_ns))
     return median(times_ms[len(times_ms) // 2 :])
 
 
@@ -82,12 +89,13 @@ def _repeats(latency_ms: float) -> int:
     return max(1, min(MOST_REPEATS, round(TURN_MS / max(latency_ms, 1e-6))))
 
 
-def _turn_ms(run: Callable[[], None], repeats: int, clock_ns: Callable[[], int]) -> list[float]:
-    if repeats > 1:
+def _turn_ms(run: Callable[[], None], latency_ms: float, clock_ns: Callable[[], int]) -> list[float]:
+    if latency_ms < WARMED_MS:
         run()
-    times_ms = []
-    for _ in range(repeats):
-        start_ns = clock_ns()
-        run()
-        times_ms.append((clock_ns() - start_ns) / 1e6)
-    return times_ms
+    return [_run_ms(run, clock_ns) for _ in range(_repeats(latency_ms))]
+
+
+def _run_ms(run: Callable[[], None], clock_ns: Callable[[], int]) -> float:
+    start_ns = clock_ns()
+    run()
+    return (clock_ns() - start_ns) / 1e6

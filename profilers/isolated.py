@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 
 from .errors import ProfilingError
 from .interleave import Samples
+from .runners import RUNTIMES
 from .runners.base import Feeds
 from .statistics import TOLERANCE
 
@@ -30,6 +31,7 @@ class Case:
         seconds: time limit of the rounds; loading and warm-up come on top.
         seed: of the order of turns.
         tolerance: relative, to which ratios must settle before the time is up.
+        loads: how often each file is loaded, see `loads_for`.
     """
 
     runtime: str
@@ -38,11 +40,29 @@ class Case:
     seconds: float
     seed: int = 0
     tolerance: float = TOLERANCE
+    loads: int = 1
 
     @property
     def name(self) -> str:
         """In words."""
         return f"{self.runtime}, batch {self.batch_size}"
+
+
+# Of one file, in one process.
+MOST_LOADS = 3
+_LOADED_BYTES = 2 * 2**30
+
+
+def loads_for(runtime: str, files: Iterable[Path]) -> int:
+    """How often to load each file, so that where in memory a network happens to lie evens out.
+
+    Three times, less where that would hold more than 2 GiB; once for PyTorch, which takes seconds to load a program and
+    longer to compile it, and without any files.
+    """
+    sizes = [file.stat().st_size for file in files if file.is_file()]
+    if not sizes or RUNTIMES[runtime] != "onnx":
+        return 1
+    return max(1, min(MOST_LOADS, _LOADED_BYTES // max(1, sum(sizes))))
 
 
 class Measured(NamedTuple):

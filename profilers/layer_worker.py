@@ -38,7 +38,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], spec["batch_size"])
     profiled = _open_profiled(spec, feeds)
     with open_runner(spec["runtime"], Path(spec["file"]), spec["threads"]) as runner:
-        variants = {"plain": runner.prepare(feeds), "profiled": profiled.run}
+        variants = {"plain": [runner.prepare(feeds)], "profiled": [profiled.run]}
         gc.collect()
         gc.disable()
         samples, _ = interleave(variants, _enough, spec["seconds"], spec["seed"], print_progress)

@@ -1,10 +1,10 @@
 """The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
 
-The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `variants` (name to `file`, `feeds`,
-an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`, and `inputs`, their names), `pairs` (of
-variants, whose ratios must settle to the tolerance), and `result`, the JSON file to write: `samples_ms`, `converged`,
-`peak_rss_mib`. Progress goes to stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what
-is wrong, and the exit status is 1.
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `loads` (of each variant), `variants`
+(name to `file`, `feeds`, an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`, and `inputs`,
+their names), `pairs` (of variants, whose ratios must settle to the tolerance), and `result`, the JSON file to write:
+`samples_ms`, `converged`, `peak_rss_mib`. Progress goes to stdout, one `{"progress": fraction}` a line; an error's last
+line on stderr says what is wrong, and the exit status is 1.
 """
 
 import gc
@@ -53,11 +53,12 @@ def answer(arguments: list[str], measure: Callable[[dict[str, Any]], dict[str, A
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Loads the variants, measures them, and returns what goes into the result file."""
     with ExitStack() as opened:
-        runs = {}
-        for name, variant in spec["variants"].items():
-            feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
-            runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"])
-            runs[name] = opened.enter_context(runner).prepare(feeds)
+        runs: dict[str, list[Callable[[], None]]] = {name: [] for name in spec["variants"]}
+        for _ in range(spec["loads"]):
+            for name, variant in spec["variants"].items():
+                feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
+                runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"])
+                runs[name].append(opened.enter_context(runner).prepare(feeds))
         # A collection in the middle of a run would be counted as its latency.
         gc.collect()
         gc.disable()

@@ -90,7 +90,7 @@ def meet(
             wanted = Budget(costs, aim, "latency", window=_WINDOW * fraction)
             plan = search_all(structure, scores, [wanted, *others], align or 8, edges)
             files["pruned"] = export_network(dense, sliced(dense.module, structure, plan), target, folder / "pruned")
-            found = measure_files(files, sample, target.case(_SECONDS), [("dense", "pruned")])
+            found = measure_files(files, sample, target.case(_SECONDS, files.values()), [("dense", "pruned")])
             on_scale = costs.total * paired_ratio(found.samples_ms["pruned"], found.samples_ms["dense"])
             flops = [b.costs.of(plan) / b.costs.total for b in others if b.what == "FLOPs"]
             tried.append((plan, Round(costs.of(plan), on_scale, flops[0] if flops else 0.0), costs))

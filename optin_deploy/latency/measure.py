@@ -1,7 +1,7 @@
 """Measuring latency tables of a network's blocks, and the dense network on the same scale."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,7 @@ from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.latency.stacks import BlockType, block_types, part_name, stack
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.groups import Group, Structure
-from profilers import RUNTIMES, Case, environment, measure_each, measure_files
+from profilers import RUNTIMES, Case, environment, loads_for, measure_each, measure_files
 from profilers.statistics import paired_ratio
 from profilers.tables import LatencyTable, Row, read_table, save_table
 
@@ -44,9 +44,11 @@ class Target:
     seconds: float = 60.0
     seed: int = 0
 
-    def case(self, seconds: float) -> Case:
-        """What to measure for so long, or until ratios have settled to a hundredth."""
-        return Case(self.runtime, self.batch_size, self.threads, seconds, self.seed, tolerance=0.01)
+    def case(self, seconds: float, compared: Iterable[Path] = ()) -> Case:
+        """What to measure for so long, or until ratios have settled to a hundredth; files that are ``compared`` are
+        loaded as often as `profilers.loads_for` says."""
+        loads = loads_for(self.runtime, compared)
+        return Case(self.runtime, self.batch_size, self.threads, seconds, self.seed, tolerance=0.01, loads=loads)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 from collections.abc import Callable
 
-from profilers.interleave import FEWEST_ROUNDS, MOST_REPEATS, WARM_UP_RUNS, Samples, interleave
+from profilers.interleave import FEWEST_ROUNDS, MOST_REPEATS, WARM_UP_RUNS, WARMED_MS, Samples, interleave
 
 
 class Machine:
@@ -23,7 +23,7 @@ class Machine:
     def measure(
         self, latencies_ms: dict[str, float], seconds: float, settled: Callable[[Samples], bool], seed: int = 0
     ) -> tuple[Samples, bool]:
-        networks = {name: self.network(name, latency) for name, latency in latencies_ms.items()}
+        networks = {name: [self.network(name, latency)] for name, latency in latencies_ms.items()}
         self.fractions: list[float] = []
         return interleave(networks, settled, seconds, seed, self.fractions.append, self.clock_ns)
 
@@ -46,7 +46,7 @@ def test_turns_take_about_40_ms_and_hold_what_the_clock_says() -> None:
 
 def test_rounds_end_with_the_time_limit() -> None:
     machine = Machine()
-    samples, _ = machine.measure({"a": 50.0, "b": 50.0}, 2.0, never)
+    samples, _ = machine.measure({"a": 50.0, "b": 50.0}, 4.0, never)
     assert len(samples["a"]) == 20
     assert machine.fractions == sorted(machine.fractions)
     assert machine.fractions[-1] == 1.0
@@ -70,12 +70,32 @@ def test_warm_up_lasts_long_enough_and_is_not_counted() -> None:
     assert machine.runs.count("slow") == WARM_UP_RUNS + len(samples["slow"])
 
 
+def test_a_turn_begins_with_a_run_that_is_not_counted_unless_runs_are_slow() -> None:
+    machine = Machine()
+    samples, _ = machine.measure({"warmed": WARMED_MS - 1, "slow": WARMED_MS}, 4.0, never)
+    rounds = len(samples["slow"])
+    assert {name: machine.runs.count(name) - WARM_UP_RUNS for name in samples} == {
+        "warmed": 2 * rounds,
+        "slow": rounds,
+    }
+
+
+def test_all_loads_of_a_variant_take_turns() -> None:
+    machine = Machine()
+    loads = {"a": [machine.network(f"a{i}", 250.0 + i) for i in range(3)], "b": [machine.network("b", 250.0)]}
+    samples, _ = interleave(loads, never, 5.0, 0, lambda _: None, machine.clock_ns)
+    assert [turn[0] for turn in samples["a"][:6]] == [250.0, 251.0, 252.0] * 2
+    assert {turn[0] for turn in samples["b"]} == {250.0}
+    # Each is warmed up for its part of the time.
+    assert machine.runs[: 3 * WARM_UP_RUNS] == [f"a{i}" for i in range(3) for _ in range(WARM_UP_RUNS)]
+
+
 def test_each_round_runs_every_variant_in_a_shuffled_order_of_the_seed() -> None:
-    latencies = {"a": 100.0, "b": 100.0, "c": 100.0}
+    latencies = {"a": 300.0, "b": 300.0, "c": 300.0}
 
     def orders(seed: int) -> list[tuple[str, ...]]:
         machine = Machine()
-        samples, _ = machine.measure(latencies, 6.0, never, seed)
+        samples, _ = machine.measure(latencies, 18.0, never, seed)
         counted = machine.runs[-3 * len(samples["a"]) :]
         return list(zip(counted[::3], counted[1::3], counted[2::3], strict=True))
 

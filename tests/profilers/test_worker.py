@@ -21,6 +21,7 @@ def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Pa
         "seconds": 0.2,
         "seed": 0,
         "tolerance": 0.02,
+        "loads": 2,
         "variants": dict.fromkeys(("dense", "pruned"), variant),
         "pairs": [["dense", "pruned"]],
         "result": str(folder / "result.json"),
