@@ -75,7 +75,9 @@ RUN_OPTIONS: dict[str, Any] = {
         option("of trajectory: sketch (neurons by random probes, heads exactly), exact or forward [sketch]", PRUNE),
     ],
     "probes": Annotated[int | None, option("random probes per calibration batch [4 for trajectory, else 1]", PRUNE)],
-    "task_weight": Annotated[float | None, option("weight of the task term beside the trajectory [1]", PRUNE)],
+    "task_weight": Annotated[
+        float | None, option("weight of the task term beside the trajectory [1; convolutions: task only]", PRUNE)
+    ],
     "align": Annotated[
         str | None,
         option("keep neurons in multiples of this; auto measures which are worth it [64, auto for a latency]", PRUNE),

@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = "trajectory-obs"
     scorer: Literal["sketch", "exact", "forward"] = "sketch"
     probes: Annotated[int | None, Field(ge=1)] = None
-    task_weight: Annotated[float, Field(ge=0)] = 1.0
+    task_weight: Annotated[float, Field(ge=0)] | None = None
     align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     narrow_heads: bool | None = None
     rounds: Annotated[int, Field(ge=1, le=16)] = 1
@@ -129,7 +129,7 @@ def check_options(recipe: Recipe) -> None:
     without_effect = (
         ("scorer", recipe.scorer, "sketch", recipe.criterion == "trajectory", "--criterion trajectory"),
         ("probes", recipe.probes, None, probed and recipe.scorer != "exact", "random probes"),
-        ("task-weight", recipe.task_weight, 1.0, probed, "--criterion trajectory-obs or trajectory"),
+        ("task-weight", recipe.task_weight, None, probed, "--criterion trajectory-obs or trajectory"),
         ("calibration-labels", recipe.calibration_labels, None, recipe.criterion == "fisher", "--criterion fisher"),
         ("ridge", recipe.ridge, "auto", recipe.compensate, "--compensate"),
         ("runtime", recipe.runtime, None, recipe.needs_table, "--latency, --latency-ms or --align auto"),

@@ -15,14 +15,15 @@ arXiv 2602.05243.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.replay import recorded_inputs, recorded_outputs
 from optin_deploy.structure.groups import Group, Rows, Structure
 from optin_deploy.structure.width import change_basis
 
@@ -36,10 +37,10 @@ Batch = Mapping[str, Tensor]
 class _Sums:
     """Second moments ``(heads, width, width)`` of one attention, in float64, and the sum of what its heads give."""
 
-    queries: Tensor
-    keys: Tensor
-    given: Tensor
-    total: Tensor
+    queries: Tensor = field(default_factory=lambda: torch.zeros(()))
+    keys: Tensor = field(default_factory=lambda: torch.zeros(()))
+    given: Tensor = field(default_factory=lambda: torch.zeros(()))
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
     count: int = 0
 
 
@@ -53,7 +54,7 @@ def in_principal_bases(network: Network, structure: Structure, batches: Sequence
     groups = [g for g in structure.groups if g.kind == "width"]
     if not groups:
         return network
-    module = copy.deepcopy(network.module)
+    module = _copied(network.module, groups)
     sums = _moments(network, groups, batches)
     for group in groups:
         weight = module.get_submodule(group.output).get_parameter("weight")
@@ -66,33 +67,49 @@ def in_principal_bases(network: Network, structure: Structure, batches: Sequence
     return network.with_module(module)
 
 
+def _copied(module: nn.Module, groups: Sequence[Group]) -> nn.Module:
+    """A copy whose parameters and buffers are those of ``module`` where no basis changes: weights take memory."""
+    qkv = [rows for g in groups if g.qkv for rows in (g.qkv.queries, g.qkv.keys, g.qkv.values)]
+    changed = {*(g.output for g in groups), *(rows.module for rows in qkv)}
+    apart = {id(t) for name in changed for t in module.get_submodule(name).state_dict(keep_vars=True).values()}
+    every = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(t): t for t in every if id(t) not in apart})
+
+
 def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, _Sums]:
-    module = network.module
     sums: dict[str, _Sums] = {}
-    sources = tuple(dict.fromkeys(rows.module for g in groups for rows in _rows(g)))
     for batch in batches:
         valid = network.valid_tokens(batch)
-        with (
-            recorded_outputs(module, sources) as projected,
-            recorded_inputs(module, tuple(g.output for g in groups)) as contributed,
-        ):
+        with ExitStack() as stack:
+            for group in groups:
+                found = sums.setdefault(group.name, _Sums())
+                for name, hook in _hooks(group, found, valid):
+                    handle = network.module.get_submodule(name).register_forward_hook(hook)
+                    stack.callback(handle.remove)
             network.forward(batch)
-        for group in groups:
-            queries, keys = (_heads(rows, projected[rows.module], group.units, valid) for rows in _rows(group))
-            count = keys.new_tensor(keys.shape[1]) if valid is None else valid.sum(1).reshape(-1, 1, 1, 1)
-            keys = keys - keys.sum(1, keepdim=True) / count
-            if valid is not None:
-                keys = keys * valid[:, :, None, None]
-            given = _heads(Rows(group.output), contributed[group.output], group.units, valid)
-            found = _Sums(
-                _second(queries),
-                _second(keys),
-                _second(given),
-                given.sum((0, 1)).double(),
-                given.shape[:2].numel() if valid is None else int(valid.sum()),
-            )
-            sums[group.name] = found if group.name not in sums else _added(sums[group.name], found)
     return sums
+
+
+def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, Callable[..., None]]]:
+    """Module names, and hooks that add to the sums what passes there: it is not kept."""
+    rows, key_rows = _rows(group)
+
+    def queries(_: nn.Module, __: Any, output: Tensor) -> None:
+        found.queries = found.queries + _second(_heads(rows, output, group.units, valid))
+
+    def keys(_: nn.Module, __: Any, output: Tensor) -> None:
+        each = _heads(key_rows, output, group.units, valid)
+        count = each.new_tensor(each.shape[1]) if valid is None else valid.sum(1).reshape(-1, 1, 1, 1)
+        each = each - each.sum(1, keepdim=True) / count
+        found.keys = found.keys + _second(each if valid is None else each * valid[:, :, None, None])
+
+    def given(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+        each = _heads(Rows(group.output), args[0], group.units, valid)
+        found.given = found.given + _second(each)
+        found.total = found.total + each.sum((0, 1)).double()
+        found.count += each.shape[:2].numel() if valid is None else int(valid.sum())
+
+    return [(rows.module, queries), (key_rows.module, keys), (group.output, given)]
 
 
 def _rows(group: Group) -> tuple[Rows, Rows]:
@@ -109,10 +126,6 @@ def _heads(rows: Rows, features: Tensor, width: int, valid: Tensor | None) -> Te
 
 def _second(heads: Tensor) -> Tensor:
     return torch.einsum("bnhi,bnhj->hij", heads, heads).double()
-
-
-def _added(a: _Sums, b: _Sums) -> _Sums:
-    return _Sums(a.queries + b.queries, a.keys + b.keys, a.given + b.given, a.total + b.total, a.count + b.count)
 
 
 def query_key_bases(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

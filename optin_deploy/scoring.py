@@ -30,6 +30,7 @@ _EXACT_TOKENS = 3_000
 # A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
 _CHUNKS = 4
 _CHUNK_TOKENS = 512
+_LONG, _LONG_TOKENS = 128, 256
 # Forward passes are many: the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
 
@@ -46,20 +47,29 @@ class Scoring:
             too, without a backward pass, for networks whose activations are too large to be kept.
         probes: random draws per batch; None takes 4 for "trajectory", and 1 for "trajectory-obs", which draws anew for
             each quarter of a batch.
-        task_weight: weight of the task part relative to the manifold part (see ``criteria.loss``).
+        task_weight: weight of the task part relative to the manifold part (see ``criteria.loss``); None takes 1, but
+            the task part alone for "trajectory-obs" where all blocks give maps: what single pixels have in common with
+            each other says little of what the network makes of them.
         seed: the same seed gives the same scores, bit for bit, on the same machine.
     """
 
     criterion: Criterion = "trajectory-obs"
     scorer: Scorer = "sketch"
     probes: int | None = None
-    task_weight: float = 1.0
+    task_weight: float | None = None
     seed: int = 0
 
     @property
     def draws(self) -> int:
         """Random draws per batch."""
         return self.probes or (4 if self.criterion == "trajectory" else 1)
+
+    def weights(self, structure: Structure) -> tuple[float, float]:
+        """Weights of the manifold part and of the task part."""
+        if self.task_weight is not None:
+            return 1.0, self.task_weight
+        maps = all(group.axis == 1 for group in structure.groups)
+        return (0.0 if maps and self.criterion == "trajectory-obs" else 1.0), 1.0
 
     @property
     def narrows_heads(self) -> bool:
@@ -140,6 +150,7 @@ def _obs(
         batches,
         probes=scoring.draws,
         factors=factors,
+        manifold=scoring.weights(structure)[0],
         seed=scoring.seed,
         samples_at_once=samples,
         advance=advance,
@@ -148,9 +159,12 @@ def _obs(
 
 
 def _samples_at_once(network: Network, structure: Structure, batches: Batches) -> int:
-    """How much of a batch a backward pass takes: a quarter, but not so little that matrices get thin."""
+    """How much of a batch a backward pass takes: a quarter, but not so little that matrices get thin; and of samples
+    that are long themselves as many as hold 256 tokens."""
     mask = network.token_mask
     tokens = max(batch[mask].shape[1] for batch in batches) if mask else structure.tokens
+    if tokens >= _LONG and structure.groups[0].axis != 1:
+        return max(1, _LONG_TOKENS // tokens)
     return max(-(-_size(batches[0]) // _CHUNKS), -(-_CHUNK_TOKENS // max(1, tokens)))
 
 
@@ -192,9 +206,10 @@ def _factors(
     scoring: Scoring,
     sketch: Callable[..., dict[str, Tensor]] = sketch_scores,
 ) -> Mapping[str, float]:
-    if not scoring.task_weight:
+    weight = scoring.weights(structure)[1]
+    if not weight:
         return {}
-    return task_factors(network, structure.without_widths(), batch, scoring.task_weight, scoring.seed, sketch)
+    return task_factors(network, structure.without_widths(), batch, weight, scoring.seed, sketch)
 
 
 def _exact_batches(network: Network, structure: Structure, batches: Batches) -> int:

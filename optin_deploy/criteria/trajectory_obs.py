@@ -7,9 +7,18 @@ Optimal brain surgeon (Hassibi & Stork, 1993) with the trajectory loss as its me
     M = Σ g gᵀ          metric of the output, summed over positions and probes
     C = Σ |g|² (x − x̄)(x − x̄)ᵀ / Σ |g|²          covariance, positions weighted by how much they matter
 
-Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ). Greedy elimination
-removes the cheapest units of a group, updates W and C⁻¹, and goes on until none is left. A unit's score is the running
-maximum of the costs at which units left, so one pass ranks all units, and scores compare across groups.
+Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ), as if errors at
+different positions had nothing to do with each other. In a map those of one sample do: with a_p = (x_p − x̄)ᵀ W_uᵀ g_p
+at its pixel p, what channel u gives of the probe's derivative, the costs of a group of channels are multiplied by its
+coherence
+
+    κ = Σ_u Σ_samples (Σ_p a_p)² / Σ_u Σ_samples Σ_p a_p²
+
+which is 1 for errors that are independent, and the number of pixels for errors that are all alike.
+
+Greedy elimination removes the cheapest units of a group, updates W and C⁻¹, and goes on until none is left. A unit's
+score is the running maximum of the costs at which units left, so one pass ranks all units, and scores compare across
+groups.
 
 Dimensions of heads (``rotation``) leave from the last to the first. To what the values lose, the same cost, is added
 what the attention's logits lose: the squared derivative of a probe for a mask on one dimension of all queries, summed
@@ -18,7 +27,7 @@ over samples.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,20 +50,31 @@ _LARGEST_STEP = 1 / 40
 
 @dataclass
 class Moments:
-    """Sums over positions: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ; float64.
+    """Sums over positions: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ, both in the network's precision:
+    those of a wide layer take more memory than its weights.
 
     ``queries`` are, for heads that can get narrower, the squared derivatives for each dimension, summed over samples.
+    ``whole`` and ``apart`` are, for all channels of a map together, the squares of what a channel gives of a probe's
+    derivative, of whole samples and of pixels.
     """
 
     second: Tensor
     metric: Tensor
     queries: Tensor
+    whole: Tensor = field(default_factory=lambda: torch.zeros(()))
+    apart: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    @property
+    def coherence(self) -> float:
+        """How alike the errors at the pixels of a sample are, see above; 1 where there are no maps."""
+        return float(self.whole / self.apart) if float(self.apart) > 0 else 1.0
 
     def covariance(self) -> Tensor:
-        """Weighted covariance of the activations, ``(features, features)``."""
-        weight = self.second[-1, -1].clamp_min(1e-300)
-        mean = self.second[:-1, -1] / weight
-        return self.second[:-1, :-1] / weight - torch.outer(mean, mean)
+        """Weighted covariance of the activations, ``(features, features)``, float64."""
+        second = self.second.double()
+        weight = second[-1, -1].clamp_min(1e-300)
+        mean = second[:-1, -1] / weight
+        return second[:-1, :-1] / weight - torch.outer(mean, mean)
 
 
 def probe_moments(
@@ -104,28 +124,31 @@ def probe_moments(
                 for group, gradient in zip(groups, found[: len(groups)], strict=True):
                     g = valid_rows(channels_last(gradient, group.axis), trajectory.valid)
                     weights[group.name] = weights[group.name] + g.square().sum(1) / probes
-                    _add(moments, group.name, "metric", (g.T @ g).double() / probes)
+                    _add(moments, group.name, "metric", g.T @ g / probes)
+                    if group.kind == "channel":
+                        whole, apart = _effects(network.module, group, given[group.name], g)
+                        _add(moments, group.name, "whole", whole)
+                        _add(moments, group.name, "apart", apart)
                 advance(trajectory.size)
         with torch.no_grad():
             for group in groups:
                 x = _rows(network.module, group, given[group.name], trajectory.valid)
                 rows = some_rows(len(x))
                 weighted = x[rows] * torch.as_tensor(weights[group.name])[rows, None]
-                _add(moments, group.name, "second", (weighted.T @ x[rows]).double())
+                _add(moments, group.name, "second", weighted.T @ x[rows])
     return moments
 
 
 @contextmanager
 def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Collect, by group, the projection's input and a zero added to its output, whose gradient is the output's."""
+    """Collect, by group, the projection's input and its output, which gradients can be taken for."""
     given: dict[str, Tensor] = {}
     taps: dict[str, Tensor] = {}
 
     def tap(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             given[name] = args[0].detach()
-            taps[name] = torch.zeros_like(output, requires_grad=True)
-            return output + taps[name]
+            taps[name] = output if output.requires_grad else output.requires_grad_()
 
         return hook
 
@@ -141,10 +164,20 @@ def _rows(module: nn.Module, group: Group, x: Tensor, valid: Tensor | None) -> T
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
+@torch.no_grad()
+def _effects(module: nn.Module, group: Group, given: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """`Moments.whole` and ``apart`` of one probe; ``gradient`` has a row for every pixel."""
+    projection = module.get_submodule(group.output)
+    x = design(projection, given).flatten(0, 1)
+    effects = (x - x.mean(0)) * (gradient @ weight_matrix(projection))
+    channels = effects.reshape(len(given), -1, group.units, effects.shape[1] // group.units).sum(3)
+    return channels.sum(1).double().square().sum(), channels.double().square().sum()
+
+
 def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> None:
     if name not in moments:
         nothing = value.new_zeros(())
-        moments[name] = Moments(nothing, nothing, nothing)
+        moments[name] = Moments(nothing, nothing, nothing, nothing, nothing)
     setattr(moments[name], field, getattr(moments[name], field) + value)
 
 
@@ -160,12 +193,13 @@ def obs_scores(
         projection = module.get_submodule(group.output)
         weight = weight_matrix(projection).detach().double()
         found = moments[group.heads or group.name]
-        covariance = found.covariance()
+        covariance, metric = found.covariance(), found.metric.double()
         if group.kind == "width":
             order = torch.arange(group.units).flip(0)
-            costs = _width_costs(weight, covariance, found.metric, group.units) + found.queries.cpu().flip(0)
+            costs = _width_costs(weight, covariance, metric, group.units) + found.queries.cpu().flip(0)
         else:
-            order, costs = eliminate(weight, covariance, found.metric, columns_per_unit(projection, group.width))
+            order, costs = eliminate(weight, covariance, metric, columns_per_unit(projection, group.width))
+            costs = found.coherence * costs
         # Those that left later score higher also where the running maximum stands still.
         ranked = costs.cummax(0).values.clamp_min(1e-300) * (1 + 1e-9 * torch.arange(len(costs), dtype=costs.dtype))
         score = torch.zeros(group.units, dtype=torch.float64)

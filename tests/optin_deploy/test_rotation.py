@@ -72,6 +72,8 @@ def test_the_network_given_stays_as_it_is() -> None:
     assert all(torch.equal(t, before[n]) for n, t in network.module.state_dict().items())
     assert any(not torch.equal(t, before[n]) for n, t in turned.module.state_dict().items())
     assert turned.inputs is network.inputs and turned.outputs is network.outputs
+    own, shared = turned.module.state_dict(keep_vars=True), network.module.state_dict(keep_vars=True)
+    assert {n for n, t in own.items() if t is not shared[n]} == {n for n in own if ".attn." in n}
     for module in (network.module, turned.module):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 

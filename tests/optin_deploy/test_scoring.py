@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -68,6 +69,23 @@ def test_obs_scores_come_from_probes_of_pieces_of_a_batch(
     moments = probe_moments(network, structure, batches, probes=3, factors=factors, seed=5, samples_at_once=samples)
     for name, expected in obs_scores(network.module, structure, moments).items():
         assert torch.equal(given[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "size", "samples"),
+    [
+        ("vit", 35, 32, 15),
+        ("vit", 100, 32, 8),
+        ("vit", 128, 16, 2),
+        ("vit", 197, 16, 1),
+        ("vit", 600, 16, 1),
+        ("plain_resnet", 1024, 64, 16),
+    ],
+)
+def test_a_backward_pass_takes_a_part_of_a_batch(name: str, tokens: int, size: int, samples: int) -> None:
+    structure = replace(tiny.structure(name), tokens=tokens)
+    batches = [{"x": torch.zeros(size, 1)}]
+    assert scoring._samples_at_once(tiny.network(name), structure, batches) == samples
 
 
 def test_the_other_criteria_are_what_their_functions_give() -> None:
@@ -215,6 +233,19 @@ def test_only_trajectory_obs_narrows_heads_of_itself() -> None:
         assert recipe.narrows_heads == Scoring(criterion).narrows_heads
         for wanted in (True, False):
             assert Recipe(model="m", flops=0.5, criterion=criterion, narrow_heads=wanted).narrows_heads == wanted
+
+
+def test_maps_are_judged_by_the_task_alone_unless_a_weight_is_given() -> None:
+    maps, tokens = tiny.structure("plain_resnet"), tiny.structure("vit")
+    assert Scoring().weights(maps) == (0.0, 1.0)
+    assert Scoring(task_weight=2.0).weights(maps) == (1.0, 2.0)
+    assert Scoring(criterion="trajectory").weights(maps) == (1.0, 1.0)
+    assert Scoring().weights(tokens) == (1.0, 1.0)
+
+    network = tiny.network("plain_resnet")
+    batches = tiny.batches(network, 2)
+    given, both = (scored(network, maps, batches, task_weight=weight) for weight in (None, 1.0))
+    assert any(not torch.equal(given[name], both[name]) for name in given)
 
 
 def test_recipe_and_scoring_have_the_same_defaults() -> None:

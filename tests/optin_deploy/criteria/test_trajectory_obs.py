@@ -85,6 +85,11 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
         handle.remove()
         x, y = seen
         metric, second = 0.0, 0.0
+        effects: dict[tuple[int, int], Tensor | float] = {}
+        rows = [seen_at(network, group, x, w) for w in np.ndindex(*y.movedim(group.axis, -1).shape[:-1])
+                if "attention_mask" not in batch or batch["attention_mask"][w]]  # fmt: skip
+        mean, apart = torch.stack(rows).mean(0), 0.0
+        weight = network.module.get_submodule(group.output).weight.detach().flatten(1)
         for where in np.ndindex(*y.movedim(group.axis, -1).shape[:-1]):
             if "attention_mask" in batch and not batch["attention_mask"][where]:
                 continue
@@ -93,9 +98,15 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
                 g = gradient_at(network, structure, batch, group, where, draw)
                 metric = metric + g.outer(g) / probes
                 second = second + g.square().sum() * row.outer(row) / probes
+                effect = ((row[:-1] - mean) * (g @ weight)).reshape(group.units, -1).sum(1)
+                effects[where[0], draw] = effects.get((where[0], draw), 0.0) + effect
+                apart = apart + effect.square().sum()
         assert float(metric.trace()) > 0
         torch.testing.assert_close(given[group.name].metric, metric, rtol=1e-9, atol=1e-9 * float(metric.abs().max()))
         torch.testing.assert_close(given[group.name].second, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
+        whole = sum(effect.square().sum() for effect in effects.values())
+        coherence = float(whole / apart) if group.kind == "channel" else 1.0
+        assert given[group.name].coherence == pytest.approx(coherence, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
@@ -280,12 +291,12 @@ def test_scores_of_any_network(name: str) -> None:
             continue
         weight = network.module.get_submodule(group.output).weight.detach().double().flatten(1)
         found = moments[group.name]
-        order, costs = eliminate(weight, found.covariance(), found.metric, weight.shape[1] // group.units)
+        order, costs = eliminate(weight, found.covariance(), found.metric.double(), weight.shape[1] // group.units)
         given = scores[group.name]
         assert given.dtype == torch.float64
         assert bool((given[order].diff() > 0).all())
         highest = np.maximum.accumulate(costs.numpy())
-        np.testing.assert_allclose(given[order], highest, rtol=1e-6)
+        np.testing.assert_allclose(given[order], found.coherence * highest, rtol=1e-6)
 
 
 def test_units_that_cost_nothing_keep_their_order() -> None:
