@@ -157,9 +157,26 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table for the README."""
-    heading, lines = cells(rows)
+    """The table for the README: measured latencies by what was asked for, and the first and last prediction's error."""
+    budgets = sorted({row.asked for row in rows}, reverse=True)
+    heading = ["Network", "Runtime", "batch", *(f"`--latency {asked:g}`" for asked in budgets)]
+    lines = []
+    for case in dict.fromkeys((row.model, row.runtime, row.batch_size) for row in rows):
+        found = {row.asked: row for row in rows if (row.model, row.runtime, row.batch_size) == case}
+        told = [
+            f"{row.measured.value:.3f} [{row.measured.low:.3f}–{row.measured.high:.3f}], {_first_and_last(row.errors)}"
+            if row
+            else "–"
+            for row in (found.get(asked) for asked in budgets)
+        ]
+        lines.append([case[0], case[1], str(case[2]), *told])
     return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *lines])
+
+
+def _first_and_last(errors: Sequence[float]) -> str:
+    return " → ".join(
+        f"{100 * error:+.1f} %" for error in (errors[:1] if len(errors) == 1 else (errors[0], errors[-1]))
+    )
 
 
 def table(rows: Sequence[Row]) -> Table:
