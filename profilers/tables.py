@@ -68,12 +68,16 @@ class LatencyTable:
 
     def grid(self, part: str) -> tuple[list[int], list[int | None], NDArray[np.float64]]:
         """Units, widths, and the milliseconds of one block at each pair, relative to the dense block, never falling
-        with size. Without any unit the width does not matter."""
+        with size. Without any unit the width does not matter. What noise can explain is no stair, see `shrunk`."""
         rows = [row for row in self.rows if row.part == part]
         units = sorted({row.units for row in rows})
         widths = sorted({row.width for row in rows if row.units}, key=lambda width: width or 0)
-        found = {(row.units, row.width): -self.saved_ms(row) for row in rows}
-        none = next(value for (n, _), value in found.items() if n == 0)
+        none = next(-self.saved_ms(row) for row in rows if row.units == 0)
+        some = [row for row in rows if row.units]
+        sizes = [(row.units, row.units * (row.width or 0), row.width or 0) for row in some]
+        error = self.dense_ms / self.depth * log_error([row.samples_ms for row in rows])
+        values = shrunk(sizes, [-self.saved_ms(row) for row in some], error)
+        found = {(row.units, row.width): value for row, value in zip(some, values, strict=True)}
         cells = np.array([[found[n, w] if n else none for w in widths] for n in units])
         return units, widths, np.minimum(_rising(cells), 0.0)
 
@@ -94,6 +98,40 @@ class LatencyTable:
         rows = tuple(Row(**row) for row in data["rows"])
         depths = {int(depth): turns for depth, turns in data["depths"].items()}
         return cls(data["setting"], data["depth"], depths, rows)
+
+
+def log_error(samples_ms: Sequence[Sequence[Sequence[float]]]) -> float:
+    """Standard error of the logarithm of a row's latency beside other rows of the same rounds, by their scatter once
+    what all rows of a round and all rounds of a row have in common is taken out; 0 where it cannot be told."""
+    if len(samples_ms) < 2 or len({len(turns) for turns in samples_ms}) > 1 or len(samples_ms[0]) < 2:
+        return 0.0
+    logs = np.log([[median(turn) for turn in turns] for turns in samples_ms])
+    # Tukey's median polish: a burst that hits one run moves neither its row nor its round.
+    for _ in range(8):
+        logs = logs - np.median(logs, axis=1, keepdims=True)
+        logs = logs - np.median(logs, axis=0)
+    # The median of |x| is 0.6745 standard deviations; one in `rows` and one in `rounds` degrees of freedom are gone.
+    rows, rounds = logs.shape
+    spread = float(np.median(np.abs(logs))) / 0.6745 * (rows * rounds / ((rows - 1) * (rounds - 1))) ** 0.5
+    return spread / rounds**0.5
+
+
+def shrunk(sizes: Sequence[Sequence[int]], values: Sequence[float], error: float) -> list[float]:
+    """Values drawn towards the linear function of the ``sizes`` that fits them best, by as much as noise explains.
+
+    With e the standard error of a value and v the variance of the residuals beyond e², residuals are multiplied with
+    v / (v + e²), the empirical Bayes estimate (Efron & Morris, 1973): without noise, stairs stay as they are.
+    """
+    design = np.column_stack([np.ones(len(values)), np.asarray(sizes, dtype=np.float64)])
+    known = np.asarray(values, dtype=np.float64)
+    scale = np.abs(design).max(0)
+    fit, _, rank, _ = np.linalg.lstsq(design / np.where(scale > 0, scale, 1.0), known, rcond=None)
+    line = design / np.where(scale > 0, scale, 1.0) @ fit
+    free = len(known) - int(rank)
+    if free < 1 or error == 0:
+        return known.tolist()
+    beyond = max(0.0, float(np.square(known - line).sum()) / free - error**2)
+    return (line + (known - line) * beyond / (beyond + error**2)).tolist()
 
 
 def rising(values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profilers import ProfilingError
-from profilers.tables import LatencyTable, Row, read_table, rising, save_table, table_file
+from profilers.tables import LatencyTable, Row, log_error, read_table, rising, save_table, shrunk, table_file
 
 SETTING = {"runtime": "ort-cpu", "batch_size": 1}
 DEPTH = 3
@@ -93,3 +93,37 @@ def test_a_damaged_table_is_told(damage: str) -> None:
     path.write_text(damage)
     with pytest.raises(ProfilingError, match="remove it to measure again"):
         read_table(SETTING)
+
+
+# What noise can explain
+
+
+def test_a_line_comes_back_out_of_noise() -> None:
+    generator = np.random.default_rng(0)
+    sizes = [(n, n * w, w) for n in range(1, 9) for w in (8, 16, 32)]
+    truth = np.array([3 + 2.0 * n - 0.1 * w + 0.05 * n * w for n, _, w in sizes])
+    noisy = truth + generator.normal(0, 0.5, len(sizes))
+    found = np.array(shrunk(sizes, noisy.tolist(), 0.5))
+    assert np.abs(found - truth).mean() < 0.5 * np.abs(noisy - truth).mean()
+
+
+def test_stairs_larger_than_the_noise_stay() -> None:
+    sizes = [(n, 0, 0) for n in range(1, 33)]
+    stairs = [10.0 * (1 + (n - 1) // 8) for n in range(1, 33)]
+    np.testing.assert_allclose(shrunk(sizes, stairs, 0.1), stairs, atol=0.02)
+    assert shrunk(sizes, stairs, 0.0) == stairs
+    assert shrunk(sizes[:2], stairs[:2], 5.0) == stairs[:2]
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0.003, 0.03]))
+def test_the_error_is_that_of_a_mean_over_rounds(seed: int, spread: float) -> None:
+    generator = np.random.default_rng(seed)
+    logs = generator.normal(0, 0.2, (1, 16)) + generator.normal(1, 0.3, (30, 1)) + generator.normal(0, spread, (30, 16))
+    samples = np.exp(logs)[:, :, None].tolist()
+    assert log_error(samples) == pytest.approx(spread / 4, rel=0.25)
+
+
+def test_without_rounds_in_common_no_error_is_told() -> None:
+    assert log_error([[[1.0], [2.0]]]) == 0.0
+    assert log_error([[[1.0]], [[2.0]]]) == 0.0
+    assert log_error([[[1.0], [1.0]], [[2.0]]]) == 0.0
