@@ -16,7 +16,7 @@ from .errors import ProfilingError
 from .statistics import paired_ratio
 
 # Counted up when what is measured, or how, changes: older tables are then not found.
-_LAYOUT = 1
+_LAYOUT = 2
 
 
 @dataclass(frozen=True)
