@@ -79,6 +79,8 @@ class LatencyTable:
         values = shrunk(sizes, [-self.saved_ms(row) for row in some], error)
         found = {(row.units, row.width): value for row, value in zip(some, values, strict=True)}
         cells = np.array([[found[n, w] if n else none for w in widths] for n in units])
+        # All of the part is the dense block itself, however the line runs.
+        cells[-1, -1] = 0.0
         return units, widths, np.minimum(_rising(cells), 0.0)
 
     def edges(self, part: str) -> list[int]:
@@ -124,9 +126,9 @@ def shrunk(sizes: Sequence[Sequence[int]], values: Sequence[float], error: float
     """
     design = np.column_stack([np.ones(len(values)), np.asarray(sizes, dtype=np.float64)])
     known = np.asarray(values, dtype=np.float64)
-    scale = np.abs(design).max(0)
-    fit, _, rank, _ = np.linalg.lstsq(design / np.where(scale > 0, scale, 1.0), known, rcond=None)
-    line = design / np.where(scale > 0, scale, 1.0) @ fit
+    design /= np.abs(design).max(0).clip(1.0)
+    fit, _, rank, _ = np.linalg.lstsq(design, known, rcond=None)
+    line = design @ fit
     free = len(known) - int(rank)
     if free < 1 or error == 0:
         return known.tolist()

@@ -141,14 +141,16 @@ def probe_moments(
 
 @contextmanager
 def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Collect, by group, the projection's input and its output, which gradients can be taken for."""
+    """Collect, by group, the projection's input and a zero added to its output, whose gradient is the output's."""
     given: dict[str, Tensor] = {}
     taps: dict[str, Tensor] = {}
 
     def tap(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             given[name] = args[0].detach()
-            taps[name] = output if output.requires_grad else output.requires_grad_()
+            # Not the output itself: networks change theirs in place.
+            taps[name] = torch.zeros_like(output, requires_grad=True)
+            return output + taps[name]
 
         return hook
 

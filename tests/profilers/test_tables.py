@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 
@@ -121,6 +122,15 @@ def test_the_error_is_that_of_a_mean_over_rounds(seed: int, spread: float) -> No
     logs = generator.normal(0, 0.2, (1, 16)) + generator.normal(1, 0.3, (30, 1)) + generator.normal(0, spread, (30, 16))
     samples = np.exp(logs)[:, :, None].tolist()
     assert log_error(samples) == pytest.approx(spread / 4, rel=0.25)
+
+
+def test_the_dense_block_costs_nothing_beside_itself() -> None:
+    generator = np.random.default_rng(1)
+    for _ in range(20):
+        noisy = table({n: 4.0 * n / 128 + 1 for n in range(0, 129, 16)}, ATTENTION)
+        stacks = [[[ms * generator.uniform(0.7, 1.3) for ms in turn] for turn in row.samples_ms] for row in noisy.rows]
+        rows = [replace(row, samples_ms=turns) for row, turns in zip(noisy.rows, stacks, strict=True)]
+        assert replace(noisy, rows=tuple(rows)).grid("mlp")[2][-1, -1] == 0.0
 
 
 def test_without_rounds_in_common_no_error_is_told() -> None:

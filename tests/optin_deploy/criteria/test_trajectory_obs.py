@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from optin_deploy.criteria import trajectory_obs
 from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
@@ -107,6 +107,28 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
         whole = sum(effect.square().sum() for effect in effects.values())
         coherence = float(whole / apart) if group.kind == "channel" else 1.0
         assert given[group.name].coherence == pytest.approx(coherence, rel=1e-9)
+
+
+class Doubled(nn.Module):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2) if self.in_place else x * 2
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    found = []
+    for in_place in (False, True):
+        network, structure = tiny.network("vit"), tiny.structure("vit").without_widths()
+        for block in network.module.blocks:
+            block.attn.proj_drop, block.mlp.drop2 = Doubled(in_place), Doubled(in_place)
+        batches = tiny.batches(network, 1)
+        factors = dict.fromkeys(network.outputs, FACTOR)
+        found.append(probe_moments(network, structure, batches, probes=1, factors=factors, seed=SEED))
+    for name, moments in found[0].items():
+        torch.testing.assert_close(found[1][name].metric, moments.metric)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
