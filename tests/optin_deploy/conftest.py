@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from tiny_models import save_shallow
+
+from optin_deploy.latency import measure
 
 settings.register_profile(
     "repeatable",
@@ -22,3 +25,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a checkpoint of one block."""
+    path = tmp_path_factory.mktemp("shallow") / "model"
+    save_shallow(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def quick_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
+    """Latency tables of few sizes, in a cache of their own; with the patch, for more of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name, value in (("_ANCHOR_SECONDS", 0.5), ("_MOST_SIZES", 3), ("_HEAD_SIZES", 2), ("_WIDTHS", 2)):
+            patch.setattr(measure, name, value)
+        yield patch

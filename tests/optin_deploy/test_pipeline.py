@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from tiny_models import TinyModule, own_batches, own_network, save_bert, save_lines, save_shallow, texts
+from tiny_models import TinyModule, own_batches, own_network, save_bert, save_lines, texts
 
 from exporters import check_parity, onnx_from_program, trace
 from optin_deploy import checkpoint, measuring, pipeline
@@ -48,13 +48,6 @@ FILES = {
 
 def vision_recipe(model: str, **options: Any) -> Recipe:
     return Recipe(**{**QUICK, "model": model, "flops": 0.6, "calibration_samples": 8, **options})
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("shallow") / "model"
-    save_shallow(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

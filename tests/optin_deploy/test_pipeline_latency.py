@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_models import save_shallow
 
 from optin_deploy.errors import UserError
-from optin_deploy.latency import measure
 from optin_deploy.pipeline import Result, prune_export
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report, wording
@@ -25,20 +23,8 @@ QUICK: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        for name, value in (("_ANCHOR_SECONDS", 0.5), ("_MOST_SIZES", 3), ("_HEAD_SIZES", 2), ("_WIDTHS", 2)):
-            patch.setattr(measure, name, value)
-        patch.setattr("optin_deploy.latency.budget._SECONDS", 0.5)
-        yield
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("shallow") / "model"
-    save_shallow(path)
-    return str(path)
+def quick_rounds(quick_tables: pytest.MonkeyPatch) -> None:
+    quick_tables.setattr("optin_deploy.latency.budget._SECONDS", 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
-from tiny_models import save_shallow
 
 from optin_deploy import cli, profiling
-from optin_deploy.latency import measure
 from optin_deploy.parts import ATTENTION, FFN, PARTS
 from optin_deploy.profiling import NetworkProfile, TableView, run_profile, run_tables
 from optin_deploy.recipe import Recipe
@@ -22,23 +20,8 @@ from optin_deploy.report.profile import profile_view, table_view
 from profilers.tables import cache_folder, cached_settings
 
 QUICK: dict[str, Any] = {"batch_size": 2, "threads": 1, "profile_seconds": 0.5, "table_seconds": 1.0}
+pytestmark = pytest.mark.usefixtures("quick_tables")
 Told = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        for name, value in (("_ANCHOR_SECONDS", 0.5), ("_MOST_SIZES", 3), ("_HEAD_SIZES", 2), ("_WIDTHS", 2)):
-            patch.setattr(measure, name, value)
-        yield
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("shallow") / "model"
-    save_shallow(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

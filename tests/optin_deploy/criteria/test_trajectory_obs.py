@@ -121,7 +121,7 @@ class Doubled(nn.Module):
 def test_outputs_may_be_changed_in_place() -> None:
     found = []
     for in_place in (False, True):
-        network, structure = tiny.network("vit"), tiny.structure("vit").without_widths()
+        network, structure = copy.deepcopy(tiny.network("vit")), tiny.structure("vit").without_widths()
         for block in network.module.blocks:
             block.attn.proj_drop, block.mlp.drop2 = Doubled(in_place), Doubled(in_place)
         batches = tiny.batches(network, 1)
