@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from optin_deploy.network import Network, named_outputs
 from optin_deploy.plan import Plan
-from optin_deploy.projections import design, set_weight_matrix, some_rows, valid_rows, weight_matrix
+from optin_deploy.projections import (
+    Conv,
+    design_rows,
+    feature_dim,
+    set_weight_matrix,
+    some_rows,
+    valid_rows,
+    weight_matrix,
+)
 from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.ridge import STRENGTHS, Moments, fit
 from optin_deploy.slicing import features_of, output_bias, query_gain
@@ -92,6 +100,8 @@ class _Repair:
         self.dense_done: list[dict[str, Any]] = [{} for _ in batches]
         self.pruned_done: list[dict[str, Any]] = [{} for _ in batches]
         self.changed = False
+        # Maps that have had their turn, also those that were left as they are.
+        self.passed: set[str] = set()
         self.skips = _has_skips(network.module, structure, batches[0]) if batches else False
         self.maps = _maps(network.module, pruned, structure, plan)
 
@@ -127,10 +137,10 @@ class _Repair:
             self._refit(stage, None, closing=False)
 
     def _stages(self, block: str | None) -> list[list[_Map]]:
-        """Maps of a block, or of what is behind the last block, in order; those of a stage are given the same input."""
+        """Maps of a block and of what runs between the block before and it, or behind the last block, in order; those
+        of a stage are given the same input."""
         # The tensors are held: memory that is given back would make the inputs of two maps look like one.
         ran: list[tuple[str, Tensor | None, int]] = []
-        first, last = self.structure.blocks[0], self.structure.blocks[-1]
 
         def hook(name: str) -> Any:
             def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
@@ -139,9 +149,10 @@ class _Repair:
 
             return note
 
-        inside = [m for m in self.maps if block is None or m == block or m.startswith(f"{block}.")]
+        others = [b for b in self.structure.blocks if b != block]
+        free = [m for m in self.maps if m not in self.passed and not any(_is_inside(m, b) for b in others)]
         with ExitStack() as stack:
-            for name in (*inside, *((first, last) if block is None else ())):
+            for name in free:
                 handle = self.pruned.get_submodule(name).register_forward_hook(hook(name))
                 stack.callback(handle.remove)
             with resumed(self.pruned, self.pruned_done[0]):
@@ -150,9 +161,7 @@ class _Repair:
                 else:
                     run_until(self.pruned, self.batches[0], block)
         names = [name for name, *_ in ran]
-        if block is None:
-            behind = max(i for i, name in enumerate(names) if name in (first, last))
-            ran = [r for r in ran[behind + 1 :] if not any(_is_inside(r[0], b) for b in self.structure.blocks)]
+        self.passed.update(names)
         stages: list[list[_Map]] = []
         before: tuple[int, int] | None = None
         for name, given, version in ran:
@@ -235,12 +244,12 @@ class _Repair:
             if each.group is not None and each.group.has_stream:
                 target = self._asked(each, target, streams[each.group.name])
             target = valid_rows(target, valid)
-            if each.vanished:
-                x = target[:, :0]
-            else:
-                x = valid_rows(design(self.pruned.get_submodule(each.module), given[each.module]), valid)
             rows = some_rows(len(target))
-            found[each.module] = Moments.of(x[rows], target[rows])
+            if each.vanished:
+                x = target[rows, :0]
+            else:
+                x = design_rows(self.pruned.get_submodule(each.module), given[each.module], rows, valid)
+            found[each.module] = Moments.of(x, target[rows])
         return found
 
     def _asked(self, each: _Map, after: Tensor, before: Tensor) -> Tensor:
@@ -311,7 +320,7 @@ def _maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan: Plan)
         maps[name] = _Map(name, group.output, group, None, not kept)
     weights = [id(p) for m in modules.values() for n, p in m.named_parameters(recurse=False) if n == "weight"]
     for name, module in modules.items():
-        is_map = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        is_map = isinstance(module, nn.Linear) or (isinstance(module, Conv) and module.groups == 1)
         if not is_map or name in behind or name not in dense_modules or weights.count(id(module.weight)) > 1:
             continue
         gain = _kept_outputs(dense_modules[name], name, structure, plan)
@@ -321,7 +330,7 @@ def _maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan: Plan)
 
 def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan) -> Tensor | None:
     """Factors of the features that ``name`` gives: 0 for those removed, None where all stay as they are."""
-    features = len(dense.get_parameter("weight"))
+    features = dense.get_parameter("weight").shape[feature_dim(dense, "out")]
     factors = torch.ones(features)
     for group in structure.groups:
         kept = plan.kept.get(group.name, range(group.units))
@@ -337,7 +346,7 @@ def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan)
 
 
 def _axis(module: nn.Module) -> int:
-    return 1 if isinstance(module, nn.Conv2d) else -1
+    return 1 if isinstance(module, Conv) else -1
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +12,59 @@ from torch import Tensor, nn
 ROWS = 8_192
 
 
+Conv = nn.Conv2d | nn.ConvTranspose2d
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """Of what size a convolution's output is. Pairs are (rows, columns); padding is left, right, top, bottom."""
+    """Of what size a convolution's output is. Pairs are (rows, columns); padding is left, right, top, bottom.
+
+    A transposed convolution is one of stride 1 with a turned kernel, on an input with zeros ``between`` its pixels.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
+    between: tuple[int, ...] = (0, 0)
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> "Geometry":
+    def of(cls, conv: Conv) -> "Geometry":
         """The geometry of ``conv``."""
         padding: list[int] = []
         # F.pad begins with the last axis.
         for axis in (1, 0):
-            if conv.padding == "same":
-                total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            if isinstance(conv, nn.ConvTranspose2d):
+                # Negative padding crops.
+                edge = total - int(conv.padding[axis])
+                padding += [edge, edge + conv.output_padding[axis]]
+            elif conv.padding == "same":
                 padding += [total // 2, total - total // 2]
             else:
                 padding += [0 if conv.padding == "valid" else int(conv.padding[axis])] * 2
+        if isinstance(conv, nn.ConvTranspose2d):
+            between = tuple(stride - 1 for stride in conv.stride)
+            return cls(conv.kernel_size, (1, 1), conv.dilation, tuple(padding), between)
         return cls(conv.kernel_size, conv.stride, conv.dilation, tuple(padding))
 
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
         """Height and width of the output for an input of height and width ``size``."""
         left, right, top, bottom = self.padding
-        padded = (size[0] + top + bottom, size[1] + left + right)
+        apart = [(n - 1) * (zeros + 1) + 1 for n, zeros in zip(size, self.between, strict=True)]
+        padded = (apart[0] + top + bottom, apart[1] + left + right)
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
         return (padded[0] - reach[0]) // self.stride[0] + 1, (padded[1] - reach[1]) // self.stride[1] + 1
+
+    def patches(self, x: Tensor, mode: str = "constant") -> Tensor:
+        """What the kernel sees of ``x`` ``(batch, channels, H, W)``: ``(batch, H'·W', channels · kernel area)``."""
+        if any(self.between):
+            rows, columns = (zeros + 1 for zeros in self.between)
+            wide = x.new_zeros((*x.shape[:2], (x.shape[2] - 1) * rows + 1, (x.shape[3] - 1) * columns + 1))
+            wide[:, :, ::rows, ::columns] = x
+            x = wide
+        padded = F.pad(x, self.padding, mode=mode)
+        return F.unfold(padded, self.kernel, dilation=self.dilation, stride=self.stride).transpose(1, 2)
 
 
 def design(projection: nn.Module, x: Tensor) -> Tensor:
@@ -51,28 +77,55 @@ def design(projection: nn.Module, x: Tensor) -> Tensor:
     if isinstance(projection, nn.Linear):
         return x
     conv = _conv(projection)
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    padded = F.pad(x, Geometry.of(conv).padding, mode=mode)
-    return F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride).transpose(1, 2)
+    return Geometry.of(conv).patches(x, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
 
 
 def some_rows(count: int, most: int = ROWS) -> Tensor | slice:
     """Which of a batch's rows are enough for second moments: all, or ``most`` of them at random, always the same."""
     if count <= most:
         return slice(None)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:most]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:most].sort().values
+
+
+def design_rows(projection: nn.Module, x: Tensor, rows: Tensor | slice, valid: Tensor | None = None) -> Tensor:
+    """Some rows of `design`, of all samples one behind the other without padding: ``(rows, features)``.
+
+    Of a map's patches no more than one sample's are in memory, where ``rows`` are indices (in ascending order).
+    """
+    if isinstance(rows, slice) or isinstance(projection, nn.Linear):
+        return valid_rows(design(projection, x), valid)[rows]
+    found, rows = [], rows.to(x.device)
+    for number, sample in enumerate(x.split(1)):
+        patches = design(projection, sample)[0]
+        here = rows - number * len(patches)
+        found.append(patches[here[(here >= 0) & (here < len(patches))]])
+    return torch.cat(found)
+
+
+def feature_dim(layer: nn.Module, axis: Literal["out", "in"]) -> int:
+    """Which dimension of the weights of ``layer`` its output or input features lie along."""
+    return int((axis == "in") != isinstance(layer, nn.ConvTranspose2d))
 
 
 def weight_matrix(projection: nn.Module) -> Tensor:
     """The weights as ``(outputs, features)``; the features are the columns of `design`."""
-    return projection.get_parameter("weight").flatten(1)
+    weight = projection.get_parameter("weight")
+    return (_turned(weight) if isinstance(projection, nn.ConvTranspose2d) else weight).flatten(1)
 
 
 @torch.no_grad()
 def set_weight_matrix(projection: nn.Module, matrix: Tensor) -> None:
     """Write ``(outputs, features)`` into the weights, in place."""
     weight = projection.get_parameter("weight")
-    weight.copy_(matrix.reshape(weight.shape))
+    if isinstance(projection, nn.ConvTranspose2d):
+        weight.copy_(_turned(matrix.reshape(len(matrix), len(weight), *weight.shape[2:])))
+    else:
+        weight.copy_(matrix.reshape(weight.shape))
+
+
+def _turned(kernels: Tensor) -> Tensor:
+    """Kernels ``(a, b, rows, columns)`` of a transposed convolution as those of a plain one, and back."""
+    return kernels.transpose(0, 1).flip(2, 3)
 
 
 def columns_per_unit(projection: nn.Module, width: int) -> int:
@@ -91,6 +144,6 @@ def columns_of(units: Tensor, each: int) -> Tensor:
     return (units[:, None] * each + torch.arange(each, device=units.device)).reshape(-1)
 
 
-def _conv(projection: nn.Module) -> nn.Conv2d:
-    assert isinstance(projection, nn.Conv2d) and projection.groups == 1
+def _conv(projection: nn.Module) -> Conv:
+    assert isinstance(projection, Conv) and projection.groups == 1
     return projection

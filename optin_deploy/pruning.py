@@ -56,7 +56,7 @@ def examine(network: Network, *, narrow: bool = True) -> Anatomy:
         raise UserError(
             f"nothing prunable found in {network.source.name}: looked for timm's Attention and Mlp, for attentions of "
             "transformers with separate query, key and value, for two-layer feed-forward networks beside them, and for "
-            "residual blocks of two convolutions"
+            "residual blocks of two convolutions, and for convolutions in a row"
         )
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.plan import Plan
-from optin_deploy.projections import Geometry
+from optin_deploy.projections import Conv, Geometry, feature_dim
 from optin_deploy.structure.groups import Group, Side, StandIn, Structure
 
 
@@ -39,7 +39,7 @@ class ConstantTuple(Constant):
 class ConstantMap(Constant):
     """`Constant` for a convolution: its bias as ``(1, C, 1, 1)``, or with ``whole`` of the size that it would give."""
 
-    def __init__(self, conv: nn.Conv2d, bias: Tensor, whole: bool) -> None:
+    def __init__(self, conv: Conv, bias: Tensor, whole: bool) -> None:
         super().__init__(bias, whole)
         self.geometry = Geometry.of(conv)
 
@@ -51,7 +51,7 @@ class ConstantMap(Constant):
 class NoChannels(nn.Module):
     """Stands in for a convolution of which no channel is left: ``(batch, 0, height, width)``, of its size."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: Conv) -> None:
         super().__init__()
         self.geometry = Geometry.of(conv)
 
@@ -116,7 +116,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
 def _size(layer: nn.Module, side: Side) -> int:
     if isinstance(layer, nn.BatchNorm2d):
         return layer.num_features
-    return layer.get_parameter("weight").shape[0 if side.axis == "out" else 1]
+    return layer.get_parameter("weight").shape[feature_dim(layer, side.axis)]
 
 
 @torch.no_grad()
@@ -135,8 +135,8 @@ def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
 
 def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
     """Keep these outputs or inputs of a linear layer or a convolution."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    layer.weight = _selected(layer.get_parameter("weight"), 0 if side.axis == "out" else 1, features)
+    assert isinstance(layer, nn.Linear | Conv)
+    layer.weight = _selected(layer.get_parameter("weight"), feature_dim(layer, side.axis), features)
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"{side.axis}_{unit}", len(features))
     if side.axis == "out" and layer.bias is not None:
@@ -167,15 +167,16 @@ def _stand_in(module: nn.Module, group: Group) -> None:
 def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
     """What stands in for ``replaced`` when the projection ``output`` has no inputs left."""
     if kind == "no_channels":
-        assert isinstance(replaced, nn.Conv2d)
+        assert isinstance(replaced, Conv)
         return NoChannels(replaced)
     if kind in ("pass", "pass_tuple"):
         return nn.Identity() if kind == "pass" else PassTuple()
-    assert isinstance(output, nn.Linear | nn.Conv2d)
+    assert isinstance(output, nn.Linear | Conv)
     bias = output.bias
     if bias is None:
-        bias = nn.Parameter(output.weight.new_zeros(len(output.weight)), requires_grad=output.weight.requires_grad)
-    if isinstance(output, nn.Conv2d):
+        features = output.weight.shape[feature_dim(output, "out")]
+        bias = nn.Parameter(output.weight.new_zeros(features), requires_grad=output.weight.requires_grad)
+    if isinstance(output, Conv):
         return ConstantMap(output, bias, whole)
     return ConstantTuple(bias, whole) if kind == "constant_tuple" else Constant(bias, whole)
 

@@ -41,6 +41,31 @@ class Segmenter(nn.Module):
         return self.decoder(patches.transpose(1, 2).unflatten(2, (side, side)))
 
 
+class Upsampler(nn.Module):
+    """A timm backbone with a decoder of transposed convolutions, in a container that does not run itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = _vit(num_classes=0, global_pool="")
+        self.decoder = nn.ModuleDict(
+            {
+                "up1": nn.ConvTranspose2d(WIDTH, 6, 4, stride=2, padding=1),
+                "norm1": nn.BatchNorm2d(6),
+                "up2": nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1),
+                "up3": nn.ConvTranspose2d(5, 4, 2, stride=2, bias=False),
+                "norm3": nn.BatchNorm2d(4),
+                "last": nn.Conv2d(4, 1, 1),
+            }
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        decoder, patches = self.decoder, self.backbone.forward_features(image)[:, 1:]
+        side = int(patches.shape[1] ** 0.5)
+        x = F.relu(decoder["norm1"](decoder["up1"](patches.transpose(1, 2).unflatten(2, (side, side)))))
+        x = F.relu(decoder["norm3"](decoder["up3"](F.relu(decoder["up2"](x)))))
+        return decoder["last"](x)
+
+
 class PlainBlock(nn.Module):
     """Two convolutions beside a shortcut without weights; adds to new tensors, and its ReLU is no module."""
 
@@ -150,6 +175,7 @@ _VISION: dict[str, Callable[[], nn.Module]] = {
         _image_config(transformers.Dinov2Config, mlp_ratio=2, layerscale_value=0.1)
     ),
     "segmenter": Segmenter,
+    "upsampler": Upsampler,
 }
 _CNN: dict[str, Callable[[], nn.Module]] = {
     "resnet": _resnet,
@@ -224,7 +250,8 @@ def network(name: str) -> Network:
     module = randomised({**_VISION, **_CNN, **_TEXT}[name](), gain=1.6 if name in _CNN else 0.8)
     if name in _TEXT:
         return network_around(module, texts(), logits=hasattr(module, "classifier"))
-    argument = {"hf": "pixel_values", "dinov2": "pixel_values", "segmenter": "image"}.get(name.split("_")[0], "x")
+    arguments = {"hf": "pixel_values", "dinov2": "pixel_values", "segmenter": "image", "upsampler": "image"}
+    argument = arguments.get(name.split("_")[0], "x")
     classifies = argument == "x" or name == "hf_vit"
     return network_around(module, images(argument), logits=classifies)
 

@@ -43,6 +43,7 @@ from optin_deploy.criteria.loss import Batch, Trajectory, directions
 from optin_deploy.criteria.trajectory import STACKED_TOKENS, repeated
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
+from optin_deploy.projections import feature_dim
 from optin_deploy.structure.groups import Group, Structure, channels_last
 
 Advance = Callable[[int], None]
@@ -171,8 +172,8 @@ def _energies(trajectory: Trajectory) -> Iterator[dict[str, Tensor]]:
 
     def note(group: Group) -> Any:
         def hook(projection: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            weight = projection.get_parameter("weight").transpose(0, 1).flatten(1).square().sum(1)
-            each = channels_last(args[0], group.axis).flatten(0, -2).square().sum(0) * weight
+            weight = projection.get_parameter("weight").transpose(0, feature_dim(projection, "in"))
+            each = channels_last(args[0], group.axis).flatten(0, -2).square().sum(0) * weight.flatten(1).square().sum(1)
             # The units of a width are the same in all heads.
             of_unit = (-1, group.units) if group.kind == "width" else (group.units, -1)
             found[group.name] = each.reshape(of_unit).sum(0 if group.kind == "width" else 1)
@@ -219,7 +220,7 @@ class _Differential:
             masks = {group.name: forward_ad.make_dual(torch.ones_like(tangents), tangents)}
             with masked(trajectory.network.module, structure, masks):
                 later, outputs = trajectory.run(copies, given)
-            for block, output in later.items() if self.manifold else ():
+            for block, output in trajectory.compared(later).items() if self.manifold else ():
                 features, tokens = trajectory.tokens(block, output, copies)
                 of_sample = tokens // (features.shape[:-1].numel() // (copies * trajectory.size))
                 normalised = forward_ad.unpack_dual(directions(features, tokens, copies))

@@ -2,6 +2,7 @@
 
 manifold  Σ_l w_l ‖G(F_l) − G(F̃_l)‖²_F: F_l are the token features that block l gives, G(F) is the Gram matrix of the
 L2-normalised features of a fixed sample of tokens, w is 1, and 0.5 for the last block (Khaki & Plataniotis, ICLR 2024).
+What a convolution in a row of convolutions gives is compared only where the network has no other blocks.
 
 task  a sum over the network's outputs: T² Σ KL(p ‖ p̃) for class logits, with p the softmax at temperature T, for each
 sample, token or pixel; Σ ‖y − ỹ‖² / ‖y‖² over samples for any other output (a map, an embedding, boxes).
@@ -84,8 +85,12 @@ class Trajectory:
         return seen, {name: y for name, y in task.items() if y.is_floating_point()}
 
     def grams(self, outputs: Mapping[str, Any], copies: int = 1) -> dict[str, Tensor]:
-        """Gram matrix of every block's output, times the root of the block's weight."""
-        return {block: self.gram(block, output, copies) for block, output in outputs.items()}
+        """Gram matrix of every block's output that is compared, times the root of the block's weight."""
+        return {block: self.gram(block, output, copies) for block, output in self.compared(outputs).items()}
+
+    def compared(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the blocks' ``outputs`` whose Gram matrices count."""
+        return {block: output for block, output in outputs.items() if block in self.structure.compared}
 
     def gram(self, block: str, output: Any, copies: int = 1) -> Tensor:
         """Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""
@@ -94,7 +99,7 @@ class Trajectory:
 
     def weight(self, block: str) -> float:
         """How much the Gram matrix of a block counts."""
-        return LAST_BLOCK_WEIGHT if block == self.structure.blocks[-1] else 1.0
+        return LAST_BLOCK_WEIGHT if block == self.structure.compared[-1] else 1.0
 
     def tokens(self, block: str, output: Any, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Features of a block's output along the last axis, and the indices ``(K,)`` of one copy's sampled tokens."""

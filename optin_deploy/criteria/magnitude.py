@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.projections import feature_dim
 from optin_deploy.structure.groups import Group, Side, Structure
 
 
@@ -24,8 +25,9 @@ def _zeros(group: Group) -> Tensor:
 
 
 def _norms(module: nn.Module, group: Group, side: Side) -> Tensor:
-    weight = module.get_parameter(f"{side.module}.weight")
+    layer = module.get_submodule(side.module)
+    weight = layer.get_parameter("weight")
     if weight.dim() < 2:
         return _zeros(group)
-    features = weight.detach().double().transpose(0, 1 if side.axis == "in" else 0).flatten(1).square().sum(1)
+    features = weight.detach().double().transpose(0, feature_dim(layer, side.axis)).flatten(1).square().sum(1)
     return features.reshape(-1, group.units, group.width).sum((0, 2)).cpu()

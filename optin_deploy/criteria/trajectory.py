@@ -154,7 +154,7 @@ def _masked_runs(
         with masked(trajectory.network.module, trajectory.structure, {group.name: masks}):
             later, changed = trajectory.run(copies, given)
         moved = torch.zeros(copies, dtype=torch.float64)
-        for block, output in later.items():
+        for block, output in trajectory.compared(later).items():
             change = trajectory.gram(block, output, copies) - dense[block]
             moved += change.square().sum((-1, -2)).double().cpu()
         for name, factor in factors.items():

@@ -36,7 +36,15 @@ from torch import Tensor, nn
 from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
 from optin_deploy.masking import masked_queries
 from optin_deploy.network import Network
-from optin_deploy.projections import columns_of, columns_per_unit, design, some_rows, valid_rows, weight_matrix
+from optin_deploy.projections import (
+    columns_of,
+    columns_per_unit,
+    design,
+    design_rows,
+    some_rows,
+    valid_rows,
+    weight_matrix,
+)
 from optin_deploy.structure.groups import Group, Structure, channels_last
 
 Advance = Callable[[int], None]
@@ -46,6 +54,8 @@ DAMPING = 0.01
 # Part of the units left that leaves at once, and not more than a fortieth of all.
 _STEP = 0.05
 _LARGEST_STEP = 1 / 40
+# Neighbouring positions tell much the same: of so many in all, and so many of each piece at least, moments are taken.
+_ROWS, _LEAST_ROWS = 2**17, 256
 
 
 @dataclass
@@ -132,10 +142,11 @@ def probe_moments(
                 advance(trajectory.size)
         with torch.no_grad():
             for group in groups:
-                x = _rows(network.module, group, given[group.name], trajectory.valid)
-                rows = some_rows(len(x))
-                weighted = x[rows] * torch.as_tensor(weights[group.name])[rows, None]
-                _add(moments, group.name, "second", weighted.T @ x[rows])
+                weight = torch.as_tensor(weights[group.name])
+                rows = some_rows(len(weight), max(_LEAST_ROWS, _ROWS // len(pieces)))
+                x = design_rows(network.module.get_submodule(group.output), given[group.name], rows, trajectory.valid)
+                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+                _add(moments, group.name, "second", (x * weight[rows, None]).T @ x)
     return moments
 
 
@@ -159,11 +170,6 @@ def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[dict[s
             handle = module.get_submodule(group.output).register_forward_hook(tap(group.name))
             stack.callback(handle.remove)
         yield given, taps
-
-
-def _rows(module: nn.Module, group: Group, x: Tensor, valid: Tensor | None) -> Tensor:
-    rows = valid_rows(design(module.get_submodule(group.output), x), valid)
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
 
 
 @torch.no_grad()

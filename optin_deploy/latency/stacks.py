@@ -49,29 +49,48 @@ class BlockType:
 
 def part_name(block: str, group: Group) -> str:
     """The group's name within its block."""
+    if group.output == block:
+        return group.kind
     return group.name.removeprefix(block).lstrip(".") or group.kind
 
 
 def block_types(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> list[BlockType]:
     """The types of all blocks, from one forward pass of two samples."""
-    calls = _calls(module, structure.blocks, inputs)
+    calls = _calls(module, {block: _entrance(block, _groups(structure, block)) for block in structure.blocks}, inputs)
     alike: dict[str, list[int]] = {}
     for i, block in enumerate(structure.blocks):
         made = _type(module, structure, [block], calls)
         # FLOPs of blocks of one class with the same groups and inputs can differ in what is not pruned.
-        sizes = [tuple(p.shape) for p in module.get_submodule(block).parameters()]
+        sizes = [tuple(p.shape) for p in _block(module, block, made.groups[0]).parameters()]
         alike.setdefault(f"{made.describe()} {sizes}", []).append(i)
     return [_type(module, structure, [structure.blocks[i] for i in of], calls) for of in alike.values()]
 
 
 def _type(module: nn.Module, structure: Structure, blocks: Sequence[str], calls: Mapping[str, Any]) -> BlockType:
-    groups = tuple(tuple(g for g in structure.groups if structure.blocks[g.layer] == block) for block in blocks)
+    groups = tuple(_groups(structure, block) for block in blocks)
     return BlockType(tuple(blocks), groups, type(module.get_submodule(blocks[0])).__name__, calls[blocks[0]])
 
 
+def _groups(structure: Structure, block: str) -> tuple[Group, ...]:
+    return tuple(g for g in structure.groups if structure.blocks[g.layer] == block)
+
+
+def _entrance(block: str, groups: Sequence[Group]) -> str:
+    """The module where a block begins: the first one of a pair of convolutions in a row, else the block itself."""
+    return groups[0].name if groups[0].output == block else block
+
+
+def _block(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.Module:
+    """The block; of convolutions in a row both, with what stands between, a ReLU for whatever activation is there."""
+    if groups[0].output != block:
+        return module.get_submodule(block)
+    *before, last = [module.get_submodule(side.module) for side in groups[0].sides]
+    return nn.Sequential(*before, nn.ReLU(), last)
+
+
 @torch.no_grad()
-def _calls(module: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments and keyword arguments of the first call of every block."""
+def _calls(module: nn.Module, entrances: Mapping[str, str], inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments and keyword arguments of the first call of every block's entrance."""
     calls: dict[str, Any] = {}
 
     def note(name: str) -> Any:
@@ -81,7 +100,10 @@ def _calls(module: nn.Module, blocks: Sequence[str], inputs: Mapping[str, Tensor
 
         return hook
 
-    handles = [module.get_submodule(b).register_forward_pre_hook(note(b), with_kwargs=True) for b in blocks]
+    handles = [
+        module.get_submodule(entrance).register_forward_pre_hook(note(block), with_kwargs=True)
+        for block, entrance in entrances.items()
+    ]
     try:
         module(**{name: t[:1].repeat_interleave(_BATCH, 0) for name, t in inputs.items()})
     finally:
@@ -143,7 +165,7 @@ def stack(
 ) -> tuple[Stack, dict[str, Tensor]]:
     """So many copies of the block, its groups cut to ``sizes`` (group name -> units), and inputs for two samples."""
     cut = sliced(module, structure, Plan({name: tuple(range(units)) for name, units in sizes.items()}))
-    made = Stack(cut.get_submodule(kind.blocks[0]), depth, kind.given).eval()
+    made = Stack(_block(cut, kind.blocks[0], kind.groups[0]), depth, kind.given).eval()
     leaves = pytree.tree_leaves(kind.given)
     return made, {f"x{number}": leaves[i] for number, i in enumerate(made.batched)}
 

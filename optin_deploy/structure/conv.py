@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.groups import Group, LeftDense, Side, child, join
 from optin_deploy.structure.registry import adapter
-from optin_deploy.structure.residual import Call
-
-# How far a tensor may move, relative to its norm, to count as the same in two forward passes.
-_RELATIVE_TOLERANCE = 1e-4
+from optin_deploy.structure.residual import Call, same_tensor
 
 
 @adapter
@@ -67,7 +64,7 @@ def _not_in_sequence(calls: Sequence[Call], group: Group) -> str | None:
     if any(len(indices) != 1 for indices in found):
         return "its convolutions do not run exactly once"
     conv1, norm, conv2 = (calls[indices[0]] for indices in found)
-    if norm.given is None or conv1.returned is None or not _same(norm.given, conv1.returned):
+    if norm.given is None or conv1.returned is None or not same_tensor(norm.given, conv1.returned):
         return "bn1 does not take what conv1 gives"
     if conv2.given is None or norm.returned is None or conv2.given.shape != norm.returned.shape:
         return "something between its convolutions changes the size"
@@ -99,7 +96,7 @@ def _leaking(
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             expected = recorded[group.output].given
             assert expected is not None
-            if not _same(args[0][:, ::2], expected[:, ::2]):
+            if not same_tensor(args[0][:, ::2], expected[:, ::2]):
                 leaking.add(group.name)
             return (expected.clone(), *args[1:])
 
@@ -108,7 +105,7 @@ def _leaking(
     def restore_output(group: Group, holder: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             expected = recorded[holder].returned if holder in recorded else None
-            if not isinstance(output, Tensor) or expected is None or not _same(output, expected):
+            if not isinstance(output, Tensor) or expected is None or not same_tensor(output, expected):
                 leaking.add(group.name)
             return expected.clone() if isinstance(output, Tensor) and expected is not None else output
 
@@ -127,8 +124,3 @@ def _leaking(
         for handle in handles:
             handle.remove()
     return leaking
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    # Put so that NaN passes: that a network gives none is not for the structure to check.
-    return a.shape == b.shape and not bool((a - b).norm() > _RELATIVE_TOLERANCE * b.norm())

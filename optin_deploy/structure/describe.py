@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 # Importing an adapter file registers its adapters.
 from optin_deploy.structure import conv, timm, transformers  # noqa: F401
+from optin_deploy.structure.chain import pairs_in_a_row
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
@@ -17,19 +18,22 @@ from optin_deploy.structure.width import narrowable, width_group
 def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     """Find the prunable groups of ``module``; one trial forward on ``inputs`` (the sample batch) gives their order.
 
-    A group's block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses it and its projection.
-    Channels are tried in a second forward. The structure has no groups when nothing prunable is found.
+    A group's block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses it and its projection;
+    convolutions in a row outside all blocks are blocks of their own. Channels are tried in further forwards. The
+    structure has no groups when nothing prunable is found.
     """
     found, left_dense = _match_adapters(module)
     block_of = {group.name: _enclosing_block(module, group) for group in found}
-    watched = {*block_of.values(), *(g.output for g in found)}
     calls = trial_forward(module, inputs)
-    position = {call.name: i for i, call in reversed(list(enumerate(calls))) if call.name in watched}
+    position = {call.name: i for i, call in reversed(list(enumerate(calls)))}
     ran = [g for g in found if g.output in position and block_of[g.name] in position]
     left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
     entangled = conv.entangled(module, inputs, calls, [g for g in ran if g.kind == "channel"])
     left_dense += [LeftDense(name, reason) for name, reason in entangled.items()]
     ran = [g for g in ran if g.name not in entangled]
+    for pair in pairs_in_a_row(module, inputs, calls, {*block_of.values(), *(left.module for left in left_dense)}):
+        ran.append(pair)
+        block_of[pair.name] = pair.output
     blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):

@@ -118,6 +118,12 @@ class Structure:
     tokens: int
     left_dense: tuple[LeftDense, ...] = ()
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The blocks that are more than a convolution in a row of them; all where there are no others."""
+        whole = {self.blocks[g.layer] for g in self.groups if g.output != self.blocks[g.layer]}
+        return tuple(b for b in self.blocks if b in whole) or self.blocks
+
     def group(self, name: str) -> Group:
         """The group of that name; KeyError if there is none."""
         for group in self.groups:

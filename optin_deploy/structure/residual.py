@@ -18,6 +18,8 @@ from optin_deploy.structure.groups import Group
 
 # How far `after - before` may be from the (scaled) output, relative to it, for the two to be the residual stream.
 _RELATIVE_TOLERANCE = 1e-3
+# How far a tensor may move, relative to its norm, to count as the same in two forward passes.
+_SAME_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ def first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, tuple | list) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
+
+
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two forward passes give the same there, as far as floating point can tell."""
+    # Put so that NaN passes: that a network gives none is not for the structure to check.
+    return a.shape == b.shape and not bool((a - b).norm() > _SAME_TOLERANCE * b.norm())
 
 
 class _Copies:

@@ -1,5 +1,6 @@
 """Compensation of the maps that stand before units and behind the last block, and of convolutions."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,7 @@ class Repaired:
     def maps(self) -> list[str]:
         """What is left of the maps that stand behind no units."""
         behind = {g.output for g in self.structure.groups}
-        kinds = (nn.Linear, nn.Conv2d)
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
         return [n for n, m in self.after.named_modules() if isinstance(m, kinds) and n not in behind]
 
     def changed(self, name: str) -> bool:
@@ -89,7 +90,20 @@ def in_rows(y: Tensor, is_map: bool, batch: tiny.Batch) -> np.ndarray:
 def input_rows(module: nn.Module, x: Tensor, batch: tiny.Batch) -> np.ndarray:
     if isinstance(module, nn.Conv2d):
         x = F.unfold(x.double(), module.kernel_size, padding=module.padding, stride=module.stride).transpose(1, 2)
+    if isinstance(module, nn.ConvTranspose2d):
+        x = through_single_weights(module, x.double())
     return in_rows(x, False, batch)
+
+
+def through_single_weights(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    """What each weight of one output channel gives alone: ``(batch, positions, weights)``."""
+    columns = []
+    for place in itertools.product(*(range(n) for n in (conv.weight.shape[0], *conv.weight.shape[2:]))):
+        kernel = torch.zeros_like(conv.weight[:, :1]).double()
+        kernel[place[0], 0, place[1], place[2]] = 1.0
+        y = F.conv_transpose2d(x, kernel, None, conv.stride, conv.padding, conv.output_padding, dilation=conv.dilation)
+        columns.append(y.flatten(1))
+    return torch.stack(columns, dim=-1)
 
 
 def ridge_solution(x: np.ndarray, target: np.ndarray, old: np.ndarray, ridge: float) -> np.ndarray:
@@ -134,7 +148,8 @@ def kept_outputs(done: Repaired, name: str, features: int) -> list[int]:
 
 
 def as_matrix(module: nn.Module) -> np.ndarray:
-    rows = [module.weight.flatten(1).T, *([] if module.bias is None else [module.bias[None]])]
+    weight = module.weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else module.weight
+    rows = [weight.flatten(1).T, *([] if module.bias is None else [module.bias[None]])]
     return torch.cat(rows).detach().double().numpy()
 
 
@@ -144,7 +159,7 @@ def check_map(done: Repaired, name: str) -> float | None:
     before, after = done.before.get_submodule(name), done.after.get_submodule(name)
     for batch in done.batches:
         dense = seen(done.network, done.network.module, batch, [name])[name][1]
-        target = in_rows(dense, isinstance(after, nn.Conv2d), batch)
+        target = in_rows(dense, isinstance(after, nn.Conv2d | nn.ConvTranspose2d), batch)
         targets.append(target[:, kept_outputs(done, name, target.shape[1])])
         xs.append(input_rows(after, seen(done.network, done.after, batch, [name])[name][0], batch))
     expected, strength = best_solution(xs, targets, as_matrix(before), done.strengths)
@@ -170,7 +185,8 @@ MODELS = {
     "hf_vit": ["classifier"],
     "bert_classifier": ["bert.encoder.layer.1.attention.self.query", "bert.pooler.dense", "classifier"],
     "distilbert": [],
-    "segmenter": ["backbone.blocks.1.mlp.fc1", "decoder.0", "decoder.2"],
+    "segmenter": ["backbone.blocks.1.mlp.fc1", "decoder.0"],
+    "upsampler": ["backbone.blocks.1.mlp.fc1", "decoder.up1", "decoder.up3"],
     "resnet": ["layer2.0.conv1", "layer2.0.downsample.0", "fc"],
     "resnet_silu_se": ["layer2.0.conv1", "layer2.0.se.fc1", "layer2.0.se.fc2", "fc"],
     "plain_resnet": ["blocks.1.conv1", "linear"],

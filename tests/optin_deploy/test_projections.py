@@ -9,7 +9,9 @@ from optin_deploy.projections import (
     columns_of,
     columns_per_unit,
     design,
+    design_rows,
     set_weight_matrix,
+    some_rows,
     weight_matrix,
 )
 from optin_deploy.structure.groups import channels_last
@@ -26,6 +28,13 @@ def projections(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         return nn.Linear(inputs, outputs, bias=bias).double(), x.double()
     pairs, edges = (st.tuples(st.integers(low, 3), st.integers(low, 3)) for low in (1, 0))
     padding = draw(st.sampled_from(["same", "valid", None])) or draw(edges)
+    x = torch.randn(batch, inputs, 8, 9, generator=generator).double()
+    if draw(st.booleans()):
+        stride, dilation = draw(pairs), draw(pairs)
+        room = [max(s, d) - 1 for s, d in zip(stride, dilation, strict=True)]
+        more = tuple(draw(st.integers(0, r)) for r in room)
+        sizes = {"stride": stride, "padding": draw(edges), "dilation": dilation, "output_padding": more, "bias": bias}
+        return nn.ConvTranspose2d(inputs, outputs, draw(pairs), **sizes).double(), x
     conv = nn.Conv2d(
         inputs,
         outputs,
@@ -36,7 +45,7 @@ def projections(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         bias=bias,
         padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
     )
-    return conv.double(), torch.randn(batch, inputs, 8, 9, generator=generator).double()
+    return conv.double(), x
 
 
 def features_last(projection: nn.Module, y: Tensor) -> Tensor:
@@ -82,11 +91,20 @@ def test_weights_are_written_in_place(drawn: tuple[nn.Module, Tensor]) -> None:
     torch.testing.assert_close(design(projection, x) @ doubled.T, design(projection, x) @ weight_matrix(projection).T)
 
 
+@given(drawn=projections(), data=st.data())
+@torch.no_grad()
+def test_rows_are_those_of_the_whole_design(drawn: tuple[nn.Module, Tensor], data: st.DataObject) -> None:
+    projection, x = drawn
+    whole = design(projection, x).flatten(0, 1)
+    rows = some_rows(len(whole), data.draw(st.integers(1, len(whole))))
+    assert torch.equal(design_rows(projection, x, rows), whole[rows])
+
+
 @given(drawn=projections())
 @torch.no_grad()
 def test_output_size(drawn: tuple[nn.Module, Tensor]) -> None:
     projection, x = drawn
-    if isinstance(projection, nn.Conv2d):
+    if not isinstance(projection, nn.Linear):
         assert Geometry.of(projection).output_size(x.shape[2:]) == projection(x).shape[2:]
 
 

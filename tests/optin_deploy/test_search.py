@@ -88,7 +88,10 @@ def test_the_budget_holds_and_is_used(seed: int, fraction: float, align: int) ->
     structure, costs = anatomy(layers=3, heads=4, neurons=300)
     plan = search(structure, random_scores(structure, seed), costs, fraction, align)
     assert costs.of(plan) <= fraction * costs.total
-    assert costs.of(plan) >= (fraction - BUDGET_WINDOW) * costs.total
+    # A head may be more than the window; then nothing that is gone has room.
+    room = fraction * costs.total - costs.of(plan)
+    gone = [g for g in structure.groups if len(plan.kept[g.name]) < g.units]
+    assert room <= BUDGET_WINDOW * costs.total or all(costs.per_unit[g.name] > room for g in gone)
 
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.2, 0.95), align=st.sampled_from([1, 16]))

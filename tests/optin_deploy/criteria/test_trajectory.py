@@ -24,6 +24,7 @@ MODELS = [
     "bert_classifier",
     "distilbert",
     "segmenter",
+    "upsampler",
     "resnet",
     "plain_resnet",
 ]
@@ -50,7 +51,7 @@ def run_with_features(
         real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(tokens.shape[:2]).bool()
         features.append(tokens[real])
 
-    handles = [network.module.get_submodule(b).register_forward_hook(keep) for b in structure.blocks]
+    handles = [network.module.get_submodule(b).register_forward_hook(keep) for b in structure.compared]
     outputs = network.forward(batch)
     for handle in handles:
         handle.remove()

@@ -16,6 +16,7 @@ from optin_deploy.criteria import trajectory_obs
 from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
+from optin_deploy.projections import weight_matrix
 from optin_deploy.structure.groups import Group, Structure
 
 MANIFOLD, FACTOR, SEED = 0.7, 3.0, 5
@@ -311,7 +312,7 @@ def test_scores_of_any_network(name: str) -> None:
         if group.kind == "width":
             assert bool((scores[group.name].diff() < 0).all())
             continue
-        weight = network.module.get_submodule(group.output).weight.detach().double().flatten(1)
+        weight = weight_matrix(network.module.get_submodule(group.output)).detach().double()
         found = moments[group.name]
         order, costs = eliminate(weight, found.covariance(), found.metric.double(), weight.shape[1] // group.units)
         given = scores[group.name]

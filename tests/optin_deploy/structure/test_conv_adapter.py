@@ -170,7 +170,8 @@ def test_a_block_outside_a_container() -> None:
 
 
 def test_the_network_itself_is_no_block() -> None:
-    assert describe(tiny.randomised(Block()), {"x": torch.randn(2, 6, 4, 4)}).groups == ()
+    structure = describe(tiny.randomised(Block()), {"x": torch.randn(2, 6, 4, 4)})
+    assert (structure.blocks, structure.groups[0].residual) == (("conv2",), None)
 
 
 def test_bottlenecks_are_left_dense() -> None:

@@ -47,6 +47,7 @@ EXPECTED = {
     "vit_without_biases": ("blocks.1", 5, TIMM),
     "deit_distilled": ("blocks.1", 6, TIMM),
     "segmenter": ("backbone.blocks.1", 5, TIMM),
+    "upsampler": ("backbone.blocks.1", 5, TIMM),
     "hf_vit": ("vit.layers.1", 5, HF_VIT),
     "hf_deit": ("layers.1", 6, HF_VIT),
     "dinov2": ("encoder.layer.1", 5, DINOV2),
@@ -56,6 +57,7 @@ EXPECTED = {
     "electra": ("electra.encoder.layer.1", 7, BERT),
     "distilbert": ("transformer.layer.1", 7, DISTILBERT),
 }
+DECODERS = {"segmenter": ("decoder.2",), "upsampler": ("decoder.up2", "decoder.last")}
 NARROWABLE = EXPECTED.keys() - {"vit_qk_norm", "vit_gated"}
 
 
@@ -68,11 +70,14 @@ def with_width(heads: tuple[object, ...], neurons: tuple[object, ...]) -> list[t
 def test_groups_and_streams_of_every_network(name: str) -> None:
     block, tokens, groups = EXPECTED[name]
     structure = tiny.structure(name)
-    assert structure.blocks == (block.replace(".1", ".0"), block)
+    decoder = DECODERS.get(name, ())
+    assert structure.blocks == (block.replace(".1", ".0"), block, *decoder)
+    assert structure.compared == structure.blocks[:2]
     assert structure.tokens == tokens
     assert structure.left_dense == ()
     expected = with_width(*groups) if name in NARROWABLE else groups
-    assert [g.layer for g in structure.groups] == [0] * len(expected) + [1] * len(expected)
+    assert [g.layer for g in structure.groups if g.kind == "channel"] == [2 + i for i in range(len(decoder))]
+    assert [g.layer for g in structure.groups if g.kind != "channel"] == [0] * len(expected) + [1] * len(expected)
     given = summary(structure, f"{block}.")
     assert [(*g[:5], "" if g[5] == block else g[5], g[6]) for g in given] == expected
     first = summary(structure, f"{block.replace('.1', '.0')}.")
