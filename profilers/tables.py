@@ -16,7 +16,7 @@ from .errors import ProfilingError
 from .statistics import paired_ratio
 
 # Counted up when what is measured, or how, changes: older tables are then not found.
-_LAYOUT = 2
+_LAYOUT = 3
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ class LatencyTable:
 
     ``setting`` is what the figures hold for: device, threads, runtime and versions, precision, batch size, the block
     and its inputs. ``depths`` has the dense block's samples by stack depth: the difference of two depths is a block
-    without the fixed cost of a run.
+    without the fixed cost of a run. Every stack was loaded ``loads`` times, and these took turns.
     """
 
     setting: Mapping[str, Any]
     depth: int
     depths: Mapping[int, list[list[float]]]
     rows: tuple[Row, ...]
+    loads: int = 1
 
     @property
     def block_ms(self) -> float:
@@ -68,19 +69,18 @@ class LatencyTable:
 
     def grid(self, part: str) -> tuple[list[int], list[int | None], NDArray[np.float64]]:
         """Units, widths, and the milliseconds of one block at each pair, relative to the dense block, never falling
-        with size. Without any unit the width does not matter. What noise can explain is no stair, see `shrunk`."""
+        with size. Without any unit the width does not matter. What noise can explain is no stair, see `shrunk`; the
+        dense block is one size among others there, or its own noise would be in all that is compared with it."""
         rows = [row for row in self.rows if row.part == part]
         units = sorted({row.units for row in rows})
         widths = sorted({row.width for row in rows if row.units}, key=lambda width: width or 0)
         none = next(-self.saved_ms(row) for row in rows if row.units == 0)
         some = [row for row in rows if row.units]
         sizes = [(row.units, row.units * (row.width or 0), row.width or 0) for row in some]
-        error = self.dense_ms / self.depth * log_error([row.samples_ms for row in rows])
+        error = self.dense_ms / self.depth * log_error([row.samples_ms for row in rows], self.loads)
         values = shrunk(sizes, [-self.saved_ms(row) for row in some], error)
         found = {(row.units, row.width): value for row, value in zip(some, values, strict=True)}
-        cells = np.array([[found[n, w] if n else none for w in widths] for n in units])
-        # All of the part is the dense block itself, however the line runs.
-        cells[-1, -1] = 0.0
+        cells = np.array([[found[n, w] if n else none for w in widths] for n in units]) - found[units[-1], widths[-1]]
         return units, widths, np.minimum(_rising(cells), 0.0)
 
     def edges(self, part: str) -> list[int]:
@@ -99,23 +99,35 @@ class LatencyTable:
         """The table that `to_dict` wrote; KeyError or TypeError on anything else."""
         rows = tuple(Row(**row) for row in data["rows"])
         depths = {int(depth): turns for depth, turns in data["depths"].items()}
-        return cls(data["setting"], data["depth"], depths, rows)
+        return cls(data["setting"], data["depth"], depths, rows, data["loads"])
 
 
-def log_error(samples_ms: Sequence[Sequence[Sequence[float]]]) -> float:
+def log_error(samples_ms: Sequence[Sequence[Sequence[float]]], loads: int = 1) -> float:
     """Standard error of the logarithm of a row's latency beside other rows of the same rounds, by their scatter once
-    what all rows of a round and all rounds of a row have in common is taken out; 0 where it cannot be told."""
-    if len(samples_ms) < 2 or len({len(turns) for turns in samples_ms}) > 1 or len(samples_ms[0]) < 2:
+    what all rows of a round and all rounds of a row have in common is taken out; 0 where it cannot be told.
+
+    Args:
+        samples_ms: of every row, rounds × repeats.
+        loads: how often the networks were loaded; where more than once, the scatter is that from load to load.
+    """
+    if len(samples_ms) < 2 or len({len(turns) for turns in samples_ms}) > 1 or len(samples_ms[0]) < max(2, loads):
         return 0.0
     logs = np.log([[median(turn) for turn in turns] for turns in samples_ms])
+    if loads > 1:
+        logs = np.stack([np.median(logs[:, first::loads], axis=1) for first in range(loads)], axis=1)
+        logs = logs - logs.mean(axis=1, keepdims=True)
+        return _of_columns(float(np.square(logs - logs.mean(axis=0)).mean()) ** 0.5, *logs.shape)
     # Tukey's median polish: a burst that hits one run moves neither its row nor its round.
     for _ in range(8):
         logs = logs - np.median(logs, axis=1, keepdims=True)
         logs = logs - np.median(logs, axis=0)
-    # The median of |x| is 0.6745 standard deviations; one in `rows` and one in `rounds` degrees of freedom are gone.
-    rows, rounds = logs.shape
-    spread = float(np.median(np.abs(logs))) / 0.6745 * (rows * rounds / ((rows - 1) * (rounds - 1))) ** 0.5
-    return spread / rounds**0.5
+    # The median of |x| is 0.6745 standard deviations.
+    return _of_columns(float(np.median(np.abs(logs))) / 0.6745, *logs.shape)
+
+
+def _of_columns(scatter: float, rows: int, columns: int) -> float:
+    """Standard error of a row's mean: one in ``rows`` and one in ``columns`` degrees of freedom are gone."""
+    return scatter * (rows / ((rows - 1) * (columns - 1))) ** 0.5
 
 
 def shrunk(sizes: Sequence[Sequence[int]], values: Sequence[float], error: float) -> list[float]:

@@ -114,7 +114,8 @@ def _measure_table(
     setting: dict[str, Any],
     progress: Progress,
 ) -> LatencyTable:
-    """All sizes of one type of block as stacks, interleaved in one process."""
+    """All sizes of one type of block as stacks, interleaved in one process; where in memory a stack happens to lie
+    makes it some percent faster or slower, so each is loaded as often as `profilers.loads_for` says."""
     points = [
         (part_name(kind.blocks[0], g), units, width, sizes)
         for g in kind.groups[0]
@@ -131,7 +132,8 @@ def _measure_table(
             files[label], sample = _export_stack(module, structure, kind, sizes, depth, target, folder / label)
             progress(0.5 * (done + 1) / len(stacks))
         half = _part_of(progress, 0.5, 0.5)
-        samples = measure_files(files, sample, target.case(target.seconds), (), half).samples_ms
+        case = target.case(target.seconds, files.values())
+        samples = measure_files(files, sample, case, (), half).samples_ms
     rows = [Row(part, units, width, samples[f"size{i}"]) for i, (part, units, width, _) in enumerate(points)]
     # All units at full width are the dense stack itself.
     for g in kind.groups[0]:
@@ -139,7 +141,7 @@ def _measure_table(
             width = structure.narrowing(g.name)
             rows.append(Row(part_name(kind.blocks[0], g), g.units, width.units if width else None, samples["dense"]))
     depths = {_SHALLOW: samples["shallow"], _DEPTH: samples["dense"]}
-    return LatencyTable(setting, _DEPTH, depths, tuple(rows))
+    return LatencyTable(setting, _DEPTH, depths, tuple(rows), case.loads)
 
 
 def _export_stack(

@@ -133,6 +133,33 @@ def test_the_dense_block_costs_nothing_beside_itself() -> None:
         assert replace(noisy, rows=tuple(rows)).grid("mlp")[2][-1, -1] == 0.0
 
 
+@pytest.mark.parametrize("spread", [0.01, 0.05])
+def test_the_error_is_that_from_load_to_load(spread: float) -> None:
+    generator, loads = np.random.default_rng(3), 3
+    of_load = generator.normal(1, 0.3, (60, 1)) + generator.normal(0, spread, (60, loads))
+    # Rounds scatter little; many of them tell nothing about where in memory a network lies.
+    logs = np.tile(of_load, 8) + generator.normal(0, 0.002, (60, 8 * loads))
+    samples = np.exp(logs)[:, :, None].tolist()
+    assert log_error(samples, loads) == pytest.approx(spread / loads**0.5, rel=0.25)
+    assert log_error([turns[:2] for turns in samples], loads) == 0.0
+
+
+def test_the_dense_block_s_own_noise_is_not_in_all_others() -> None:
+    """A dense stack that happens to lie badly: savings are still those of the line through all sizes."""
+    generator, loads = np.random.default_rng(4), 3
+    sizes = {n: 1 + 3 * n / 1536 for n in range(0, 1537, 128)}
+    rows = []
+    for units, ms in sizes.items():
+        of_load = generator.normal(1.05 if units == 1536 else 1.0, 0.03, loads)
+        rows.append(Row("mlp", units, None, [[DEPTH * ms * of_load[turn % loads]] for turn in range(4 * loads)]))
+    dense = rows[-1].samples_ms
+    found = LatencyTable(SETTING, DEPTH, {1: dense, DEPTH: dense}, tuple(rows), loads)
+    raw = found.saved_ms(next(row for row in rows if row.units == 768))
+    units, _, cells = found.grid("mlp")
+    assert abs(raw - 1.5) > 0.15
+    assert -cells[units.index(768), 0] == pytest.approx(1.5, abs=0.12)
+
+
 def test_without_rounds_in_common_no_error_is_told() -> None:
     assert log_error([[[1.0], [2.0]]]) == 0.0
     assert log_error([[[1.0]], [[2.0]]]) == 0.0
