@@ -185,15 +185,15 @@ def models(
 ) -> None:
     """List what can be pruned by name, and by module type."""
     from optin_deploy.libraries.timm import prunable_names
-    from optin_deploy.structure.registry import supported
+    from optin_deploy.structure.describe import prunable
 
     names = [n for n in prunable_names() if name in n]
     if json_output:
-        sys.stdout.write(json.dumps({"modules": supported(), "timm": names}, indent=1) + "\n")
+        sys.stdout.write(json.dumps({"modules": prunable(), "timm": names}, indent=1) + "\n")
         return
     console = Console()
     console.print("[bold]Module types[/bold] (in any network, yours too)")
-    for line in supported():
+    for line in prunable():
         console.print(f"  {line}", highlight=False)
     console.print("[bold]timm[/bold] by name; deit_small stands for deit_small_patch16_224")
     console.print("  " + ", ".join(names), highlight=False)

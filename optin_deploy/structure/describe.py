@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from optin_deploy.structure import conv, timm, transformers  # noqa: F401
 from optin_deploy.structure.chain import pairs_in_a_row
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
-from optin_deploy.structure.registry import ADAPTERS
+from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.width import narrowable, width_group
+
+
+def prunable() -> list[str]:
+    """What `describe` recognises, a line each."""
+    return [*supported(), "Channels between two convolutions in a row, plain or transposed, outside such blocks."]
 
 
 def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
