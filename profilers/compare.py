@@ -97,7 +97,8 @@ def compare(
         case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads)
         report = partial(_report, progress, index, len(cases), case.name)
         result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
-        measurements.append(Measurement.from_samples(runtime, batch_size, *result, seed=config.seed))
+        figures = result.samples_ms, result.converged, result.peak_rss_mib
+        measurements.append(Measurement.from_samples(runtime, batch_size, *figures, seed=config.seed))
     return Comparison(tuple(measurements), environment(), _protocol(config, threads))
 
 

@@ -31,7 +31,7 @@ class Case:
         seconds: time limit of the rounds; loading and warm-up come on top.
         seed: of the order of turns.
         tolerance: relative, to which ratios must settle before the time is up.
-        loads: how often each file is loaded, see `loads_for`.
+        loads: how often each file is loaded, see `loads_for`; less often where memory is short.
     """
 
     runtime: str
@@ -66,11 +66,13 @@ def loads_for(runtime: str, files: Iterable[Path]) -> int:
 
 
 class Measured(NamedTuple):
-    """Samples in milliseconds (name to rounds × repeats), whether they had settled, and the peak memory."""
+    """Samples in milliseconds (name to rounds × repeats), whether they had settled, the peak memory, and how often each
+    file was loaded: its turns are those of its loads, one after the other."""
 
     samples_ms: Samples
     converged: bool
     peak_rss_mib: float
+    loads: int
 
 
 def measure_files(

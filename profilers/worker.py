@@ -3,8 +3,8 @@
 The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `loads` (of each variant), `variants`
 (name to `file`, `feeds`, an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`, and `inputs`,
 their names), `pairs` (of variants, whose ratios must settle to the tolerance), and `result`, the JSON file to write:
-`samples_ms`, `converged`, `peak_rss_mib`. Progress goes to stdout, one `{"progress": fraction}` a line; an error's last
-line on stderr says what is wrong, and the exit status is 1.
+`samples_ms`, `converged`, `peak_rss_mib`, and `loads`, less than asked for where memory is short. Progress goes to
+stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what is wrong, the exit status is 1.
 """
 
 import gc
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from .errors import ProfilingError
 from .interleave import Samples, interleave
@@ -54,18 +55,37 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Loads the variants, measures them, and returns what goes into the result file."""
     with ExitStack() as opened:
         runs: dict[str, list[Callable[[], None]]] = {name: [] for name in spec["variants"]}
-        for _ in range(spec["loads"]):
+        before = psutil.Process().memory_info().rss
+        loads = 0
+        while loads < spec["loads"] and _has_room(loads, before):
             for name, variant in spec["variants"].items():
                 feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
                 runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"])
-                runs[name].append(opened.enter_context(runner).prepare(feeds))
+                run = opened.enter_context(runner).prepare(feeds)
+                # What a network needs beside its weights is taken when it first runs.
+                run()
+                runs[name].append(run)
+            loads += 1
         # A collection in the middle of a run would be counted as its latency.
         gc.collect()
         gc.disable()
         samples, converged = interleave(
             runs, partial(_settled, spec["pairs"], spec["tolerance"]), spec["seconds"], spec["seed"], print_progress
         )
-    return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib()}
+    return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib(), "loads": loads}
+
+
+def _has_room(loads: int, before: int) -> bool:
+    """Whether all networks can be loaded once more: that must take no more than half of the memory that is left.
+
+    Args:
+        loads: how often they are loaded now; the first time needs no room.
+        before: bytes held before the first.
+    """
+    if not loads:
+        return True
+    each = (psutil.Process().memory_info().rss - before) / loads
+    return each <= psutil.virtual_memory().available / 2
 
 
 def load_feeds(path: Path, inputs: list[str], batch_size: int) -> Feeds:

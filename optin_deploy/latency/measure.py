@@ -133,7 +133,8 @@ def _measure_table(
             progress(0.5 * (done + 1) / len(stacks))
         half = _part_of(progress, 0.5, 0.5)
         case = target.case(target.seconds, files.values())
-        samples = measure_files(files, sample, case, (), half).samples_ms
+        found = measure_files(files, sample, case, (), half)
+        samples = found.samples_ms
     rows = [Row(part, units, width, samples[f"size{i}"]) for i, (part, units, width, _) in enumerate(points)]
     # All units at full width are the dense stack itself.
     for g in kind.groups[0]:
@@ -141,7 +142,7 @@ def _measure_table(
             width = structure.narrowing(g.name)
             rows.append(Row(part_name(kind.blocks[0], g), g.units, width.units if width else None, samples["dense"]))
     depths = {_SHALLOW: samples["shallow"], _DEPTH: samples["dense"]}
-    return LatencyTable(setting, _DEPTH, depths, tuple(rows), case.loads)
+    return LatencyTable(setting, _DEPTH, depths, tuple(rows), found.loads)
 
 
 def _export_stack(

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,12 +37,30 @@ def test_result_and_progress(
 ) -> None:
     assert worker.main([str(spec_file(tmp_path, mlp_onnx(32), sample))]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result) == {"samples_ms", "converged", "peak_rss_mib"}
+    assert set(result) == {"samples_ms", "converged", "peak_rss_mib", "loads"}
     assert list(result["samples_ms"]) == ["dense", "pruned"]
     assert result["peak_rss_mib"] > 10
     fractions = [json.loads(line)["progress"] for line in capsys.readouterr().out.splitlines()]
     assert fractions == sorted(fractions)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("available", "loads"), [(2**40, 3), (0, 1)])
+def test_networks_are_loaded_again_while_there_is_memory(
+    available: int,
+    loads: int,
+    tmp_path: Path,
+    mlp_onnx: Callable[[int], Path],
+    sample: Feeds,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    held = iter(range(0, 2**30, 2**20))
+    monkeypatch.setattr(
+        worker.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(held)))
+    )
+    assert worker.main([str(spec_file(tmp_path, mlp_onnx(32), sample, loads=3))]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["loads"] == loads
 
 
 def test_an_unforeseen_error_ends_in_one_line(

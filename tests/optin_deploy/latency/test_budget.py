@@ -62,7 +62,7 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
     def measure(files: Mapping[str, Path], *_: Any) -> Sampled:
         true_ms = {"dense": DENSE_MS, "pruned": costs(1.0).of(built[-1])}
-        return Sampled({name: [[2 * true_ms[name]] * 3] * 3 for name in files}, True, 1.0)
+        return Sampled({name: [[2 * true_ms[name]] * 3] * 3 for name in files}, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "sliced", build)
     monkeypatch.setattr(budget, "export_network", lambda *args: args[-1])
