@@ -57,10 +57,10 @@ def loads_for(runtime: str, files: Iterable[Path]) -> int:
     """How often to load each file, so that where in memory a network happens to lie evens out.
 
     Three times, less where that would hold more than 2 GiB; once for PyTorch, which takes seconds to load a program and
-    longer to compile it, and without any files.
+    longer to compile it, on a GPU, whose memory is not watched, and without any files.
     """
     sizes = [file.stat().st_size for file in files if file.is_file()]
-    if not sizes or RUNTIMES[runtime] != "onnx":
+    if not sizes or RUNTIMES[runtime] != "onnx" or runtime.endswith("cuda"):
         return 1
     return max(1, min(MOST_LOADS, _LOADED_BYTES // max(1, sum(sizes))))
 

@@ -90,7 +90,8 @@ class Trajectory:
 
     def compared(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the blocks' ``outputs`` whose Gram matrices count."""
-        return {block: output for block, output in outputs.items() if block in self.structure.compared}
+        compared = self.structure.compared
+        return {block: output for block, output in outputs.items() if block in compared}
 
     def gram(self, block: str, output: Any, copies: int = 1) -> Tensor:
         """Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""

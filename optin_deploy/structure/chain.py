@@ -6,13 +6,13 @@ for a block of its own. A convolution belongs to one pair at most, so that costs
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import named_outputs
 from optin_deploy.projections import Conv
+from optin_deploy.structure.conv import disturb
 from optin_deploy.structure.groups import Group, Side, StandIn
 from optin_deploy.structure.residual import Call, same_tensor
 
@@ -89,11 +89,6 @@ def _apart(
     put back there, so must be what the network gives.
     """
     apart = []
-
-    def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        changed = output.clone()
-        changed[:, 1::2] = 1 - changed[:, 1::2]
-        return changed
 
     def restore(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert second.given is not None

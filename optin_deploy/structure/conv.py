@@ -74,6 +74,13 @@ def _not_in_sequence(calls: Sequence[Call], group: Group) -> str | None:
     return None
 
 
+def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """A forward hook: every second channel gives other values."""
+    changed = output.clone()
+    changed[:, 1::2] = 1 - changed[:, 1::2]
+    return changed
+
+
 @torch.no_grad()
 def _leaking(
     module: nn.Module, inputs: Mapping[str, Tensor], calls: Sequence[Call], groups: Sequence[Group]
@@ -86,11 +93,6 @@ def _leaking(
     """
     recorded = {call.name: call for call in calls}
     leaking: set[str] = set()
-
-    def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        changed = output.clone()
-        changed[:, 1::2] = 1 - changed[:, 1::2]
-        return changed
 
     def restore_input(group: Group) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

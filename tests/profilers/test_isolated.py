@@ -11,7 +11,7 @@ from profilers import isolated, loads_for
     ("runtime", "sizes", "loads"),
     [
         ("ort-cpu", (10, 10, 5), 3),
-        ("ort-cuda", (10, 10, 5), 3),
+        ("ort-cuda", (10, 10, 5), 1),
         ("ort-cpu", (20, 20, 10), 2),
         ("ort-cpu", (50, 50, 20), 1),
         ("ort-cpu", (1000,), 1),
