@@ -9,7 +9,8 @@ layer and convolution is refitted on the inputs that it gets there, behind the m
 - any other map (queries, keys, values, the first map of an FFN, a classifier) gives what it gives in the dense
   network, in those features that are left.
 
-What is penalised is the change of the weights, and how strongly is chosen on held-out rows (see ``ridge``).
+What is penalised is the change of the weights, and how strongly is chosen on held-out rows (see ``ridge``). What a
+classifier's last map gives is mended further in ``classifier``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,14 +33,12 @@ from optin_deploy.projections import (
     weight_matrix,
 )
 from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
-from optin_deploy.ridge import STRENGTHS, Moments, fit
+from optin_deploy.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.slicing import features_of, output_bias, query_gain
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
 
 Batch = Mapping[str, Tensor]
-# Every so many batches, one is held out to choose the strength of the ridge.
-_HOLD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -217,10 +216,8 @@ class _Repair:
 
     def _refit(self, stage: list[_Map], block: str | None, *, closing: bool) -> None:
         sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
-        several = len(self.strengths) > 1 and len(self.batches) > 1
         for index, batch in enumerate(self.batches):
-            # Counted from the end, so that of few batches one is held out, too.
-            held_out = several and (len(self.batches) - 1 - index) % _HOLD_OUT == 0
+            held_out = len(self.strengths) > 1 and is_held_out(index, len(self.batches))
             targets = self._targets(stage, block, batch, self.dense_done[index], closing)
             for name, moments in self._moments(stage, block, batch, self.pruned_done[index], targets).items():
                 before = sums[name][held_out]

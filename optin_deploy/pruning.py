@@ -6,12 +6,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from optin_deploy.classifier import refit_classifier
 from optin_deploy.compensation import compensate
 from optin_deploy.costs import Costs, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
-from optin_deploy.ridge import STRENGTHS
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring, score
 from optin_deploy.search import Budget, check_budget, search, search_all
@@ -204,5 +204,9 @@ def _repair(
     ridge: Ridge,
     advance: Advance,
 ) -> None:
-    if ridge is not None:
-        compensate(dense, small, structure, plan, batches, STRENGTHS if ridge == "auto" else (ridge,), advance)
+    if ridge == "auto":
+        compensate(dense, small, structure, plan, batches, advance=advance)
+        refit_classifier(dense, small, batches)
+    elif ridge is not None:
+        compensate(dense, small, structure, plan, batches, (ridge,), advance)
+        refit_classifier(dense, small, batches, (ridge,))

@@ -8,6 +8,14 @@ from torch import Tensor
 
 # Relative to the mean squared feature.
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# Every so many batches, one is held out to choose the strength.
+_HOLD_OUT = 4
+
+
+def is_held_out(index: int, batches: int) -> bool:
+    """Whether the strength is chosen on a batch rather than fitted on it; of one batch, none is."""
+    # Counted from the end, so that of few batches one is held out, too.
+    return batches > 1 and (batches - 1 - index) % _HOLD_OUT == 0
 
 
 @dataclass
