@@ -4,13 +4,14 @@
 
 MiniLM is pruned to a FLOP budget as ``prune-export --flops`` does it, and measured; then to a latency budget of just
 that latency (the budget asked for is the one whose aim it is), as ``--latency`` does it. Both are repaired, judged on
-STS-B dev, and measured against each other in one interleaved run. Writes ``results/DEVICE/equal-latency.json``;
-``--table`` only prints what is there.
+STS-B dev, and measured against each other in one interleaved run. Writes ``results/DEVICE/equal-latency.json``, seed by
+seed, beside those of earlier runs; ``--table`` only prints what is there.
 """
 
 import argparse
 import json
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -100,6 +101,12 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     return rows
 
 
+def merged(before: list[Row], new: list[Row]) -> list[Row]:
+    """All rows, the new ones in place of those of the same batch size, seed and budget."""
+    replaced = {(r.batch_size, r.seed, r.flops) for r in new}
+    return [*(r for r in before if (r.batch_size, r.seed, r.flops) not in replaced), *new]
+
+
 def table(rows: list[Row]) -> Table:
     """FLOP-budgeted → latency-budgeted."""
     made = Table(
@@ -156,10 +163,10 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     if not given.table:
-        rows = [row for size in given.batch_sizes.split(",") for seed in given.seeds.split(",")
-                for row in run(given, int(size), int(seed))]  # fmt: skip
         protocol = {"samples": given.samples, "threads": given.threads, "seconds_per_case": given.seconds}
-        common.write_results(NAME, {"protocol": protocol, "rows": [asdict(row) for row in rows]})
+        for size, seed in product(given.batch_sizes.split(","), given.seeds.split(",")):
+            rows = merged(read_rows(), run(given, int(size), int(seed)))
+            common.write_results(NAME, {"protocol": protocol, "rows": [asdict(row) for row in rows]})
     Console(width=140).print(table(read_rows()))
     print(verdict(read_rows()))
 
