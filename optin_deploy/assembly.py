@@ -4,11 +4,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from exporters import BUILDERS, check_engine
 from optin_deploy.costs import count_flops, flops_share
-from optin_deploy.job import VERSION, Job
+from optin_deploy.engines import wanted_engines
+from optin_deploy.job import VERSION, Job, is_measurable
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.recipe import Recipe
@@ -79,12 +82,35 @@ def assemble(
             "profile": results["profile"]["measurements"],
             "protocol": results["profile"]["protocol"],
             "layers": results["layers"],
+            "engines": _engine_rows(recipe, directory),
+            "unmeasured": [
+                {"runtime": r, "reason": "no GPU is present"} for r in recipe.measured_runtimes if not is_measurable(r)
+            ],
             "gates": gates,
             "warnings": [],
             "stage_seconds": stage_seconds,
             "environment": {**environment(), "pruned on": str(job.device)},
         }
     )
+
+
+def _engine_rows(recipe: Recipe, directory: Path) -> list[dict[str, Any]]:
+    rows = []
+    for each, name in product(wanted_engines(recipe), VARIANTS):
+        file = each.file(directory, name)
+        info = check_engine(file)
+        rows.append(
+            {
+                "variant": name,
+                "runtime": each.runtime,
+                "file": file.name,
+                "mib": file.stat().st_size / 2**20,
+                "builder": f"{BUILDERS[each.runtime].product} {info.builder_version}",
+                "device": info.device,
+                "inputs": {n: asdict(r) for n, r in info.inputs.items()},
+            }
+        )
+    return rows
 
 
 def _budget_gates(recipe: Recipe, flops: float, results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -53,6 +53,9 @@ def prune_export(
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
         raise GateError("; ".join(f"{gate.name}: {gate.detail}" for gate in failed))
+    unmeasured = [f"--runtimes {item.runtime}: {item.reason}" for item in result.report.unmeasured]
+    if unmeasured:
+        raise UserError(f"{'; '.join(unmeasured)}; its engines are in {result.directory}, and all else is done")
 
 
 @app.command()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from exporters import ExportError, check_builder
 from optin_deploy import checkpoint, rundir
 from optin_deploy.calibration import Calibration, load_calibration
+from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
 from optin_deploy.latency.measure import Target
@@ -18,7 +20,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
-from profilers import usable_cores
+from profilers import GPU_RUNTIMES, usable_cores
 
 VERSION = importlib.metadata.version("optin-deploy")
 
@@ -91,11 +93,29 @@ def check_runtimes(recipe: Recipe) -> None:
     runtimes = recipe.measured_runtimes
     if any("cuda" in runtime for runtime in runtimes) and not torch.cuda.is_available():
         raise UserError(f"--runtimes {','.join(runtimes)}: no CUDA device is present")
+    for wanted in wanted_engines(recipe):
+        try:
+            check_builder(engine_config(recipe, wanted.runtime))
+        except ExportError as error:
+            raise UserError(f"--runtimes {','.join(runtimes)}: {error}") from error
+    if recipe.needs_table:
+        check_measurable(recipe.target_runtime)
     if "ort-cuda" in runtimes:
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise UserError("ort-cuda: this onnxruntime has no CUDA provider: pip install 'optin-deploy[gpu]'")
+
+
+def check_measurable(runtime: str) -> None:
+    """Raise UserError where engines can be built for ``runtime`` but nothing can run them."""
+    if not is_measurable(runtime):
+        raise UserError(f"--runtime {runtime}: no GPU is present to measure it on; take ort-cpu or torch here")
+
+
+def is_measurable(runtime: str) -> bool:
+    """Whether there is a device for ``runtime``."""
+    return runtime not in GPU_RUNTIMES or torch.cuda.is_available()
 
 
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:

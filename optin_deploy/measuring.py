@@ -1,6 +1,7 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +13,8 @@ from optin_deploy import rundir
 from optin_deploy.account import account
 from optin_deploy.assembly import VARIANTS
 from optin_deploy.causes import told
-from optin_deploy.job import Job
+from optin_deploy.engines import build_engines, wanted_engines
+from optin_deploy.job import Job, is_measurable
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.parts import narrow_widths, own_flops, places
 from optin_deploy.progress import Advance, Stages, as_steps
@@ -36,8 +38,10 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
                 advance(1)
         with stages.stage("check parity", 2) as advance:
             parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
+        engines = _engines(job, small, directory, stages)
+        variants = {name: replace(v, engines=engines.get(name, {})) for name, v in variants.items()}
         with stages.stage("measure", 1) as advance:
-            profile = rundir.kept_json(directory / "profile.json", lambda: _profile(job, variants, advance))
+            profile = _kept_profile(job, variants, directory, advance)
         with stages.stage("profile layers", 1) as advance:
             layers = rundir.kept_json(
                 directory / "layers.json",
@@ -93,10 +97,33 @@ def parity_batches(network: Network, held_out: tuple[dict[str, Tensor], ...]) ->
     return batches
 
 
-def _profile(job: Job, variants: Mapping[str, Variant], advance: Any) -> dict[str, Any]:
+def _engines(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, dict[tuple[str, int], Path]]:
+    wanted = wanted_engines(job.recipe)
+    if not wanted:
+        return {}
+    networks = dict(zip(VARIANTS, (job.network, small), strict=True))
+    with stages.stage("build engines", len(wanted) * len(networks)) as advance:
+        return build_engines(job.recipe, networks, directory, advance)
+
+
+def _kept_profile(job: Job, variants: Mapping[str, Variant], directory: Path, advance: Any) -> dict[str, Any]:
+    """The measurements of all runtimes that there is a device for; made again where there are more of them now."""
+    runtimes = tuple(r for r in job.recipe.measured_runtimes if is_measurable(r))
+    if not runtimes:
+        return {"measurements": [], "protocol": {}}
+    path = directory / "profile.json"
+    profile = rundir.kept_json(path, lambda: _profile(job, runtimes, variants, advance))
+    if set(runtimes) <= {m["runtime"] for m in profile["measurements"]}:
+        return profile
+    path.unlink()
+    (directory / "layers.json").unlink(missing_ok=True)
+    return rundir.kept_json(path, lambda: _profile(job, runtimes, variants, advance))
+
+
+def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant], advance: Any) -> dict[str, Any]:
     recipe, tell = job.recipe, as_steps(advance)
     config = ProfileConfig(
-        runtimes=recipe.measured_runtimes,
+        runtimes=runtimes,
         batch_sizes=recipe.measured_batch_sizes,
         threads=recipe.threads,
         seconds=recipe.profile_seconds,
@@ -119,7 +146,7 @@ def _layers(
     cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
     found = []
     for number, measured in enumerate(cases):
-        files = [variants[name].file(measured["runtime"]) for name in VARIANTS]
+        files = [variants[name].file(measured["runtime"], measured["batch_size"]) for name in VARIANTS]
         profiles = [
             layer_profile(
                 measured["runtime"],

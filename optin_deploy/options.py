@@ -24,6 +24,10 @@ def option(help_text: str, panel: str | None = None) -> Any:
     return typer.Option(help=escape(help_text), rich_help_panel=panel, show_default=False)
 
 
+def _engine_flag(name: str, help_text: str) -> Any:
+    return Annotated[bool | None, typer.Option(f"--{name}", help=help_text, rich_help_panel=EXPORT, show_default=False)]
+
+
 RecipeFile = Annotated[Path | None, option("YAML file with any of these options; the command line wins")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress")]
 
@@ -35,7 +39,10 @@ RUN_OPTIONS: dict[str, Any] = {
             "timm name (short forms work: deit_small), transformers id or directory, or a checkpoint of ours", MODEL
         ),
     ],
-    "runtime": Annotated[str | None, option("runtime that the latency is for [the first of --runtimes]", PRUNE)],
+    "runtime": Annotated[
+        str | None,
+        option("runtime that it is for: that of a latency budget; measured, too [the first of --runtimes]", PRUNE),
+    ],
     "batch_size": Annotated[
         int | None, option("batch size that the latency is for [the first of --batch-sizes]", PRUNE)
     ],
@@ -106,10 +113,16 @@ RUN_OPTIONS: dict[str, Any] = {
     ],
     "opset": Annotated[int | None, option("ONNX opset [20]", EXPORT)],
     "parity_tolerance": Annotated[float | None, option("largest error of ONNX against torch [1e-4]", EXPORT)],
+    "static": _engine_flag("static", "an engine for each batch size, in place of one for all"),
+    "builder_optimization_level": Annotated[int | None, option("of engines, 0 to 5 [the builder's own]", EXPORT)],
+    "workspace_mib": Annotated[int | None, option("most scratch memory of an engine [the builder's own]", EXPORT)],
+    "refittable": _engine_flag("refittable", "engines whose weights can be exchanged"),
+    "weight_stripped": _engine_flag("weight-stripped", "engines saved without weights, to be refitted"),
+    "version_compatible": _engine_flag("version-compatible", "engines that later versions of TensorRT run, too"),
     "runtimes": Annotated[
         str | None,
         option(
-            "ort-cpu, torch, torch-compile, ort-cuda, torch-cuda, torch-compile-cuda [ort-cpu,torch]",
+            "ort-cpu, torch, torch-compile, ort-cuda, torch-cuda, torch-compile-cuda, tensorrt, rtx [ort-cpu,torch]",
             MEASURE,
         ),
     ],

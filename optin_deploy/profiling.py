@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from optin_deploy.job import check_runtimes, target_of
+from optin_deploy.job import check_measurable, check_runtimes, target_of
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Target, export_network, measure_network
 from optin_deploy.latency.stacks import part_name
@@ -124,6 +124,7 @@ def run_tables(recipe: Recipe, *, quiet: bool = False) -> TableView:
 def _load(recipe: Recipe, stages: Stages) -> Network:
     with stages.stage("load and check"):
         check_runtimes(recipe)
+        check_measurable(recipe.target_runtime)
         return load_network(
             recipe.model,
             weights=recipe.weights,

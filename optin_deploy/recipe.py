@@ -10,7 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
 
-Runtime = Literal["ort-cpu", "ort-cuda", "torch", "torch-cuda", "torch-compile", "torch-compile-cuda"]
+Runtime = Literal[
+    "ort-cpu", "ort-cuda", "torch", "torch-cuda", "torch-compile", "torch-compile-cuda", "tensorrt", "rtx"
+]
+
+_ENGINE_RUNTIMES = ("tensorrt", "rtx")
+_OF_ENGINES = (
+    "static",
+    "builder_optimization_level",
+    "workspace_mib",
+    "refittable",
+    "weight_stripped",
+    "version_compatible",
+)
 
 
 class Recipe(BaseModel):
@@ -46,6 +58,13 @@ class Recipe(BaseModel):
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     parity_tolerance: Annotated[float, Field(gt=0)] = 1e-4
+
+    static: bool = False
+    builder_optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
+    workspace_mib: Annotated[int, Field(ge=1)] | None = None
+    refittable: bool = False
+    weight_stripped: bool = False
+    version_compatible: bool = False
 
     runtimes: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("ort-cpu", "torch")
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)
@@ -132,13 +151,16 @@ def check_options(recipe: Recipe) -> None:
         ("task-weight", recipe.task_weight, None, probed, "--criterion trajectory-obs or trajectory"),
         ("calibration-labels", recipe.calibration_labels, None, recipe.criterion == "fisher", "--criterion fisher"),
         ("ridge", recipe.ridge, "auto", recipe.compensate, "--compensate"),
-        ("runtime", recipe.runtime, None, recipe.needs_table, "--latency, --latency-ms or --align auto"),
         ("batch-size", recipe.batch_size, None, recipe.needs_table, "--latency, --latency-ms or --align auto"),
         ("table-seconds", recipe.table_seconds, 60.0, recipe.needs_table, "--latency, --latency-ms or --align auto"),
     )
+    engines = any(runtime in _ENGINE_RUNTIMES for runtime in recipe.measured_runtimes)
+    of_engines = ((n, getattr(recipe, n), Recipe.model_fields[n].default) for n in _OF_ENGINES)
+    without_effect += tuple((*option, engines, "--runtimes rtx or tensorrt") for option in of_engines)
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
-            raise UserError(f"--{name} {value}: it has an effect only with {needed}")
+            told = "" if value is True else f" {value}"
+            raise UserError(f"--{name.replace('_', '-')}{told}: it has an effect only with {needed}")
     if recipe.flops is None and not recipe.has_latency:
         raise UserError("--flops is needed (or --latency, --latency-ms): give the part of the FLOPs to keep, like 0.5")
     if recipe.latency is not None and recipe.latency_ms is not None:

@@ -10,10 +10,11 @@ from .errors import MissingPackageError, ProfilingError
 from .isolated import Case, loads_for, measure_each, measure_files
 from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
-from .runners import RUNTIMES, open_runner
+from .runners import GPU_RUNTIMES, RUNTIMES, open_runner
 from .statistics import Interval, Summary
 
 __all__ = [
+    "GPU_RUNTIMES",
     "LAYER_RUNTIMES",
     "RUNTIMES",
     "Case",

@@ -1,8 +1,9 @@
 """Measures a pruned network against its dense original, each case in a process of its own."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Variant:
-    """The files of one network: its ONNX file, and its exported program (`.pt2`) for the torch runtimes."""
+    """The files of one network: its ONNX file, its exported program (`.pt2`) for the torch runtimes, and its engines by
+    runtime and batch size."""
 
     onnx: Path
     program: Path | None = None
+    engines: Mapping[tuple[str, int], Path] = field(default_factory=dict)
 
-    def file(self, runtime: str) -> Path | None:
-        """The file that ``runtime`` runs."""
+    def file(self, runtime: str, batch_size: int) -> Path | None:
+        """The file that ``runtime`` runs at that batch size."""
+        if RUNTIMES[runtime] == "engine":
+            return self.engines.get((runtime, batch_size))
         return self.onnx if RUNTIMES[runtime] == "onnx" else self.program
 
 
@@ -92,7 +97,7 @@ def compare(
     # The dense file is measured twice: by how much it differs from itself is the noise floor.
     variants = {"dense": dense, "dense_again": dense, "pruned": pruned}
     for index, (runtime, batch_size) in enumerate(cases):
-        files = {name: file for name, variant in variants.items() if (file := variant.file(runtime)) is not None}
+        files = {n: file for n, variant in variants.items() if (file := variant.file(runtime, batch_size)) is not None}
         loads = loads_for(runtime, files.values())
         case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads)
         report = partial(_report, progress, index, len(cases), case.name)
@@ -109,11 +114,12 @@ def _report(progress: Progress | None, index: int, cases: int, name: str, fracti
 
 def _check(dense: Variant, pruned: Variant, sample: Feeds, config: ProfileConfig) -> None:
     """Finds what would fail before minutes are spent on measuring."""
-    for runtime in config.runtimes:
+    for runtime, batch_size in product(config.runtimes, config.batch_sizes):
         for name, variant in (("dense", dense), ("pruned", pruned)):
-            file = variant.file(runtime)
+            file = variant.file(runtime, batch_size)
             if file is None:
-                raise ProfilingError(f"runtime {runtime} needs the {name} network's exported program (.pt2)")
+                what = "engine" if RUNTIMES[runtime] == "engine" else "exported program (.pt2)"
+                raise ProfilingError(f"runtime {runtime}, batch {batch_size}, needs the {name} network's {what}")
             if not file.is_file():
                 raise ProfilingError(f"the {name} network's file {file} does not exist")
     check_sample(sample)

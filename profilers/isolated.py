@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import ProfilingError
 from .interleave import Samples
-from .runners import RUNTIMES
+from .runners import GPU_RUNTIMES, RUNTIMES
 from .runners.base import Feeds
 from .statistics import TOLERANCE
 
@@ -60,7 +60,7 @@ def loads_for(runtime: str, files: Iterable[Path]) -> int:
     longer to compile it, on a GPU, whose memory is not watched, and without any files.
     """
     sizes = [file.stat().st_size for file in files if file.is_file()]
-    if not sizes or RUNTIMES[runtime] != "onnx" or runtime.endswith("cuda"):
+    if not sizes or RUNTIMES[runtime] != "onnx" or runtime in GPU_RUNTIMES:
         return 1
     return max(1, min(MOST_LOADS, _LOADED_BYTES // max(1, sum(sizes))))
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters import onnx_from_program, save_program, trace
+from exporters import EngineConfig, build_engine, input_ranges, onnx_from_program, save_program, trace
+from optin_deploy.engines import timing_cache
 from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.latency.stacks import BlockType, block_types, part_name, stack
 from optin_deploy.network import Network, TensorOutputs
@@ -73,7 +74,16 @@ def export(
     path = stem.with_suffix(".onnx")
     names = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
     onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=target.opset)
-    return path
+    if RUNTIMES[target.runtime] == "onnx":
+        return path
+    shapes, size, engine = (
+        {n: tuple(t.shape) for n, t in inputs.items()},
+        target.batch_size,
+        stem.with_suffix(".engine"),
+    )
+    ranges = input_ranges(shapes, axes, (size,), size, static=True)
+    build_engine(path, engine, ranges, EngineConfig(target.runtime), timing_cache(target.runtime))
+    return engine
 
 
 def export_network(network: Network, module: nn.Module, target: Target, stem: Path) -> Path:

@@ -194,6 +194,33 @@ class Parity(_Value):
     passed: bool
 
 
+class InputRange(_Value):
+    """Shapes of one input that an engine takes, and the one it is fastest at."""
+
+    least: list[int]
+    best: list[int]
+    most: list[int]
+
+
+class Engine(_Value):
+    """An engine that was built of one network's ONNX file, by what, on which GPU (None: without one)."""
+
+    variant: VariantName
+    runtime: str
+    file: str
+    mib: float
+    builder: str
+    device: str | None
+    inputs: dict[str, InputRange]
+
+
+class Unmeasured(_Value):
+    """A runtime that was asked for and could not be measured."""
+
+    runtime: str
+    reason: str
+
+
 class Gate(_Value):
     """A promise that was checked."""
 
@@ -269,6 +296,8 @@ class Report(_Value):
     profile: list[Measurement]
     protocol: dict[str, Any]
     layers: list[LayerAccount] = []
+    engines: list[Engine] = []
+    unmeasured: list[Unmeasured] = []
     gates: list[Gate]
     warnings: list[str]
     stage_seconds: dict[str, float]

@@ -22,6 +22,8 @@ def summary(report: Report) -> Group:
     parts.append(_size(report))
     if report.profile:
         parts.append(_speed(report))
+    if report.engines:
+        parts.append(_engines(report))
     budget = wording.latency_budget(report)
     if budget is not None:
         parts += [Text("\nlatency budget", style="bold"), Text(fill(budget, _WIDTH))]
@@ -76,6 +78,16 @@ def _speed(report: Report) -> Table:
         ):
             latencies = (numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms))
             table.add_row(*map(Text, first), name, *latencies, numbers.per_second(rate), *last)
+    return table
+
+
+def _engines(report: Report) -> Table:
+    table = _table("\nengines")
+    for column in ("file", "built by"):
+        table.add_column(column)
+    table.add_column("size", justify="right")
+    for engine in report.engines:
+        table.add_row(Text(engine.file), Text(engine.builder), f"{numbers.significant(engine.mib)} MiB")
     return table
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optin_deploy.report import numbers
-from optin_deploy.report.schema import LayerAccount, Measurement, Report
+from optin_deploy.report.schema import LayerAccount, Measurement, Report, Unmeasured
+from profilers import GPU_RUNTIMES
 
 RANDOM_WEIGHTS = (
     "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing. "
@@ -22,6 +23,8 @@ _RUNTIMES = {
     "ort-cuda": "ONNX Runtime CUDA",
     "torch": "PyTorch",
     "torch-cuda": "PyTorch CUDA",
+    "tensorrt": "TensorRT",
+    "rtx": "TensorRT for RTX",
 }
 
 
@@ -44,7 +47,13 @@ def banners(report: Report) -> tuple[Banner, ...]:
     if unsettled:
         cases = ", ".join(unsettled)
         found.append(Banner("notice", f"Not settled to ±2 % in the time given, see the intervals: {cases}."))
+    found += [Banner("alarm", unmeasured(item)) for item in report.unmeasured]
     return (*found, *(Banner("notice", text) for text in report.warnings))
+
+
+def unmeasured(item: Unmeasured) -> str:
+    """That a runtime could not be measured, and why."""
+    return f"Not measured with {runtime_name(item.runtime)}: {item.reason}."
 
 
 def runtime_name(runtime: str) -> str:
@@ -55,7 +64,7 @@ def runtime_name(runtime: str) -> str:
 def device_name(report: Report, runtime: str) -> str:
     """What the runtime ran on."""
     devices = report.environment.get("cuda_devices")
-    if "cuda" in runtime and devices:
+    if runtime in GPU_RUNTIMES and devices:
         return str(devices[0]["name"])
     return str(report.environment.get("cpu") or "this machine's CPU")
 

@@ -10,7 +10,7 @@ from optin_deploy import rundir
 from optin_deploy.calibration import Calibration
 from optin_deploy.errors import UserError
 from optin_deploy.files import link_or_copy, write_text
-from optin_deploy.job import VERSION, Job, prepare
+from optin_deploy.job import VERSION, Job, check_measurable, prepare
 from optin_deploy.latency.stage import check_latency, latency_tables
 from optin_deploy.network import Network
 from optin_deploy.pipeline import prune_export
@@ -112,6 +112,8 @@ def _check(
 ) -> _Checked:
     """All that can be wrong with any of the runs is told here; writes nothing."""
     with stages.stage("load and check"):
+        for runtime in recipe.measured_runtimes:
+            check_measurable(runtime)
         # Where the smallest budget of FLOPs is above the floor, all are.
         job = prepare(min(runs, key=lambda run: run.recipe.flops or 1.0).recipe, network, calibration)
 

@@ -5,15 +5,20 @@ from typing import Literal
 
 from .base import Runner
 
-RUNTIMES: dict[str, Literal["onnx", "program"]] = {
+RUNTIMES: dict[str, Literal["onnx", "program", "engine"]] = {
     "ort-cpu": "onnx",
     "ort-cuda": "onnx",
     "torch": "program",
     "torch-cuda": "program",
     "torch-compile": "program",
     "torch-compile-cuda": "program",
+    "tensorrt": "engine",
+    "rtx": "engine",
 }
-"""Runtime name to the kind of file it runs: an ONNX file or an exported program (`.pt2`)."""
+"""Runtime name to the kind of file it runs: an ONNX file, an exported program (`.pt2`), or an engine."""
+
+GPU_RUNTIMES = ("ort-cuda", "torch-cuda", "torch-compile-cuda", "tensorrt", "rtx")
+"""Those that need a CUDA device."""
 
 
 def open_runner(runtime: str, path: Path, threads: int) -> Runner:
@@ -35,6 +40,10 @@ def open_runner(runtime: str, path: Path, threads: int) -> Runner:
 
         provider = "CUDAExecutionProvider" if runtime == "ort-cuda" else "CPUExecutionProvider"
         return OnnxRuntimeRunner(path, provider, threads)
+    if RUNTIMES[runtime] == "engine":
+        from .tensorrt import TensorRTRunner
+
+        return TensorRTRunner(path, runtime)
     from .torch import TorchRunner
 
     device = "cuda" if runtime.endswith("-cuda") else "cpu"

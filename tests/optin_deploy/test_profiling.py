@@ -147,6 +147,7 @@ def test_an_empty_cache_says_how_to_fill_it(told: Told, monkeypatch: pytest.Monk
         (["--model", "deit_tiny", "--table-seconds", "5"], "--table-seconds 5: it has an effect only with --table"),
         (["--model", "x", "--table", "--profile-seconds", "5"], "--profile-seconds 5: it has an effect only without"),
         (["--model", "deit_tiny", "--runtime", "abacus"], "abacus"),
+        (["--model", "deit_tiny", "--runtime", "tensorrt"], "tensorrt"),
         (["--model", "deit_tiny", "--batch-size", "0"], "--batch-size 0"),
         (["--model", "no_such_network"], "no_such_network"),
     ],

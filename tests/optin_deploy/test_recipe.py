@@ -149,7 +149,7 @@ def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
         ({"calibration_labels": "class"}, "--calibration-labels class: .* only with --criterion fisher"),
         ({"ridge": 0.1, "compensate": False}, "--ridge 0.1: .* only with --compensate"),
         ({"criterion": "trajectory", "scorer": "forward", "probes": 1}, "--probes 1: --scorer forward"),
-        ({"runtime": "torch"}, "--runtime torch: .* only with --latency"),
+        ({"static": True}, "--static: .* only with --runtimes rtx or tensorrt"),
         ({"batch_size": 4}, "--batch-size 4: .* only with --latency"),
         ({"table_seconds": 9}, "--table-seconds 9.0: .* only with --latency"),
         ({"latency": 0.5, "latency_ms": 3}, "--latency and --latency-ms: give one"),

@@ -123,7 +123,7 @@ def test_an_interruption_ends_the_worker_and_cleans_up(
 
 def test_what_is_missing_is_told_before_measuring(mlp_onnx: Callable[[int], Path], sample: Feeds) -> None:
     here = Variant(mlp_onnx(32))
-    with pytest.raises(ProfilingError, match=r"runtime torch needs the pruned network's exported program"):
+    with pytest.raises(ProfilingError, match=r"runtime torch, batch 1, needs the pruned network's exported program"):
         compare(Variant(here.onnx, here.onnx), here, sample, ProfileConfig(runtimes=("torch",)))
     with pytest.raises(ProfilingError, match=r"the dense network's file .*absent\.onnx does not exist"):
         compare(Variant(Path("absent.onnx")), here, sample, QUICK)

@@ -1,0 +1,57 @@
+"""The isolated process that builds one engine: `python -m exporters.engine_worker SPEC.json`.
+
+The spec holds `onnx`, `engine`, `inputs` (name to `least`, `best` and `most` shape), `config` (an `EngineConfig`) and
+`timing_cache`. Which product builds, POLYGRAPHY_USE_TENSORRT_RTX has said when the process started.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_MIB = 2**20
+
+
+def main(arguments: list[str]) -> None:
+    """Build what the spec describes."""
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, SetDecomposableAttentions
+    from polygraphy.logger import G_LOGGER
+    from polygraphy.mod.trt_importer import lazy_import_trt
+
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    spec, trt = json.loads(Path(arguments[0]).read_text()), lazy_import_trt()
+    network = NetworkFromOnnxPath(spec["onnx"], strongly_typed=True)
+    if hasattr(trt.LayerType, "ATTENTION_INPUT"):
+        # Fused attention may fall back to its parts where the product has no kernel for it.
+        network = SetDecomposableAttentions(network)
+
+    def config(builder: Any, parsed: Any) -> Any:
+        return _config(spec, trt, builder, parsed)
+
+    engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=spec["timing_cache"])()
+    Path(spec["engine"]).write_bytes(engine)
+
+
+def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
+    from polygraphy.backend.trt import CreateConfig, Profile
+
+    profile, asked = Profile(), spec["config"]
+    for name, shapes in spec["inputs"].items():
+        profile.add(name, shapes["least"], shapes["best"], shapes["most"])
+    pools = {trt.MemoryPoolType.WORKSPACE: asked["workspace_mib"] * _MIB} if asked["workspace_mib"] else None
+    config = CreateConfig(
+        profiles=[profile],
+        load_timing_cache=spec["timing_cache"],
+        memory_pool_limits=pools,
+        refittable=asked["refittable"] or asked["weight_stripped"],
+        strip_plan=asked["weight_stripped"],
+        version_compatible=asked["version_compatible"],
+        builder_optimization_level=asked["optimization_level"],
+    )(builder, network)
+    # On where nothing is said: then float32 would not be what the file says.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    return config
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,158 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import own_batches, own_network
+
+from exporters import EngineConfig, EngineInfo, ExportError, check_engine
+from optin_deploy import cli, engines
+from optin_deploy.calibration import from_batches
+from optin_deploy.engines import Wanted, build_engines, engine_config, wanted_engines
+from optin_deploy.pipeline import Result, prune_export
+from optin_deploy.recipe import Recipe
+from optin_deploy.report import read_report
+from optin_deploy.report.html import render
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def recipe(**options: Any) -> Recipe:
+    quick = {"runtimes": ("ort-cpu", "rtx"), "batch_sizes": (1, 2), "profile_seconds": 0.2, "threads": 1}
+    return Recipe(**{"model": "mine", "flops": 0.6, **quick, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [Wanted("rtx", (1, 2), 2, False)]),
+        ({"static": True}, [Wanted("rtx", (1,), 1, True), Wanted("rtx", (2,), 2, True)]),
+        ({"runtimes": ("torch",), "runtime": "tensorrt"}, [Wanted("tensorrt", (1, 2), 2, False)]),
+        ({"runtimes": ("ort-cpu",)}, []),
+        ({"latency": 0.5, "runtime": "rtx", "batch_size": 4}, [Wanted("rtx", (1, 2, 4), 4, False)]),
+    ],
+)
+def test_engines_follow_the_recipe(options: dict[str, Any], expected: list[Wanted]) -> None:
+    assert wanted_engines(recipe(**options)) == expected
+
+
+def test_names_tell_variant_product_and_size(tmp_path: Path) -> None:
+    assert Wanted("rtx", (1, 2), 2, False).file(tmp_path, "dense").name == "dense.rtx.engine"
+    assert Wanted("tensorrt", (2,), 2, True).file(tmp_path, "pruned").name == "pruned.tensorrt.b2.engine"
+
+
+def test_every_option_reaches_the_builder() -> None:
+    options = {
+        "builder_optimization_level": 2,
+        "workspace_mib": 64,
+        "refittable": True,
+        "weight_stripped": True,
+        "version_compatible": True,
+    }
+    assert engine_config(recipe(**options), "rtx") == EngineConfig("rtx", 2, 64, True, True, True)
+
+
+def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: dict[Path, EngineInfo] = {}
+
+    def build(onnx: Path, engine: Path, inputs: Any, config: EngineConfig, _: Path | None) -> None:
+        built[engine] = EngineInfo("rtx", "1", "", "", None, "", config, dict(inputs))
+
+    def check(engine: Path, onnx: Path) -> EngineInfo:
+        assert onnx.name == f"{engine.name.split('.')[0]}.onnx"
+        if engine not in built:
+            raise ExportError("missing")
+        return built[engine]
+
+    monkeypatch.setattr(engines, "build_engine", build)
+    monkeypatch.setattr(engines, "check_engine", check)
+    monkeypatch.setattr(engines, "timing_cache", lambda _: None)
+    networks = {"dense": own_network(), "pruned": own_network()}
+    steps: list[int] = []
+
+    def run(**options: Any) -> list[str]:
+        before = dict(built)
+        build_engines(recipe(**options), networks, tmp_path, steps.append)
+        return sorted(file.name for file in built if built[file] != before.get(file))
+
+    assert run() == ["dense.rtx.engine", "pruned.rtx.engine"]
+    assert run() == []
+    assert run(workspace_mib=8) == ["dense.rtx.engine", "pruned.rtx.engine"]
+    assert run(batch_sizes=(1, 3), workspace_mib=8) == ["dense.rtx.engine", "pruned.rtx.engine"]
+    del built[tmp_path / "pruned.rtx.engine"]
+    assert run(batch_sizes=(1, 3), workspace_mib=8) == ["pruned.rtx.engine"]
+    assert steps == [1] * 10
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        calibration = from_batches(own_batches())
+        output = tmp_path_factory.mktemp("run") / "run"
+        return prune_export(recipe(), output=output, network=own_network(), calibration=calibration, quiet=True)
+
+
+@NO_GPU
+def test_without_a_gpu_engines_are_built_and_all_else_is_kept(built: Result) -> None:
+    report = read_report(built.directory / "report.json")
+    assert [(e.variant, e.file) for e in report.engines] == [
+        ("dense", "dense.rtx.engine"),
+        ("pruned", "pruned.rtx.engine"),
+    ]
+    for engine in report.engines:
+        info = check_engine(built.directory / engine.file, built.directory / f"{engine.variant}.onnx")
+        assert engine.builder == f"TensorRT for RTX {info.builder_version}"
+    assert {m.runtime for m in report.profile} == {"ort-cpu"} and len(report.layers) == 1
+    assert [(u.runtime, u.reason) for u in report.unmeasured] == [("rtx", "no GPU is present")]
+    page = render(report)
+    assert "Not measured with TensorRT for RTX: no GPU is present." in page and "dense.rtx.engine" in page
+
+
+@NO_GPU
+def test_a_run_with_no_runtime_to_measure_is_complete_otherwise(built: Result, tmp_path: Path) -> None:
+    calibration = from_batches(own_batches())
+    only = prune_export(
+        recipe(runtimes=("rtx",)), output=tmp_path / "run", network=own_network(), calibration=calibration, quiet=True
+    )
+    assert only.report.profile == [] and len(only.report.engines) == 2
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["realised"] == []
+
+
+@NO_GPU
+def test_the_command_line_ends_with_2_and_says_what_is_there(
+    built: Result, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("optin_deploy.pipeline.prune_export", lambda *_, **__: built)
+    monkeypatch.setattr("sys.argv", ["optin-deploy", "prune-export", "--model", "mine", "--flops", "0.6"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    told = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "engines" in told.out and "dense.rtx.engine" in told.out
+    assert told.err.strip() == (
+        f"error: --runtimes rtx: no GPU is present; its engines are in {built.directory}, and all else is done"
+    )
+
+
+def test_measurements_are_made_again_where_a_device_has_come(built: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optin_deploy import measuring
+
+    asked: list[tuple[str, ...]] = []
+
+    def profile(_: Any, runtimes: tuple[str, ...], *__: Any) -> dict[str, Any]:
+        asked.append(runtimes)
+        return {"measurements": [{"runtime": r} for r in runtimes], "protocol": {}}
+
+    monkeypatch.setattr(measuring, "_profile", profile)
+    folder = built.directory.with_name("later")
+    folder.mkdir()
+    (folder / "layers.json").write_text("[]")
+    job = type("Job", (), {"recipe": recipe()})()
+    for there in (False, False, True, True):
+        monkeypatch.setattr(measuring, "is_measurable", lambda runtime, there=there: there or runtime != "rtx")
+        measuring._kept_profile(job, {}, folder, None)
+    assert asked == [("ort-cpu",), ("ort-cpu", "rtx")]
+    assert not (folder / "layers.json").exists()
