@@ -23,6 +23,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint docker/cpu.Dockerfile docker/gpu.Dockerfile
 
 types: install
 	$(BIN)/mypy

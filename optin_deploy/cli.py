@@ -14,7 +14,19 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from optin_deploy.errors import GateError, UserError
-from optin_deploy.options import MEASURE, MODEL, PRUNE, Quiet, RecipeFile, listed, option, takes_run_options
+from optin_deploy.options import (
+    EXPORT,
+    EXPORT_OPTIONS,
+    MEASURE,
+    MODEL,
+    PRUNE,
+    RUN_OPTIONS,
+    Quiet,
+    RecipeFile,
+    listed,
+    option,
+    takes_options,
+)
 
 app = typer.Typer(
     help="Make trained transformers smaller without retraining, export them, and measure how much faster they got.",
@@ -25,7 +37,7 @@ app = typer.Typer(
 
 
 @app.command("prune-export")
-@takes_run_options
+@takes_options(*RUN_OPTIONS)
 def prune_export(
     options: dict[str, Any],
     flops: Annotated[float | None, option("part of the dense FLOPs to keep, like 0.5", PRUNE)] = None,
@@ -59,7 +71,7 @@ def prune_export(
 
 
 @app.command()
-@takes_run_options
+@takes_options(*RUN_OPTIONS)
 def sweep(
     options: dict[str, Any],
     flops: Annotated[
@@ -104,6 +116,34 @@ def _show(report: Any, summary: Callable[[Any], RenderableType], directory: Path
     console = Console() if sys.stdout.isatty() else Console(width=100)
     console.print(summary(report))
     console.print(Text.assemble("Everything is in ", (str(directory), "bold"), f": {files}."))
+
+
+@app.command()
+@takes_options(*EXPORT_OPTIONS)
+def export(
+    options: dict[str, Any],
+    layout: Annotated[str, option("plain files, or triton: a model repository [plain]", EXPORT)] = "plain",
+    name: Annotated[str | None, option("of the models in a repository [the model's]", EXPORT)] = None,
+    output: Annotated[Path | None, option("new folder, or the repository [exports/MODEL]")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Export one network as it is: ONNX checked against torch, and an engine for each of --runtimes that takes one."""
+    from optin_deploy.recipe import check_layout, make_recipe
+
+    # Wrong options are told before torch is loaded, which takes seconds.
+    resolved = make_recipe(options)
+    kind = check_layout(resolved, layout, name)
+
+    from optin_deploy.exporting import default_name, export_network
+    from optin_deploy.report.terminal import exported_view
+
+    place = output or Path("exports") / default_name(resolved.model)
+    made = export_network(resolved, place, kind, name, quiet=quiet)
+    if json_output:
+        sys.stdout.write(json.dumps(made.to_dict(), indent=1) + "\n")
+    else:
+        (Console() if sys.stdout.isatty() else Console(width=100)).print(exported_view(made))
 
 
 @app.command()

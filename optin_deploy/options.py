@@ -133,6 +133,26 @@ RUN_OPTIONS: dict[str, Any] = {
     "seed": Annotated[int | None, option("one seed makes one result [0]", PRUNE)],
 }
 _LISTS = ("runtimes", "batch_sizes")
+EXPORT_OPTIONS = (
+    "model",
+    "weights",
+    "image_size",
+    "sequence_length",
+    "calibration",
+    "calibration_column",
+    "opset",
+    "parity_tolerance",
+    "static",
+    "builder_optimization_level",
+    "workspace_mib",
+    "refittable",
+    "weight_stripped",
+    "version_compatible",
+    "runtimes",
+    "batch_sizes",
+    "seed",
+)
+"""Those of a run that an export takes, too."""
 
 
 def listed(text: str) -> list[str]:
@@ -140,24 +160,28 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` with `RUN_OPTIONS` beside its own options; those given come as its first argument, a mapping."""
-    own = list(inspect.signature(command).parameters.values())[1:]
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in RUN_OPTIONS.items()
-    ]
+def takes_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command with the named `RUN_OPTIONS` beside its own options; those given are its first argument, a mapping."""
 
-    @functools.wraps(command)
-    def called(**given: Any) -> None:
-        options = {name: given.pop(name) for name in RUN_OPTIONS}
-        options = {name: value for name, value in options.items() if value is not None}
-        command(options | {name: listed(options[name]) for name in _LISTS if name in options}, **given)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(command).parameters.values())[1:]
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RUN_OPTIONS[name])
+            for name in names
+        ]
 
-    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    signature = inspect.Signature(sorted([*keywords, *shared], key=_panel))
-    called.__signature__ = signature  # type: ignore[attr-defined]
-    return called
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            options = {name: given.pop(name) for name in names}
+            options = {name: value for name, value in options.items() if value is not None}
+            command(options | {name: listed(options[name]) for name in _LISTS if name in options}, **given)
+
+        keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        signature = inspect.Signature(sorted([*keywords, *shared], key=_panel))
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        return called
+
+    return decorate
 
 
 def _panel(parameter: inspect.Parameter) -> int:

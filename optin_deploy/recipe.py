@@ -1,8 +1,9 @@
 """Everything that a run can be told, in one validated value; the command line and YAML files both end here."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +15,7 @@ Runtime = Literal[
     "ort-cpu", "ort-cuda", "torch", "torch-cuda", "torch-compile", "torch-compile-cuda", "tensorrt", "rtx"
 ]
 
+Layout = Literal["plain", "triton"]
 _ENGINE_RUNTIMES = ("tensorrt", "rtx")
 _OF_ENGINES = (
     "static",
@@ -154,13 +156,10 @@ def check_options(recipe: Recipe) -> None:
         ("batch-size", recipe.batch_size, None, recipe.needs_table, "--latency, --latency-ms or --align auto"),
         ("table-seconds", recipe.table_seconds, 60.0, recipe.needs_table, "--latency, --latency-ms or --align auto"),
     )
-    engines = any(runtime in _ENGINE_RUNTIMES for runtime in recipe.measured_runtimes)
-    of_engines = ((n, getattr(recipe, n), Recipe.model_fields[n].default) for n in _OF_ENGINES)
-    without_effect += tuple((*option, engines, "--runtimes rtx or tensorrt") for option in of_engines)
+    check_engine_options(recipe)
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
-            told = "" if value is True else f" {value}"
-            raise UserError(f"--{name.replace('_', '-')}{told}: it has an effect only with {needed}")
+            raise UserError(f"--{name} {value}: it has an effect only with {needed}")
     if recipe.flops is None and not recipe.has_latency:
         raise UserError("--flops is needed (or --latency, --latency-ms): give the part of the FLOPs to keep, like 0.5")
     if recipe.latency is not None and recipe.latency_ms is not None:
@@ -169,6 +168,32 @@ def check_options(recipe: Recipe) -> None:
         raise UserError(f"--rounds {recipe.rounds}: a latency budget is met in one round; give a FLOP budget instead")
     if recipe.scorer == "forward" and recipe.probes == 1:
         raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
+
+
+def check_engine_options(recipe: Recipe) -> None:
+    """Raise UserError for an option of engines where no runtime takes any."""
+    if any(runtime in _ENGINE_RUNTIMES for runtime in recipe.measured_runtimes):
+        return
+    for name in _OF_ENGINES:
+        value = getattr(recipe, name)
+        if value != Recipe.model_fields[name].default:
+            told = "" if value is True else f" {value}"
+            raise UserError(f"--{name.replace('_', '-')}{told}: it has an effect only with --runtimes rtx or tensorrt")
+
+
+def check_layout(recipe: Recipe, layout: str, name: str | None) -> Layout:
+    """The layout of an export; UserError for one that there is not, or that does not go with the other options."""
+    if layout not in get_args(Layout):
+        raise UserError(f"--layout {layout}: choose from {', '.join(get_args(Layout))}")
+    if layout == "plain" and name is not None:
+        raise UserError(f"--name {name}: it has an effect only with --layout triton")
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise UserError(f"--name {name}: only letters, digits and _.- make a folder's name")
+    if layout == "triton" and "rtx" in recipe.measured_runtimes:
+        raise UserError("--runtimes rtx: Triton runs engines of TensorRT, not of TensorRT for RTX; take tensorrt")
+    if layout == "triton" and recipe.static:
+        raise UserError("--static: Triton batches requests, and wants one engine for all batch sizes")
+    return cast(Layout, layout)
 
 
 def read_options(file: Path) -> dict[str, Any]:

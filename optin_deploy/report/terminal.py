@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from optin_deploy.exporting import Exported
 from optin_deploy.report import numbers, wording
 from optin_deploy.report.schema import Measurement, Report
 
@@ -33,6 +34,18 @@ def summary(report: Report) -> Group:
         parts.append(outputs)
     parts += [Text(), Text(wording.verdict(report), style="bold")]
     return Group(*parts)
+
+
+def exported_view(exported: Exported) -> Group:
+    """The files of an export, and how far ONNX is from torch."""
+    table = _table("files")
+    table.add_column("", overflow="fold")
+    table.add_column("", justify="right")
+    table.show_header = False
+    for file, size in exported.files.items():
+        table.add_row(Text(file), f"{numbers.significant(size / 2**20)} MiB" if size >= 2**20 else f"{size} bytes")
+    errors = ", ".join(f"{p.output} {p.max_abs_error:.1e}" for p in exported.parity)
+    return Group(table, Text(f"\nlargest error of ONNX Runtime against PyTorch: {errors}"))
 
 
 def _banner(banner: wording.Banner) -> Panel:

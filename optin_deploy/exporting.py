@@ -1,0 +1,157 @@
+"""Exporting a network as it is: checked ONNX, engines where asked for, as plain files or for Triton."""
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from exporters import OutputParity, build_engine, check_parity, input_ranges, onnx_from_program, trace
+from exporters.triton import Backend, model_file, triton_config
+from optin_deploy.calibration import load_calibration
+from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
+from optin_deploy.errors import GateError, UserError
+from optin_deploy.files import whole_directory
+from optin_deploy.job import check_runtimes
+from optin_deploy.measuring import parity_batches
+from optin_deploy.models import load_network
+from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.progress import Stages
+from optin_deploy.recipe import Layout, Recipe, check_engine_options, check_layout
+
+Batches = tuple[dict[str, Tensor], ...]
+Parity = tuple[OutputParity, ...]
+_SUFFIXES: dict[Backend, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
+# The largest batch that parity is checked at, and some to draw from.
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written, each path with its size in bytes, and how far ONNX is from torch."""
+
+    files: dict[str, int]
+    parity: Parity
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"files": self.files, "parity": [asdict(p) for p in self.parity]}
+
+
+def export_network(
+    recipe: Recipe, output: Path, layout: Layout = "plain", name: str | None = None, *, quiet: bool = False
+) -> Exported:
+    """Write the network that ``recipe`` names: one ONNX file, and an engine for each of its runtimes that takes one.
+
+    Args:
+        output: "plain": a new folder for `model.onnx` and `model.RUNTIME.engine`; "triton": a model repository, new or
+            not, that gets the models `NAME_onnx` and `NAME_tensorrt`.
+        name: of the models in a repository; made of the model's when None.
+
+    Raises:
+        UserError: something to be fixed by the user; GateError: ONNX does not compute what torch does; ExportError.
+            Nothing is left behind by any of them.
+    """
+    check_layout(recipe, layout, name)
+    check_engine_options(recipe)
+    check_runtimes(recipe)
+    folders: dict[Backend, Path] = {}
+    if layout == "triton":
+        backends: tuple[Backend, ...] = ("onnxruntime", "tensorrt") if wanted_engines(recipe) else ("onnxruntime",)
+        folders = {b: output / f"{name or default_name(recipe.model)}_{_SUFFIXES[b]}" for b in backends}
+    for folder in folders.values() or [output]:
+        if folder.exists():
+            raise UserError(f"{folder} exists already: choose another --output{' or --name' if folders else ''}")
+    with Stages(Console(stderr=True), quiet=quiet) as stages:
+        network, held_out = _load(recipe, stages)
+        with ExitStack() as whole:
+            if layout == "plain":
+                places = {output: whole.enter_context(whole_directory(output))}
+                parity = _plain(network, places[output], recipe, held_out, stages)
+            else:
+                places = {folder: whole.enter_context(whole_directory(folder)) for folder in folders.values()}
+                parity = _triton(network, {b: places[f] for b, f in folders.items()}, folders, recipe, held_out, stages)
+            files = {str(f / part): size for f, place in places.items() for part, size in _sizes(place).items()}
+    return Exported(files, parity)
+
+
+def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Batches]:
+    """The network, and inputs to check it on."""
+    with stages.stage("load and check"):
+        network = load_network(
+            recipe.model,
+            weights=recipe.weights,
+            image_size=recipe.image_size,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
+        )
+        samples = load_calibration(
+            network, recipe.calibration, column=recipe.calibration_column, samples=_SAMPLES, seed=recipe.seed
+        )
+    return network, samples.held_out
+
+
+def _plain(network: Network, place: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Parity:
+    onnx = place / "model.onnx"
+    parity = _onnx(network, onnx, recipe, held_out, stages)
+    for each in wanted_engines(recipe):
+        _engine(network, onnx, each.file(place, "model"), each, recipe, stages)
+    return parity
+
+
+def _triton(
+    network: Network,
+    places: Mapping[Backend, Path],
+    folders: Mapping[Backend, Path],
+    recipe: Recipe,
+    held_out: Batches,
+    stages: Stages,
+) -> Parity:
+    onnx = model_file(places["onnxruntime"], "onnxruntime")
+    parity = _onnx(network, onnx, recipe, held_out, stages)
+    for each in wanted_engines(recipe):
+        _engine(network, onnx, model_file(places["tensorrt"], "tensorrt"), each, recipe, stages)
+    for backend, place in places.items():
+        text = triton_config(folders[backend].name, backend, onnx, recipe.batch_sizes)
+        (place / "config.pbtxt").write_text(text, encoding="utf-8")
+    return parity
+
+
+def _onnx(network: Network, path: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Parity:
+    """Write the ONNX file and check it; GateError where it is not what torch computes."""
+    module = TensorOutputs(network.module, network.outputs)
+    names, axes = tuple(network.outputs), network.dynamic_axes
+    with stages.stage("export ONNX"):
+        program = trace(module, network.inputs, axes)
+        onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=recipe.opset)
+    with stages.stage("check parity"):
+        batches = parity_batches(network, held_out)
+        parity = check_parity(module, path, batches, names, tolerance=recipe.parity_tolerance, threads=recipe.threads)
+    failed = [f"{p.output} is off by {p.max_abs_error:.1e}" for p in parity if not p.passed]
+    if failed:
+        raise GateError(
+            f"parity: {'; '.join(failed)}; nothing is written (--parity-tolerance {recipe.parity_tolerance:g})"
+        )
+    return parity
+
+
+def _engine(network: Network, onnx: Path, path: Path, each: Wanted, recipe: Recipe, stages: Stages) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.inputs.items()}
+    ranges = input_ranges(shapes, network.dynamic_axes, each.batch_sizes, each.best, static=each.static)
+    with stages.stage(f"build {each.runtime} engine"):
+        build_engine(onnx, path, ranges, engine_config(recipe, each.runtime), timing_cache(each.runtime))
+
+
+def _sizes(place: Path) -> dict[Path, int]:
+    return {file.relative_to(place): file.stat().st_size for file in sorted(place.rglob("*")) if file.is_file()}
+
+
+def default_name(model: str) -> str:
+    """A name for a model repository out of what the model is called, or the run that its checkpoint stands in."""
+    path = Path(model)
+    stem = path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem) or "model"
