@@ -15,22 +15,28 @@ from exporters.engine import (
 )
 from exporters.errors import ExportError
 from exporters.onnx import onnx_from_program
-from exporters.parity import OutputParity, check_parity
+from exporters.parity import OnnxModule, OutputParity, check_parity
+from exporters.precision import PARITY_TOLERANCES, Precision, in_precision, runnable_on_cpu
 from exporters.tracing import DynamicAxes, save_program, trace
 
 __all__ = [
     "BUILDERS",
+    "PARITY_TOLERANCES",
     "DynamicAxes",
     "EngineConfig",
     "EngineInfo",
     "ExportError",
+    "OnnxModule",
     "OutputParity",
+    "Precision",
     "build_engine",
     "check_builder",
     "check_engine",
     "check_parity",
+    "in_precision",
     "input_ranges",
     "onnx_from_program",
+    "runnable_on_cpu",
     "save_program",
     "trace",
 ]

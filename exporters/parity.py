@@ -56,6 +56,27 @@ def check_parity(
     return tuple(_worst(name, [row[i] for row in rows], tolerance) for i, name in enumerate(output_names))
 
 
+class OnnxModule(nn.Module):
+    """An ONNX file under ONNX Runtime's CPU provider in the place of a module.
+
+    Args:
+        path: the file.
+        outputs: name in the file -> what the result, a mapping, has it under.
+        threads: of ONNX Runtime.
+
+    Raises:
+        ExportError: ONNX Runtime is missing or cannot load the file.
+    """
+
+    def __init__(self, path: str | Path, outputs: Mapping[str, str], threads: int | None = None) -> None:
+        super().__init__()
+        self.session, self.outputs = _session(path, threads), dict(outputs)
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        given = self.session.run(list(self.outputs), {name: t.cpu().numpy() for name, t in inputs.items()})
+        return {key: torch.from_numpy(array) for key, array in zip(self.outputs.values(), given, strict=True)}
+
+
 @dataclass(frozen=True)
 class _Difference:
     largest: float

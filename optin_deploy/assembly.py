@@ -77,7 +77,8 @@ def assemble(
                 for left in structure.left_dense
             ],
             "agreement": results["agreement"],
-            "evaluation": results["evaluation"],
+            "precision": recipe.precision,
+            "evaluation": results["evaluation"] and {**results["evaluation"], "deployed": results["deployed"]},
             "parity": results["parity"],
             "profile": results["profile"]["measurements"],
             "protocol": results["profile"]["protocol"],

@@ -26,6 +26,7 @@ STEP = 16
 _WORTH_TELLING = 0.02
 _TINY_MS = 0.02
 _MANY = 0.10
+_LITTLE = 0.05
 _FIXED = (EMBEDDING, HEAD, OTHER)
 _COMPUTES = (MATRIX, FUSED)
 
@@ -104,7 +105,12 @@ def _outside_blocks(account: Account, cells: Sequence[Cell]) -> Cause | None:
     dense, pruned = _sums(mine)
     inside = [sum(column) for column in zip(*_flops_beside(account, _FIXED), strict=True)]
     left = account.measured_ms[0] - dense, account.measured_ms[1] - pruned
-    if not pruned or not all(inside) or min(left) <= 0:
+    # Of hardly any time inside the blocks no ratio can be told.
+    if (
+        not pruned
+        or not all(inside)
+        or any(ms < _LITTLE * of for ms, of in zip(left, account.measured_ms, strict=True))
+    ):
         return None
     without, present = _realised(left, inside), _realised(account.measured_ms, _all_flops(account))
     shares = [(part, _sums(c for c in mine if c.place.part == part)[1]) for part in _FIXED]

@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from exporters import OutputParity, build_engine, check_parity, input_ranges, onnx_from_program, trace
+from exporters import OutputParity, build_engine, in_precision, input_ranges, onnx_from_program, trace
 from exporters.triton import Backend, model_file, triton_config
 from optin_deploy.calibration import load_calibration
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.errors import GateError, UserError
 from optin_deploy.files import whole_directory
 from optin_deploy.job import check_runtimes
-from optin_deploy.measuring import parity_batches
+from optin_deploy.measuring import checked
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.progress import Stages
@@ -123,19 +123,16 @@ def _triton(
 
 def _onnx(network: Network, path: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
-    module = TensorOutputs(network.module, network.outputs)
+    module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     names, axes = tuple(network.outputs), network.dynamic_axes
     with stages.stage("export ONNX"):
         program = trace(module, network.inputs, axes)
         onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=recipe.opset)
     with stages.stage("check parity"):
-        batches = parity_batches(network, held_out)
-        parity = check_parity(module, path, batches, names, tolerance=recipe.parity_tolerance, threads=recipe.threads)
+        parity = checked(network, path, held_out, recipe)
     failed = [f"{p.output} is off by {p.max_abs_error:.1e}" for p in parity if not p.passed]
     if failed:
-        raise GateError(
-            f"parity: {'; '.join(failed)}; nothing is written (--parity-tolerance {recipe.parity_tolerance:g})"
-        )
+        raise GateError(f"parity: {'; '.join(failed)}; nothing is written (--parity-tolerance {parity[0].tolerance:g})")
     return parity
 
 

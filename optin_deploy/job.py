@@ -48,7 +48,13 @@ def target_of(recipe: Recipe) -> Target:
     """Where a latency budget of ``recipe`` holds, or would."""
     threads = recipe.threads or usable_cores().physical
     return Target(
-        recipe.target_runtime, recipe.target_batch_size, threads, recipe.opset, recipe.table_seconds, recipe.seed
+        recipe.target_runtime,
+        recipe.target_batch_size,
+        threads,
+        recipe.opset,
+        recipe.table_seconds,
+        recipe.seed,
+        recipe.precision,
     )
 
 

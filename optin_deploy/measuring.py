@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from exporters import check_parity, onnx_from_program, save_program, trace
+from exporters import (
+    PARITY_TOLERANCES,
+    OnnxModule,
+    OutputParity,
+    check_parity,
+    in_precision,
+    onnx_from_program,
+    runnable_on_cpu,
+    save_program,
+    trace,
+)
 from optin_deploy import rundir
 from optin_deploy.account import account
 from optin_deploy.assembly import VARIANTS
@@ -18,11 +28,13 @@ from optin_deploy.job import Job, is_measurable
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.parts import narrow_widths, own_flops, places
 from optin_deploy.progress import Advance, Stages, as_steps
+from optin_deploy.recipe import Recipe
 from optin_deploy.structure.describe import describe
 from profilers import LAYER_RUNTIMES, ProfileConfig, Variant, compare, layer_profile
 
 # Time limit of one layer profile; averages over a hundred runs move little after it.
 _LAYER_SECONDS = 5.0
+Parity = tuple[OutputParity, ...]
 
 
 def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:
@@ -34,7 +46,7 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
             for name, network in zip(VARIANTS, (job.network, small), strict=True):
                 program = Path(temporary) / f"{name}.pt2"
                 variants[name] = Variant(directory / f"{name}.onnx", program)
-                _export(network, variants[name].onnx, program, recipe.opset)
+                _export(network, variants[name].onnx, program, recipe)
                 advance(1)
         with stages.stage("check parity", 2) as advance:
             parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
@@ -47,28 +59,46 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
                 directory / "layers.json",
                 lambda: _layers(job, small, variants, profile["measurements"], as_steps(advance)),
             )
-    return {"parity": parity, "profile": profile, "layers": layers}
+        deployed = _evaluated(job, variants["pruned"].onnx, directory, stages)
+    return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
 
 
-def _export(network: Network, onnx: Path, program: Path, opset: int) -> None:
-    traced = trace(TensorOutputs(network.module, network.outputs), network.inputs, network.dynamic_axes)
+def _export(network: Network, onnx: Path, program: Path, recipe: Recipe) -> None:
+    module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
+    traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
     if not onnx.is_file():
         onnx_from_program(
-            traced, onnx, output_names=tuple(network.outputs), dynamic_axes=network.dynamic_axes, opset=opset
+            traced, onnx, output_names=tuple(network.outputs), dynamic_axes=network.dynamic_axes, opset=recipe.opset
         )
+
+
+def checked(network: Network, onnx: Path, held_out: tuple[dict[str, Tensor], ...], recipe: Recipe) -> Parity:
+    """How far the ONNX file is from the network in float32; its precision says how far it may be."""
+    tolerance = recipe.parity_tolerance or PARITY_TOLERANCES[recipe.precision]
+    module, names = TensorOutputs(network.module, network.outputs), tuple(network.outputs)
+    with runnable_on_cpu(onnx, recipe.precision) as file:
+        return check_parity(module, file, parity_batches(network, held_out), names, tolerance, recipe.threads)
+
+
+def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float | None:
+    """The labelled set's metric of the pruned ONNX file, where that is of another precision than the module."""
+    dataset, recipe, network = job.dataset, job.recipe, job.network
+    if dataset is None or recipe.precision == "fp32":
+        return None
+    with stages.stage(f"evaluate in {recipe.precision}", dataset.steps) as advance:
+
+        def measure() -> dict[str, float]:
+            with runnable_on_cpu(onnx, recipe.precision) as file:
+                module = OnnxModule(file, network.outputs, recipe.threads)
+                return {recipe.precision: dataset.measure(module, advance)}
+
+        return rundir.kept_json(directory / "deployed.json", measure)[recipe.precision]
 
 
 def _parity(job: Job, small: Network, variants: Mapping[str, Variant], advance: Any) -> list[dict[str, Any]]:
     rows = []
     for name, network in zip(VARIANTS, (job.network, small), strict=True):
-        checked = check_parity(
-            TensorOutputs(network.module, network.outputs),
-            variants[name].onnx,
-            parity_batches(network, job.calibration.held_out),
-            tuple(network.outputs),
-            tolerance=job.recipe.parity_tolerance,
-        )
         rows += [
             {
                 "variant": name,
@@ -78,7 +108,7 @@ def _parity(job: Job, small: Network, variants: Mapping[str, Variant], advance: 
                 "tolerance": p.tolerance,
                 "passed": p.passed,
             }
-            for p in checked
+            for p in checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
         ]
         advance(1)
     return rows

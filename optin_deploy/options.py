@@ -112,7 +112,10 @@ RUN_OPTIONS: dict[str, Any] = {
         str | None, option("strength of the ridge in that refit; auto chooses it on held-out batches [auto]", PRUNE)
     ],
     "opset": Annotated[int | None, option("ONNX opset [20]", EXPORT)],
-    "parity_tolerance": Annotated[float | None, option("largest error of ONNX against torch [1e-4]", EXPORT)],
+    "precision": Annotated[str | None, option("of what is exported and measured: fp32, fp16 or bf16 [fp32]", EXPORT)],
+    "parity_tolerance": Annotated[
+        float | None, option("largest error of ONNX against torch [1e-4; fp16: 1e-2, bf16: 5e-2]", EXPORT)
+    ],
     "static": _engine_flag("static", "an engine for each batch size, in place of one for all"),
     "builder_optimization_level": Annotated[int | None, option("of engines, 0 to 5 [the builder's own]", EXPORT)],
     "workspace_mib": Annotated[int | None, option("most scratch memory of an engine [the builder's own]", EXPORT)],
@@ -141,6 +144,7 @@ EXPORT_OPTIONS = (
     "calibration",
     "calibration_column",
     "opset",
+    "precision",
     "parity_tolerance",
     "static",
     "builder_optimization_level",

@@ -59,7 +59,8 @@ class Recipe(BaseModel):
     ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
-    parity_tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    parity_tolerance: Annotated[float, Field(gt=0)] | None = None
 
     static: bool = False
     builder_optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -157,6 +158,8 @@ def check_options(recipe: Recipe) -> None:
         ("table-seconds", recipe.table_seconds, 60.0, recipe.needs_table, "--latency, --latency-ms or --align auto"),
     )
     check_engine_options(recipe)
+    if recipe.precision == "bf16" and "ort-cpu" in recipe.measured_runtimes:
+        raise UserError("--precision bf16: ONNX Runtime has none on a CPU; take other --runtimes, or fp16")
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
             raise UserError(f"--{name} {value}: it has an effect only with {needed}")

@@ -78,8 +78,11 @@ def summed(operators: Sequence[Operator], times_ms: Sequence[float], modules: Se
 
 
 def innermost(path: str, modules: Sequence[str]) -> str:
-    """The innermost of the modules that ``path`` is in, the first part of which may be a wrapper; or `OTHER`."""
+    """The innermost of the modules that ``path`` is in, or `OTHER`. The first part may be a wrapper's, and there may be
+    more wrappers, each of which calls what it wraps "module"."""
     candidates = [path, path.partition(".")[2]]
+    while candidates[-1].startswith("module."):
+        candidates.append(candidates[-1].removeprefix("module."))
     inside = [name for name in modules if any(f"{place}.".startswith(f"{name}.") for place in candidates)]
     return max(inside, key=len, default=OTHER)
 

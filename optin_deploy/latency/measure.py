@@ -13,13 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters import EngineConfig, build_engine, input_ranges, onnx_from_program, save_program, trace
+from exporters import (
+    BUILDERS,
+    EngineConfig,
+    Precision,
+    build_engine,
+    in_precision,
+    input_ranges,
+    onnx_from_program,
+    save_program,
+    trace,
+)
 from optin_deploy.engines import timing_cache
 from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.latency.stacks import BlockType, block_types, part_name, stack
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.groups import Group, Structure
-from profilers import RUNTIMES, Case, environment, loads_for, measure_each, measure_files
+from profilers import GPU_RUNTIMES, RUNTIMES, Case, environment, loads_for, measure_each, measure_files
 from profilers.statistics import paired_ratio
 from profilers.tables import LatencyTable, Row, read_table, save_table
 
@@ -44,6 +54,7 @@ class Target:
     opset: int = 20
     seconds: float = 60.0
     seed: int = 0
+    precision: Precision = "fp32"
 
     def case(self, seconds: float, compared: Iterable[Path] = ()) -> Case:
         """What to measure for so long, or until ratios have settled to a hundredth; files that are ``compared`` are
@@ -66,7 +77,7 @@ def export(
     module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]], target: Target, stem: Path
 ) -> Path:
     """Write the file that the target's runtime runs, beside ``stem``; ``module`` gives a tensor or a tuple of them."""
-    program = trace(module, inputs, axes)
+    program = trace(in_precision(module, target.precision, target.opset), inputs, axes)
     if RUNTIMES[target.runtime] == "program":
         path = stem.with_suffix(".pt2")
         save_program(program, path)
@@ -228,16 +239,18 @@ def _anchor(
 def _setting(kind: BlockType, target: Target) -> dict[str, Any]:
     """What a table holds for."""
     found = environment()
-    cuda = target.runtime.endswith("cuda")
+    cuda = target.runtime in GPU_RUNTIMES
     package = "onnxruntime-gpu" if target.runtime == "ort-cuda" else "onnxruntime"
     versions = {name: found["versions"][name] for name in ("torch", package) if name in found["versions"]}
+    if target.runtime in BUILDERS:
+        versions[target.runtime] = metadata.version(BUILDERS[target.runtime].distribution)
     return {
         "device": torch.cuda.get_device_name() if cuda else found["cpu"],
         "os": found["os"],
         "threads": target.threads,
         "runtime": target.runtime,
         "versions": {**versions, "optin-deploy": metadata.version("optin-deploy")},
-        "precision": "fp32",
+        "precision": target.precision,
         "opset": target.opset,
         "batch_size": target.batch_size,
         "depth": _DEPTH,

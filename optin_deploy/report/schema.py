@@ -174,13 +174,20 @@ class Agreement(_Value):
 
 
 class Evaluation(_Value):
-    """A metric on labelled data, in the metric's own unit, for both networks."""
+    """A metric on labelled data, in the metric's own unit, for both networks in float32; and for the pruned ONNX file
+    where that has another precision."""
 
     metric: str
     dataset: str
     samples: int
     dense: float
     pruned: float
+    deployed: float | None = None
+
+    @property
+    def kept(self) -> float:
+        """What the pruned network has as it is deployed."""
+        return self.pruned if self.deployed is None else self.deployed
 
 
 class Parity(_Value):
@@ -290,6 +297,7 @@ class Report(_Value):
     pruned: Variant
     plan: list[PlanEntry]
     left_dense: list[LeftDense]
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     agreement: list[Agreement]
     evaluation: Evaluation | None
     parity: list[Parity]

@@ -75,7 +75,7 @@ def _size(report: Report) -> Table:
 
 
 def _speed(report: Report) -> Table:
-    table = _table("\nlatency and throughput")
+    table = _table(f"\nlatency and throughput{wording.in_precision(report)}")
     table.add_column("runtime", max_width=20)
     table.add_column("batch", justify="right")
     table.add_column("")
@@ -140,5 +140,7 @@ def _outputs(report: Report) -> Table:
         table.add_row(Text(entry.output), f"cosine {entry.cosine:.4f}, relative error {error}{top}")
     if report.evaluation is not None:
         figures = f"{report.evaluation.dense:.2f} → {report.evaluation.pruned:.2f}"
+        if report.evaluation.deployed is not None:
+            figures += f", {report.evaluation.deployed:.2f} in {report.precision},"
         table.add_row(Text(report.evaluation.metric), Text(f"{figures} on {report.evaluation.dataset}"))
     return table

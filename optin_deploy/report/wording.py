@@ -89,8 +89,14 @@ def verdict(report: Report) -> str:
     if item is None:
         return f"Speed not measured; {fewer}{_quality(report)}."
     where = f"at batch {item.batch_size} on {device_name(report, item.runtime)} with {runtime_name(item.runtime)}"
+    where += in_precision(report)
     realised = f"realised ratio {report.realised_ratio(item).value:.2f}"
     return f"{_speed(item, where)}, {fewer}, {realised}{_exceptions(report, item)}{_quality(report)}."
+
+
+def in_precision(report: Report) -> str:
+    """That both networks were measured in another precision than float32."""
+    return "" if report.precision == "fp32" else f" in {report.precision}"
 
 
 def latency_budget(report: Report) -> str | None:
@@ -162,8 +168,8 @@ def _quality(report: Report) -> str:
     if report.model.weights == "random":
         return ""
     if report.evaluation is not None:
-        values = f"{report.evaluation.dense:.1f} → {report.evaluation.pruned:.1f}"
-        return f"; {report.evaluation.metric} {values}"
+        found = report.evaluation
+        return f"; {found.metric} {found.dense:.1f} → {found.kept:.1f}"
     if not report.agreement:
         return ""
     first = report.agreement[0]

@@ -64,7 +64,7 @@ def _quality(report: Report) -> Quality:
 def _value(report: Report, quality: Quality) -> float:
     if quality.kind == "evaluation":
         assert report.evaluation is not None
-        return report.evaluation.pruned
+        return report.evaluation.kept
     agreed = report.agreement[0]
     if quality.kind == "top1":
         assert agreed.top1_agreement is not None

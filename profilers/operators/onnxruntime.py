@@ -12,6 +12,8 @@ from ..runners.base import Feeds, first_line
 from ..runners.onnxruntime import OnnxRuntimeRunner
 from . import Operator, Record
 
+# What an operator gives in float32 where it has no float16 kernel; a cast behind it has the tensor's own name.
+_ROUNDED_LATER = "InsertedPrecisionFreeCast_"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _RUN = "model_run"
 _KERNEL = "_kernel_time"
@@ -121,7 +123,8 @@ def node_paths(graph: Any, tensors: Mapping[str, str]) -> dict[str, str]:
     """
     paths = {}
     for node in graph.node:
-        known = [tensors[name] for name in node.output if name in tensors]
+        made = (name.removeprefix(_ROUNDED_LATER) for name in node.output)
+        known = [tensors[name] for name in made if name in tensors]
         if known:
             paths[node.name] = known[0]
     consumers = _neighbours((node.name, node.input) for node in graph.node)

@@ -181,6 +181,8 @@ def test_options_end_in_the_recipe(
         (["--calibration-labels", "folders"], "--calibration-labels folders: it has an effect only with"),
         (["--latency", "2"], "--latency 2\\.0: give the part of the dense latency"),
         (["--batch-size", "4"], "--batch-size 4: it has an effect only with --latency"),
+        (["--precision", "int3"], "--precision int3: "),
+        (["--precision", "bf16"], "--precision bf16: ONNX Runtime has none on a CPU; take other --runtimes, or fp16"),
         (["--static"], "--static: it has an effect only with --runtimes rtx or tensorrt"),
         (["--workspace-mib", "64"], "--workspace-mib 64: it has an effect only with --runtimes rtx or tensorrt"),
         (["--builder-optimization-level", "6"], "--builder-optimization-level 6"),

@@ -8,7 +8,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from exporters import ExportError, check_engine
+from exporters import PARITY_TOLERANCES, ExportError, check_engine
 from optin_deploy import cli, exporting, load_network
 from optin_deploy.errors import GateError, UserError
 from optin_deploy.exporting import default_name, export_network
@@ -32,6 +32,17 @@ def test_a_plain_export_is_what_torch_computes(shallow: str, tmp_path: Path) -> 
     with torch.inference_mode():
         for ours, theirs in zip(network.forward(batch).values(), given, strict=True):
             torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_lower_precision_makes_a_smaller_file_that_passes_its_own_gate(
+    shallow: str, tmp_path: Path, precision: str
+) -> None:
+    made = export_network(recipe(shallow, precision=precision), tmp_path / "low", quiet=True)
+    full = export_network(recipe(shallow), tmp_path / "full", quiet=True)
+    assert all(p.passed and p.tolerance == PARITY_TOLERANCES[precision] for p in made.parity)
+    assert max(p.max_abs_error for p in made.parity) > 10 * max(p.max_abs_error for p in full.parity)
+    assert sum(made.files.values()) < sum(full.files.values())
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -179,6 +179,23 @@ def test_evaluation_is_reported(text: Result, vision: Result) -> None:
     assert 0 <= found.dense <= 100
 
 
+def test_lower_precision_is_checked_measured_and_evaluated_as_exported(text: Result, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({**text.report.settings, "precision": "fp16"})
+    low = prune_export(recipe, output=tmp_path / "run", quiet=True)
+    assert low.report.precision == "fp16"
+    assert low.report.dense.onnx_mib < 0.9 * text.report.dense.onnx_mib
+    assert all(row.passed and row.tolerance == 1e-2 for row in low.report.parity)
+    assert max(row.max_abs_error for row in low.report.parity) > max(row.max_abs_error for row in text.report.parity)
+    assert [m.runtime for m in low.report.profile] == ["ort-cpu"]
+    assert low.report.evaluation is not None and text.report.evaluation is not None
+    # The modules are the same; the file is what is deployed.
+    assert low.report.evaluation.pruned == text.report.evaluation.pruned
+    assert low.report.evaluation.deployed is not None and text.report.evaluation.deployed is None
+    assert abs(low.report.evaluation.deployed - low.report.evaluation.pruned) <= 10
+    # Operators are found in their blocks whatever wraps the network.
+    assert {part.name for part in low.report.layers[0].parts} == {part.name for part in text.report.layers[0].parts}
+
+
 # Doing it again
 
 

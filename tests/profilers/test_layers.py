@@ -106,7 +106,9 @@ def test_the_innermost_module_owns_and_a_wrapper_is_allowed_for() -> None:
     modules = ["blocks.1", "blocks.1.attn", "head"]
     assert innermost("blocks.1.attn.qkv", modules) == "blocks.1.attn"
     assert innermost("module.blocks.1.norm1", modules) == "blocks.1"
+    assert innermost("module.module.blocks.1.attn.module", modules) == "blocks.1.attn"
     assert innermost("blocks.11.attn", modules) == OTHER
+    assert innermost("module.tower.head", modules) == OTHER
     assert innermost("header", modules) == innermost("", modules) == OTHER
 
 

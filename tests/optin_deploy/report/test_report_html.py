@@ -121,6 +121,14 @@ def test_an_empty_run_still_makes_a_page(data: dict[str, Any]) -> None:
     assert "Not measured in this run" in text
 
 
+def test_lower_precision_has_its_evaluation_beside(data: dict[str, Any]) -> None:
+    data["precision"] = "bf16"
+    data["evaluation"]["deployed"] = 76.41
+    page = render(Report.model_validate(data))
+    assert "<th>Pruned, bf16</th>" in page and "<td>76.41</td>" in page
+    assert "Both networks in bf16, norms in fp32." in page
+
+
 def test_random_weights_hide_the_agreement_from_the_tiles(data: dict[str, Any]) -> None:
     data["model"]["weights"] = "random"
     text = render(Report.model_validate(data))

@@ -67,6 +67,14 @@ def test_a_gpu_is_named_for_its_runtime(data: dict[str, Any]) -> None:
     assert f"on {CPU} with PyTorch," in verdict(measured(data, ("torch", 8, 1.8, True)))
 
 
+def test_lower_precision_is_told_with_what_it_gives(data: dict[str, Any]) -> None:
+    data["precision"] = "fp16"
+    data["evaluation"]["deployed"] = 76.4
+    found = verdict(Report.model_validate(data))
+    assert "with ONNX Runtime in fp16, " in found
+    assert found.endswith("; top-1 % 79.8 → 76.4.")
+
+
 def test_nothing_measured(data: dict[str, Any]) -> None:
     data["profile"] = []
     assert verdict(Report.model_validate(data)).startswith("Speed not measured; 2.01× fewer FLOPs")

@@ -1,0 +1,125 @@
+"""Half precision, written into the graph: weights and activations in float16 or bfloat16, what is sensitive in float32.
+
+Inputs and outputs stay float32, so that a file of one precision can take the place of another's.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PARITY_TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest error against float32 torch, relative to max(1, largest output): 10, 10 and 7 bits of mantissa are some
+1e-3 and 8e-3 in one operator, and add up over a network's depth."""
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# Their means and variances run over whole rows, and their weights are few.
+_SENSITIVE = (
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
+# From this opset on convolutions may be bfloat16.
+_BF16_CONV_OPSET = 22
+
+
+def in_precision(module: nn.Module, precision: Precision, opset: int) -> nn.Module:
+    """A copy of ``module`` (which gives a tensor or a tuple of them) that computes in ``precision``; itself for fp32.
+
+    Norms compute in float32, and so do convolutions where ``opset`` has none for bfloat16.
+    """
+    if precision == "fp32":
+        return module
+    dtype = _DTYPES[precision]
+    kept: tuple[type[nn.Module], ...] = _SENSITIVE
+    if precision == "bf16" and opset < _BF16_CONV_OPSET:
+        kept = (*kept, nn.modules.conv._ConvNd)
+    low = copy.deepcopy(module).to(dtype)
+    for name, part in list(low.named_modules()):
+        if isinstance(part, kept):
+            parent, _, child = name.rpartition(".")
+            setattr(low.get_submodule(parent), child, _InFloat32(part.float(), dtype))
+    return _FloatOutside(low, dtype)
+
+
+class _InFloat32(nn.Module):
+    """A module in float32 amid others of lower precision."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x.float(), *args, **kwargs).to(self.dtype)
+
+
+class _FloatOutside(nn.Module):
+    """A module of lower precision that takes and gives float32."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+        outputs = self.module(**given)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return tuple(t.float() if t.is_floating_point() else t for t in outputs)
+
+
+@contextmanager
+def runnable_on_cpu(path: Path, precision: Precision) -> Iterator[Path]:
+    """The file that ONNX Runtime's CPU provider runs in place of ``path``: itself, or for bfloat16, which it has no
+    operators for, a temporary one that emulates it."""
+    if precision != "bf16":
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="optin-bf16-") as folder:
+        emulated = Path(folder, path.name)
+        emulate_bfloat16(path, emulated)
+        yield emulated
+
+
+def emulate_bfloat16(path: Path, target: Path) -> None:
+    """Write a file that runs where there are no bfloat16 kernels: every operator computes in float32, and what it gives
+    is rounded to bfloat16, as bfloat16 kernels that accumulate in float32 do."""
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "Cast":
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16:
+                node.replace_input_with(index, _cast(ir, value, ir.DataType.FLOAT, before=node))
+        for output in node.outputs:
+            if output.dtype == ir.DataType.BFLOAT16:
+                _round(ir, node, output)
+    ir.save(model, target)
+
+
+def _cast(ir: Any, value: Any, dtype: Any, *, before: Any) -> Any:
+    cast = ir.node("Cast", [value], attributes={"to": int(dtype)})
+    cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
+    before.graph.insert_before(before, cast)
+    return cast.outputs[0]
+
+
+def _round(ir: Any, node: Any, output: Any) -> None:
+    """Let all that take ``output`` take it rounded; the node itself gives float32."""
+    uses = list(output.uses())
+    output.dtype = ir.DataType.FLOAT
+    cast = ir.node("Cast", [output], attributes={"to": int(ir.DataType.BFLOAT16)})
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.BFLOAT16, output.shape
+    node.graph.insert_after(node, cast)
+    for user, index in uses:
+        user.replace_input_with(index, cast.outputs[0])
