@@ -263,9 +263,10 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     sizes = [int(size) for size in given.batch_sizes.split(",")]
     runtimes = given.runtimes.split(",")
-    unknown = [name for name in runtimes if name not in RUNTIMES]
+    known = [name for name, file in RUNTIMES.items() if file != "engine"]
+    unknown = [name for name in runtimes if name not in known]
     if unknown:
-        sys.exit(f"--runtimes {unknown[0]}: choose from {', '.join(RUNTIMES)}")
+        sys.exit(f"--runtimes {unknown[0]}: choose from {', '.join(known)}")
     rows = read_rows()
     if not (given.table or given.markdown):
         if not torch_pruned.installed():

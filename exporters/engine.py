@@ -7,6 +7,7 @@ An engine runs only where it was built for. What that is stands in a file beside
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -16,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,19 @@ class Builder:
     Attributes:
         product: its name.
         package: what Python imports.
-        distribution: the package whose version is the product's.
         extra: what installs it.
         needs_gpu: whether it cannot build without one.
     """
 
     product: str
     package: str
-    distribution: str
     extra: str
     needs_gpu: bool
 
 
 BUILDERS = {
-    "tensorrt": Builder("TensorRT", "tensorrt", "tensorrt", "tensorrt", needs_gpu=True),
-    "rtx": Builder("TensorRT for RTX", "tensorrt_rtx", "tensorrt-rtx", "rtx", needs_gpu=False),
+    "tensorrt": Builder("TensorRT", "tensorrt", "tensorrt", needs_gpu=True),
+    "rtx": Builder("TensorRT for RTX", "tensorrt_rtx", "rtx", needs_gpu=False),
 }
 """By the name of the runtime that runs the engines."""
 
@@ -116,6 +114,11 @@ def check_builder(config: EngineConfig) -> None:
         raise ExportError(f"{builder.product} builds {what} on a GPU only, and none is present")
 
 
+def builder_version(name: str) -> str:
+    """Of the product, which has to be installed."""
+    return str(importlib.import_module(BUILDERS[name].package).__version__)
+
+
 def input_ranges(
     shapes: Mapping[str, Sequence[int]], axes: DynamicAxes, batch_sizes: Sequence[int], best: int, *, static: bool
 ) -> dict[str, Range]:
@@ -169,7 +172,7 @@ def build_engine(
         _run_worker(spec, onnx)
         info = EngineInfo(
             builder=config.builder,
-            builder_version=metadata.version(BUILDERS[config.builder].distribution),
+            builder_version=builder_version(config.builder),
             onnx_sha256=_sha256(onnx),
             engine_sha256=_sha256(temporary),
             device=_device(),
@@ -216,7 +219,7 @@ def _content_differs(engine: Path, onnx: Path | None, info: EngineInfo) -> str:
 
 
 def _place_differs(builder: Builder, info: EngineInfo) -> str:
-    here = metadata.version(builder.distribution) if importlib.util.find_spec(builder.package) else "not installed"
+    here = builder_version(info.builder) if importlib.util.find_spec(builder.package) else "none"
     if here != info.builder_version and not info.config.version_compatible:
         return f"built by {builder.product} {info.builder_version}, and here is {here}"
     device = _device() or "no GPU"

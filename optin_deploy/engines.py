@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from exporters import BUILDERS, EngineConfig, ExportError, build_engine, check_engine, input_ranges
-from exporters.engine import Range
+from exporters.engine import Range, builder_version
 from optin_deploy.network import Network
 from optin_deploy.recipe import Recipe
 from profilers.tables import cache_folder
@@ -75,8 +74,7 @@ def build_engines(
 
 def timing_cache(runtime: str) -> Path:
     """Where builds of that product and version keep what they have measured."""
-    version = metadata.version(BUILDERS[runtime].distribution)
-    return cache_folder().with_name("engines") / f"{runtime}-{version}.cache"
+    return cache_folder().with_name("engines") / f"{runtime}-{builder_version(runtime)}.cache"
 
 
 def _is_built(file: Path, onnx: Path, config: EngineConfig, ranges: Mapping[str, Range]) -> bool:

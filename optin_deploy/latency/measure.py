@@ -24,6 +24,7 @@ from exporters import (
     save_program,
     trace,
 )
+from exporters.engine import builder_version
 from optin_deploy.engines import timing_cache
 from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.latency.stacks import BlockType, block_types, part_name, stack
@@ -243,7 +244,7 @@ def _setting(kind: BlockType, target: Target) -> dict[str, Any]:
     package = "onnxruntime-gpu" if target.runtime == "ort-cuda" else "onnxruntime"
     versions = {name: found["versions"][name] for name in ("torch", package) if name in found["versions"]}
     if target.runtime in BUILDERS:
-        versions[target.runtime] = metadata.version(BUILDERS[target.runtime].distribution)
+        versions[target.runtime] = builder_version(target.runtime)
     return {
         "device": torch.cuda.get_device_name() if cuda else found["cpu"],
         "os": found["os"],
