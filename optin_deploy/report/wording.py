@@ -37,17 +37,18 @@ class Banner:
 
 
 def banners(report: Report) -> tuple[Banner, ...]:
-    """What stands above the report, most important first: failed gates, random weights, calibration, warnings."""
+    """What stands above the report, most important first: failed gates, random weights, what could not be measured,
+    calibration, warnings."""
     found = [Banner("alarm", f"Gate failed: {gate.name}. {gate.detail}") for gate in report.gates if not gate.passed]
     if report.model.weights == "random":
         found.append(Banner("alarm", RANDOM_WEIGHTS))
+    found += [Banner("alarm", unmeasured(item)) for item in report.unmeasured]
     if report.calibration.builtin:
         found.append(Banner("notice", BUILTIN_CALIBRATION))
     unsettled = [f"{runtime_name(m.runtime)} at batch {m.batch_size}" for m in report.profile if not m.converged]
     if unsettled:
         cases = ", ".join(unsettled)
         found.append(Banner("notice", f"Not settled to ±2 % in the time given, see the intervals: {cases}."))
-    found += [Banner("alarm", unmeasured(item)) for item in report.unmeasured]
     return (*found, *(Banner("notice", text) for text in report.warnings))
 
 

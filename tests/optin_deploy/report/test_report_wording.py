@@ -109,6 +109,8 @@ def test_banners_are_ordered_by_what_they_spoil(data: dict[str, Any]) -> None:
     data["gates"][0]["passed"] = False
     data["profile"][0]["converged"] = False
     data["warnings"] = ["head left dense"]
+    data["unmeasured"] = [{"runtime": "rtx", "reason": "no GPU is present"}]
     found = banners(Report.model_validate(data))
-    assert [banner.level for banner in found] == ["alarm", "notice", "notice", "notice"]
-    assert [banner.text.split()[0] for banner in found] == ["Gate", "Built-in", "Not", "head"]
+    assert [banner.level for banner in found] == ["alarm", "alarm", "notice", "notice", "notice"]
+    assert found[1].text == "Not measured with TensorRT for RTX: no GPU is present."
+    assert [banner.text.split()[0] for banner in found] == ["Gate", "Not", "Built-in", "Not", "head"]
