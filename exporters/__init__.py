@@ -15,7 +15,7 @@ from exporters.engine import (
 )
 from exporters.errors import ExportError
 from exporters.onnx import onnx_from_program
-from exporters.parity import OnnxModule, OutputParity, check_parity
+from exporters.parity import OnnxModule, OutputParity, check_parity, compare_outputs
 from exporters.precision import PARITY_TOLERANCES, Precision, in_precision, runnable_on_cpu
 from exporters.tracing import DynamicAxes, save_program, trace
 
@@ -33,6 +33,7 @@ __all__ = [
     "check_builder",
     "check_engine",
     "check_parity",
+    "compare_outputs",
     "in_precision",
     "input_ranges",
     "onnx_from_program",

@@ -1,4 +1,4 @@
-"""Comparing an ONNX file with the torch module that it was made from."""
+"""Comparing what a file computes with the torch module that it was made from."""
 
 from __future__ import annotations
 
@@ -48,12 +48,27 @@ def check_parity(
     over all batches. `threads` limits ONNX Runtime's threads. Raises ExportError when ONNX Runtime is missing, cannot
     run the file, or the number of outputs is not that of `output_names`.
     """
-    if not batches:
-        raise ExportError("parity needs at least one batch")
+    expected = _expected(module, batches, output_names)
     session = _session(onnx_path, threads)
-    module.eval()
-    rows = [_compare_batch(module, session, batch, output_names) for batch in batches]
-    return tuple(_worst(name, [row[i] for row in rows], tolerance) for i, name in enumerate(output_names))
+    return _compared(expected, [_run(session, batch, output_names) for batch in batches], output_names, tolerance)
+
+
+def compare_outputs(
+    module: nn.Module,
+    outputs: Sequence[Mapping[str, NDArray[Any]]],
+    batches: Sequence[Mapping[str, Tensor]],
+    output_names: Sequence[str],
+    tolerance: float = 1e-4,
+) -> tuple[OutputParity, ...]:
+    """`check_parity` for outputs that were computed elsewhere: by name, for each of the batches.
+
+    Raises ExportError when one of ``output_names`` is missing or their number is not that of the module's outputs.
+    """
+    missing = [name for name in output_names for given in outputs if name not in given]
+    if missing:
+        raise ExportError(f"there is no output {missing[0]} among {', '.join(outputs[0])}")
+    actual = [[given[name] for name in output_names] for given in outputs]
+    return _compared(_expected(module, batches, output_names), actual, output_names, tolerance)
 
 
 class OnnxModule(nn.Module):
@@ -85,21 +100,41 @@ class _Difference:
     shape: tuple[int, ...]
 
 
-def _compare_batch(
-    module: nn.Module, session: Any, batch: Mapping[str, Tensor], output_names: Sequence[str]
-) -> list[_Difference]:
-    with torch.inference_mode():
-        result = module(**batch)
-    expected = [result] if isinstance(result, Tensor) else list(result)
-    if len(expected) != len(output_names):
-        raise ExportError(f"the module returns {len(expected)} tensors, but {len(output_names)} outputs are named")
+def _expected(
+    module: nn.Module, batches: Sequence[Mapping[str, Tensor]], output_names: Sequence[str]
+) -> list[list[NDArray[Any]]]:
+    """What the module gives, batches × outputs."""
+    if not batches:
+        raise ExportError("parity needs at least one batch")
+    module.eval()
+    rows = []
+    for batch in batches:
+        with torch.inference_mode():
+            result = module(**batch)
+        expected = [result] if isinstance(result, Tensor) else list(result)
+        if len(expected) != len(output_names):
+            raise ExportError(f"the module returns {len(expected)} tensors, but {len(output_names)} outputs are named")
+        rows.append([tensor.numpy() for tensor in expected])
+    return rows
+
+
+def _run(session: Any, batch: Mapping[str, Tensor], output_names: Sequence[str]) -> list[NDArray[Any]]:
     try:
-        feed = {name: tensor.numpy() for name, tensor in batch.items()}
-        actual = session.run(list(output_names), feed)
+        return list(session.run(list(output_names), {name: tensor.numpy() for name, tensor in batch.items()}))
     except Exception as error:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
         raise ExportError(f"ONNX Runtime cannot run the file on {shapes}: {first_line(error)}") from error
-    return [_difference(ours.numpy(), theirs) for ours, theirs in zip(expected, actual, strict=True)]
+
+
+def _compared(
+    expected: Sequence[Sequence[NDArray[Any]]],
+    actual: Sequence[Sequence[NDArray[Any]]],
+    output_names: Sequence[str],
+    tolerance: float,
+) -> tuple[OutputParity, ...]:
+    """The worst of all batches, by output; both are batches × outputs."""
+    rows = [[_difference(*pair) for pair in zip(*row, strict=True)] for row in zip(expected, actual, strict=True)]
+    return tuple(_worst(name, [row[i] for row in rows], tolerance) for i, name in enumerate(output_names))
 
 
 def _difference(reference: NDArray[Any], actual: NDArray[Any]) -> _Difference:

@@ -10,6 +10,7 @@ from typing import Any
 
 from exporters import BUILDERS, check_engine
 from optin_deploy.costs import count_flops, flops_share
+from optin_deploy.engine_parity import unchecked
 from optin_deploy.engines import wanted_engines
 from optin_deploy.job import VERSION, Job, is_measurable
 from optin_deploy.network import Network
@@ -88,7 +89,7 @@ def assemble(
                 {"runtime": r, "reason": "no GPU is present"} for r in recipe.measured_runtimes if not is_measurable(r)
             ],
             "gates": gates,
-            "warnings": [],
+            "warnings": [sentence] if (sentence := unchecked(recipe)) else [],
             "stage_seconds": stage_seconds,
             "environment": {**environment(), "pruned on": str(job.device)},
         }
@@ -153,9 +154,15 @@ def _parity_gate(parity: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "name": "parity",
         "passed": not failed,
-        "detail": "; ".join(f"{p['variant']} {p['output']} is off by {p['max_abs_error']:.1e}" for p in failed)
+        "detail": "; ".join(f"{_checked(p)} is off by {p['max_abs_error']:.1e}" for p in failed)
         or f"largest error {max(p['max_abs_error'] for p in parity):.1e} on held-out inputs",
     }
+
+
+def _checked(row: Mapping[str, Any]) -> str:
+    """What a row of the parity gate is about; ONNX files go without saying."""
+    builder = BUILDERS.get(row["runtime"])
+    return f"{row['variant']} {row['output']}" + (f" with {builder.product}" if builder else "")
 
 
 def _shape(network: Network, name: str) -> list[int | str]:

@@ -3,21 +3,22 @@
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
-from exporters import OutputParity, build_engine, in_precision, input_ranges, onnx_from_program, trace
+from exporters import BUILDERS, OutputParity, build_engine, in_precision, input_ranges, onnx_from_program, trace
 from exporters.triton import Backend, model_file, triton_config
 from optin_deploy.calibration import load_calibration
+from optin_deploy.engine_parity import check_engine_parity, checkable_engines, unchecked
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.errors import GateError, UserError
 from optin_deploy.files import whole_directory
 from optin_deploy.job import check_runtimes
-from optin_deploy.measuring import checked
+from optin_deploy.measuring import checked, parity_batches, parity_tolerance
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.progress import Stages
@@ -25,6 +26,8 @@ from optin_deploy.recipe import Layout, Recipe, check_engine_options, check_layo
 
 Batches = tuple[dict[str, Tensor], ...]
 Parity = tuple[OutputParity, ...]
+Checked = tuple[Parity, dict[str, Parity]]
+"""How far the ONNX file is from torch, and how far the engines are, by name."""
 _SUFFIXES: dict[Backend, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
 # The largest batch that parity is checked at, and some to draw from.
 _SAMPLES = 16
@@ -32,14 +35,19 @@ _SAMPLES = 16
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written, each path with its size in bytes, and how far ONNX is from torch."""
+    """What an export has written, each path with its size in bytes, how far ONNX is from torch, and how far the engines
+    are, by file name; ``unchecked`` says why there are none of these."""
 
     files: dict[str, int]
     parity: Parity
+    engines: dict[str, Parity] = field(default_factory=dict)
+    unchecked: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {"files": self.files, "parity": [asdict(p) for p in self.parity]}
+        engines = {name: [asdict(p) for p in parity] for name, parity in self.engines.items()}
+        parity = [asdict(p) for p in self.parity]
+        return {"files": self.files, "parity": parity, "engines": engines, "unchecked": self.unchecked}
 
 
 def export_network(
@@ -53,8 +61,8 @@ def export_network(
         name: of the models in a repository; made of the model's when None.
 
     Raises:
-        UserError: something to be fixed by the user; GateError: ONNX does not compute what torch does; ExportError.
-            Nothing is left behind by any of them.
+        UserError: something to be fixed by the user; GateError: ONNX, or an engine that can be run here, does not
+            compute what torch does; ExportError, ProfilingError. Nothing is left behind by any of them.
     """
     check_layout(recipe, layout, name)
     check_engine_options(recipe)
@@ -71,12 +79,13 @@ def export_network(
         with ExitStack() as whole:
             if layout == "plain":
                 places = {output: whole.enter_context(whole_directory(output))}
-                parity = _plain(network, places[output], recipe, held_out, stages)
+                parity, engines = _plain(network, places[output], recipe, held_out, stages)
             else:
                 places = {folder: whole.enter_context(whole_directory(folder)) for folder in folders.values()}
-                parity = _triton(network, {b: places[f] for b, f in folders.items()}, folders, recipe, held_out, stages)
+                inside = {backend: places[folder] for backend, folder in folders.items()}
+                parity, engines = _triton(network, inside, folders, recipe, held_out, stages)
             files = {str(f / part): size for f, place in places.items() for part, size in _sizes(place).items()}
-    return Exported(files, parity)
+    return Exported(files, parity, engines, unchecked(recipe))
 
 
 def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Batches]:
@@ -95,12 +104,13 @@ def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Batches]:
     return network, samples.held_out
 
 
-def _plain(network: Network, place: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Parity:
+def _plain(network: Network, place: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Checked:
     onnx = place / "model.onnx"
-    parity = _onnx(network, onnx, recipe, held_out, stages)
+    parity, engines = _onnx(network, onnx, recipe, held_out, stages), {}
     for each in wanted_engines(recipe):
-        _engine(network, onnx, each.file(place, "model"), each, recipe, stages)
-    return parity
+        engine = each.file(place, "model")
+        engines[engine.name] = _engine(network, onnx, engine, each, recipe, held_out, stages)
+    return parity, {name: found for name, found in engines.items() if found}
 
 
 def _triton(
@@ -110,15 +120,16 @@ def _triton(
     recipe: Recipe,
     held_out: Batches,
     stages: Stages,
-) -> Parity:
+) -> Checked:
     onnx = model_file(places["onnxruntime"], "onnxruntime")
-    parity = _onnx(network, onnx, recipe, held_out, stages)
+    parity, engines = _onnx(network, onnx, recipe, held_out, stages), {}
     for each in wanted_engines(recipe):
-        _engine(network, onnx, model_file(places["tensorrt"], "tensorrt"), each, recipe, stages)
+        engine = model_file(places["tensorrt"], "tensorrt")
+        engines[folders["tensorrt"].name] = _engine(network, onnx, engine, each, recipe, held_out, stages)
     for backend, place in places.items():
         text = triton_config(folders[backend].name, backend, onnx, recipe.batch_sizes)
         (place / "config.pbtxt").write_text(text, encoding="utf-8")
-    return parity
+    return parity, {name: found for name, found in engines.items() if found}
 
 
 def _onnx(network: Network, path: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Parity:
@@ -129,18 +140,31 @@ def _onnx(network: Network, path: Path, recipe: Recipe, held_out: Batches, stage
         program = trace(module, network.inputs, axes)
         onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=recipe.opset)
     with stages.stage("check parity"):
-        parity = checked(network, path, held_out, recipe)
-    failed = [f"{p.output} is off by {p.max_abs_error:.1e}" for p in parity if not p.passed]
+        return _passed(checked(network, path, held_out, recipe))
+
+
+def _passed(parity: Parity, what: str = "") -> Parity:
+    """``parity``; GateError unless all of it is passed."""
+    failed = [f"{p.output} is off by {p.max_abs_error:.1e}{what}" for p in parity if not p.passed]
     if failed:
         raise GateError(f"parity: {'; '.join(failed)}; nothing is written (--parity-tolerance {parity[0].tolerance:g})")
     return parity
 
 
-def _engine(network: Network, onnx: Path, path: Path, each: Wanted, recipe: Recipe, stages: Stages) -> None:
+def _engine(
+    network: Network, onnx: Path, path: Path, each: Wanted, recipe: Recipe, held_out: Batches, stages: Stages
+) -> Parity:
+    """Build an engine and, where it can be run, check it; GateError where it is not what torch computes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.inputs.items()}
     ranges = input_ranges(shapes, network.dynamic_axes, each.batch_sizes, each.best, static=each.static)
     with stages.stage(f"build {each.runtime} engine"):
         build_engine(onnx, path, ranges, engine_config(recipe, each.runtime), timing_cache(each.runtime))
+    if each not in checkable_engines(recipe):
+        return ()
+    with stages.stage(f"check {each.runtime} engine"):
+        batches, tolerance = parity_batches(network, held_out), parity_tolerance(recipe)
+        found = check_engine_parity(network, each.runtime, path, batches, tolerance, recipe.threads)
+        return _passed(found, f" with {BUILDERS[each.runtime].product}")
 
 
 def _sizes(place: Path) -> dict[Path, int]:

@@ -1,5 +1,6 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from exporters import (
     PARITY_TOLERANCES,
     OnnxModule,
     OutputParity,
+    check_engine,
     check_parity,
     in_precision,
     onnx_from_program,
@@ -23,6 +25,7 @@ from optin_deploy import rundir
 from optin_deploy.account import account
 from optin_deploy.assembly import VARIANTS
 from optin_deploy.causes import told
+from optin_deploy.engine_parity import check_engine_parity, checkable_engines
 from optin_deploy.engines import build_engines, wanted_engines
 from optin_deploy.job import Job, is_measurable
 from optin_deploy.network import Network, TensorOutputs
@@ -51,6 +54,7 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
         with stages.stage("check parity", 2) as advance:
             parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
         engines = _engines(job, small, directory, stages)
+        parity += _engine_parity(job, small, directory, stages)
         variants = {name: replace(v, engines=engines.get(name, {})) for name, v in variants.items()}
         with stages.stage("measure", 1) as advance:
             profile = _kept_profile(job, variants, directory, advance)
@@ -75,10 +79,15 @@ def _export(network: Network, onnx: Path, program: Path, recipe: Recipe) -> None
 
 def checked(network: Network, onnx: Path, held_out: tuple[dict[str, Tensor], ...], recipe: Recipe) -> Parity:
     """How far the ONNX file is from the network in float32; its precision says how far it may be."""
-    tolerance = recipe.parity_tolerance or PARITY_TOLERANCES[recipe.precision]
+    tolerance = parity_tolerance(recipe)
     module, names = TensorOutputs(network.module, network.outputs), tuple(network.outputs)
     with runnable_on_cpu(onnx, recipe.precision) as file:
         return check_parity(module, file, parity_batches(network, held_out), names, tolerance, recipe.threads)
+
+
+def parity_tolerance(recipe: Recipe) -> float:
+    """What an error may be at most, relative to the largest output: asked for, or else that of the precision."""
+    return recipe.parity_tolerance or PARITY_TOLERANCES[recipe.precision]
 
 
 def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float | None:
@@ -99,19 +108,25 @@ def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float |
 def _parity(job: Job, small: Network, variants: Mapping[str, Variant], advance: Any) -> list[dict[str, Any]]:
     rows = []
     for name, network in zip(VARIANTS, (job.network, small), strict=True):
-        rows += [
-            {
-                "variant": name,
-                "output": p.output,
-                "max_abs_error": p.max_abs_error,
-                "max_abs_reference": p.max_abs_reference,
-                "tolerance": p.tolerance,
-                "passed": p.passed,
-            }
-            for p in checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
-        ]
+        found = checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
+        rows += _parity_rows(name, "ort-cpu", found)
         advance(1)
     return rows
+
+
+def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, Any]]:
+    return [
+        {
+            "variant": variant,
+            "runtime": runtime,
+            "output": p.output,
+            "max_abs_error": p.max_abs_error,
+            "max_abs_reference": p.max_abs_reference,
+            "tolerance": p.tolerance,
+            "passed": p.passed,
+        }
+        for p in parity
+    ]
 
 
 def parity_batches(network: Network, held_out: tuple[dict[str, Tensor], ...]) -> list[dict[str, Tensor]]:
@@ -134,6 +149,33 @@ def _engines(job: Job, small: Network, directory: Path, stages: Stages) -> dict[
     networks = dict(zip(VARIANTS, (job.network, small), strict=True))
     with stages.stage("build engines", len(wanted) * len(networks)) as advance:
         return build_engines(job.recipe, networks, directory, advance)
+
+
+def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) -> list[dict[str, Any]]:
+    """Rows of the parity gate for the engines that can be run here; checked again where an engine is another one."""
+    recipe, networks = job.recipe, (job.network, small)
+    wanted = checkable_engines(recipe)
+    if not wanted:
+        return []
+    files = {each.file(directory, name): (each, name) for each in wanted for name in VARIANTS}
+    hashes = {file.name: check_engine(file).engine_sha256 for file in files}
+    path = directory / "engine_parity.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["engines"] != hashes:
+        path.unlink()
+    with stages.stage("check engines", len(files)) as advance:
+
+        def check() -> dict[str, Any]:
+            rows = []
+            for file, (each, name) in files.items():
+                network = networks[VARIANTS.index(name)]
+                batches = parity_batches(network, job.calibration.held_out)
+                threshold = parity_tolerance(recipe)
+                found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
+                rows += _parity_rows(name, each.runtime, found)
+                advance(1)
+            return {"engines": hashes, "rows": rows}
+
+        return rundir.kept_json(path, check)["rows"]
 
 
 def _kept_profile(job: Job, variants: Mapping[str, Variant], directory: Path, advance: Any) -> dict[str, Any]:

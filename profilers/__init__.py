@@ -7,6 +7,7 @@ neither torch nor onnxruntime.
 from .compare import ProfileConfig, Variant, compare
 from .environment import environment, usable_cores
 from .errors import MissingPackageError, ProfilingError
+from .inference import infer_file
 from .isolated import Case, loads_for, measure_each, measure_files
 from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
@@ -29,6 +30,7 @@ __all__ = [
     "Variant",
     "compare",
     "environment",
+    "infer_file",
     "layer_profile",
     "loads_for",
     "measure_each",

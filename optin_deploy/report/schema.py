@@ -191,9 +191,10 @@ class Evaluation(_Value):
 
 
 class Parity(_Value):
-    """How far one output of one network's ONNX file is from torch's."""
+    """How far one output of one network's ONNX file, or of its engine, is from torch's; ``runtime`` ran it."""
 
     variant: VariantName
+    runtime: str = "ort-cpu"
     output: str
     max_abs_error: float
     max_abs_reference: float

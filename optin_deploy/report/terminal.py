@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from exporters import OutputParity
 from optin_deploy.exporting import Exported
 from optin_deploy.report import numbers, wording
 from optin_deploy.report.schema import Measurement, Report
@@ -37,15 +38,20 @@ def summary(report: Report) -> Group:
 
 
 def exported_view(exported: Exported) -> Group:
-    """The files of an export, and how far ONNX is from torch."""
+    """The files of an export, how far ONNX is from torch, and how far the engines are."""
     table = _table("files")
     table.add_column("", overflow="fold")
     table.add_column("", justify="right")
     table.show_header = False
     for file, size in exported.files.items():
         table.add_row(Text(file), f"{numbers.significant(size / 2**20)} MiB" if size >= 2**20 else f"{size} bytes")
-    errors = ", ".join(f"{p.output} {p.max_abs_error:.1e}" for p in exported.parity)
-    return Group(table, Text(f"\nlargest error of ONNX Runtime against PyTorch: {errors}"))
+    lines = [f"\nlargest error of ONNX Runtime against PyTorch: {_errors(exported.parity)}"]
+    lines += [f"largest error of {name} against PyTorch: {_errors(found)}" for name, found in exported.engines.items()]
+    return Group(table, Text("\n".join([*lines, *filter(None, [exported.unchecked])])))
+
+
+def _errors(parity: tuple[OutputParity, ...]) -> str:
+    return ", ".join(f"{p.output} {p.max_abs_error:.1e}" for p in parity)
 
 
 def _banner(banner: wording.Banner) -> Panel:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
 
-from exporters import ExportError, check_parity
+from exporters import ExportError, check_parity, compare_outputs
 
 
 def changed(path: Path, target: Path, value: float) -> Path:
@@ -94,3 +95,18 @@ def test_a_missing_runtime_names_the_extra(vit: Any, vit_onnx: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ExportError, match=r"pip install 'optin-deploy\[cpu\]'"):
         check_parity(vit.module, vit_onnx, vit.batches, vit.outputs)
+
+
+def test_outputs_computed_elsewhere_are_compared_alike(bert: Any, bert_onnx: Path) -> None:
+    session = onnxruntime.InferenceSession(bert_onnx, providers=["CPUExecutionProvider"])
+    outputs = [
+        dict(zip(bert.outputs, session.run(bert.outputs, {n: t.numpy() for n, t in batch.items()}), strict=True))
+        for batch in bert.batches
+    ]
+    there = check_parity(bert.module, bert_onnx, bert.batches, bert.outputs)
+    assert compare_outputs(bert.module, outputs, bert.batches, bert.outputs) == there
+    outputs[1]["logits"] = outputs[1]["logits"] + 0.5
+    (off,) = compare_outputs(bert.module, outputs, bert.batches, bert.outputs)
+    assert not off.passed and off.max_abs_error == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(ExportError, match="there is no output other among logits"):
+        compare_outputs(bert.module, outputs, bert.batches, ["other"])

@@ -107,6 +107,8 @@ def test_without_a_gpu_engines_are_built_and_all_else_is_kept(built: Result) -> 
         assert engine.builder == f"TensorRT for RTX {info.builder_version}"
     assert {m.runtime for m in report.profile} == {"ort-cpu"} and len(report.layers) == 1
     assert [(u.runtime, u.reason) for u in report.unmeasured] == [("rtx", "no GPU is present")]
+    assert report.warnings == ["Engines were not checked against PyTorch: no GPU is present."]
+    assert {row.runtime for row in report.parity} == {"ort-cpu"}
     page = render(report)
     assert "Not measured with TensorRT for RTX: no GPU is present." in page and "dense.rtx.engine" in page
 

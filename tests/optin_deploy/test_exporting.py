@@ -8,7 +8,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from exporters import PARITY_TOLERANCES, ExportError, check_engine
+from exporters import PARITY_TOLERANCES, ExportError, OutputParity, check_engine
 from optin_deploy import cli, exporting, load_network
 from optin_deploy.errors import GateError, UserError
 from optin_deploy.exporting import default_name, export_network
@@ -49,12 +49,36 @@ def test_lower_precision_makes_a_smaller_file_that_passes_its_own_gate(
 def test_engines_stand_beside(shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, static: bool) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    export_network(recipe(shallow, runtimes=("rtx",), static=static), tmp_path / "out", quiet=True)
+    made = export_network(recipe(shallow, runtimes=("rtx",), static=static), tmp_path / "out", quiet=True)
+    assert (made.unchecked is None) == bool(made.engines) == torch.cuda.is_available()
     names = ["model.rtx.b1.engine", "model.rtx.b4.engine"] if static else ["model.rtx.engine"]
     for name in names:
         check_engine(tmp_path / "out" / name, tmp_path / "out" / "model.onnx")
     beside = {f"{name}.json" for name in names}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", *names, *beside}
+
+
+@pytest.mark.parametrize("error", [1e-6, 0.5])
+def test_an_engine_that_can_be_run_has_to_pass(
+    shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    def check(network: Any, runtime: str, engine: Path, *_: Any) -> Any:
+        assert runtime == "tensorrt" and engine.is_file()
+        return (OutputParity("logits", error, error, 1.0, 1e-4, error < 1e-4, (1, 3)),)
+
+    monkeypatch.setattr(exporting, "build_engine", lambda onnx, engine, *_: engine.write_text("engine"))
+    monkeypatch.setattr(exporting, "timing_cache", lambda _: None)
+    monkeypatch.setattr(exporting, "check_runtimes", lambda _: None)
+    monkeypatch.setattr(exporting, "check_engine_parity", check)
+    monkeypatch.setattr("optin_deploy.engine_parity.is_measurable", lambda _: True)
+    asked = recipe(shallow, runtimes=("tensorrt",))
+    if error < 1e-4:
+        made = export_network(asked, tmp_path / "out", quiet=True)
+        assert made.unchecked is None and made.to_dict()["engines"]["model.tensorrt.engine"][0]["passed"]
+    else:
+        with pytest.raises(GateError, match=r"^parity: logits is off by 5\.0e-01 with TensorRT; nothing is written"):
+            export_network(asked, tmp_path / "out", quiet=True)
+        assert not list(tmp_path.iterdir())
 
 
 def config(folder: Path) -> model_config_pb2.ModelConfig:
@@ -73,6 +97,7 @@ def test_a_repository_has_a_model_for_each_back_end(
     monkeypatch.setattr(exporting, "build_engine", build)
     monkeypatch.setattr(exporting, "timing_cache", lambda _: None)
     monkeypatch.setattr(exporting, "check_runtimes", lambda _: None)
+    monkeypatch.setattr(exporting, "checkable_engines", lambda _: [])
     (tmp_path / "repository" / "other").mkdir(parents=True)
     asked = recipe(shallow, runtimes=("tensorrt",))
     export_network(asked, tmp_path / "repository", "triton", "mine", quiet=True)
@@ -110,6 +135,7 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(
     monkeypatch.setattr(exporting, "build_engine", fail)
     monkeypatch.setattr(exporting, "timing_cache", lambda _: None)
     monkeypatch.setattr(exporting, "check_runtimes", lambda _: None)
+    monkeypatch.setattr(exporting, "checkable_engines", lambda _: [])
     with pytest.raises(ExportError):
         export_network(recipe(shallow, runtimes=("rtx",)), tmp_path / "out", quiet=True)
     assert not list(tmp_path.iterdir())

@@ -64,7 +64,7 @@ def test_every_section_is_there(report: Report) -> None:
         "Left dense",
         "Outputs",
         "Evaluation",
-        "Parity of the ONNX files with torch",
+        "Parity of the exported files with torch",
         "Gates",
         "How it was made",
         "Model",
@@ -184,3 +184,12 @@ def test_one_sample_is_enough_to_draw(data: dict[str, Any]) -> None:
     same = {"p50_ms": 5.0, "p90_ms": 5.0, "p99_ms": 5.0, "mean_ms": 5.0, "min_ms": 5.0, "count": 1}
     item["summary"] = dict.fromkeys(("dense", "dense_again", "pruned"), same)
     ET.fromstring(plots.latency(Report.model_validate(data).profile[0]))
+
+
+def test_parity_tells_what_ran_the_file(data: dict[str, Any]) -> None:
+    # Of reports written before engines were checked.
+    assert "runtime" not in data["parity"][0]
+    data["parity"][1]["runtime"] = "rtx"
+    page = render(Report.model_validate(data))
+    rows = page[page.index("Parity of the exported files") :].split("</table>")[0]
+    assert rows.count("ONNX Runtime") == 1 and rows.count("TensorRT for RTX") == 1
