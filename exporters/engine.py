@@ -151,7 +151,8 @@ def build_engine(
 
     Args:
         onnx: with its external data beside it, if it has any.
-        engine: appears whole or not at all, with `ENGINE.json` beside it.
+        engine: appears whole or not at all, with `ENGINE.json` beside it and, where there is a GPU,
+            `ENGINE.layers.json`: what it says of its layers and the nodes that they were made of.
         inputs: shapes to be taken, see `input_ranges`.
         timing_cache: measurements of earlier builds, read and added to.
 
@@ -165,6 +166,8 @@ def build_engine(
         spec = {
             "onnx": str(onnx.resolve()),
             "engine": str(temporary.resolve()),
+            # Only a GPU's runtime can read an engine; without one, constructing it can end the process.
+            "layers": _device() and str(temporary.with_name(f"{engine.name}.layers.json").resolve()),
             "inputs": {name: asdict(r) for name, r in inputs.items()},
             "config": asdict(config),
             "timing_cache": timing_cache and str(timing_cache.resolve()),

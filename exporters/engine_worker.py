@@ -1,7 +1,8 @@
 """The isolated process that builds one engine: `python -m exporters.engine_worker SPEC.json`.
 
-The spec holds `onnx`, `engine`, `inputs` (name to `least`, `best` and `most` shape), `config` (an `EngineConfig`) and
-`timing_cache`. Which product builds, POLYGRAPHY_USE_TENSORRT_RTX has said when the process started.
+The spec holds `onnx`, `engine`, `layers` (the file for what the engine says of itself, null without a GPU), `inputs`
+(name to `least`, `best` and `most` shape), `config` (an `EngineConfig`) and `timing_cache`. Which product builds,
+POLYGRAPHY_USE_TENSORRT_RTX has said when the process started.
 """
 
 import json
@@ -30,6 +31,15 @@ def main(arguments: list[str]) -> None:
 
     engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=spec["timing_cache"])()
     Path(spec["engine"]).write_bytes(engine)
+    if spec["layers"]:
+        Path(spec["layers"]).write_text(_layers(trt, engine), encoding="utf-8")
+
+
+def _layers(trt: Any, engine: Any) -> str:
+    """What the engine says of its layers, as JSON."""
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    inspector = runtime.deserialize_cuda_engine(engine).create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
@@ -47,6 +57,8 @@ def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
         strip_plan=asked["weight_stripped"],
         version_compatible=asked["version_compatible"],
         builder_optimization_level=asked["optimization_level"],
+        # Layers tell which nodes of the ONNX file they are made of.
+        profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
     )(builder, network)
     # On where nothing is said: then float32 would not be what the file says.
     config.clear_flag(trt.BuilderFlag.TF32)

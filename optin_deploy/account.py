@@ -3,25 +3,27 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from exporters import BUILDERS
 from optin_deploy.parts import ATTENTION, OTHER, PARTS, Place
 from profilers.layers import LayerProfile, LayerRow
 
-MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE = (
+MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE, COMPILED = (
     "matrix products",
     "fused attention",
     "softmax",
     "norms",
     "data movement",
     "elementwise",
+    "compiled by the builder",
 )
-KINDS = (MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE)
+KINDS = (MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE, COMPILED)
 """Kinds of operators, in the order in which they are told."""
 
 _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (FUSED, ("attention",)),
     (SOFTMAX, ("softmax",)),
     (NORM, ("normalization", "norm")),
-    (MATRIX, ("matmul", "gemm", "conv", "linear", "addmm", "bmm")),
+    (MATRIX, ("matmul", "matrixmul", "gemm", "conv", "linear", "addmm", "bmm")),
     (
         MOVEMENT,
         (
@@ -31,6 +33,8 @@ _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
 )
+# What builders of engines say of layers whose kind can be told; all others are made of several operators.
+_BUILT = {"reformat": MOVEMENT, "shuffle": MOVEMENT, "copy": MOVEMENT, "pointwise": ELEMENTWISE}
 _EXACT = {"mm": MATRIX, "t": MOVEMENT, "to": MOVEMENT, "_to_copy": MOVEMENT}
 
 
@@ -85,6 +89,11 @@ class Account:
     flops: Mapping[str, tuple[int, int]]
 
     @property
+    def compiled(self) -> bool:
+        """Whether a builder has made layers of several operators each, so that types tell little of what they do."""
+        return self.runtime in BUILDERS
+
+    @property
     def flops_ratio(self) -> float:
         """Pruned ÷ dense FLOPs."""
         dense, pruned = (sum(column) for column in zip(*self.flops.values(), strict=True))
@@ -136,11 +145,14 @@ def sums_to(profile: LayerProfile) -> float:
     return profile.operators_ms + profile.overhead_ms
 
 
-def kind_of(operator: str) -> str:
-    """The kind of a runtime's operator, by its name; what is none of the others works on every element by itself."""
+def kind_of(operator: str, runtime: str) -> str:
+    """The kind of a runtime's operator, by its name; what is none of the others works on every element by itself or, in
+    an engine, is whatever the builder has made of several operators."""
     name = operator.lower()
-    found = (kind for kind, words in _WORDS if any(word in name for word in words))
-    return _EXACT.get(name) or next(found, ELEMENTWISE)
+    found = next((kind for kind, words in _WORDS if any(word in name for word in words)), None)
+    if runtime in BUILDERS:
+        return found or next((kind for word, kind in _BUILT.items() if word in name), COMPILED)
+    return _EXACT.get(name) or found or ELEMENTWISE
 
 
 def is_fused(cells: Iterable[Cell]) -> bool:
@@ -155,7 +167,8 @@ def _cells(
 
     def cell(row: LayerRow) -> Cell:
         place = places.get(row.module, Place(OTHER))
-        return cells.get((row.module, row.operator)) or Cell(row.module, place, row.operator, kind_of(row.operator))
+        kind = kind_of(row.operator, dense.runtime)
+        return cells.get((row.module, row.operator)) or Cell(row.module, place, row.operator, kind)
 
     for row in dense.rows:
         cells[row.module, row.operator] = replace(cell(row), dense_ms=row.ms * factors[0], dense_calls=row.calls)

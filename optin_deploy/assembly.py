@@ -83,17 +83,28 @@ def assemble(
             "parity": results["parity"],
             "profile": results["profile"]["measurements"],
             "protocol": results["profile"]["protocol"],
-            "layers": results["layers"],
+            "layers": [entry for entry in results["layers"] if "unprofiled" not in entry],
             "engines": _engine_rows(recipe, directory),
             "unmeasured": [
                 {"runtime": r, "reason": "no GPU is present"} for r in recipe.measured_runtimes if not is_measurable(r)
             ],
             "gates": gates,
-            "warnings": [sentence] if (sentence := unchecked(recipe)) else [],
+            "warnings": _warnings(recipe, results["layers"]),
             "stage_seconds": stage_seconds,
             "environment": {**environment(), "pruned on": str(job.device)},
         }
     )
+
+
+def _warnings(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
+    """What was asked for and could not be done, a sentence each."""
+    sentence = unchecked(recipe)
+    unprofiled = [
+        f"No account of where the time goes with {BUILDERS[entry['runtime']].product}: {entry['unprofiled']}."
+        for entry in layers
+        if "unprofiled" in entry
+    ]
+    return [sentence, *unprofiled] if sentence else unprofiled
 
 
 def _engine_rows(recipe: Recipe, directory: Path) -> list[dict[str, Any]]:

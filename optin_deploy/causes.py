@@ -17,7 +17,7 @@ from optin_deploy.account import (
     Row,
     is_fused,
 )
-from optin_deploy.parts import ATTENTION, EMBEDDING, HEAD, LEFT_DENSE, NORMS, OTHER
+from optin_deploy.parts import ATTENTION, CONVOLUTION, EMBEDDING, FFN, HEAD, LEFT_DENSE, NORMS, OTHER
 from optin_deploy.report.numbers import significant
 
 STEP = 16
@@ -53,9 +53,7 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
         _outside_blocks(account, rest),
         _left_dense(account, rest),
         _norms(account, rest),
-        _unfused(account, rest),
-        _elementwise(account, rest),
-        *_products(account, rest, widths),
+        *(_built(account, rest) if account.compiled else _by_operator(account, rest, widths)),
     ]
     worth = _WORTH_TELLING * account.measured_ms[0]
     told = [cause for cause in found if cause is not None and cause.lost_ms >= worth]
@@ -143,6 +141,28 @@ def _norms(account: Account, cells: Sequence[Cell]) -> Cause | None:
         f"Norms and residual additions take {_of_pruned(account, pruned)} and {_change(dense, pruned)}: they work on "
         "the residual stream, which is as wide as before.",
     )
+
+
+def _by_operator(
+    account: Account, cells: Sequence[Cell], widths: Mapping[str, tuple[int, ...]]
+) -> Iterable[Cause | None]:
+    """Causes inside attention, FFN and convolutions, told by the types of their operators."""
+    yield _unfused(account, cells)
+    yield _elementwise(account, cells)
+    yield from _products(account, cells, widths)
+
+
+def _built(account: Account, cells: Sequence[Cell]) -> Iterable[Cause | None]:
+    """The same for engines, whose layers are of many operators each: whole parts that shrank less than their FLOPs."""
+    for part in (ATTENTION, FFN, CONVOLUTION):
+        mine = [cell for cell in cells if cell.place.part == part]
+        (dense, pruned), (before, after) = _sums(mine), _flops_of(account, mine)
+        if all((dense, pruned, before, after)):
+            yield Cause(
+                _lost_to_speed(account, mine),
+                f"The layers of {part} shrank less than their FLOPs, to {pruned / dense:.2f} of their time at "
+                f"{after / before:.2f} of the FLOPs.",
+            )
 
 
 def _unfused(account: Account, cells: Sequence[Cell]) -> Cause | None:

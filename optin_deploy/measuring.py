@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from exporters import (
+    BUILDERS,
     PARITY_TOLERANCES,
     OnnxModule,
     OutputParity,
@@ -33,7 +34,7 @@ from optin_deploy.parts import narrow_widths, own_flops, places
 from optin_deploy.progress import Advance, Stages, as_steps
 from optin_deploy.recipe import Recipe
 from optin_deploy.structure.describe import describe
-from profilers import LAYER_RUNTIMES, ProfileConfig, Variant, compare, layer_profile
+from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, compare, layer_profile
 
 # Time limit of one layer profile; averages over a hundred runs move little after it.
 _LAYER_SECONDS = 5.0
@@ -208,7 +209,7 @@ def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant
 def _layers(
     job: Job, small: Network, variants: Mapping[str, Variant], measurements: list[dict[str, Any]], progress: Advance
 ) -> list[dict[str, Any]]:
-    """The account of where the time goes, for the case that each runtime is judged by."""
+    """The account of where the time goes, for the case that each runtime is judged by; or why there is none."""
     recipe, dense = job.recipe, job.network
     where = places(dense.module, job.anatomy.structure)
     flops = [own_flops(n.module, n.inputs, where) for n in (dense, small)]
@@ -218,21 +219,29 @@ def _layers(
     cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
     found = []
     for number, measured in enumerate(cases):
-        files = [variants[name].file(measured["runtime"], measured["batch_size"]) for name in VARIANTS]
-        profiles = [
-            layer_profile(
-                measured["runtime"],
-                file,
-                sample,
-                list(where),
-                batch_size=measured["batch_size"],
-                threads=recipe.threads,
-                seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
-                seed=recipe.seed,
-            )
-            for file in files
-            if file is not None
-        ]
+        files = {name: variants[name].file(measured["runtime"], batch_size) for name in VARIANTS}
+        try:
+            profiles = [
+                layer_profile(
+                    measured["runtime"],
+                    file,
+                    sample,
+                    list(where),
+                    batch_size=batch_size,
+                    threads=recipe.threads,
+                    seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
+                    seed=recipe.seed,
+                    onnx=variants[name].onnx,
+                )
+                for name, file in files.items()
+                if file is not None
+            ]
+        except ProfilingError as error:
+            # An engine that runs may still tell nothing of its layers; all else of the report stands.
+            if measured["runtime"] not in BUILDERS:
+                raise
+            found.append({"runtime": measured["runtime"], "unprofiled": str(error)})
+            continue
         p50s_ms = (measured["summary"]["dense"]["p50_ms"], measured["summary"]["pruned"]["p50_ms"])
         found.append(told(account(profiles[0], profiles[1], flops[0], flops[1], where, p50s_ms), widths))
         progress((number + 1) / len(cases))

@@ -158,6 +158,7 @@ def profile_network(network: Network, target: Target, seconds: float, progress: 
                 threads=target.threads,
                 seconds=seconds,
                 seed=target.seed,
+                onnx=file.with_suffix(".onnx"),
                 progress=lambda part: progress(0.5 + part / 2),
             )
             for row in layers.rows:

@@ -1,6 +1,7 @@
 """The isolated process that profiles one file by layer: `python -m profilers.layer_worker SPEC.json`.
 
-The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `file`, `modules` (dotted names), `feeds` (an
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `file`, `onnx` (what an engine was built
+of, or null), `modules` (dotted names), `feeds` (an
 `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`), `inputs` (their names), `folder` (for
 files on the way), and `result`, the JSON file to write: `rows`, `total_ms`, `profiled_ms`. Progress and errors are told
 as by `profilers.worker`.
@@ -10,6 +11,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 from .interleave import WARM_UP_RUNS, Samples, interleave
 from .layers import OTHER
 from .operators import Operator, ProfiledRuns
-from .runners import open_runner
+from .runners import RUNTIMES, open_runner
 from .runners.base import Feeds
 from .worker import answer, load_feeds, print_progress
 
@@ -94,6 +96,11 @@ def _open_profiled(spec: dict[str, Any], feeds: Feeds) -> ProfiledRuns:
 
         provider = "CUDAExecutionProvider" if spec["runtime"] == "ort-cuda" else "CPUExecutionProvider"
         return ProfiledSession(path, provider, threads, feeds, folder)
+    if RUNTIMES[spec["runtime"]] == "engine":
+        from .operators.tensorrt import ProfiledEngine
+
+        onnx = Path(spec["onnx"]) if spec["onnx"] else None
+        return ProfiledEngine(path, spec["runtime"], feeds, onnx, partial(innermost, modules=spec["modules"]))
     from .operators.torch import ProfiledProgram
 
     return ProfiledProgram(path, "cuda" if spec["runtime"] == "torch-cuda" else "cpu", threads, feeds)

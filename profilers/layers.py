@@ -13,7 +13,7 @@ from .errors import ProfilingError
 from .isolated import Case, check_sample, run_worker
 from .runners.base import Feeds
 
-LAYER_RUNTIMES = ("ort-cpu", "ort-cuda", "torch", "torch-cuda")
+LAYER_RUNTIMES = ("ort-cpu", "ort-cuda", "torch", "torch-cuda", "tensorrt", "rtx")
 """Runtimes that tell what each operator takes."""
 
 OTHER = "other"
@@ -26,7 +26,7 @@ class LayerRow:
 
     Attributes:
         module: its dotted name, or `OTHER`.
-        operator: type in the runtime's words ("MatMul", "linear"), fused ones under their fused name.
+        operator: type in the runtime's words ("MatMul", "linear", "gemm"), fused ones under their fused name.
         calls: how many there are in one run.
         ms: their time in one run in milliseconds, the mean over the middle half of the runs by their total.
     """
@@ -85,6 +85,7 @@ def layer_profile(
     threads: int | None = None,
     seconds: float = 5.0,
     seed: int = 0,
+    onnx: Path | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> LayerProfile:
     """Profiles one file in a process of its own, after the warm-up of `profilers.interleave`.
@@ -94,8 +95,8 @@ def layer_profile(
 
     Args:
         runtime: one of `LAYER_RUNTIMES`.
-        path: an ONNX file, or an exported program (`.pt2`) for the torch runtimes. Operators are told apart by the
-            module names that torch's exporters leave in them; in a file without, all belong to `OTHER`.
+        path: an ONNX file, an exported program (`.pt2`) for the torch runtimes, or an engine. Operators are told apart
+            by the module names that torch's exporters leave in them; in a file without, all belong to `OTHER`.
         sample: input name to array of one sample, leading dimension 1; tiled to the batch size.
         modules: dotted names of submodules; an operator belongs to the innermost of them. They may stand in a wrapper:
             "blocks.0" is found in "module.blocks.0" too.
@@ -103,6 +104,7 @@ def layer_profile(
         threads: CPU threads of one run; None takes all usable physical cores.
         seconds: time limit; warm-up comes on top.
         seed: of the order of turns.
+        onnx: the file that an engine was built of, which has the module names; without it all belongs to `OTHER`.
         progress: called with the fraction done.
 
     Raises:
@@ -121,6 +123,7 @@ def layer_profile(
             **asdict(case),
             # The worker may stand in another folder.
             "file": str(path.resolve()),
+            "onnx": onnx and str(onnx.resolve()),
             "modules": list(modules),
             "feeds": str(feeds),
             "inputs": list(sample),

@@ -1,6 +1,5 @@
 """Operators of an ONNX file as ONNX Runtime's own profiler times them."""
 
-import ast
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -11,13 +10,12 @@ from ..errors import ProfilingError
 from ..runners.base import Feeds, first_line
 from ..runners.onnxruntime import OnnxRuntimeRunner
 from . import Operator, Record
+from .scopes import node_module, read_graph
 
 # What an operator gives in float32 where it has no float16 kernel; a cast behind it has the tensor's own name.
 _ROUNDED_LATER = "InsertedPrecisionFreeCast_"
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _RUN = "model_run"
 _KERNEL = "_kernel_time"
-_NO_MODULE = "_empty_nn_module_stack"
 
 
 class ProfiledSession(OnnxRuntimeRunner):
@@ -64,7 +62,7 @@ class ProfiledSession(OnnxRuntimeRunner):
         if not runs:
             raise ProfilingError("onnxruntime's profile holds no run: try another version of onnxruntime")
         types = {_node_name(event): event["args"]["op_name"] for event in events if _is_kernel(event)}
-        paths = node_paths(_graph(self._optimised), original_paths(_graph(self._path)))
+        paths = node_paths(read_graph(self._optimised), original_paths(read_graph(self._path)))
         return Record(
             [Operator(kind, paths.get(name, "")) for name, kind in types.items()],
             [[times.get(name, 0.0) for name in types] for times, _ in runs],
@@ -96,20 +94,7 @@ def _node_name(event: Mapping[str, Any]) -> str:
 
 def original_paths(graph: Any) -> dict[str, str]:
     """The module path of every tensor that a node of the exported graph makes."""
-    paths = {}
-    for node in graph.node:
-        scopes = next((prop.value for prop in node.metadata_props if prop.key == _SCOPES), "[]")
-        paths.update(dict.fromkeys(node.output, module_path(scopes)))
-    return paths
-
-
-def module_path(scopes: str) -> str:
-    """The innermost module of a node's scopes, a list written as text that ends with the operation's own name."""
-    try:
-        modules = [str(name) for name in ast.literal_eval(scopes)[:-1]]
-    except (ValueError, SyntaxError, TypeError):
-        return ""
-    return modules[-1] if modules and not modules[-1].startswith(_NO_MODULE) else ""
+    return {tensor: node_module(node) for node in graph.node for tensor in node.output}
 
 
 def node_paths(graph: Any, tensors: Mapping[str, str]) -> dict[str, str]:
@@ -152,9 +137,3 @@ def _adopt(paths: dict[str, str], node: str, tensors: Iterable[str], nodes: Mapp
     near = [paths[other] for tensor in tensors for other in nodes.get(tensor, ()) if other in paths]
     if near:
         paths[node] = near[0]
-
-
-def _graph(path: Path) -> Any:
-    import onnx
-
-    return onnx.load(str(path), load_external_data=False).graph

@@ -104,7 +104,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_an_engine_comes_with_what_it_needs(built: Built) -> None:
     onnx, engine, info = built
     assert engine.stat().st_size > 1000
-    assert {p.name for p in engine.parent.iterdir()} == {"cache", onnx.name, engine.name, f"{engine.name}.json"}
+    beside = {f"{engine.name}.json"} | ({f"{engine.name}.layers.json"} if torch.cuda.is_available() else set())
+    assert {p.name for p in engine.parent.iterdir()} == {"cache", onnx.name, engine.name, *beside}
     assert check_engine(engine, onnx) == check_engine(engine) == info
     assert info.config == RTX and info.inputs == ranges()
     assert (info.device is None) == (not torch.cuda.is_available())
@@ -176,3 +177,10 @@ def test_what_cannot_be_built_leaves_nothing_and_says_why(tmp_path: Path) -> Non
         build_engine(broken, tmp_path / "x.engine", ranges(), RTX)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["broken.onnx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_an_engine_tells_of_its_layers(built: Built) -> None:
+    _, engine, _ = built
+    assert json.loads(engine.with_name(f"{engine.name}.layers.json").read_text())["Layers"]

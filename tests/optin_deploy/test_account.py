@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import own_network, vision_network
 
-from optin_deploy.account import ELEMENTWISE, FUSED, MATRIX, MOVEMENT, NORM, SOFTMAX, Account, account, kind_of
+from optin_deploy.account import (
+    COMPILED,
+    ELEMENTWISE,
+    FUSED,
+    MATRIX,
+    MOVEMENT,
+    NORM,
+    SOFTMAX,
+    Account,
+    account,
+    kind_of,
+)
 from optin_deploy.causes import Cause, causes, lost_ms, told
 from optin_deploy.costs import count_flops
 from optin_deploy.parts import (
@@ -190,7 +202,39 @@ def test_the_account_fits_the_report() -> None:
     ],
 )
 def test_kinds_of_operators(operator: str, kind: str) -> None:
-    assert kind_of(operator) == kind
+    assert kind_of(operator, "ort-cpu") == kind
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        ("gemm", MATRIX),
+        ("MatrixMultiply", MATRIX),
+        ("CaskConvolution", MATRIX),
+        ("SoftMax", SOFTMAX),
+        ("Reformat", MOVEMENT),
+        ("PointWiseV2", ELEMENTWISE),
+        ("kgen", COMPILED),
+        ("fusion", COMPILED),
+        ("layer", COMPILED),
+    ],
+)
+def test_kinds_of_an_engines_layers(layer: str, kind: str) -> None:
+    assert kind_of(layer, "rtx") == kind_of(layer, "tensorrt") == kind
+
+
+def test_an_engines_layers_are_told_by_part_and_never_by_operator() -> None:
+    dense = {("blocks.0.attn", "kgen"): 30.0, ("blocks.0.mlp", "gemm"): 60.0, ("blocks.0", "kgen"): 10.0}
+    pruned = {("blocks.0.attn", "kgen"): 15.0, ("blocks.0.mlp", "gemm"): 50.0, ("blocks.0", "kgen"): 10.0}
+    profiles = [replace(profile(times), runtime="rtx") for times in (dense, pruned)]
+    found = account(profiles[0], profiles[1], DENSE_FLOPS, HALF_FLOPS, PLACES, (100.0, 75.0))
+    assert {row.name: row.dense_ms for row in found.kinds} == {MATRIX: 60.0, COMPILED: 40.0}
+    sentences = [cause.sentence for cause in causes(found, {"blocks.0.mlp": (17,)})]
+    assert sentences == [
+        "The layers of FFN shrank less than their FLOPs, to 0.83 of their time at 0.49 of the FLOPs.",
+        "Norms and residual additions take 10.0 of 75.0 ms and did not shrink (dense 10.0 ms): they work on the "
+        "residual stream, which is as wide as before.",
+    ]
 
 
 def test_places_of_a_vision_transformer() -> None:

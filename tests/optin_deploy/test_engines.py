@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 from tiny_models import own_batches, own_network
 
 from exporters import EngineConfig, EngineInfo, ExportError, check_engine
-from optin_deploy import cli, engines
+from optin_deploy import assembly, cli, engines, measuring
 from optin_deploy.calibration import from_batches
 from optin_deploy.engines import Wanted, build_engines, engine_config, wanted_engines
 from optin_deploy.pipeline import Result, prune_export
+from optin_deploy.pruning import examine
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report
 from optin_deploy.report.html import render
+from profilers import ProfilingError, Variant
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -140,8 +143,6 @@ def test_the_command_line_ends_with_2_and_says_what_is_there(
 
 
 def test_measurements_are_made_again_where_a_device_has_come(built: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    from optin_deploy import measuring
-
     asked: list[tuple[str, ...]] = []
 
     def profile(_: Any, runtimes: tuple[str, ...], *__: Any) -> dict[str, Any]:
@@ -158,3 +159,24 @@ def test_measurements_are_made_again_where_a_device_has_come(built: Result, monk
         measuring._kept_profile(job, {}, folder, None)
     assert asked == [("ort-cpu",), ("ort-cpu", "rtx")]
     assert not (folder / "layers.json").exists()
+
+
+def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(runtime: str, file: Path, *_: Any, onnx: Path, **__: Any) -> None:
+        assert onnx.name in ("dense.onnx", "pruned.onnx")
+        raise ProfilingError("profiling the layers failed: it said nothing")
+
+    monkeypatch.setattr(measuring, "layer_profile", fail)
+    network = own_network()
+    job: Any = SimpleNamespace(recipe=recipe(), network=network, anatomy=examine(network))
+    variants = {
+        name: Variant(tmp_path / f"{name}.onnx", engines={("rtx", 2): tmp_path / f"{name}.engine"})
+        for name in ("dense", "pruned")
+    }
+    found = measuring._layers(job, network, variants, [{"runtime": "rtx", "batch_size": 2}], lambda _: None)
+    monkeypatch.setattr(assembly, "unchecked", lambda _: None)
+    assert assembly._warnings(job.recipe, found) == [
+        "No account of where the time goes with TensorRT for RTX: profiling the layers failed: it said nothing."
+    ]
+    with pytest.raises(ProfilingError):
+        measuring._layers(job, network, variants, [{"runtime": "ort-cpu", "batch_size": 2}], lambda _: None)

@@ -54,7 +54,8 @@ def test_engines_stand_beside(shallow: str, tmp_path: Path, monkeypatch: pytest.
     names = ["model.rtx.b1.engine", "model.rtx.b4.engine"] if static else ["model.rtx.engine"]
     for name in names:
         check_engine(tmp_path / "out" / name, tmp_path / "out" / "model.onnx")
-    beside = {f"{name}.json" for name in names}
+    kinds = ("json", "layers.json") if torch.cuda.is_available() else ("json",)
+    beside = {f"{name}.{kind}" for name in names for kind in kinds}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.onnx", *names, *beside}
 
 

@@ -16,7 +16,8 @@ from profilers import ProfilingError
 from profilers.layer_worker import innermost, summed, typical
 from profilers.layers import OTHER, LayerProfile, LayerRow, layer_profile
 from profilers.operators import Operator
-from profilers.operators.onnxruntime import module_path, node_paths, node_times
+from profilers.operators.onnxruntime import node_paths, node_times
+from profilers.operators.scopes import module_path
 from profilers.runners.base import Feeds
 
 VIT = ("patch_embed", "blocks.0", "blocks.0.attn", "blocks.0.mlp", "norm", "head")
@@ -181,7 +182,7 @@ def test_a_file_without_scopes_is_all_other(mlp_onnx: Callable[[int], Path], sam
     assert {row.module for row in found.rows} == {OTHER}
 
 
-@pytest.mark.parametrize("runtime", ["tensorrt", "torch-compile", "nonsense"])
+@pytest.mark.parametrize("runtime", ["torch-compile", "torch-compile-cuda", "nonsense"])
 def test_runtimes_without_a_profile_are_refused(runtime: str, sample: Feeds, tmp_path: Path) -> None:
     with pytest.raises(ProfilingError, match=f"{runtime}.*choose from ort-cpu"):
         layer_profile(runtime, tmp_path / "x", sample, [], batch_size=1)
