@@ -7,19 +7,22 @@ neither torch nor onnxruntime.
 from .compare import ProfileConfig, Variant, compare
 from .environment import environment, usable_cores
 from .errors import MissingPackageError, ProfilingError
+from .gpu import GpuWatch
 from .inference import infer_file
 from .isolated import Case, loads_for, measure_each, measure_files
 from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
-from .runners import GPU_RUNTIMES, RUNTIMES, open_runner
+from .runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, open_runner
 from .statistics import Interval, Summary
 
 __all__ = [
     "GPU_RUNTIMES",
     "LAYER_RUNTIMES",
+    "ORT_PROVIDERS",
     "RUNTIMES",
     "Case",
     "Comparison",
+    "GpuWatch",
     "Interval",
     "LayerProfile",
     "Measurement",

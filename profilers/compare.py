@@ -10,6 +10,7 @@ from typing import Any
 from . import interleave
 from .environment import environment, usable_cores
 from .errors import ProfilingError
+from .gpu import GpuWatch
 from .isolated import MOST_LOADS, Case, check_sample, loads_for, measure_files
 from .results import Comparison, Measurement
 from .runners import RUNTIMES
@@ -45,6 +46,7 @@ class ProfileConfig:
         threads: CPU threads of one run; None takes all usable physical cores.
         seconds: time limit of the rounds of one case; loading and warm-up (a second or two) come on top.
         seed: of the order of turns and of the bootstrap.
+        tf32: whether a GPU may use it for float32, see `open_runner`.
 
     Raises:
         ValueError: a field is out of range; one line says which.
@@ -55,6 +57,7 @@ class ProfileConfig:
     threads: int | None = None
     seconds: float = 10.0
     seed: int = 0
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.runtimes if name not in RUNTIMES]
@@ -99,11 +102,22 @@ def compare(
     for index, (runtime, batch_size) in enumerate(cases):
         files = {n: file for n, variant in variants.items() if (file := variant.file(runtime, batch_size)) is not None}
         loads = loads_for(runtime, files.values())
-        case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads)
+        case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads, tf32=config.tf32)
         report = partial(_report, progress, index, len(cases), case.name)
         result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
-        figures = result.samples_ms, result.converged, result.peak_rss_mib
-        measurements.append(Measurement.from_samples(runtime, batch_size, *figures, seed=config.seed))
+        measurements.append(
+            Measurement.from_samples(
+                runtime,
+                batch_size,
+                result.samples_ms,
+                result.converged,
+                result.peak_rss_mib,
+                seed=config.seed,
+                device_ms=result.device_ms,
+                cuda_graph=result.cuda_graph,
+                gpu=GpuWatch.from_dict(result.gpu) if result.gpu else None,
+            )
+        )
     return Comparison(tuple(measurements), environment(), _protocol(config, threads))
 
 
@@ -133,6 +147,8 @@ def _protocol(config: ProfileConfig, threads: int) -> dict[str, Any]:
         "noise": "A/A: the dense file loaded once more and measured against itself in the same rounds",
         "input_transfer": "excluded: inputs are placed on the device beforehand, outputs stay on it",
         "latency": "wall time of one complete run, by time.perf_counter_ns",
+        "device_time": "of the same runs, between CUDA events around them, for torch and TensorRT on a GPU",
+        "tf32": config.tf32,
         "interval": "bootstrap over whole rounds, paired across variants, 95%",
         "speedup": "dense / pruned of every round's medians, interquartile mean of the logarithms over rounds",
         "warm_up_runs": interleave.WARM_UP_RUNS,

@@ -2,9 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
+
+from .runners.base import Run
 
 WARM_UP_RUNS = 3
 WARM_UP_SECONDS = 0.3
@@ -21,14 +25,24 @@ Samples = dict[str, list[list[float]]]
 """Variant name to its samples in milliseconds, rounds × repeats."""
 
 
+class Interleaved(NamedTuple):
+    """Latencies by the clock, the times on the device (turns are empty where runs do not tell them), and whether the
+    samples had settled when the rounds ended."""
+
+    samples_ms: Samples
+    device_ms: Samples
+    converged: bool
+
+
 def interleave(
-    variants: Mapping[str, Sequence[Callable[[], None]]],
+    variants: Mapping[str, Sequence[Run]],
     settled: Callable[[Samples], bool],
     seconds: float,
     seed: int,
     progress: Callable[[float], None],
     clock_ns: Callable[[], int] = time.perf_counter_ns,
-) -> tuple[Samples, bool]:
+    during_rounds: AbstractContextManager[object] | None = None,
+) -> Interleaved:
     """Warms the variants up, then times them in rounds.
 
     In each round every variant has one turn of so many runs as take about `TURN_MS` (at least one, at most
@@ -44,15 +58,27 @@ def interleave(
         seed: of the order of turns.
         progress: called after each round with the fraction of the time limit that has passed.
         clock_ns: a monotonic clock, in nanoseconds.
-
-    Returns:
-        The samples, and whether `settled` held when the rounds ended.
+        during_rounds: entered after the warm-up, left after the last round.
     """
     latency_ms = {
         name: median(_warm_up_ms(run, WARM_UP_SECONDS / len(runs), clock_ns) for run in runs)
         for name, runs in variants.items()
     }
+    with during_rounds or nullcontext():
+        return _rounds(variants, latency_ms, settled, seconds, seed, progress, clock_ns)
+
+
+def _rounds(
+    variants: Mapping[str, Sequence[Run]],
+    latency_ms: Mapping[str, float],
+    settled: Callable[[Samples], bool],
+    seconds: float,
+    seed: int,
+    progress: Callable[[float], None],
+    clock_ns: Callable[[], int],
+) -> Interleaved:
     samples: Samples = {name: [] for name in variants}
+    device_ms: Samples = {name: [] for name in variants}
     names = list(variants)
     order = np.random.default_rng(seed)
     start_ns = clock_ns()
@@ -61,7 +87,9 @@ def interleave(
         for index in order.permutation(len(names)):
             name = names[index]
             runs = variants[name]
-            samples[name].append(_turn_ms(runs[rounds % len(runs)], latency_ms[name], clock_ns))
+            turn = _turn(runs[rounds % len(runs)], latency_ms[name], clock_ns)
+            samples[name].append([latency for latency, _ in turn])
+            device_ms[name].append([ms for _, ms in turn if ms is not None])
         rounds += 1
         elapsed = (clock_ns() - start_ns) / 1e9
         progress(min(1.0, elapsed / seconds))
@@ -69,18 +97,18 @@ def interleave(
         # The check costs milliseconds: made at every round it would eat into the time limit.
         if late or rounds >= next_check:
             if settled(samples):
-                return samples, True
+                return Interleaved(samples, device_ms, True)
             if late:
-                return samples, False
+                return Interleaved(samples, device_ms, False)
             next_check = rounds + max(1, rounds // 8)
 
 
-def _warm_up_ms(run: Callable[[], None], seconds: float, clock_ns: Callable[[], int]) -> float:
+def _warm_up_ms(run: Run, seconds: float, clock_ns: Callable[[], int]) -> float:
     """Runs until caches, thread pools and clocks are warm; the typical latency of the later half in milliseconds."""
     times_ms: list[float] = []
     end_ns = clock_ns() + seconds * 1e9
     while len(times_ms) < WARM_UP_RUNS or clock_ns() < end_ns:
-        times_ms.append(_run_ms(run, clock_ns))
+        times_ms.append(_timed(run, clock_ns)[0])
     return median(times_ms[len(times_ms) // 2 :])
 
 
@@ -89,13 +117,14 @@ def _repeats(latency_ms: float) -> int:
     return max(1, min(MOST_REPEATS, round(TURN_MS / max(latency_ms, 1e-6))))
 
 
-def _turn_ms(run: Callable[[], None], latency_ms: float, clock_ns: Callable[[], int]) -> list[float]:
+def _turn(run: Run, latency_ms: float, clock_ns: Callable[[], int]) -> list[tuple[float, float | None]]:
     if latency_ms < WARMED_MS:
         run()
-    return [_run_ms(run, clock_ns) for _ in range(_repeats(latency_ms))]
+    return [_timed(run, clock_ns) for _ in range(_repeats(latency_ms))]
 
 
-def _run_ms(run: Callable[[], None], clock_ns: Callable[[], int]) -> float:
+def _timed(run: Run, clock_ns: Callable[[], int]) -> tuple[float, float | None]:
+    """The latency of one run, and its time on the device, in milliseconds."""
     start_ns = clock_ns()
-    run()
-    return (clock_ns() - start_ns) / 1e6
+    device_ms = run()
+    return (clock_ns() - start_ns) / 1e6, device_ms

@@ -32,6 +32,7 @@ class Case:
         seed: of the order of turns.
         tolerance: relative, to which ratios must settle before the time is up.
         loads: how often each file is loaded, see `loads_for`; less often where memory is short.
+        tf32: whether a GPU may use it for float32, see `open_runner`.
     """
 
     runtime: str
@@ -41,6 +42,7 @@ class Case:
     seed: int = 0
     tolerance: float = TOLERANCE
     loads: int = 1
+    tf32: bool = False
 
     @property
     def name(self) -> str:
@@ -66,13 +68,17 @@ def loads_for(runtime: str, files: Iterable[Path]) -> int:
 
 
 class Measured(NamedTuple):
-    """Samples in milliseconds (name to rounds × repeats), whether they had settled, the peak memory, and how often each
-    file was loaded: its turns are those of its loads, one after the other."""
+    """Samples in milliseconds (name to rounds × repeats), whether they had settled, the peak memory, how often each
+    file was loaded: its turns are those of its loads, one after the other; and on a GPU `device_ms`, `cuda_graph` and
+    `gpu`, see `Measurement`."""
 
     samples_ms: Samples
     converged: bool
     peak_rss_mib: float
     loads: int
+    device_ms: dict[str, float] | None = None
+    cuda_graph: dict[str, bool] | None = None
+    gpu: dict[str, Any] | None = None
 
 
 def measure_files(

@@ -1,10 +1,9 @@
 """The isolated process that profiles one file by layer: `python -m profilers.layer_worker SPEC.json`.
 
-The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `file`, `onnx` (what an engine was built
-of, or null), `modules` (dotted names), `feeds` (an
-`.npz` with one sample, leading dimension 1, arrays in the order of `inputs`), `inputs` (their names), `folder` (for
-files on the way), and `result`, the JSON file to write: `rows`, `total_ms`, `profiled_ms`. Progress and errors are told
-as by `profilers.worker`.
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tf32`, `file`, `onnx` (what an engine was built
+of, or null), `modules` (dotted names), `feeds` (an `.npz` with one sample, leading dimension 1, arrays in the order of
+`inputs`), `inputs` (their names), `folder` (for files on the way), and `result`, the JSON file to write: `rows`,
+`total_ms`, `profiled_ms`. Progress and errors are told as by `profilers.worker`.
 """
 
 import gc
@@ -19,7 +18,7 @@ from typing import Any
 from .interleave import WARM_UP_RUNS, Samples, interleave
 from .layers import OTHER
 from .operators import Operator, ProfiledRuns
-from .runners import RUNTIMES, open_runner
+from .runners import ORT_PROVIDERS, RUNTIMES, open_runner
 from .runners.base import Feeds
 from .worker import answer, load_feeds, print_progress
 
@@ -39,11 +38,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], spec["batch_size"])
     profiled = _open_profiled(spec, feeds)
-    with open_runner(spec["runtime"], Path(spec["file"]), spec["threads"]) as runner:
+    with open_runner(spec["runtime"], Path(spec["file"]), spec["threads"], tf32=spec["tf32"]) as runner:
         variants = {"plain": [runner.prepare(feeds)], "profiled": [profiled.run]}
         gc.collect()
         gc.disable()
-        samples, _ = interleave(variants, _enough, spec["seconds"], spec["seed"], print_progress)
+        samples, *_ = interleave(variants, _enough, spec["seconds"], spec["seed"], print_progress)
         gc.enable()
     record = profiled.finish()
     runs = typical(record.times_ms, skip=WARM_UP_RUNS)
@@ -94,8 +93,7 @@ def _open_profiled(spec: dict[str, Any], feeds: Feeds) -> ProfiledRuns:
     if spec["runtime"].startswith("ort"):
         from .operators.onnxruntime import ProfiledSession
 
-        provider = "CUDAExecutionProvider" if spec["runtime"] == "ort-cuda" else "CPUExecutionProvider"
-        return ProfiledSession(path, provider, threads, feeds, folder)
+        return ProfiledSession(path, ORT_PROVIDERS[spec["runtime"]], threads, feeds, folder, tf32=spec["tf32"])
     if RUNTIMES[spec["runtime"]] == "engine":
         from .operators.tensorrt import ProfiledEngine
 
@@ -103,7 +101,8 @@ def _open_profiled(spec: dict[str, Any], feeds: Feeds) -> ProfiledRuns:
         return ProfiledEngine(path, spec["runtime"], feeds, onnx, partial(innermost, modules=spec["modules"]))
     from .operators.torch import ProfiledProgram
 
-    return ProfiledProgram(path, "cuda" if spec["runtime"] == "torch-cuda" else "cpu", threads, feeds)
+    device = "cuda" if spec["runtime"] == "torch-cuda" else "cpu"
+    return ProfiledProgram(path, device, threads, feeds, tf32=spec["tf32"])
 
 
 def _enough(samples: Samples) -> bool:

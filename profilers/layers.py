@@ -86,6 +86,7 @@ def layer_profile(
     seconds: float = 5.0,
     seed: int = 0,
     onnx: Path | None = None,
+    tf32: bool = False,
     progress: Callable[[float], None] = lambda _: None,
 ) -> LayerProfile:
     """Profiles one file in a process of its own, after the warm-up of `profilers.interleave`.
@@ -105,6 +106,7 @@ def layer_profile(
         seconds: time limit; warm-up comes on top.
         seed: of the order of turns.
         onnx: the file that an engine was built of, which has the module names; without it all belongs to `OTHER`.
+        tf32: see `profilers.open_runner`.
         progress: called with the fraction done.
 
     Raises:
@@ -115,7 +117,7 @@ def layer_profile(
     if not path.is_file():
         raise ProfilingError(f"the file {path} does not exist")
     check_sample(sample)
-    case = Case(runtime, batch_size, threads or usable_cores().physical, seconds, seed)
+    case = Case(runtime, batch_size, threads or usable_cores().physical, seconds, seed, tf32=tf32)
     with tempfile.TemporaryDirectory(prefix="optin-layers-") as folder:
         feeds = Path(folder, "feeds.npz")
         np.savez(feeds, *sample.values())

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from math import log
 from typing import Any, Self
 
+from .gpu import GpuWatch
 from .interleave import Samples
 from .statistics import Interval, Summary, ratio_interval, summarise
 
@@ -24,6 +25,10 @@ class Measurement:
             ratio that the A/A interval allows for the same file.
         converged: the figures had settled when the rounds ended, else the time limit ended them.
         peak_rss_mib: most memory that the measuring process held, all three variants loaded, in MiB.
+        device_ms: variant to the median of what the same runs took on the device, between CUDA events; None where the
+            runtime does not tell. Latencies are longer by the launch and the wait for it.
+        cuda_graph: variant to whether its runs replayed a CUDA graph; None where none was asked for.
+        gpu: what the GPU did meanwhile; None on a CPU.
     """
 
     runtime: str
@@ -36,6 +41,9 @@ class Measurement:
     significant: bool
     converged: bool
     peak_rss_mib: float
+    device_ms: dict[str, float] | None = None
+    cuda_graph: dict[str, bool] | None = None
+    gpu: GpuWatch | None = None
 
     @classmethod
     def from_samples(
@@ -46,6 +54,9 @@ class Measurement:
         converged: bool,
         peak_rss_mib: float,
         seed: int = 0,
+        device_ms: dict[str, float] | None = None,
+        cuda_graph: dict[str, bool] | None = None,
+        gpu: GpuWatch | None = None,
     ) -> Self:
         """Works out every figure from the samples; `seed` is that of the bootstrap."""
         summary = {name: summarise([value for turn in turns for value in turn]) for name, turns in samples_ms.items()}
@@ -62,6 +73,9 @@ class Measurement:
             significant=is_significant(speedup, noise),
             converged=converged,
             peak_rss_mib=peak_rss_mib,
+            device_ms=device_ms,
+            cuda_graph=cuda_graph,
+            gpu=gpu,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +89,7 @@ class Measurement:
         plain["summary"] = {name: Summary(**figures) for name, figures in data["summary"].items()}
         plain["speedup"] = Interval(**data["speedup"])
         plain["noise"] = Interval(**data["noise"])
+        plain["gpu"] = GpuWatch.from_dict(data["gpu"]) if data.get("gpu") else None
         return cls(**plain)
 
 

@@ -1,10 +1,11 @@
 """The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
 
-The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `loads` (of each variant), `variants`
-(name to `file`, `feeds`, an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`, and `inputs`,
-their names), `pairs` (of variants, whose ratios must settle to the tolerance), and `result`, the JSON file to write:
-`samples_ms`, `converged`, `peak_rss_mib`, and `loads`, less than asked for where memory is short. Progress goes to
-stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what is wrong, the exit status is 1.
+The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `loads` (of each variant), `tf32`,
+`variants` (name to `file`, `feeds`, an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`,
+and `inputs`, their names), `pairs` (of variants, whose ratios must settle to the tolerance), and `result`, the JSON
+file to write: `samples_ms`, `converged`, `peak_rss_mib`, `loads`, less than asked for where memory is short, and
+`device_ms`, `cuda_graph` and `gpu` as in `profilers.Measurement`. Progress goes to stdout, one `{"progress": fraction}`
+a line; an error's last line on stderr says what is wrong, the exit status is 1.
 """
 
 import gc
@@ -13,17 +14,20 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import psutil
 
 from .errors import ProfilingError
+from .gpu import watch_of_cuda_device
 from .interleave import Samples, interleave
-from .runners import open_runner
-from .runners.base import Feeds, first_line
+from .runners import GPU_RUNTIMES, open_runner
+from .runners.base import Feeds, Run, first_line
 from .statistics import stable
 
 
@@ -54,25 +58,42 @@ def answer(arguments: list[str], measure: Callable[[dict[str, Any]], dict[str, A
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Loads the variants, measures them, and returns what goes into the result file."""
     with ExitStack() as opened:
-        runs: dict[str, list[Callable[[], None]]] = {name: [] for name in spec["variants"]}
+        runs: dict[str, list[Run]] = {name: [] for name in spec["variants"]}
+        graphs: dict[str, bool] = {}
         before = psutil.Process().memory_info().rss
         loads = 0
         while loads < spec["loads"] and _has_room(loads, before):
             for name, variant in spec["variants"].items():
                 feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
-                runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"])
+                runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"], tf32=spec["tf32"])
                 run = opened.enter_context(runner).prepare(feeds)
                 # What a network needs beside its weights is taken when it first runs.
                 run()
                 runs[name].append(run)
+                if runner.cuda_graph is not None:
+                    graphs[name] = runner.cuda_graph
             loads += 1
         # A collection in the middle of a run would be counted as its latency.
         gc.collect()
         gc.disable()
-        samples, converged = interleave(
-            runs, partial(_settled, spec["pairs"], spec["tolerance"]), spec["seconds"], spec["seed"], print_progress
-        )
-    return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib(), "loads": loads}
+        settled = partial(_settled, spec["pairs"], spec["tolerance"])
+        watch = watch_of_cuda_device() if spec["runtime"] in GPU_RUNTIMES else None
+        found = interleave(runs, settled, spec["seconds"], spec["seed"], print_progress, during_rounds=watch)
+    return {
+        "samples_ms": found.samples_ms,
+        "converged": found.converged,
+        "peak_rss_mib": peak_rss_mib(),
+        "loads": loads,
+        "device_ms": _medians(found.device_ms),
+        "cuda_graph": graphs or None,
+        "gpu": watch and asdict(watch.result()),
+    }
+
+
+def _medians(samples: Samples) -> dict[str, float] | None:
+    """The median of every variant; None where there are no samples."""
+    flat = {name: [value for turn in turns for value in turn] for name, turns in samples.items()}
+    return {name: median(values) for name, values in flat.items()} if all(flat.values()) else None
 
 
 def _has_room(loads: int, before: int) -> bool:

@@ -1,8 +1,10 @@
 """Runs that tell what each operator took, by runtime."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from ..runners.base import Run
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ProfiledRuns(Protocol):
     """A file loaded so that each of its runs is profiled."""
 
     @property
-    def run(self) -> Callable[[], None]:
+    def run(self) -> Run:
         """Makes one complete run."""
         ...
 

@@ -30,13 +30,16 @@ class ProfiledSession(OnnxRuntimeRunner):
         threads: intra-op threads.
         feeds: the inputs of all runs.
         folder: for the profile and the optimised graph.
+        tf32: see `OnnxRuntimeRunner`.
 
     Raises:
         ProfilingError: the file cannot be loaded or profiled here.
     """
 
-    def __init__(self, path: Path, provider: str, threads: int, feeds: Feeds, folder: Path) -> None:
-        super().__init__(path, provider, threads)
+    def __init__(
+        self, path: Path, provider: str, threads: int, feeds: Feeds, folder: Path, *, tf32: bool = False
+    ) -> None:
+        super().__init__(path, provider, threads, tf32=tf32)
         import onnxruntime as ort
 
         self._path, self._optimised = path, folder / "optimised.onnx"
@@ -50,7 +53,7 @@ class ProfiledSession(OnnxRuntimeRunner):
         # Weights in a file of their own, which nobody reads.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+            self._session = ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ProfilingError(f"onnxruntime cannot profile {path}: {first_line(error)}") from error
         self.run = self.prepare(feeds)

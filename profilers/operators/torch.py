@@ -21,13 +21,14 @@ class ProfiledProgram(TorchRunner):
         device: `cpu` or `cuda`.
         threads: intra-op threads.
         feeds: the inputs of all runs.
+        tf32: see `TorchRunner`.
 
     Raises:
         ProfilingError: see `TorchRunner`.
     """
 
-    def __init__(self, path: Path, device: str, threads: int, feeds: Feeds) -> None:
-        super().__init__(path, device, threads)
+    def __init__(self, path: Path, device: str, threads: int, feeds: Feeds, *, tf32: bool = False) -> None:
+        super().__init__(path, device, threads, tf32=tf32)
         self._timer = _Timer(self._forward.__self__, cuda=device == "cuda")
         self._inputs_on_device = self._place(feeds)
         self._whole_ms: list[float] = []

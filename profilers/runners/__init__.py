@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Literal
 
 from .base import Runner
+from .cuda import check_tf32
 
 RUNTIMES: dict[str, Literal["onnx", "program", "engine"]] = {
     "ort-cpu": "onnx",
     "ort-cuda": "onnx",
+    "ort-tensorrt": "onnx",
     "torch": "program",
     "torch-cuda": "program",
+    "torch-graph-cuda": "program",
     "torch-compile": "program",
     "torch-compile-cuda": "program",
     "tensorrt": "engine",
@@ -17,29 +20,48 @@ RUNTIMES: dict[str, Literal["onnx", "program", "engine"]] = {
 }
 """Runtime name to the kind of file it runs: an ONNX file, an exported program (`.pt2`), or an engine."""
 
-GPU_RUNTIMES = ("ort-cuda", "torch-cuda", "torch-compile-cuda", "tensorrt", "rtx")
+GPU_RUNTIMES = (
+    "ort-cuda",
+    "ort-tensorrt",
+    "torch-cuda",
+    "torch-graph-cuda",
+    "torch-compile-cuda",
+    "tensorrt",
+    "rtx",
+)
 """Those that need a CUDA device."""
 
+ORT_PROVIDERS = {
+    "ort-cpu": "CPUExecutionProvider",
+    "ort-cuda": "CUDAExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",
+}
+"""Runtimes of ONNX Runtime, and the execution provider that each is."""
 
-def open_runner(runtime: str, path: Path, threads: int) -> Runner:
+
+def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False) -> Runner:
     """Loads a file into a runtime.
 
     Args:
         runtime: one of `RUNTIMES`.
         path: a file of the kind that the runtime takes.
         threads: CPU threads of one run.
+        tf32: float32 matrix products and convolutions on a GPU may use it, which rounds their operands to 10 bits of
+            mantissa. An engine uses it or not as it was built, a CPU never does.
 
     Raises:
         ValueError: the runtime is unknown.
-        ProfilingError: the file cannot be loaded or the device is absent; MissingPackageError: so is the package.
+        ProfilingError: the file cannot be loaded, the device is absent, or the environment forbids TF32;
+            MissingPackageError: the package is absent.
     """
     if runtime not in RUNTIMES:
         raise ValueError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
-    if RUNTIMES[runtime] == "onnx":
+    if runtime in GPU_RUNTIMES:
+        check_tf32(tf32)
+    if runtime in ORT_PROVIDERS:
         from .onnxruntime import OnnxRuntimeRunner
 
-        provider = "CUDAExecutionProvider" if runtime == "ort-cuda" else "CPUExecutionProvider"
-        return OnnxRuntimeRunner(path, provider, threads)
+        return OnnxRuntimeRunner(path, ORT_PROVIDERS[runtime], threads, tf32=tf32)
     if RUNTIMES[runtime] == "engine":
         from .tensorrt import TensorRTRunner
 
@@ -47,4 +69,5 @@ def open_runner(runtime: str, path: Path, threads: int) -> Runner:
     from .torch import TorchRunner
 
     device = "cuda" if runtime.endswith("-cuda") else "cpu"
-    return TorchRunner(path, device, threads, compiled=runtime.startswith("torch-compile"))
+    compiled, graph = runtime.startswith("torch-compile"), runtime == "torch-graph-cuda"
+    return TorchRunner(path, device, threads, compiled=compiled, graph=graph, tf32=tf32)

@@ -12,9 +12,18 @@ from ..errors import ProfilingError
 Feeds = dict[str, NDArray[Any]]
 """Input or output name to array, batch first."""
 
+Run = Callable[[], float | None]
+"""Makes one complete run; the milliseconds it took on the device, between events around it, where the runtime tells."""
+
 
 class Runner(Protocol):
-    """One model loaded by one runtime; a context manager that frees it."""
+    """One model loaded by one runtime; a context manager that frees it.
+
+    Attributes:
+        cuda_graph: whether what was prepared last replays a CUDA graph; None where the runtime is not asked for one.
+    """
+
+    cuda_graph: bool | None
 
     def __enter__(self) -> Self: ...
 
@@ -26,12 +35,12 @@ class Runner(Protocol):
         """Runs the model once, transfers included; ProfilingError when the input names are not the model's."""
         ...
 
-    def prepare(self, feeds: Feeds) -> Callable[[], None]:
+    def prepare(self, feeds: Feeds) -> Run:
         """Places the inputs on the device and returns a callable that makes one complete run on them.
 
         What the callable takes is the latency: neither the transfer of inputs to the device nor that of outputs
         back to the host is in it. It returns when the outputs are computed. ProfilingError when the input names are
-        not the model's.
+        not the model's, or a CUDA graph was asked for and the model cannot be captured in one.
         """
         ...
 

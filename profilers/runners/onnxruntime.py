@@ -1,15 +1,20 @@
-"""ONNX files run by ONNX Runtime, on the CPU or through CUDA."""
+"""ONNX files run by ONNX Runtime, on the CPU, through CUDA or through TensorRT."""
 
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ..errors import MissingPackageError, ProfilingError
-from .base import Feeds, check_inputs, first_line, numpy_feeds
+from .base import Feeds, Run, check_inputs, first_line, numpy_feeds
+from .cuda import set_tensorrt_tf32
 
-# Provider to its device name in ONNX Runtime's words and the extra that installs it.
-_PROVIDERS = {"CPUExecutionProvider": ("cpu", "cpu"), "CUDAExecutionProvider": ("cuda", "gpu")}
+# Provider to its device name in ONNX Runtime's words and the extras that install it.
+_PROVIDERS = {
+    "CPUExecutionProvider": ("cpu", "cpu"),
+    "CUDAExecutionProvider": ("cuda", "gpu"),
+    "TensorrtExecutionProvider": ("cuda", "gpu,tensorrt"),
+}
 _ERRORS_ONLY = 3
 
 
@@ -18,15 +23,22 @@ class OnnxRuntimeRunner:
 
     Args:
         path: the ONNX file.
-        provider: `CPUExecutionProvider` or `CUDAExecutionProvider`.
+        provider: `CPUExecutionProvider`, `CUDAExecutionProvider`, or `TensorrtExecutionProvider`, which builds its
+            engines at the first run of a shape, computes what the file says (strongly typed), and leaves to CUDA what
+            it cannot take.
         threads: intra-op threads; there is one inter-op thread.
+        tf32: matrix products and convolutions on CUDA may use it. TensorRT is told so for the whole process, before
+            it is first used there.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
         ProfilingError: the file cannot be loaded, or the session does not run on the provider asked for.
     """
 
-    def __init__(self, path: Path, provider: str, threads: int) -> None:
+    # ONNX Runtime's own CUDA graphs are not asked for.
+    cuda_graph: bool | None = None
+
+    def __init__(self, path: Path, provider: str, threads: int, *, tf32: bool = False) -> None:
         if provider not in _PROVIDERS:
             raise ProfilingError(f"unknown provider {provider!r}: choose one of {', '.join(_PROVIDERS)}")
         self._device, extra = _PROVIDERS[provider]
@@ -38,12 +50,18 @@ class OnnxRuntimeRunner:
         if self._device == "cuda":
             # CUDA libraries installed by pip are found only when they are loaded beforehand.
             ort.preload_dlls()
+        if provider == "TensorrtExecutionProvider":
+            set_tensorrt_tf32(tf32)
+            # So are those of TensorRT, unless the system finds them without Python's package.
+            with suppress(ImportError):
+                import tensorrt  # noqa: F401
+        self._providers = provider_options(provider, tf32)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
         try:
-            session = ort.InferenceSession(str(path), options, providers=[provider])
+            session = ort.InferenceSession(str(path), options, providers=self._providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ProfilingError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
         got = session.get_providers()[0]
@@ -70,7 +88,7 @@ class OnnxRuntimeRunner:
         check_inputs(self._inputs, feeds)
         return numpy_feeds(self._outputs, self._session.run(self._outputs, feeds))
 
-    def prepare(self, feeds: Feeds) -> Callable[[], None]:
+    def prepare(self, feeds: Feeds) -> Run:
         """Inputs and outputs stay on the device, through an IOBinding; see `Runner.prepare`."""
         check_inputs(self._inputs, feeds)
         session = self._session
@@ -85,3 +103,16 @@ class OnnxRuntimeRunner:
             binding.synchronize_outputs()
 
         return run
+
+
+def provider_options(provider: str, tf32: bool) -> list[tuple[str, dict[str, str]]]:
+    """What a session on ``provider`` is made with: providers, first choice first, each with its options."""
+    cuda = ("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "1" if tf32 else "0"})
+    if provider == "CUDAExecutionProvider":
+        return [cuda]
+    if provider == "TensorrtExecutionProvider":
+        # Networks are strongly typed where all precision flags are off. The cache of engines does not notice that a
+        # file has changed, and every session builds its engine only once.
+        off = dict.fromkeys(("trt_fp16_enable", "trt_int8_enable", "trt_engine_cache_enable"), "False")
+        return [(provider, {"device_id": "0", **off}), cuda]
+    return [(provider, {})]

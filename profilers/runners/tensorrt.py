@@ -1,7 +1,7 @@
 """Engines run by the product that built them: TensorRT or TensorRT for RTX."""
 
 import importlib
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import MissingPackageError, ProfilingError
-from .base import Feeds, check_inputs, numpy_feeds
+from .base import Feeds, Run, check_inputs, numpy_feeds
+from .cuda import captured, timed_by_events
 
 # Runtime to what Python imports, and the extra that installs it.
 _PACKAGES = {"tensorrt": ("tensorrt", "tensorrt"), "rtx": ("tensorrt_rtx", "rtx")}
@@ -17,6 +18,8 @@ _PACKAGES = {"tensorrt": ("tensorrt", "tensorrt"), "rtx": ("tensorrt_rtx", "rtx"
 
 class TensorRTRunner:
     """An engine on the first GPU, with inputs and outputs in device memory, on a stream of its own.
+
+    What `prepare` gives replays a CUDA graph, unless the engine cannot be captured in one: `cuda_graph` says so.
 
     Args:
         path: the engine; only one that was built for this device by this version runs (`exporters.check_engine`).
@@ -42,8 +45,9 @@ class TensorRTRunner:
         self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise ProfilingError(f"{package} cannot load {path.name}: build it again on this machine")
-        self._context: Any = self._engine.create_execution_context()
+        self._context: Any = _context(trt, self._engine, runtime)
         self._stream = torch.cuda.Stream()
+        self.cuda_graph: bool | None = None
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if n not in self._inputs]
@@ -58,40 +62,65 @@ class TensorRTRunner:
 
     def infer(self, feeds: Feeds) -> Feeds:
         """Outputs by their ONNX names; see `Runner.infer`."""
-        outputs, run = self._prepared(feeds)
-        run()
-        return numpy_feeds(outputs, (tensor.cpu().numpy() for tensor in outputs.values()))
+        tensors = self._placed(feeds)
+        self._launch(tensors)
+        self._stream.synchronize()
+        return numpy_feeds(self._outputs, (tensors[name].cpu().numpy() for name in self._outputs))
 
-    def prepare(self, feeds: Feeds) -> Callable[[], None]:
-        """Each run ends with a synchronisation of the stream; what was prepared last is what runs; see
+    def prepare(self, feeds: Feeds) -> Run:
+        """Each run is timed by events and ends with a synchronisation; what was prepared last is what runs; see
         `Runner.prepare`."""
-        return self._prepared(feeds)[1]
+        tensors = self._placed(feeds)
+        launch = partial(self._launch, tensors)
+        # An engine that does not run at all must not pass for one that cannot be captured.
+        launch()
+        self._stream.synchronize()
+        graph = self._graph(launch)
+        self.cuda_graph = graph is not None
+        if graph is None:
+            return timed_by_events(launch, self._stream, tensors)
+        return timed_by_events(graph.replay, self._torch.cuda.current_stream(), tensors)
 
-    def _prepared(self, feeds: Feeds) -> tuple[dict[str, Any], Callable[[], None]]:
-        """Output tensors on the device, and a run that fills them."""
+    def _graph(self, launch: partial[None]) -> Any:
+        """A `torch.cuda.CUDAGraph` of a run; None where the engine cannot be captured."""
+        tells = getattr(self._context, "is_stream_capturable", None)
+        if tells is not None and not tells(self._stream.cuda_stream):
+            return None
+        try:
+            return captured(launch, self._stream)
+        except (RuntimeError, ProfilingError):
+            return None
+
+    def _placed(self, feeds: Feeds) -> dict[str, Any]:
+        """Input and output tensors on the device, at addresses that the context is given."""
         check_inputs(self._inputs, feeds)
-        torch, context, stream = self._torch, self._context, self._stream
+        torch, context = self._torch, self._context
         tensors = {}
         for name, array in feeds.items():
-            wanted = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=wanted)).cuda()
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(array, dtype=self._kind(name))).cuda()
             if not context.set_input_shape(name, tuple(array.shape)):
                 raise ProfilingError(f"the engine does not take {name} of shape {tuple(array.shape)}")
-        outputs = {}
         for name in self._outputs:
-            kind = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
             shape = tuple(context.get_tensor_shape(name))
-            outputs[name] = torch.from_numpy(np.empty(shape, kind)).cuda()
-        tensors |= outputs
+            tensors[name] = torch.from_numpy(np.empty(shape, self._kind(name))).cuda()
         for name, tensor in tensors.items():
             context.set_tensor_address(name, tensor.data_ptr())
         torch.cuda.synchronize()
+        return tensors
 
-        def run() -> None:
-            if not context.execute_async_v3(stream.cuda_stream):
-                raise ProfilingError("the engine did not run")
-            stream.synchronize()
+    def _kind(self, name: str) -> np.dtype[Any]:
+        return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
 
-        # The tensors live as long as the run that has only their addresses.
-        run.tensors = tensors  # type: ignore[attr-defined]
-        return outputs, run
+    def _launch(self, tensors: dict[str, Any]) -> None:
+        """Puts one run on the stream; the tensors are those whose addresses the context has."""
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise ProfilingError("the engine did not run")
+
+
+def _context(trt: Any, engine: Any, runtime: str) -> Any:
+    if runtime != "rtx":
+        return engine.create_execution_context()
+    # TensorRT for RTX otherwise compiles kernels for a shape while it runs others: a graph would keep those others.
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return engine.create_execution_context(config)

@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import ProfilingError
-from .base import Feeds, check_inputs, first_line, numpy_feeds
+from .base import Feeds, Run, check_inputs, first_line, numpy_feeds
+from .cuda import captured, set_torch_tf32, timed_by_events
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 # Parts of an archive that torch unpickles or loads as machine code; no plain network has any.
@@ -21,7 +22,7 @@ _UNSAFE_PARTS = ("/opaque_obj", "/custom_obj", "/aotinductor/")
 class TorchRunner:
     """An exported program, called as a module in inference mode.
 
-    Sets the threads of torch in this process.
+    Sets the threads of torch in this process, and on CUDA whether it may use TF32.
 
     Args:
         path: a `.pt2` file.
@@ -29,19 +30,33 @@ class TorchRunner:
         threads: intra-op threads.
         compiled: by `torch.compile` (its default mode), for the shapes of the first inputs; that takes a minute and,
             on the CPU, needs a C++ compiler.
+        graph: what `prepare` gives replays a CUDA graph. `infer` does not.
+        tf32: matrix products and convolutions on CUDA may use it.
 
     Raises:
         ProfilingError: the file cannot be loaded or holds pickled objects, or torch sees no CUDA device.
     """
 
-    def __init__(self, path: Path, device: str, threads: int, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        threads: int,
+        *,
+        compiled: bool = False,
+        graph: bool = False,
+        tf32: bool = False,
+    ) -> None:
         import torch
         from torch.export.passes import move_to_device_pass
 
         if device == "cuda" and not torch.cuda.is_available():
             raise ProfilingError("a torch runtime on CUDA was asked for, but torch sees no CUDA device")
         torch.set_num_threads(threads)
+        if device == "cuda":
+            set_torch_tf32(tf32)
         self._device = torch.device(device)
+        self.cuda_graph: bool | None = True if graph else None
         try:
             _refuse_unsafe(path)
             with _weights_only():
@@ -77,20 +92,37 @@ class TorchRunner:
             outputs = self._forward(*inputs)
         return numpy_feeds(self._outputs, (tensor.cpu().numpy() for tensor in _tensors(outputs)))
 
-    def prepare(self, feeds: Feeds) -> Callable[[], None]:
-        """On CUDA each run ends with a synchronisation; see `Runner.prepare`."""
+    def prepare(self, feeds: Feeds) -> Run:
+        """On CUDA each run is timed by events and ends with a synchronisation; see `Runner.prepare`."""
         import torch
 
         inputs = self._place(feeds)
-        forward, cuda, inference_mode = self._forward, self._device.type == "cuda", torch.inference_mode
+        if self.cuda_graph:
+            graph, outputs = self._captured(inputs)
+            return timed_by_events(graph.replay, torch.cuda.current_stream(), (inputs, outputs))
+        forward, inference_mode = self._forward, torch.inference_mode
 
         def run() -> None:
             with inference_mode():
                 forward(*inputs)
-            if cuda:
-                torch.cuda.synchronize()
 
-        return run
+        return timed_by_events(run, torch.cuda.current_stream(), inputs) if self._device.type == "cuda" else run
+
+    def _captured(self, inputs: list[Any]) -> tuple[Any, Any]:
+        """A `torch.cuda.CUDAGraph` that reads the inputs, and the outputs that it fills."""
+        import torch
+
+        outputs = None
+
+        def launch() -> None:
+            nonlocal outputs
+            with torch.inference_mode():
+                outputs = self._forward(*inputs)
+
+        try:
+            return captured(launch, torch.cuda.Stream()), outputs
+        except RuntimeError as error:
+            raise ProfilingError(f"the program cannot be captured in a CUDA graph: {first_line(error)}") from error
 
     def _place(self, feeds: Feeds) -> list[Any]:
         """The feeds as tensors on the device, in the order of the program's arguments (keywords come last)."""

@@ -28,7 +28,7 @@ def empty_temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"runtimes": ("abacus",)}, "unknown runtime 'abacus': choose from ort-cpu, ort-cuda, torch, torch-cuda"),
+        ({"runtimes": ("abacus",)}, "unknown runtime 'abacus': choose from ort-cpu, ort-cuda, ort-tensorrt, torch"),
         ({"runtimes": ()}, "no runtime given: choose from"),
         ({"batch_sizes": ()}, "batch sizes must be 1 or more"),
         ({"batch_sizes": (1, 0)}, "batch sizes must be 1 or more"),

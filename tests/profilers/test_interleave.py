@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from profilers.interleave import FEWEST_ROUNDS, MOST_REPEATS, WARM_UP_RUNS, WARMED_MS, Samples, interleave
 
@@ -25,7 +26,9 @@ class Machine:
     ) -> tuple[Samples, bool]:
         networks = {name: [self.network(name, latency)] for name, latency in latencies_ms.items()}
         self.fractions: list[float] = []
-        return interleave(networks, settled, seconds, seed, self.fractions.append, self.clock_ns)
+        found = interleave(networks, settled, seconds, seed, self.fractions.append, self.clock_ns)
+        assert all(not any(turns) for turns in found.device_ms.values())
+        return found.samples_ms, found.converged
 
 
 def never(samples: Samples) -> bool:
@@ -83,7 +86,7 @@ def test_a_turn_begins_with_a_run_that_is_not_counted_unless_runs_are_slow() -> 
 def test_all_loads_of_a_variant_take_turns() -> None:
     machine = Machine()
     loads = {"a": [machine.network(f"a{i}", 250.0 + i) for i in range(3)], "b": [machine.network("b", 250.0)]}
-    samples, _ = interleave(loads, never, 5.0, 0, lambda _: None, machine.clock_ns)
+    samples = interleave(loads, never, 5.0, 0, lambda _: None, machine.clock_ns).samples_ms
     assert [turn[0] for turn in samples["a"][:6]] == [250.0, 251.0, 252.0] * 2
     assert {turn[0] for turn in samples["b"]} == {250.0}
     # Each is warmed up for its part of the time.
@@ -102,3 +105,35 @@ def test_each_round_runs_every_variant_in_a_shuffled_order_of_the_seed() -> None
     assert all(sorted(order) == ["a", "b", "c"] for order in orders(0))
     assert len(set(orders(0))) > 3
     assert orders(0) == orders(0) != orders(1)
+
+
+def test_times_on_the_device_are_kept_beside_the_latencies() -> None:
+    machine = Machine()
+
+    def run() -> float:
+        machine.now_ns += 30_000_000
+        machine.runs.append("a")
+        return float(len(machine.runs))
+
+    both = {"a": [run], "b": [machine.network("b", 30.0)]}
+    found = interleave(both, never, 1.0, 0, lambda _: None, machine.clock_ns)
+    counted = [[number + 1.0] for number, name in enumerate(machine.runs) if name == "a"]
+    # The turns hold the counted runs: each comes after one that is not counted, and that after the warm-up.
+    assert found.device_ms["a"] == counted[-2 * len(found.samples_ms["a"]) :][1::2]
+    assert found.device_ms["b"] == [[]] * len(found.samples_ms["b"])
+    assert {value for turn in found.samples_ms["a"] for value in turn} == {30.0}
+
+
+def test_what_is_done_during_the_rounds_begins_after_the_warm_up() -> None:
+    machine = Machine()
+    seen: list[int] = []
+
+    @contextmanager
+    def during() -> Iterator[None]:
+        seen.append(len(machine.runs))
+        yield
+        seen.append(len(machine.runs))
+
+    networks = {"a": [machine.network("a", 300.0)]}
+    interleave(networks, never, 1.0, 0, lambda _: None, machine.clock_ns, during_rounds=during())
+    assert seen == [WARM_UP_RUNS, len(machine.runs)]

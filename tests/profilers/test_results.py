@@ -1,8 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from profilers import Comparison, Interval, Measurement
+from profilers import Comparison, GpuWatch, Interval, Measurement
 from profilers.results import is_significant
 
 SAMPLES = {
@@ -28,8 +29,17 @@ def test_figures_follow_from_the_samples() -> None:
 
 
 def test_json_gives_the_same_back() -> None:
-    comparison = Comparison((measurement(), measurement()), {"cpu": "abacus"}, {"threads": 2})
+    gpu = GpuWatch(watched=True, mean_power_w=200.5, max_clock_mhz=1980.0, reasons=("power cap", "sync boost"))
+    on_gpu = replace(measurement(), device_ms={"dense": 1.9}, cuda_graph={"dense": True}, gpu=gpu)
+    comparison = Comparison((measurement(), on_gpu), {"cpu": "abacus"}, {"threads": 2})
     assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
+
+
+def test_files_without_a_gpu_s_figures_are_read() -> None:
+    data = measurement().to_dict()
+    for name in ("device_ms", "cuda_graph", "gpu"):
+        del data[name]
+    assert Measurement.from_dict(data) == measurement()
 
 
 @pytest.mark.parametrize(

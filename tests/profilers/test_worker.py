@@ -4,12 +4,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar, Self
 
 import numpy as np
 import pytest
 
 from profilers import worker
-from profilers.runners.base import Feeds
+from profilers.gpu import Watch
+from profilers.runners.base import Feeds, Run
 
 
 def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Path:
@@ -23,6 +25,7 @@ def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Pa
         "seed": 0,
         "tolerance": 0.02,
         "loads": 2,
+        "tf32": False,
         "variants": dict.fromkeys(("dense", "pruned"), variant),
         "pairs": [["dense", "pruned"]],
         "result": str(folder / "result.json"),
@@ -37,7 +40,8 @@ def test_result_and_progress(
 ) -> None:
     assert worker.main([str(spec_file(tmp_path, mlp_onnx(32), sample))]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    assert set(result) == {"samples_ms", "converged", "peak_rss_mib", "loads"}
+    assert set(result) == {"samples_ms", "converged", "peak_rss_mib", "loads", "device_ms", "cuda_graph", "gpu"}
+    assert result["device_ms"] is result["cuda_graph"] is result["gpu"] is None
     assert list(result["samples_ms"]) == ["dense", "pruned"]
     assert result["peak_rss_mib"] > 10
     fractions = [json.loads(line)["progress"] for line in capsys.readouterr().out.splitlines()]
@@ -61,6 +65,41 @@ def test_networks_are_loaded_again_while_there_is_memory(
     )
     assert worker.main([str(spec_file(tmp_path, mlp_onnx(32), sample, loads=3))]) == 0
     assert json.loads((tmp_path / "result.json").read_text())["loads"] == loads
+
+
+class OnDevice:
+    """A pretended runner on a GPU; the second one that is opened cannot be captured in a graph."""
+
+    opened: ClassVar[list[bool]] = []
+
+    def __init__(self, runtime: str, path: Path, threads: int, *, tf32: bool) -> None:
+        self.opened.append(tf32)
+        self.cuda_graph = len(self.opened) == 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def prepare(self, feeds: Feeds) -> Run:
+        device_ms = 0.5 if self.cuda_graph else 0.75
+        return lambda: device_ms
+
+
+def test_a_gpu_s_figures_stand_beside_the_latencies(
+    tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "open_runner", OnDevice)
+    monkeypatch.setattr(worker, "watch_of_cuda_device", lambda: Watch("GPU-0", None))
+    monkeypatch.setattr(OnDevice, "opened", [])
+    spec = spec_file(tmp_path, mlp_onnx(32), sample, runtime="torch-graph-cuda", loads=1, tf32=True)
+    assert worker.main([str(spec)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["device_ms"] == {"dense": 0.5, "pruned": 0.75}
+    assert result["cuda_graph"] == {"dense": True, "pruned": False}
+    assert result["gpu"]["watched"] is False
+    assert OnDevice.opened == [True, True]
 
 
 def test_an_unforeseen_error_ends_in_one_line(

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from profilers import MissingPackageError, ProfilingError, open_runner
-from profilers.runners.onnxruntime import OnnxRuntimeRunner
+from profilers import ORT_PROVIDERS, MissingPackageError, ProfilingError, open_runner
+from profilers.runners.onnxruntime import OnnxRuntimeRunner, provider_options
 
 Feeds = dict[str, NDArray[np.float32]]
 
@@ -28,14 +29,29 @@ def test_outputs_are_those_of_the_reference(mlp_onnx: Callable[[int], Path], sam
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
-def test_a_silent_fallback_to_the_cpu_is_an_error(mlp_onnx: Callable[[int], Path]) -> None:
+@pytest.mark.parametrize(("runtime", "extras"), [("ort-cuda", "gpu"), ("ort-tensorrt", "gpu,tensorrt")])
+def test_a_silent_fallback_to_the_cpu_is_an_error(
+    runtime: str, extras: str, mlp_onnx: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
-    with pytest.raises(ProfilingError, match="fell back to CPUExecutionProvider") as caught:
-        open_runner("ort-cuda", mlp_onnx(32), threads=1)
+    if ORT_PROVIDERS[runtime] in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has {ORT_PROVIDERS[runtime]}")
+    # The runner changes it, for this process.
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(ProfilingError, match=r"fell back to CPUExecutionProvider") as caught:
+        open_runner(runtime, mlp_onnx(32), threads=1)
     assert "\n" not in str(caught.value)
+    assert f"'optin-deploy[{extras}]'" in str(caught.value)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_cuda_is_told_whether_tf32_is_allowed(tf32: bool) -> None:
+    for provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
+        options = provider_options(provider, tf32)
+        assert options[0][0] == provider
+        assert dict(options)["CUDAExecutionProvider"]["use_tf32"] == str(int(tf32))
+    assert provider_options("CPUExecutionProvider", tf32) == [("CPUExecutionProvider", {})]
 
 
 def test_wrong_input_names_are_told(mlp_onnx: Callable[[int], Path], sample: Feeds) -> None:
@@ -70,3 +86,44 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, runt
 def test_unknown_runtime() -> None:
     with pytest.raises(ValueError, match="unknown runtime 'abacus': choose from ort-cpu"):
         open_runner("abacus", Path("any"), threads=1)
+
+
+def _needs(provider: str) -> None:
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {provider}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_float32_is_rounded_only_where_tf32_is_allowed(mlp_onnx: Callable[[int], Path]) -> None:
+    _needs("CUDAExecutionProvider")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    feeds = {"x": np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)}
+    outputs = {}
+    for name, runtime, tf32 in (("cpu", "ort-cpu", False), ("off", "ort-cuda", False), ("on", "ort-cuda", True)):
+        with open_runner(runtime, mlp_onnx(1024), threads=1, tf32=tf32) as runner:
+            outputs[name] = runner.infer(feeds)["y"]
+            runner.prepare(feeds)()
+    scale = np.abs(outputs["cpu"]).max()
+    errors = {name: float(np.abs(outputs[name] - outputs["cpu"]).max() / scale) for name in ("off", "on")}
+    # TF32 keeps 10 bits of the operands' mantissas, float32 23.
+    assert errors["off"] < 1e-5
+    assert errors["on"] > 10 * errors["off"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_tensorrt_inside_onnx_runtime_gives_the_outputs_of_the_cpu(
+    mlp_onnx: Callable[[int], Path], sample: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _needs("TensorrtExecutionProvider")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with (
+        open_runner("ort-tensorrt", mlp_onnx(32), threads=1) as runner,
+        open_runner("ort-cpu", mlp_onnx(32), threads=1) as reference,
+    ):
+        runner.prepare(sample)()
+        np.testing.assert_allclose(runner.infer(sample)["y"], reference.infer(sample)["y"], rtol=1e-3, atol=1e-4)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from profilers import ProfilingError, open_runner
+from profilers import Case, ProfilingError, measure_files, open_runner
+from profilers.runners.torch import TorchRunner
 
 Feeds = dict[str, NDArray[np.float32]]
 Program = Callable[[int], tuple[torch.nn.Module, Path]]
@@ -113,9 +114,10 @@ def test_an_archive_with_code_is_refused(mlp_program: Program, tmp_path: Path, p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_absent_gpu_is_told(mlp_program: Program) -> None:
+@pytest.mark.parametrize("runtime", ["torch-cuda", "torch-graph-cuda", "torch-compile-cuda"])
+def test_an_absent_gpu_is_told(mlp_program: Program, runtime: str) -> None:
     with pytest.raises(ProfilingError, match="torch sees no CUDA device"):
-        open_runner("torch-cuda", mlp_program(32)[1], threads=1)
+        open_runner(runtime, mlp_program(32)[1], threads=1)
 
 
 @pytest.mark.gpu
@@ -123,6 +125,41 @@ def test_an_absent_gpu_is_told(mlp_program: Program) -> None:
 def test_cuda_outputs_are_those_of_the_cpu(mlp_program: Program, sample: Feeds) -> None:
     path = mlp_program(32)[1]
     with open_runner("torch-cuda", path, threads=1) as gpu, open_runner("torch", path, threads=1) as cpu:
-        gpu.prepare(sample)()
+        device_ms = gpu.prepare(sample)()
+        assert device_ms is not None
+        assert device_ms > 0
+        assert gpu.cuda_graph is None
         (got,), (expected,) = gpu.infer(sample).values(), cpu.infer(sample).values()
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_replayed_graph_gives_the_outputs_of_the_program(mlp_program: Program, sample: Feeds) -> None:
+    path = mlp_program(32)[1]
+    with TorchRunner(path, "cuda", 1, graph=True) as runner, open_runner("torch-cuda", path, threads=1) as plain:
+        (expected,) = plain.infer(sample).values()
+        inputs = runner._place(sample)
+        graph, output = runner._captured(inputs)
+        output.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        np.testing.assert_allclose(output.cpu().numpy(), expected, rtol=1e-5, atol=1e-6)
+        # It reads the inputs anew each time.
+        inputs[0].mul_(2)
+        graph.replay()
+        torch.cuda.synchronize()
+        (doubled,) = plain.infer({"x": 2 * sample["x"]}).values()
+        np.testing.assert_allclose(output.cpu().numpy(), doubled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphs_are_measured_with_their_time_on_the_device(mlp_program: Program, sample: Feeds) -> None:
+    path = mlp_program(32)[1]
+    case = Case("torch-graph-cuda", 4, threads=1, seconds=0.5)
+    found = measure_files({"dense": path, "pruned": path}, sample, case, [("dense", "pruned")])
+    assert found.cuda_graph == {"dense": True, "pruned": True}
+    assert found.device_ms is not None
+    assert min(found.device_ms.values()) > 0
+    assert found.gpu is not None
