@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
-from profilers import GPU_RUNTIMES, usable_cores
+from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, usable_cores
 
 VERSION = importlib.metadata.version("optin-deploy")
 
@@ -97,7 +98,9 @@ def check_runtimes(recipe: Recipe) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
         raise UserError("onnxruntime is not installed: pip install 'optin-deploy[cpu]' (or [gpu] for a CUDA machine)")
     runtimes = recipe.measured_runtimes
-    if any("cuda" in runtime for runtime in runtimes) and not torch.cuda.is_available():
+    # Engines can be built without a GPU, perhaps.
+    on_gpu = [runtime for runtime in runtimes if runtime in GPU_RUNTIMES and RUNTIMES[runtime] != "engine"]
+    if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--runtimes {','.join(runtimes)}: no CUDA device is present")
     for wanted in wanted_engines(recipe):
         try:
@@ -106,11 +109,18 @@ def check_runtimes(recipe: Recipe) -> None:
             raise UserError(f"--runtimes {','.join(runtimes)}: {error}") from error
     if recipe.needs_table:
         check_measurable(recipe.target_runtime)
-    if "ort-cuda" in runtimes:
-        import onnxruntime
+    _check_providers(runtimes)
 
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise UserError("ort-cuda: this onnxruntime has no CUDA provider: pip install 'optin-deploy[gpu]'")
+
+def _check_providers(runtimes: Iterable[str]) -> None:
+    """Raise UserError unless onnxruntime has what ``runtimes`` run on."""
+    import onnxruntime
+
+    for runtime in runtimes:
+        provider = ORT_PROVIDERS.get(runtime)
+        if provider is not None and provider not in onnxruntime.get_available_providers():
+            extras = "gpu,tensorrt" if runtime == "ort-tensorrt" else "gpu"
+            raise UserError(f"{runtime}: this onnxruntime has no {provider}: pip install 'optin-deploy[{extras}]'")
 
 
 def check_measurable(runtime: str) -> None:

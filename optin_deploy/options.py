@@ -125,7 +125,8 @@ RUN_OPTIONS: dict[str, Any] = {
     "runtimes": Annotated[
         str | None,
         option(
-            "ort-cpu, torch, torch-compile, ort-cuda, torch-cuda, torch-compile-cuda, tensorrt, rtx [ort-cpu,torch]",
+            "ort-cpu, torch, torch-compile, ort-cuda, ort-tensorrt, torch-cuda, torch-graph-cuda, torch-compile-cuda, "
+            "tensorrt, rtx [ort-cpu,torch]",
             MEASURE,
         ),
     ],

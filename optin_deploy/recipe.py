@@ -12,7 +12,16 @@ from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
 
 Runtime = Literal[
-    "ort-cpu", "ort-cuda", "torch", "torch-cuda", "torch-compile", "torch-compile-cuda", "tensorrt", "rtx"
+    "ort-cpu",
+    "ort-cuda",
+    "ort-tensorrt",
+    "torch",
+    "torch-cuda",
+    "torch-graph-cuda",
+    "torch-compile",
+    "torch-compile-cuda",
+    "tensorrt",
+    "rtx",
 ]
 
 Layout = Literal["plain", "triton"]

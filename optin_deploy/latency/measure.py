@@ -241,8 +241,10 @@ def _setting(kind: BlockType, target: Target) -> dict[str, Any]:
     """What a table holds for."""
     found = environment()
     cuda = target.runtime in GPU_RUNTIMES
-    package = "onnxruntime-gpu" if target.runtime == "ort-cuda" else "onnxruntime"
-    versions = {name: found["versions"][name] for name in ("torch", package) if name in found["versions"]}
+    packages = ["torch", "onnxruntime-gpu" if target.runtime in ("ort-cuda", "ort-tensorrt") else "onnxruntime"]
+    if target.runtime == "ort-tensorrt":
+        packages.append("tensorrt")
+    versions = {name: found["versions"][name] for name in packages if name in found["versions"]}
     if target.runtime in BUILDERS:
         versions[target.runtime] = builder_version(target.runtime)
     return {

@@ -46,6 +46,7 @@ def render(report: Report) -> str:
         random=report.model.weights == "random",
         device=wording.device_name(report, item.runtime) if item else None,
         faster=wording.faster,
+        on_gpu=wording.on_gpu(report),
         change=numbers.change,
         ratio=numbers.ratio,
         profiled_share=wording.profiled_share,

@@ -61,11 +61,26 @@ class Throughput(_Value):
     pruned: float
 
 
+class Gpu(_Value):
+    """What the GPU did meanwhile, see `profilers.GpuWatch`; a figure is None where the device does not tell it."""
+
+    watched: bool
+    unwatched_because: str | None = None
+    mean_power_w: float | None = None
+    max_power_w: float | None = None
+    min_clock_mhz: float | None = None
+    median_clock_mhz: float | None = None
+    max_clock_mhz: float | None = None
+    max_temperature_c: float | None = None
+    peak_memory_mib: float | None = None
+    reasons: list[str] = []
+
+
 class Measurement(_Value):
     """One runtime at one batch size, in the layout of `profilers.Measurement.to_dict()`.
 
     `speedup` is dense ÷ pruned, see `profilers.statistics`, `noise` dense ÷ dense again, and `significant` whether
-    the speed-up, or slow-down, stands out of that noise.
+    the speed-up, or slow-down, stands out of that noise. `device_ms`, `cuda_graph` and `gpu` are there on a GPU only.
     """
 
     runtime: str
@@ -78,6 +93,9 @@ class Measurement(_Value):
     significant: bool
     converged: bool
     peak_rss_mib: float
+    device_ms: dict[str, float] | None = None
+    cuda_graph: dict[str, bool] | None = None
+    gpu: Gpu | None = None
 
 
 class ModelInfo(_Value):

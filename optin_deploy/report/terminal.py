@@ -24,6 +24,7 @@ def summary(report: Report) -> Group:
     parts.append(_size(report))
     if report.profile:
         parts.append(_speed(report))
+    parts += _on_gpu(report)
     if report.engines:
         parts.append(_engines(report))
     budget = wording.latency_budget(report)
@@ -98,6 +99,11 @@ def _speed(report: Report) -> Table:
             latencies = (numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms))
             table.add_row(*map(Text, first), name, *latencies, numbers.per_second(rate), *last)
     return table
+
+
+def _on_gpu(report: Report) -> list[RenderableType]:
+    lines = [fill(line, _WIDTH, initial_indent="- ", subsequent_indent="  ") for line in wording.on_gpu(report)]
+    return [Text("\non the GPU", style="bold"), Text("\n".join(lines))] if lines else []
 
 
 def _engines(report: Report) -> Table:

@@ -8,6 +8,7 @@ from typing import Literal
 from optin_deploy.report import numbers
 from optin_deploy.report.schema import LayerAccount, Measurement, Report, Unmeasured
 from profilers import GPU_RUNTIMES
+from profilers.gpu import SLOWDOWNS
 
 RANDOM_WEIGHTS = (
     "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing. "
@@ -21,8 +22,10 @@ BUILTIN_CALIBRATION = (
 _RUNTIMES = {
     "ort-cpu": "ONNX Runtime",
     "ort-cuda": "ONNX Runtime CUDA",
+    "ort-tensorrt": "ONNX Runtime TensorRT",
     "torch": "PyTorch",
     "torch-cuda": "PyTorch CUDA",
+    "torch-graph-cuda": "PyTorch CUDA graph",
     "tensorrt": "TensorRT",
     "rtx": "TensorRT for RTX",
 }
@@ -45,16 +48,63 @@ def banners(report: Report) -> tuple[Banner, ...]:
     found += [Banner("alarm", unmeasured(item)) for item in report.unmeasured]
     if report.calibration.builtin:
         found.append(Banner("notice", BUILTIN_CALIBRATION))
-    unsettled = [f"{runtime_name(m.runtime)} at batch {m.batch_size}" for m in report.profile if not m.converged]
+    unsettled = [_case(m) for m in report.profile if not m.converged]
     if unsettled:
         cases = ", ".join(unsettled)
         found.append(Banner("notice", f"Not settled to ±2 % in the time given, see the intervals: {cases}."))
+    found += [Banner("notice", text) for item in report.profile if (text := slowed_down(item))]
     return (*found, *(Banner("notice", text) for text in report.warnings))
 
 
 def unmeasured(item: Unmeasured) -> str:
     """That a runtime could not be measured, and why."""
     return f"Not measured with {runtime_name(item.runtime)}: {item.reason}."
+
+
+def slowed_down(item: Measurement) -> str | None:
+    """That the GPU ran slower than it can while this was measured; not a word of its power limit, which is normal."""
+    reasons = [reason for reason in item.gpu.reasons if reason in SLOWDOWNS] if item.gpu else []
+    if not reasons:
+        return None
+    return (
+        f"The GPU slowed itself down ({', '.join(reasons)}) while {_case(item)} was measured: its latencies are those "
+        "of a GPU that lacks cooling or power."
+    )
+
+
+def on_gpu(report: Report) -> list[str]:
+    """A line for every measurement on a GPU: time on the device, clocks, power, temperature, memory."""
+    return [f"{_case(item)}: {', '.join(found)}" for item in report.profile if (found := _gpu_figures(item))]
+
+
+def _gpu_figures(item: Measurement) -> list[str]:
+    found = []
+    if item.device_ms:
+        dense, pruned = (numbers.milliseconds(item.device_ms[name]) for name in ("dense", "pruned"))
+        found.append(f"on the device {dense} → {pruned} ms")
+    if item.cuda_graph:
+        without = [name for name, used in item.cuda_graph.items() if not used]
+        found.append(f"no CUDA graph of {' and '.join(without)}" if without else "CUDA graph")
+    gpu = item.gpu
+    if gpu is None:
+        return found
+    if not gpu.watched:
+        return [*found, f"not watched: {gpu.unwatched_because}"]
+    if gpu.median_clock_mhz is not None:
+        found.append(f"{gpu.median_clock_mhz:.0f} MHz ({gpu.min_clock_mhz:.0f}–{gpu.max_clock_mhz:.0f})")
+    if gpu.mean_power_w is not None:
+        found.append(f"{gpu.mean_power_w:.0f} W (at most {gpu.max_power_w:.0f})")
+    if gpu.max_temperature_c is not None:
+        found.append(f"at most {gpu.max_temperature_c:.0f} °C")
+    if gpu.peak_memory_mib is not None:
+        found.append(f"{gpu.peak_memory_mib:.0f} MiB")
+    if gpu.reasons:
+        found.append(f"clocks held by: {', '.join(gpu.reasons)}")
+    return found
+
+
+def _case(item: Measurement) -> str:
+    return f"{runtime_name(item.runtime)} at batch {item.batch_size}"
 
 
 def runtime_name(runtime: str) -> str:
@@ -161,7 +211,7 @@ def _exceptions(report: Report, item: Measurement) -> str:
     """The measurements that a reader of a good headline would wrongly believe to be good as well."""
     if not faster(item):
         return ""
-    others = [f"{runtime_name(o.runtime)} at batch {o.batch_size}" for o in report.profile if not faster(o)]
+    others = [_case(o) for o in report.profile if not faster(o)]
     return f"; not faster with {' or '.join(others)}" if others else ""
 
 

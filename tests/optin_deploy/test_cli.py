@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub.constants
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -207,6 +208,8 @@ def test_options_end_in_the_recipe(
         (["--runtimes", ","], "--runtimes"),
         (["--runtimes", "ort-cpu,ort-cuda"], "no CUDA device is present"),
         (["--runtimes", "torch-cuda"], "no CUDA device is present"),
+        (["--runtimes", "ort-tensorrt"], "no CUDA device is present"),
+        (["--runtimes", "torch-graph-cuda"], "no CUDA device is present"),
         (["--device", "cuda"], "--device cuda: no CUDA device"),
         (["--device", "tpu"], "--device tpu"),
         (["--batch-sizes", "0,a"], "--batch-sizes 0"),
@@ -264,6 +267,21 @@ def test_missing_package_names_the_extra(refusal: Callable[..., str], monkeypatc
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a))
     assert "pip install 'optin-deploy[cpu]' (or [gpu] for a CUDA machine)" in refusal(*RUN)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "told"),
+    [
+        ("ort-cuda", "no CUDAExecutionProvider: pip install 'optin-deploy[gpu]'"),
+        ("ort-tensorrt", "no TensorrtExecutionProvider: pip install 'optin-deploy[gpu,tensorrt]'"),
+    ],
+)
+def test_an_onnxruntime_without_the_provider_names_the_extras(
+    runtime: str, told: str, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert f"{runtime}: this onnxruntime has {told}" in refusal(*RUN, "--device", "cpu", "--runtimes", runtime)
 
 
 def test_messages_are_no_markup(here: Path, refusal: Callable[..., str]) -> None:

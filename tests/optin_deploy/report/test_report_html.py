@@ -129,6 +129,15 @@ def test_lower_precision_has_its_evaluation_beside(data: dict[str, Any]) -> None
     assert "Both networks in bf16, norms in fp32." in page
 
 
+def test_figures_of_a_gpu_have_a_list(data: dict[str, Any]) -> None:
+    assert "On the GPU" not in render(Report.model_validate(data))
+    data["profile"][0]["device_ms"] = {"dense": 12.34, "dense_again": 12.3, "pruned": 7.89}
+    data["profile"][0]["gpu"] = {"watched": True, "mean_power_w": 312.4, "max_power_w": 402.0, "reasons": ["<b>"]}
+    page = render(Report.model_validate(data))
+    assert "On the GPU" in Page(page).headings
+    assert "on the device 12.3 → 7.89 ms, 312 W (at most 402), clocks held by: &lt;b&gt;</li>" in page
+
+
 def test_random_weights_hide_the_agreement_from_the_tiles(data: dict[str, Any]) -> None:
     data["model"]["weights"] = "random"
     text = render(Report.model_validate(data))

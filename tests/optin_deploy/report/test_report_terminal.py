@@ -22,6 +22,8 @@ def shown(report: Report) -> str:
 def test_it_fits_100_columns_and_has_every_figure(data: dict[str, Any]) -> None:
     data["profile"][3] |= {"runtime": "torch-cuda", "significant": False}
     data["profile"][1]["batch_size"] = 1024
+    data["profile"][3]["device_ms"] = {"dense": 12.34, "dense_again": 12.3, "pruned": 7.89}
+    data["profile"][3]["gpu"] = {"watched": False, "unwatched_because": "NVML says: " + "no driver, " * 10}
     data["calibration"]["builtin"] = True
     data["agreement"][0]["output"] = "last_hidden_state"
     report = Report.model_validate(data)
@@ -38,6 +40,7 @@ def test_it_fits_100_columns_and_has_every_figure(data: dict[str, Any]) -> None:
         f"{report.profile[0].speedup.value:.2f}×",
         "~noise",
         "cosine 0.9731",
+        "on the device 12.3 → 7.89 ms, not watched: NVML says: no driver",
     ):
         assert figure in text
     assert "79.84 → 76.92 on ImageNet-1k val" in text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from optin_deploy.report import Report
-from optin_deploy.report.wording import banners, verdict
+from optin_deploy.report.wording import banners, on_gpu, verdict
+from profilers import GpuWatch
 
 CPU = "AMD EPYC 7763 64-Core Processor"
 
@@ -73,6 +75,40 @@ def test_lower_precision_is_told_with_what_it_gives(data: dict[str, Any]) -> Non
     found = verdict(Report.model_validate(data))
     assert "with ONNX Runtime in fp16, " in found
     assert found.endswith("; top-1 % 79.8 → 76.4.")
+
+
+def with_gpu(data: dict[str, Any], **gpu: Any) -> Report:
+    """The report with figures of a GPU at its second measurement, ONNX Runtime at batch 8."""
+    data["profile"][1] |= {
+        "device_ms": {"dense": 1.234, "dense_again": 1.23, "pruned": 0.789},
+        "cuda_graph": {"dense": True, "dense_again": True, "pruned": True},
+        "gpu": asdict(GpuWatch(**{"watched": True, **gpu})),
+    }
+    return Report.model_validate(data)
+
+
+def test_figures_of_a_gpu_are_one_line(data: dict[str, Any]) -> None:
+    assert on_gpu(Report.model_validate(data)) == []
+    figures = {"mean_power_w": 312.4, "max_power_w": 402.0, "max_temperature_c": 61.0, "peak_memory_mib": 2340.5}
+    clocks = {"min_clock_mhz": 1755.0, "median_clock_mhz": 1980.0, "max_clock_mhz": 1980.0}
+    found = with_gpu(data, **figures, **clocks, reasons=("power cap", "thermal slowdown"))
+    assert on_gpu(found) == [
+        "ONNX Runtime at batch 8: on the device 1.23 → 0.789 ms, CUDA graph, 1980 MHz (1755–1980), 312 W "
+        "(at most 402), at most 61 °C, 2340 MiB, clocks held by: power cap, thermal slowdown"
+    ]
+    (banner,) = banners(found)
+    assert banner.level == "notice"
+    assert banner.text.startswith("The GPU slowed itself down (thermal slowdown) while ONNX Runtime at batch 8 was")
+
+
+def test_a_gpu_that_tells_little_is_told_of_in_few_words(data: dict[str, Any]) -> None:
+    with_gpu(data, watched=False, unwatched_because="nvidia-ml-py is not installed")
+    data["profile"][1]["cuda_graph"]["pruned"] = False
+    assert on_gpu(Report.model_validate(data)) == [
+        "ONNX Runtime at batch 8: on the device 1.23 → 0.789 ms, no CUDA graph of pruned, "
+        "not watched: nvidia-ml-py is not installed"
+    ]
+    assert banners(with_gpu(data, reasons=("power cap", "clocks set by the user"))) == ()
 
 
 def test_nothing_measured(data: dict[str, Any]) -> None:
