@@ -74,12 +74,12 @@ class Watch:
     runs that are measured wait for nothing but, now and then, the processor core that it takes.
 
     Args:
-        uuid: of the device, as NVML writes it: "GPU-…". A number would not do: NVML counts devices otherwise than CUDA.
-        nvml: the module `pynvml`; None where it is not installed.
+        uuid: see `cuda_uuid`. A number would not do: NVML counts devices otherwise than CUDA.
+        nvml: see `installed_nvml`.
         interval_s: between two questions.
     """
 
-    def __init__(self, uuid: str, nvml: Any, interval_s: float = 0.1) -> None:
+    def __init__(self, uuid: str | None, nvml: Any, interval_s: float = 0.1) -> None:
         self._uuid, self._nvml, self._interval_s = uuid, nvml, interval_s
         self._readings = _Readings()
         self._problem: str | None = None
@@ -88,8 +88,9 @@ class Watch:
         self._begun = False
 
     def __enter__(self) -> Self:
-        if self._nvml is None:
-            self._problem = "nvidia-ml-py is not installed (pip install 'optin-deploy[gpu]')"
+        if self._uuid is None or self._nvml is None:
+            missing = "nvidia-ml-py is not installed (pip install 'optin-deploy[gpu]')"
+            self._problem = missing if self._nvml is None else "torch sees no CUDA device, so which it is is not known"
             return self
         try:
             self._nvml.nvmlInit()
@@ -133,16 +134,20 @@ class Watch:
                 return
 
 
-def watch_of_cuda_device() -> Watch:
-    """A watch of the device that torch uses, not begun."""
+def cuda_uuid() -> str | None:
+    """The first of CUDA's devices, on which all runs are, as NVML writes it; None where torch sees no device."""
     import torch
 
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else None
+
+
+def installed_nvml() -> Any:
+    """The module `pynvml`; None where it is not installed."""
     try:
         import pynvml
     except ImportError:
-        pynvml = None
-    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    return Watch(f"GPU-{uuid}", pynvml)
+        return None
+    return pynvml
 
 
 def _read(nvml: Any, device: Any, into: _Readings) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import ProfilingError
+from .gpu import cuda_uuid
 from .interleave import Samples
 from .runners import GPU_RUNTIMES, RUNTIMES
 from .runners.base import Feeds
@@ -121,7 +122,9 @@ def measure_each(
             np.savez(feeds, *sample.values())
             # The worker may stand in another folder.
             variants[name] = {"file": str(file.resolve()), "feeds": str(feeds), "inputs": list(sample)}
-        spec = {**asdict(case), "variants": variants, "pairs": list(pairs)}
+        # Found here, since loading torch would add to the memory of a worker that runs something else.
+        uuid = cuda_uuid() if case.runtime in GPU_RUNTIMES else None
+        spec = {**asdict(case), "gpu_uuid": uuid, "variants": variants, "pairs": list(pairs)}
         return Measured(**run_worker("profilers.worker", spec, case.threads, f"measuring {case.name}", progress))
 
 

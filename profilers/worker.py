@@ -1,11 +1,11 @@
 """The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
 
 The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `loads` (of each variant), `tf32`,
-`variants` (name to `file`, `feeds`, an `.npz` with one sample, leading dimension 1, arrays in the order of `inputs`,
-and `inputs`, their names), `pairs` (of variants, whose ratios must settle to the tolerance), and `result`, the JSON
-file to write: `samples_ms`, `converged`, `peak_rss_mib`, `loads`, less than asked for where memory is short, and
-`device_ms`, `cuda_graph` and `gpu` as in `profilers.Measurement`. Progress goes to stdout, one `{"progress": fraction}`
-a line; an error's last line on stderr says what is wrong, the exit status is 1.
+`gpu_uuid` (`profilers.gpu.cuda_uuid`), `variants` (name to `file`, `feeds`, an `.npz` with one sample, leading
+dimension 1, arrays in the order of `inputs`, and `inputs`, their names), `pairs` (of variants, whose ratios must settle
+to the tolerance), and `result`, the JSON file to write: `samples_ms`, `converged`, `peak_rss_mib`, `loads`, less than
+asked for where memory is short, and `device_ms`, `cuda_graph` and `gpu` as in `profilers.Measurement`. Progress goes to
+stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what is wrong, the exit status is 1.
 """
 
 import gc
@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from .errors import ProfilingError
-from .gpu import watch_of_cuda_device
+from .gpu import Watch, installed_nvml
 from .interleave import Samples, interleave
 from .runners import GPU_RUNTIMES, open_runner
 from .runners.base import Feeds, Run, first_line
@@ -77,7 +77,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         gc.disable()
         settled = partial(_settled, spec["pairs"], spec["tolerance"])
-        watch = watch_of_cuda_device() if spec["runtime"] in GPU_RUNTIMES else None
+        watch = Watch(spec["gpu_uuid"], installed_nvml()) if spec["runtime"] in GPU_RUNTIMES else None
         found = interleave(runs, settled, spec["seconds"], spec["seed"], print_progress, during_rounds=watch)
     return {
         "samples_ms": found.samples_ms,

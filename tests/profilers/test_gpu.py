@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from profilers.gpu import SLOWDOWNS, GpuWatch, Watch, watch_of_cuda_device
+from profilers.gpu import SLOWDOWNS, GpuWatch, Watch, cuda_uuid, installed_nvml
 
 IDLE, POWER_CAP, SET_CLOCKS, THERMAL = 1, 4, 2, 32
 
@@ -125,9 +125,10 @@ def test_an_error_inside_the_block_ends_the_watch() -> None:
     [
         ("GPU-1", None, "nvidia-ml-py is not installed (pip install 'optin-deploy[gpu]')"),
         ("GPU-2", Nvml(), "NVML says: Not Found"),
+        (None, Nvml(), "torch sees no CUDA device, so which it is is not known"),
     ],
 )
-def test_a_gpu_that_cannot_be_watched_says_why(uuid: str, nvml: Nvml | None, why: str) -> None:
+def test_a_gpu_that_cannot_be_watched_says_why(uuid: str | None, nvml: Nvml | None, why: str) -> None:
     with Watch(uuid, nvml) as watch:
         pass
     seen = watch.result()
@@ -141,9 +142,10 @@ def test_a_gpu_that_cannot_be_watched_says_why(uuid: str, nvml: Nvml | None, why
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_real_device_is_watched() -> None:
-    pytest.importorskip("pynvml")
+    if installed_nvml() is None:
+        pytest.skip("nvidia-ml-py is not installed")
     values = torch.randn(2048, 2048, device="cuda")
-    with watch_of_cuda_device() as watch:
+    with Watch(cuda_uuid(), installed_nvml()) as watch:
         end = time.monotonic() + 0.5
         while time.monotonic() < end:
             values = torch.tanh(values @ values)

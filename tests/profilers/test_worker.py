@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from profilers import worker
-from profilers.gpu import Watch
 from profilers.runners.base import Feeds, Run
 
 
@@ -26,6 +25,7 @@ def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Pa
         "tolerance": 0.02,
         "loads": 2,
         "tf32": False,
+        "gpu_uuid": None,
         "variants": dict.fromkeys(("dense", "pruned"), variant),
         "pairs": [["dense", "pruned"]],
         "result": str(folder / "result.json"),
@@ -91,7 +91,6 @@ def test_a_gpu_s_figures_stand_beside_the_latencies(
     tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "open_runner", OnDevice)
-    monkeypatch.setattr(worker, "watch_of_cuda_device", lambda: Watch("GPU-0", None))
     monkeypatch.setattr(OnDevice, "opened", [])
     spec = spec_file(tmp_path, mlp_onnx(32), sample, runtime="torch-graph-cuda", loads=1, tf32=True)
     assert worker.main([str(spec)]) == 0

@@ -37,6 +37,34 @@ def test_tensorrt_inside_onnx_runtime_is_told_by_the_environment(monkeypatch: py
         check_tf32(True)
 
 
+def test_events_stand_around_a_run_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        """A pretended event, named by the order in which they are made."""
+
+        made = 0
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+            Event.made += 1
+            self.name = f"event {Event.made}"
+
+        def record(self, stream: str) -> None:
+            done.append(f"{self.name} on {stream}")
+
+        def synchronize(self) -> None:
+            done.append(f"{self.name} waited for")
+
+        def elapsed_time(self, other: "Event") -> float:
+            assert (self.name, other.name) == ("event 1", "event 2")
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timed_by_events(lambda: done.append("run"), "a stream", None)() == 1.5
+    assert done == ["event 1 on a stream", "run", "event 2 on a stream", "event 2 waited for"]
+
+
 @pytest.mark.gpu
 @ON_GPU
 def test_events_time_what_is_on_the_stream() -> None:

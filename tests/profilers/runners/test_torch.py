@@ -141,7 +141,8 @@ def test_a_replayed_graph_gives_the_outputs_of_the_program(mlp_program: Program,
         (expected,) = plain.infer(sample).values()
         inputs = runner._place(sample)
         graph, output = runner._captured(inputs)
-        output.zero_()
+        with torch.inference_mode():
+            output.zero_()
         graph.replay()
         torch.cuda.synchronize()
         np.testing.assert_allclose(output.cpu().numpy(), expected, rtol=1e-5, atol=1e-6)
