@@ -169,8 +169,14 @@ def _of(figure: Callable[[list[float]], float], values: list[float]) -> float | 
 
 
 def _named(nvml: Any, masks: list[int]) -> tuple[str, ...]:
-    """All reasons in any of the bit masks, in words, in the order of `_REASONS`."""
+    """All reasons in any of the bit masks, in words, in the order of `_REASONS`; those without any as bits."""
     seen = 0
     for mask in masks:
         seen |= mask
-    return tuple(words for name, words in _REASONS.items() if seen & getattr(nvml, f"nvmlClocksEventReason{name}"))
+    found, rest = [], seen & ~nvml.nvmlClocksEventReasonGpuIdle
+    for name, words in _REASONS.items():
+        bit = getattr(nvml, f"nvmlClocksEventReason{name}")
+        rest &= ~bit
+        if seen & bit:
+            found.append(words)
+    return (*found, f"reason {rest:#x} of NVML") if rest else tuple(found)

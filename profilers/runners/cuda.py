@@ -56,7 +56,8 @@ def captured(launch: Callable[[], object], stream: Any) -> Any:
             launch()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # What other threads of a runtime do meanwhile is none of the capture's business.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         launch()
     return graph
 

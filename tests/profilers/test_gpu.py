@@ -99,6 +99,10 @@ def test_figures_are_those_that_were_told() -> None:
     assert nvml.users == 0
 
 
+def test_reasons_without_words_are_not_lost() -> None:
+    assert watched(Nvml(reasons=[IDLE | POWER_CAP, 0x200]), 3).reasons == ("power cap", "reason 0x200 of NVML")
+
+
 def test_a_block_that_is_over_at_once_is_seen_too() -> None:
     with Watch("GPU-1", Nvml(mhz=[1000]), interval_s=60) as watch:
         pass
