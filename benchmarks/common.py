@@ -39,9 +39,9 @@ def device_name() -> str:
     return torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
 
 
-def write_results(name: str, figures: Any) -> Path:
-    """Write ``results/DEVICE/NAME.json``, the figures and the environment; it appears whole or not at all."""
-    path = RESULTS / device_name() / f"{name}.json"
+def write_results(name: str, figures: Any, results: Path = RESULTS) -> Path:
+    """Write ``RESULTS/DEVICE/NAME.json``, the figures and the environment; it appears whole or not at all."""
+    path = results / device_name() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"figures": figures, "environment": environment()}, indent=1) + "\n")
     return path
