@@ -1,13 +1,15 @@
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
-from tritonclient.grpc import model_config_pb2
 
 from exporters import ExportError
 from exporters.triton import Backend, model_file, triton_config
+
+model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 
 def saved(folder: Path, kind: int = TensorProto.FLOAT, first: str | int = "batch") -> Path:
@@ -21,7 +23,7 @@ def saved(folder: Path, kind: int = TensorProto.FLOAT, first: str | int = "batch
     return folder / "m.onnx"
 
 
-def parsed(text: str) -> model_config_pb2.ModelConfig:
+def parsed(text: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 

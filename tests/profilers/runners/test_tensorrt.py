@@ -70,7 +70,8 @@ def test_an_engine_that_cannot_be_captured_has_no_graph(
 
 def build(runtime: str, onnx: Path, engine: Path, sample: Feeds) -> None:
     """An engine for up to 4 samples; skips where the product is not installed."""
-    pytest.importorskip(BUILDERS[runtime].package)
+    for package in (BUILDERS[runtime].package, "polygraphy"):
+        pytest.importorskip(package)
     shapes = {name: array.shape for name, array in sample.items()}
     inputs = input_ranges(shapes, {"x": {0: "batch"}}, (1, 4), 4, static=False)
     build_engine(onnx, engine, inputs, EngineConfig(runtime))
