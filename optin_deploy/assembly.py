@@ -172,7 +172,7 @@ def _parity_gate(parity: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _checked(row: Mapping[str, Any]) -> str:
     """What a row of the parity gate is about; ONNX files go without saying."""
-    builder = BUILDERS.get(row["runtime"])
+    builder = BUILDERS.get(row.get("runtime", "ort-cpu"))
     return f"{row['variant']} {row['output']}" + (f" with {builder.product}" if builder else "")
 
 

@@ -72,6 +72,18 @@ def build_engines(
     return engines
 
 
+def more_builds(engine: Path, onnx: Path, count: int, folder: Path) -> tuple[Path, ...]:
+    """``engine`` and so many builds of the same, ``count`` in all, in ``folder``.
+
+    They are built without the cache of earlier timings, by which they would take the same tactics.
+    """
+    info = check_engine(engine, onnx)
+    again = tuple(folder / f"{engine.stem}.{number}.engine" for number in range(2, count + 1))
+    for file in again:
+        build_engine(onnx, file, info.inputs, info.config)
+    return (engine, *again)
+
+
 def timing_cache(runtime: str) -> Path:
     """Where builds of that product and version keep what they have measured."""
     return cache_folder().with_name("engines") / f"{runtime}-{builder_version(runtime)}.cache"

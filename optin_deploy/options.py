@@ -122,6 +122,9 @@ RUN_OPTIONS: dict[str, Any] = {
     "refittable": _engine_flag("refittable", "engines whose weights can be exchanged"),
     "weight_stripped": _engine_flag("weight-stripped", "engines saved without weights, to be refitted"),
     "version_compatible": _engine_flag("version-compatible", "engines that later versions of TensorRT run, too"),
+    "engine_builds": Annotated[
+        int | None, option("builds of each engine that are measured, where there is a GPU; one is kept [3]", EXPORT)
+    ],
     "runtimes": Annotated[
         str | None,
         option(

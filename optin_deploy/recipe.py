@@ -33,6 +33,7 @@ _OF_ENGINES = (
     "refittable",
     "weight_stripped",
     "version_compatible",
+    "engine_builds",
 )
 
 
@@ -77,6 +78,7 @@ class Recipe(BaseModel):
     refittable: bool = False
     weight_stripped: bool = False
     version_compatible: bool = False
+    engine_builds: Annotated[int, Field(ge=1, le=9)] = 3
 
     runtimes: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("ort-cpu", "torch")
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)

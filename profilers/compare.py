@@ -23,17 +23,24 @@ Progress = Callable[[float, str], None]
 @dataclass(frozen=True)
 class Variant:
     """The files of one network: its ONNX file, its exported program (`.pt2`) for the torch runtimes, and its engines by
-    runtime and batch size."""
+    runtime and batch size: one, or several builds, which differ by the tactics that the builder happened to take."""
 
     onnx: Path
     program: Path | None = None
-    engines: Mapping[tuple[str, int], Path] = field(default_factory=dict)
+    engines: Mapping[tuple[str, int], Path | tuple[Path, ...]] = field(default_factory=dict)
+
+    def builds(self, runtime: str, batch_size: int) -> tuple[Path, ...]:
+        """The files that ``runtime`` runs at that batch size: several where its engine was built several times,
+        none where there is no such file."""
+        if RUNTIMES[runtime] == "engine":
+            found = self.engines.get((runtime, batch_size), ())
+            return (found,) if isinstance(found, Path) else found
+        file = self.onnx if RUNTIMES[runtime] == "onnx" else self.program
+        return (file,) if file is not None else ()
 
     def file(self, runtime: str, batch_size: int) -> Path | None:
-        """The file that ``runtime`` runs at that batch size."""
-        if RUNTIMES[runtime] == "engine":
-            return self.engines.get((runtime, batch_size))
-        return self.onnx if RUNTIMES[runtime] == "onnx" else self.program
+        """The file that ``runtime`` runs at that batch size; of several builds, the first."""
+        return next(iter(self.builds(runtime, batch_size)), None)
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,8 @@ def compare(
     # The dense file is measured twice: by how much it differs from itself is the noise floor.
     variants = {"dense": dense, "dense_again": dense, "pruned": pruned}
     for index, (runtime, batch_size) in enumerate(cases):
-        files = {n: file for n, variant in variants.items() if (file := variant.file(runtime, batch_size)) is not None}
-        loads = loads_for(runtime, files.values())
+        files = {name: variant.builds(runtime, batch_size) for name, variant in variants.items()}
+        loads = loads_for(runtime, [file for builds in files.values() for file in builds])
         case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads, tf32=config.tf32)
         report = partial(_report, progress, index, len(cases), case.name)
         result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
@@ -113,6 +120,7 @@ def compare(
                 result.converged,
                 result.peak_rss_mib,
                 seed=config.seed,
+                builds={name: len(of) for name, of in files.items()},
                 device_ms=result.device_ms,
                 cuda_graph=result.cuda_graph,
                 gpu=GpuWatch.from_dict(result.gpu) if result.gpu else None,
@@ -130,12 +138,13 @@ def _check(dense: Variant, pruned: Variant, sample: Feeds, config: ProfileConfig
     """Finds what would fail before minutes are spent on measuring."""
     for runtime, batch_size in product(config.runtimes, config.batch_sizes):
         for name, variant in (("dense", dense), ("pruned", pruned)):
-            file = variant.file(runtime, batch_size)
-            if file is None:
+            files = variant.builds(runtime, batch_size)
+            if not files:
                 what = "engine" if RUNTIMES[runtime] == "engine" else "exported program (.pt2)"
                 raise ProfilingError(f"runtime {runtime}, batch {batch_size}, needs the {name} network's {what}")
-            if not file.is_file():
-                raise ProfilingError(f"the {name} network's file {file} does not exist")
+            missing = [file for file in files if not file.is_file()]
+            if missing:
+                raise ProfilingError(f"the {name} network's file {missing[0]} does not exist")
     check_sample(sample)
 
 
@@ -154,6 +163,7 @@ def _protocol(config: ProfileConfig, threads: int) -> dict[str, Any]:
         "warm_up_runs": interleave.WARM_UP_RUNS,
         "warm_up_seconds": interleave.WARM_UP_SECONDS,
         "turn_ms": interleave.TURN_MS,
+        "builds": "several builds of an engine take its turns, one after the other",
         "uncounted_runs_per_turn": 1,
         "uncounted_below_ms": interleave.WARMED_MS,
         "loads_at_most": MOST_LOADS,

@@ -51,10 +51,12 @@ def interleave(
     the previous variant's threads go to sleep.
 
     Args:
-        variants: name to callables that make one run, one for each time that the variant is loaded; they take its
-            turns one after the other. Where in memory a network happens to lie makes it a percent faster or slower.
+        variants: name to callables that make one run, one for each time that the variant is loaded, or was built; they
+            take its turns one after the other, that of round r is r modulo their number. Where in memory a network
+            happens to lie makes it a percent faster or slower.
         settled: asked now and then whether the samples so far are enough.
-        seconds: time limit of the rounds; warm-up comes on top. `FEWEST_ROUNDS` are made whatever the limit.
+        seconds: time limit of the rounds; warm-up comes on top. `FEWEST_ROUNDS` are made whatever the limit, and every
+            callable has a turn.
         seed: of the order of turns.
         progress: called after each round with the fraction of the time limit that has passed.
         clock_ns: a monotonic clock, in nanoseconds.
@@ -82,7 +84,8 @@ def _rounds(
     names = list(variants)
     order = np.random.default_rng(seed)
     start_ns = clock_ns()
-    rounds, next_check = 0, FEWEST_ROUNDS
+    fewest = max([FEWEST_ROUNDS, *map(len, variants.values())])
+    rounds, next_check = 0, fewest
     while True:
         for index in order.permutation(len(names)):
             name = names[index]
@@ -93,7 +96,7 @@ def _rounds(
         rounds += 1
         elapsed = (clock_ns() - start_ns) / 1e9
         progress(min(1.0, elapsed / seconds))
-        late = elapsed >= seconds and rounds >= FEWEST_ROUNDS
+        late = elapsed >= seconds and rounds >= fewest
         # The check costs milliseconds: made at every round it would eat into the time limit.
         if late or rounds >= next_check:
             if settled(samples):

@@ -71,7 +71,7 @@ def loads_for(runtime: str, files: Iterable[Path]) -> int:
 class Measured(NamedTuple):
     """Samples in milliseconds (name to rounds × repeats), whether they had settled, the peak memory, how often each
     file was loaded: its turns are those of its loads, one after the other; and on a GPU `device_ms`, `cuda_graph` and
-    `gpu`, see `Measurement`."""
+    `gpu`, see `Measurement`. Of several builds, round r is that of the build r modulo their number."""
 
     samples_ms: Samples
     converged: bool
@@ -83,7 +83,7 @@ class Measured(NamedTuple):
 
 
 def measure_files(
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | Sequence[Path]],
     sample: Feeds,
     case: Case,
     pairs: Sequence[tuple[str, str]],
@@ -92,7 +92,8 @@ def measure_files(
     """Interleave runs of all files, round after round, until the ratios of ``pairs`` have settled or time is up.
 
     Args:
-        files: name to a file that the runtime takes; one file under two names is loaded twice.
+        files: name to a file that the runtime takes, or to several builds of one network, which take its turns one
+            after the other; one file under two names is loaded twice.
         sample: input name to array of one sample, leading dimension 1; tiled to the batch size.
         case: runtime, batch size, threads and time.
         pairs: names whose ratios must settle; without any the whole time is used.
@@ -105,27 +106,33 @@ def measure_files(
 
 
 def measure_each(
-    files: Mapping[str, tuple[Path, Feeds]],
+    files: Mapping[str, tuple[Path | Sequence[Path], Feeds]],
     case: Case,
     pairs: Sequence[tuple[str, str]],
     progress: Callable[[float], None] = lambda _: None,
 ) -> Measured:
     """`measure_files` for networks that do not take the same inputs: each file comes with its own sample."""
-    for name, (file, sample) in files.items():
+    for name, (given, sample) in files.items():
         check_sample(sample)
-        if not file.is_file():
-            raise ProfilingError(f"the {name} network's file {file} does not exist")
+        for file in _builds(given):
+            if not file.is_file():
+                raise ProfilingError(f"the {name} network's file {file} does not exist")
     with tempfile.TemporaryDirectory(prefix="optin-profile-") as folder:
         variants = {}
-        for number, (name, (file, sample)) in enumerate(files.items()):
+        for number, (name, (given, sample)) in enumerate(files.items()):
             feeds = Path(folder, f"{number}.npz")
             np.savez(feeds, *sample.values())
             # The worker may stand in another folder.
-            variants[name] = {"file": str(file.resolve()), "feeds": str(feeds), "inputs": list(sample)}
+            builds = [str(file.resolve()) for file in _builds(given)]
+            variants[name] = {"files": builds, "feeds": str(feeds), "inputs": list(sample)}
         # Found here, since loading torch would add to the memory of a worker that runs something else.
         uuid = cuda_uuid() if case.runtime in GPU_RUNTIMES else None
         spec = {**asdict(case), "gpu_uuid": uuid, "variants": variants, "pairs": list(pairs)}
         return Measured(**run_worker("profilers.worker", spec, case.threads, f"measuring {case.name}", progress))
+
+
+def _builds(files: Path | Sequence[Path]) -> Sequence[Path]:
+    return [files] if isinstance(files, Path) else files
 
 
 def check_sample(sample: Feeds) -> None:

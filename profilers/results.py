@@ -1,12 +1,32 @@
 """What a comparison measured, as plain values that go to JSON and come back the same."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import log
 from typing import Any, Self
 
 from .gpu import GpuWatch
 from .interleave import Samples
 from .statistics import Interval, Summary, ratio_interval, summarise
+
+
+@dataclass(frozen=True)
+class Builds:
+    """How much the builds of one network differ.
+
+    Attributes:
+        p50_ms: median latency of each build in milliseconds.
+        spread: that of the slowest ÷ that of the fastest − 1.
+    """
+
+    p50_ms: tuple[float, ...]
+    spread: float
+
+    @classmethod
+    def from_turns(cls, turns: Sequence[Sequence[float]], count: int) -> Self:
+        """Works both out from samples (rounds × repeats, no fewer rounds than builds), see `isolated.Measured`."""
+        p50_ms = tuple(summarise([ms for turn in turns[build::count] for ms in turn]).p50_ms for build in range(count))
+        return cls(p50_ms, max(p50_ms) / min(p50_ms) - 1)
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class Measurement:
             runtime does not tell. Latencies are longer by the launch and the wait for it.
         cuda_graph: variant to whether its runs replayed a CUDA graph; None where none was asked for.
         gpu: what the GPU did meanwhile; None on a CPU.
+        builds: how much the builds of those variants differ that were built more than once.
     """
 
     runtime: str
@@ -44,6 +65,7 @@ class Measurement:
     device_ms: dict[str, float] | None = None
     cuda_graph: dict[str, bool] | None = None
     gpu: GpuWatch | None = None
+    builds: dict[str, Builds] = field(default_factory=dict)
 
     @classmethod
     def from_samples(
@@ -57,8 +79,10 @@ class Measurement:
         device_ms: dict[str, float] | None = None,
         cuda_graph: dict[str, bool] | None = None,
         gpu: GpuWatch | None = None,
+        builds: Mapping[str, int] | None = None,
     ) -> Self:
-        """Works out every figure from the samples; `seed` is that of the bootstrap."""
+        """Works out every figure from the samples; `seed` is that of the bootstrap, `builds` how many there are of a
+        variant, one where it is left out."""
         summary = {name: summarise([value for turn in turns for value in turn]) for name, turns in samples_ms.items()}
         speedup = ratio_interval(samples_ms["dense"], samples_ms["pruned"], seed=seed)
         noise = ratio_interval(samples_ms["dense"], samples_ms["dense_again"], seed=seed)
@@ -76,6 +100,7 @@ class Measurement:
             device_ms=device_ms,
             cuda_graph=cuda_graph,
             gpu=gpu,
+            builds={n: Builds.from_turns(samples_ms[n], count) for n, count in (builds or {}).items() if count > 1},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +115,9 @@ class Measurement:
         plain["speedup"] = Interval(**data["speedup"])
         plain["noise"] = Interval(**data["noise"])
         plain["gpu"] = GpuWatch.from_dict(data["gpu"]) if data.get("gpu") else None
+        # Of measurements made before builds were told apart there are none.
+        given = data.get("builds", {})
+        plain["builds"] = {name: Builds(tuple(of["p50_ms"]), of["spread"]) for name, of in given.items()}
         return cls(**plain)
 
 

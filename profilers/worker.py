@@ -1,11 +1,12 @@
 """The isolated process that measures one case: `python -m profilers.worker SPEC.json`.
 
 The spec holds `runtime`, `batch_size`, `threads`, `seconds`, `seed`, `tolerance`, `loads` (of each variant), `tf32`,
-`gpu_uuid` (`profilers.gpu.cuda_uuid`), `variants` (name to `file`, `feeds`, an `.npz` with one sample, leading
-dimension 1, arrays in the order of `inputs`, and `inputs`, their names), `pairs` (of variants, whose ratios must settle
-to the tolerance), and `result`, the JSON file to write: `samples_ms`, `converged`, `peak_rss_mib`, `loads`, less than
-asked for where memory is short, and `device_ms`, `cuda_graph` and `gpu` as in `profilers.Measurement`. Progress goes to
-stdout, one `{"progress": fraction}` a line; an error's last line on stderr says what is wrong, the exit status is 1.
+`gpu_uuid` (`profilers.gpu.cuda_uuid`), `variants` (name to `files`, the builds of one network, `feeds`, an `.npz` with
+one sample, leading dimension 1, arrays in the order of `inputs`, and `inputs`, their names), `pairs` (of variants,
+whose ratios must settle to the tolerance), and `result`, the JSON file to write: `samples_ms`, `converged`,
+`peak_rss_mib`, `loads`, less than asked for where memory is short, and `device_ms`, `cuda_graph` and `gpu` as in
+`profilers.Measurement`. Progress goes to stdout, one `{"progress": fraction}` a line; an error's last line on stderr
+says what is wrong, the exit status is 1.
 """
 
 import gc
@@ -65,13 +66,14 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         while loads < spec["loads"] and _has_room(loads, before):
             for name, variant in spec["variants"].items():
                 feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
-                runner = open_runner(spec["runtime"], Path(variant["file"]), spec["threads"], tf32=spec["tf32"])
-                run = opened.enter_context(runner).prepare(feeds)
-                # What a network needs beside its weights is taken when it first runs.
-                run()
-                runs[name].append(run)
-                if runner.cuda_graph is not None:
-                    graphs[name] = runner.cuda_graph
+                for file in variant["files"]:
+                    runner = open_runner(spec["runtime"], Path(file), spec["threads"], tf32=spec["tf32"])
+                    run = opened.enter_context(runner).prepare(feeds)
+                    # What a network needs beside its weights is taken when it first runs.
+                    run()
+                    runs[name].append(run)
+                    if runner.cuda_graph is not None:
+                        graphs[name] = graphs.get(name, True) and runner.cuda_graph
             loads += 1
         # A collection in the middle of a run would be counted as its latency.
         gc.collect()

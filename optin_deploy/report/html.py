@@ -42,6 +42,7 @@ def render(report: Report) -> str:
         banners=wording.banners(report),
         verdict=wording.verdict(report),
         latency_budget=wording.latency_budget(report),
+        builds=wording.builds(report),
         headline=item,
         random=report.model.weights == "random",
         device=wording.device_name(report, item.runtime) if item else None,

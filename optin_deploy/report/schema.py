@@ -76,11 +76,19 @@ class Gpu(_Value):
     reasons: list[str] = []
 
 
+class Builds(_Value):
+    """Median latencies of several builds of one network's engine, and how much they differ: slowest ÷ fastest − 1."""
+
+    p50_ms: list[float]
+    spread: float
+
+
 class Measurement(_Value):
     """One runtime at one batch size, in the layout of `profilers.Measurement.to_dict()`.
 
     `speedup` is dense ÷ pruned, see `profilers.statistics`, `noise` dense ÷ dense again, and `significant` whether
-    the speed-up, or slow-down, stands out of that noise. `device_ms`, `cuda_graph` and `gpu` are there on a GPU only.
+    the speed-up, or slow-down, stands out of that noise. `device_ms`, `cuda_graph` and `gpu` are there on a GPU only;
+    `builds` has those variants that were built several times.
     """
 
     runtime: str
@@ -96,6 +104,7 @@ class Measurement(_Value):
     device_ms: dict[str, float] | None = None
     cuda_graph: dict[str, bool] | None = None
     gpu: Gpu | None = None
+    builds: dict[Literal["dense", "dense_again", "pruned"], Builds] = {}
 
 
 class ModelInfo(_Value):

@@ -25,6 +25,9 @@ def summary(report: Report) -> Group:
     if report.profile:
         parts.append(_speed(report))
     parts += _on_gpu(report)
+    builds = wording.builds(report)
+    if builds is not None:
+        parts.append(Text(fill(builds, _WIDTH), style="dim"))
     if report.engines:
         parts.append(_engines(report))
     budget = wording.latency_budget(report)

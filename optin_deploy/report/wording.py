@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optin_deploy.report import numbers
-from optin_deploy.report.schema import LayerAccount, Measurement, Report, Unmeasured
+from optin_deploy.report.schema import LayerAccount, Measurement, Report, Unmeasured, VariantName
 from profilers import GPU_RUNTIMES
 from profilers.gpu import SLOWDOWNS
 
@@ -19,6 +19,7 @@ BUILTIN_CALIBRATION = (
     "Calibrate on your own data before you deploy."
 )
 
+VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
 _RUNTIMES = {
     "ort-cpu": "ONNX Runtime",
     "ort-cuda": "ONNX Runtime CUDA",
@@ -186,6 +187,21 @@ def profiled_share(entry: LayerAccount) -> str:
         )
     )
     return f"{dense} (dense) and {pruned} (pruned)"
+
+
+def builds(report: Report) -> str | None:
+    """How much the builds of one engine differ, in a sentence; None where each was built once."""
+    told = [
+        f"{runtime_name(item.runtime)} at batch {item.batch_size}: "
+        + ", ".join(
+            f"{len(item.builds[name].p50_ms)} of {name} within {numbers.percent(item.builds[name].spread)}"
+            for name in VARIANTS
+            if name in item.builds
+        )
+        for item in report.profile
+        if item.builds
+    ]
+    return f"Builds of one engine, by their medians: {'; '.join(told)}." if told else None
 
 
 def faster(item: Measurement) -> bool:

@@ -7,10 +7,20 @@ import pytest
 import torch
 from tiny_models import own_batches, own_network
 
-from exporters import EngineConfig, EngineInfo, ExportError, check_engine
+from exporters import (
+    EngineConfig,
+    EngineInfo,
+    ExportError,
+    build_engine,
+    check_engine,
+    input_ranges,
+    onnx_from_program,
+    trace,
+)
 from optin_deploy import assembly, cli, engines, measuring
 from optin_deploy.calibration import from_batches
-from optin_deploy.engines import Wanted, build_engines, engine_config, wanted_engines
+from optin_deploy.engines import Wanted, build_engines, engine_config, more_builds, wanted_engines
+from optin_deploy.network import TensorOutputs
 from optin_deploy.pipeline import Result, prune_export
 from optin_deploy.pruning import examine
 from optin_deploy.recipe import Recipe
@@ -180,3 +190,46 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
     ]
     with pytest.raises(ProfilingError):
         measuring._layers(job, network, variants, [{"runtime": "ort-cpu", "batch_size": 2}], lambda _: None)
+
+
+def test_further_builds_are_made_anew_and_of_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    network = own_network()
+    onnx, engine, folder = tmp_path / "net.onnx", tmp_path / "net.rtx.engine", tmp_path / "more"
+    program = trace(TensorOutputs(network.module, network.outputs), network.inputs, network.dynamic_axes)
+    onnx_from_program(program, onnx, output_names=tuple(network.outputs), dynamic_axes=network.dynamic_axes)
+    shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}
+    config = EngineConfig("rtx", optimization_level=1)
+    info = build_engine(onnx, engine, input_ranges(shapes, network.dynamic_axes, (1, 2), 2, static=False), config)
+    assert more_builds(engine, onnx, 1, folder) == (engine,) and not folder.exists()
+    kept, again = more_builds(engine, onnx, 2, folder)
+    assert kept == engine and again.parent == folder
+    other = check_engine(again, onnx)
+    assert (other.config, other.inputs, other.onnx_sha256) == (info.config, info.inputs, info.onnx_sha256)
+
+
+def test_only_engines_that_can_be_measured_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def build(engine: Path, onnx: Path, count: int, folder: Path) -> tuple[Path, ...]:
+        asked.append((engine.name, count))
+        return (engine, *(folder / f"{engine.stem}.{number}" for number in range(2, count + 1)))
+
+    monkeypatch.setattr(measuring, "more_builds", build)
+    monkeypatch.setattr(measuring, "is_measurable", lambda runtime: runtime == "rtx")
+    shared, other = tmp_path / "net.rtx.engine", tmp_path / "net.tensorrt.engine"
+    variant = Variant(Path("net.onnx"), engines={("rtx", 1): shared, ("rtx", 8): shared, ("tensorrt", 1): other})
+    found = measuring._built_again(variant, recipe(engine_builds=4), tmp_path)
+    assert asked == [("net.rtx.engine", 4)]
+    assert len(found.builds("rtx", 1)) == 4 and found.builds("rtx", 1) == found.builds("rtx", 8)
+    assert found.builds("tensorrt", 1) == (other,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_run_on_a_gpu_tells_how_builds_differ(built: Result) -> None:
+    report = built.report
+    engines_run = [m for m in report.profile if m.runtime == "rtx"]
+    assert engines_run and all(len(m.builds["dense"].p50_ms) == 3 for m in engines_run)
+    assert {row.runtime for row in report.parity} == {"ort-cpu", "rtx"}
+    assert "Builds of one engine" in render(report)

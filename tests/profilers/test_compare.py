@@ -129,3 +129,23 @@ def test_what_is_missing_is_told_before_measuring(mlp_onnx: Callable[[int], Path
         compare(Variant(Path("absent.onnx")), here, sample, QUICK)
     with pytest.raises(ProfilingError, match=r"sample 'x' has shape \(2, 64\): its leading dimension must be 1"):
         compare(here, here, {"x": np.repeat(sample["x"], 2, axis=0)}, QUICK)
+
+
+def test_several_builds_are_told_apart(
+    mlp_onnx: Callable[[int], Path], sample: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # ONNX files in the place of engines, which need a GPU.
+    monkeypatch.setattr(Variant, "builds", lambda self, *_: self.engines["rtx", 1])
+    dense = Variant(mlp_onnx(64), engines={("rtx", 1): (mlp_onnx(64), mlp_onnx(64), mlp_onnx(64))})
+    pruned = Variant(mlp_onnx(32), engines={("rtx", 1): (mlp_onnx(32),)})
+    (found,) = compare(dense, pruned, sample, QUICK).measurements
+    assert {name: len(of.p50_ms) for name, of in found.builds.items()} == {"dense": 3, "dense_again": 3}
+    assert all(of.spread >= 0 for of in found.builds.values())
+
+
+def test_engines_are_one_file_or_several() -> None:
+    one, two = Path("1.engine"), Path("2.engine")
+    variant = Variant(Path("net.onnx"), engines={("rtx", 1): one, ("rtx", 8): (one, two)})
+    assert variant.builds("rtx", 1) == (one,) and variant.builds("rtx", 8) == (one, two)
+    assert variant.file("rtx", 8) == one and variant.file("rtx", 2) is None and variant.builds("torch", 1) == ()
+    assert variant.builds("ort-cpu", 8) == (Path("net.onnx"),)

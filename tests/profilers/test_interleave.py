@@ -93,6 +93,13 @@ def test_all_loads_of_a_variant_take_turns() -> None:
     assert machine.runs[: 3 * WARM_UP_RUNS] == [f"a{i}" for i in range(3) for _ in range(WARM_UP_RUNS)]
 
 
+def test_each_of_many_builds_has_a_turn_whatever_the_limit() -> None:
+    machine = Machine()
+    builds = {"a": [machine.network(f"a{i}", 250.0 + i) for i in range(9)]}
+    samples, _ = interleave(builds, never, 0.1, 0, lambda _: None, machine.clock_ns)
+    assert [turn[0] for turn in samples["a"]] == [250.0 + i for i in range(9)]
+
+
 def test_each_round_runs_every_variant_in_a_shuffled_order_of_the_seed() -> None:
     latencies = {"a": 300.0, "b": 300.0, "c": 300.0}
 

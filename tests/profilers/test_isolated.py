@@ -1,12 +1,28 @@
-"""How often files are loaded, and what workers are told. What measures is tested with `compare`."""
+"""How often files are loaded, in which order builds run, and what workers are told. What measures is tested with
+`compare`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import pytest
 
-from profilers import ProfileConfig, Variant, compare, isolated, layer_profile, layers, loads_for
+from profilers import (
+    Case,
+    ProfileConfig,
+    ProfilingError,
+    Variant,
+    compare,
+    isolated,
+    layer_profile,
+    layers,
+    loads_for,
+    measure_files,
+)
+from profilers.results import Builds
+from profilers.runners.base import Feeds
 
 
 @pytest.mark.parametrize(
@@ -51,3 +67,21 @@ def test_tf32_reaches_the_workers(tf32: bool, tmp_path: Path, monkeypatch: pytes
     layer_profile("ort-cuda", file, sample, [], batch_size=1, tf32=tf32)
     assert [spec["tf32"] for spec in specs] == [tf32, tf32]
     assert found.protocol["tf32"] is tf32
+
+
+@pytest.mark.parametrize("loads", [1, 2])
+def test_builds_take_turns_round_by_round(loads: int, mlp_onnx: Callable[[int], Path], sample: Feeds) -> None:
+    # Of one network they could not be told apart here: a small and a large one stand for a fast and a slow build.
+    fast, slow = mlp_onnx(32), mlp_onnx(2048)
+    case = Case("ort-cpu", 4, 1, seconds=0.5, loads=loads)
+    found = measure_files({"one": fast, "several": (slow, fast)}, sample, case, ())
+    assert found.loads == loads
+    rounds = np.array([median(turn) for turn in found.samples_ms["several"]])
+    assert np.median(rounds[::2]) > 3 * np.median(rounds[1::2])
+    builds = Builds.from_turns(found.samples_ms["several"], 2)
+    assert builds.p50_ms[0] > 3 * builds.p50_ms[1] and builds.spread > 2
+
+
+def test_a_build_that_is_not_there_is_told(mlp_onnx: Callable[[int], Path], sample: Feeds, tmp_path: Path) -> None:
+    with pytest.raises(ProfilingError, match=r"the several network's file .*none\.onnx does not exist"):
+        measure_files({"several": (mlp_onnx(32), tmp_path / "none.onnx")}, sample, Case("ort-cpu", 1, 1, 0.1), ())

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from profilers import Comparison, GpuWatch, Interval, Measurement
-from profilers.results import is_significant
+from profilers.results import Builds, is_significant
 
 SAMPLES = {
     "dense": [[2.0, 2.02], [2.01, 2.0], [2.03, 2.0]],
@@ -31,15 +31,27 @@ def test_figures_follow_from_the_samples() -> None:
 def test_json_gives_the_same_back() -> None:
     gpu = GpuWatch(watched=True, mean_power_w=200.5, max_clock_mhz=1980.0, reasons=("power cap", "sync boost"))
     on_gpu = replace(measurement(), device_ms={"dense": 1.9}, cuda_graph={"dense": True}, gpu=gpu)
-    comparison = Comparison((measurement(), on_gpu), {"cpu": "abacus"}, {"threads": 2})
+    several = Measurement.from_samples("rtx", 4, SAMPLES, True, 1.0, builds={"dense": 2, "dense_again": 2, "pruned": 1})
+    comparison = Comparison((measurement(), on_gpu, several), {"cpu": "abacus"}, {"threads": 2})
     assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
 
 
-def test_files_without_a_gpu_s_figures_are_read() -> None:
+def test_files_without_a_gpu_s_figures_or_builds_are_read() -> None:
     data = measurement().to_dict()
+    assert data.pop("builds") == {}
     for name in ("device_ms", "cuda_graph", "gpu"):
         del data[name]
     assert Measurement.from_dict(data) == measurement()
+
+
+def test_each_build_has_the_rounds_that_were_its_own() -> None:
+    turns = [[1.0, 1.2, 1.1], [2.0], [3.0, 3.0], [1.3], [2.2], [3.0]]
+    builds = Builds.from_turns(turns, 3)
+    assert builds.p50_ms == pytest.approx((1.15, 2.1, 3.0))
+    assert builds.spread == pytest.approx(3.0 / 1.15 - 1)
+    samples = {name: [turn[:1] for turn in turns] for name in SAMPLES}
+    found = Measurement.from_samples("rtx", 1, samples, True, 1.0, builds={"dense": 3, "pruned": 1}).builds
+    assert found == {"dense": Builds((1.15, 2.1, 3.0), 3.0 / 1.15 - 1)}
 
 
 @pytest.mark.parametrize(

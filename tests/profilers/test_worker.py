@@ -15,7 +15,7 @@ from profilers.runners.base import Feeds, Run
 
 def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Path:
     np.savez(folder / "feeds.npz", *sample.values())
-    variant = {"file": str(model), "feeds": str(folder / "feeds.npz"), "inputs": list(sample)}
+    variant = {"files": [str(model)], "feeds": str(folder / "feeds.npz"), "inputs": list(sample)}
     spec = {
         "runtime": "ort-cpu",
         "batch_size": 2,

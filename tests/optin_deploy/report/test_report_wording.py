@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from optin_deploy.report import Report
+from optin_deploy.report import Report, wording
+from optin_deploy.report.html import render
 from optin_deploy.report.wording import banners, on_gpu, verdict
 from profilers import GpuWatch
 
@@ -150,3 +151,20 @@ def test_banners_are_ordered_by_what_they_spoil(data: dict[str, Any]) -> None:
     assert [banner.level for banner in found] == ["alarm", "alarm", "notice", "notice", "notice"]
     assert found[1].text == "Not measured with TensorRT for RTX: no GPU is present."
     assert [banner.text.split()[0] for banner in found] == ["Gate", "Not", "Built-in", "Not", "head"]
+
+
+def test_how_builds_differ_is_one_line(data: dict[str, Any]) -> None:
+    # Of reports written before builds were told apart.
+    assert wording.builds(Report.model_validate(data)) is None
+    of = {"p50_ms": [1.0, 1.02, 1.01], "spread": 0.02}
+    data["profile"][3] |= {
+        "runtime": "rtx",
+        "builds": {"dense": of, "dense_again": of, "pruned": of | {"spread": 0.035}},
+    }
+    report = Report.model_validate(data)
+    line = (
+        "Builds of one engine, by their medians: TensorRT for RTX at batch 8: 3 of dense within 2.0 %, "
+        "3 of pruned within 3.5 %."
+    )
+    assert wording.builds(report) == line
+    assert line in render(report)
