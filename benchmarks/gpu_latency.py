@@ -28,9 +28,11 @@ from exporters import (
     trace,
 )
 from optin_deploy.network import Network, TensorOutputs
-from profilers import RUNTIMES, Measurement, usable_cores
+from profilers import GPU_RUNTIMES, RUNTIMES, Measurement, usable_cores
+from profilers.gpu import GpuWatch, cuda_uuid
 from profilers.isolated import run_worker
 from profilers.runners.base import first_line
+from profilers.statistics import TOLERANCE
 
 VARIANTS = ("dense", "pruned")
 OPSET = 20
@@ -122,6 +124,9 @@ def latency(
             "feeds": str(folder / "feeds.npz"),
             "inputs": list(sample),
             "pairs": _PAIRS,
+            "tolerance": TOLERANCE,
+            "seed": 0,
+            "gpu_uuid": cuda_uuid() if case.runtime in GPU_RUNTIMES else None,
         }
         found = run_worker("gpu_worker", spec, usable_cores().physical, f"measuring {case.runtime}", lambda _: None)
     except Exception as error:  # the folder's name is of no use to anyone
@@ -145,7 +150,8 @@ def _file(case: Case, pair: Pair, folder: Path, variant: str) -> Path:
 def _row(case: Case, pair: Pair, size: int, result: Mapping[str, Any]) -> Outcome:
     if "failed" in result:
         return str(result["failed"])
-    measured = Measurement.from_samples(case.runtime, size, **result)
+    gpu = GpuWatch.from_dict(result["gpu"]) if result["gpu"] else None
+    measured = Measurement.from_samples(case.runtime, size, **{**result, "gpu": gpu})
     figures = measured.to_dict()
     # A hundred numbers for each of a hundred cases, of which everything that is told is worked out above.
     samples = figures.pop("samples_ms")

@@ -3,12 +3,11 @@
 Loading a network and starting a GPU take longer than measuring it, so each file is loaded once for all sizes. The spec
 holds `runtime`, `batch_sizes`, `threads`, `seconds` (time limit of the rounds of one size), `stop_after_s` (no size is
 begun later than that), `files` (variant name to file), `feeds` (an `.npz` with one sample, arrays in the order of
-`inputs`), `inputs` (their names), `pairs` (of variants, whose ratios must settle), and `result`, the JSON file to
-write: by batch size, what `profilers.worker` gives, or `failed`, why there is nothing. Sizes that were not begun are
-not in it.
+`inputs`), `inputs` (their names), `pairs`, `tolerance`, `seed` and `gpu_uuid` as in `profilers.worker`, and `result`,
+the JSON file to write: by batch size, what `profilers.worker` gives, or `failed`, why there is nothing. Sizes that were
+not begun are not in it.
 """
 
-import gc
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,10 +16,8 @@ from time import perf_counter
 from typing import Any
 
 from profilers import open_runner
-from profilers.interleave import Samples, interleave
 from profilers.runners.base import Runner, first_line
-from profilers.statistics import TOLERANCE, stable
-from profilers.worker import answer, load_feeds, peak_rss_mib, print_progress
+from profilers.worker import answer, load_feeds, measure_runs, print_progress
 
 
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,20 +45,8 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
 def _at_size(runners: Mapping[str, Runner], size: int, spec: Mapping[str, Any]) -> dict[str, Any]:
     feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], size)
     runs = {name: [runner.prepare(feeds)] for name, runner in runners.items()}
-    # A collection in the middle of a run would be counted as its latency.
-    gc.collect()
-    gc.disable()
-    try:
-        samples, converged = interleave(
-            runs, lambda samples: _settled(samples, spec["pairs"]), spec["seconds"], 0, lambda _: None
-        )
-    finally:
-        gc.enable()
-    return {"samples_ms": samples, "converged": converged, "peak_rss_mib": peak_rss_mib()}
-
-
-def _settled(samples: Samples, pairs: list[list[str]]) -> bool:
-    return all(stable(samples[first], samples[second], TOLERANCE) for first, second in pairs)
+    graphs = {name: runner.cuda_graph for name, runner in runners.items() if runner.cuda_graph is not None}
+    return measure_runs(runs, graphs, spec, lambda _: None)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -75,19 +75,36 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
                     if runner.cuda_graph is not None:
                         graphs[name] = graphs.get(name, True) and runner.cuda_graph
             loads += 1
-        # A collection in the middle of a run would be counted as its latency.
-        gc.collect()
-        gc.disable()
-        settled = partial(_settled, spec["pairs"], spec["tolerance"])
-        watch = Watch(spec["gpu_uuid"], installed_nvml()) if spec["runtime"] in GPU_RUNTIMES else None
-        found = interleave(runs, settled, spec["seconds"], spec["seed"], print_progress, during_rounds=watch)
+        return {**measure_runs(runs, graphs, spec, print_progress), "loads": loads}
+
+
+def measure_runs(
+    runs: Mapping[str, Sequence[Run]],
+    graphs: Mapping[str, bool],
+    spec: Mapping[str, Any],
+    progress: Callable[[float], None],
+) -> dict[str, Any]:
+    """Runs of several variants in turns, as the spec says; the result but for its `loads`.
+
+    Args:
+        runs: of each variant, one for each time that it is loaded.
+        graphs: whether a variant's runs replay a CUDA graph, where one was asked for.
+    """
+    settled = partial(_settled, spec["pairs"], spec["tolerance"])
+    watch = Watch(spec["gpu_uuid"], installed_nvml()) if spec["runtime"] in GPU_RUNTIMES else None
+    # A collection in the middle of a run would be counted as its latency.
+    gc.collect()
+    gc.disable()
+    try:
+        found = interleave(runs, settled, spec["seconds"], spec["seed"], progress, during_rounds=watch)
+    finally:
+        gc.enable()
     return {
         "samples_ms": found.samples_ms,
         "converged": found.converged,
         "peak_rss_mib": peak_rss_mib(),
-        "loads": loads,
         "device_ms": _medians(found.device_ms),
-        "cuda_graph": graphs or None,
+        "cuda_graph": dict(graphs) or None,
         "gpu": watch and asdict(watch.result()),
     }
 

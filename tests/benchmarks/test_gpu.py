@@ -162,6 +162,9 @@ def spec(folder: Path, sizes: list[int], stop_after_s: float = 60) -> dict[str, 
         "feeds": str(folder / "feeds.npz"),
         "inputs": ["input"],
         "pairs": [["dense", "pruned"], ["dense", "dense_again"]],
+        "tolerance": 0.02,
+        "seed": 0,
+        "gpu_uuid": None,
     }
 
 
