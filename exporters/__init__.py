@@ -17,6 +17,7 @@ from exporters.errors import ExportError
 from exporters.onnx import onnx_from_program
 from exporters.parity import OnnxModule, OutputParity, check_parity, compare_outputs
 from exporters.precision import PARITY_TOLERANCES, Precision, in_precision, runnable_on_cpu
+from exporters.quantization import is_quantized, onnx_in_precision
 from exporters.tracing import DynamicAxes, save_program, trace
 
 __all__ = [
@@ -36,7 +37,9 @@ __all__ = [
     "compare_outputs",
     "in_precision",
     "input_ranges",
+    "is_quantized",
     "onnx_from_program",
+    "onnx_in_precision",
     "runnable_on_cpu",
     "save_program",
     "trace",

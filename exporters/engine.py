@@ -73,6 +73,7 @@ class EngineConfig:
         refittable: its weights can be exchanged later.
         weight_stripped: it is saved without its weights, which a refit brings back; implies `refittable`.
         version_compatible: later versions of the product run it, too.
+        tf32: float32 may be computed in TensorFloat-32.
     """
 
     builder: str
@@ -81,6 +82,7 @@ class EngineConfig:
     refittable: bool = False
     weight_stripped: bool = False
     version_compatible: bool = False
+    tf32: bool = False
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,9 @@ def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
         # Layers tell which nodes of the ONNX file they are made of.
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
     )(builder, network)
-    # On where nothing is said: then float32 would not be what the file says.
-    config.clear_flag(trt.BuilderFlag.TF32)
+    if not asked["tf32"]:
+        # On where nothing is said: then float32 would not be what the file says.
+        config.clear_flag(trt.BuilderFlag.TF32)
     return config
 
 

@@ -47,7 +47,7 @@ def onnx_from_program(
     _name_axes(model, names)
     _set_metadata(model)
     with staged(path) as temporary:
-        _save(model, temporary)
+        save_model(model, temporary)
         _check(temporary)
 
 
@@ -109,7 +109,8 @@ def _set_metadata(model: Any) -> None:
             node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
 
 
-def _save(model: Any, path: Path) -> None:
+def save_model(model: Any, path: Path) -> None:
+    """Write an onnx_ir model; weights of 1.9 GB and more go to `<path>.data`."""
     import onnx_ir as ir
 
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)

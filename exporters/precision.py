@@ -1,4 +1,4 @@
-"""Half precision, written into the graph: weights and activations in float16 or bfloat16, what is sensitive in float32.
+"""Precision, written into the graph: here float16 and bfloat16, with what is sensitive in float32.
 
 Inputs and outputs stay float32, so that a file of one precision can take the place of another's.
 """
@@ -15,12 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "fp16", "bf16"]
-PARITY_TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-"""Largest error against float32 torch, relative to max(1, largest output): 10, 10 and 7 bits of mantissa are some
-1e-3 and 8e-3 in one operator, and add up over a network's depth."""
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
+"""tf32 is a file in float32 that GPUs may compute in TensorFloat-32; int8 and fp8 are in `exporters.quantization`."""
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PARITY_TOLERANCES: dict[Precision, float] = {
+    "fp32": 1e-4,
+    "tf32": 1e-2,
+    "fp16": 1e-2,
+    "bf16": 5e-2,
+    "int8": 0.15,
+    "fp8": 0.15,
+}
+"""Largest error against float32 torch, relative to max(1, largest output): 10, 10 and 7 bits of mantissa are some
+1e-3 and 8e-3 in one operator, and add up over a network's depth; 8 bits round to some 1e-2 of a tensor's largest."""
+
+_DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Their means and variances run over whole rows, and their weights are few.
 _SENSITIVE = (
     nn.LayerNorm,
@@ -33,11 +42,12 @@ _BF16_CONV_OPSET = 22
 
 
 def in_precision(module: nn.Module, precision: Precision, opset: int) -> nn.Module:
-    """A copy of ``module`` (which gives a tensor or a tuple of them) that computes in ``precision``; itself for fp32.
+    """A copy of ``module`` (which gives a tensor or a tuple of them) that computes in fp16 or bf16; itself for any
+    other ``precision``.
 
     Norms compute in float32, and so do convolutions where ``opset`` has none for bfloat16.
     """
-    if precision == "fp32":
+    if precision not in _DTYPES:
         return module
     dtype = _DTYPES[precision]
     kept: tuple[type[nn.Module], ...] = _SENSITIVE

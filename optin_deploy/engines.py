@@ -47,6 +47,7 @@ def engine_config(recipe: Recipe, runtime: str) -> EngineConfig:
         refittable=recipe.refittable,
         weight_stripped=recipe.weight_stripped,
         version_compatible=recipe.version_compatible,
+        tf32=recipe.precision == "tf32",
     )
 
 

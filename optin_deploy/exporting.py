@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
-from exporters import BUILDERS, OutputParity, build_engine, in_precision, input_ranges, onnx_from_program, trace
+from exporters import (
+    BUILDERS,
+    OutputParity,
+    build_engine,
+    in_precision,
+    input_ranges,
+    is_quantized,
+    onnx_in_precision,
+    trace,
+)
 from exporters.triton import Backend, model_file, triton_config
-from optin_deploy.calibration import load_calibration
+from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.engine_parity import check_engine_parity, checkable_engines, unchecked
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.errors import GateError, UserError
@@ -24,13 +32,12 @@ from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.progress import Stages
 from optin_deploy.recipe import Layout, Recipe, check_engine_options, check_layout
 
-Batches = tuple[dict[str, Tensor], ...]
 Parity = tuple[OutputParity, ...]
 Checked = tuple[Parity, dict[str, Parity]]
 """How far the ONNX file is from torch, and how far the engines are, by name."""
 _SUFFIXES: dict[Backend, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
-# The largest batch that parity is checked at, and some to draw from.
-_SAMPLES = 16
+# The largest batch that parity is checked at, and some to draw from; and what 8 bits are calibrated on.
+_SAMPLES, _CALIBRATING = 16, 288
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ def export_network(
         UserError: something to be fixed by the user; GateError: ONNX, or an engine that can be run here, does not
             compute what torch does; ExportError, ProfilingError. Nothing is left behind by any of them.
     """
+    if "runtimes" not in recipe.model_fields_set:
+        # Engines are built where they are asked for.
+        recipe = recipe.model_copy(update={"runtimes": ("ort-cpu",)})
     check_layout(recipe, layout, name)
     check_engine_options(recipe)
     check_runtimes(recipe)
@@ -75,21 +85,21 @@ def export_network(
         if folder.exists():
             raise UserError(f"{folder} exists already: choose another --output{' or --name' if folders else ''}")
     with Stages(Console(stderr=True), quiet=quiet) as stages:
-        network, held_out = _load(recipe, stages)
+        network, samples = _load(recipe, stages)
         with ExitStack() as whole:
             if layout == "plain":
                 places = {output: whole.enter_context(whole_directory(output))}
-                parity, engines = _plain(network, places[output], recipe, held_out, stages)
+                parity, engines = _plain(network, places[output], recipe, samples, stages)
             else:
                 places = {folder: whole.enter_context(whole_directory(folder)) for folder in folders.values()}
                 inside = {backend: places[folder] for backend, folder in folders.items()}
-                parity, engines = _triton(network, inside, folders, recipe, held_out, stages)
+                parity, engines = _triton(network, inside, folders, recipe, samples, stages)
             files = {str(f / part): size for f, place in places.items() for part, size in _sizes(place).items()}
     return Exported(files, parity, engines, unchecked(recipe))
 
 
-def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Batches]:
-    """The network, and inputs to check it on."""
+def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Calibration]:
+    """The network, and inputs to calibrate 8 bits on and to check it on."""
     with stages.stage("load and check"):
         network = load_network(
             recipe.model,
@@ -99,17 +109,21 @@ def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Batches]:
             seed=recipe.seed,
         )
         samples = load_calibration(
-            network, recipe.calibration, column=recipe.calibration_column, samples=_SAMPLES, seed=recipe.seed
+            network,
+            recipe.calibration,
+            column=recipe.calibration_column,
+            samples=_CALIBRATING if is_quantized(recipe.precision) else _SAMPLES,
+            seed=recipe.seed,
         )
-    return network, samples.held_out
+    return network, samples
 
 
-def _plain(network: Network, place: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Checked:
+def _plain(network: Network, place: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Checked:
     onnx = place / "model.onnx"
-    parity, engines = _onnx(network, onnx, recipe, held_out, stages), {}
+    parity, engines = _onnx(network, onnx, recipe, samples, stages), {}
     for each in wanted_engines(recipe):
         engine = each.file(place, "model")
-        engines[engine.name] = _engine(network, onnx, engine, each, recipe, held_out, stages)
+        engines[engine.name] = _engine(network, onnx, engine, each, recipe, samples, stages)
     return parity, {name: found for name, found in engines.items() if found}
 
 
@@ -118,29 +132,31 @@ def _triton(
     places: Mapping[Backend, Path],
     folders: Mapping[Backend, Path],
     recipe: Recipe,
-    held_out: Batches,
+    samples: Calibration,
     stages: Stages,
 ) -> Checked:
     onnx = model_file(places["onnxruntime"], "onnxruntime")
-    parity, engines = _onnx(network, onnx, recipe, held_out, stages), {}
+    parity, engines = _onnx(network, onnx, recipe, samples, stages), {}
     for each in wanted_engines(recipe):
         engine = model_file(places["tensorrt"], "tensorrt")
-        engines[folders["tensorrt"].name] = _engine(network, onnx, engine, each, recipe, held_out, stages)
+        engines[folders["tensorrt"].name] = _engine(network, onnx, engine, each, recipe, samples, stages)
     for backend, place in places.items():
         text = triton_config(folders[backend].name, backend, onnx, recipe.batch_sizes)
         (place / "config.pbtxt").write_text(text, encoding="utf-8")
     return parity, {name: found for name, found in engines.items() if found}
 
 
-def _onnx(network: Network, path: Path, recipe: Recipe, held_out: Batches, stages: Stages) -> Parity:
+def _onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     names, axes = tuple(network.outputs), network.dynamic_axes
     with stages.stage("export ONNX"):
         program = trace(module, network.inputs, axes)
-        onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=recipe.opset)
+        onnx_in_precision(
+            program, path, recipe.precision, samples.batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
+        )
     with stages.stage("check parity"):
-        return _passed(checked(network, path, held_out, recipe))
+        return _passed(checked(network, path, samples.held_out, recipe))
 
 
 def _passed(parity: Parity, what: str = "") -> Parity:
@@ -152,7 +168,7 @@ def _passed(parity: Parity, what: str = "") -> Parity:
 
 
 def _engine(
-    network: Network, onnx: Path, path: Path, each: Wanted, recipe: Recipe, held_out: Batches, stages: Stages
+    network: Network, onnx: Path, path: Path, each: Wanted, recipe: Recipe, samples: Calibration, stages: Stages
 ) -> Parity:
     """Build an engine and, where it can be run, check it; GateError where it is not what torch computes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.inputs.items()}
@@ -162,7 +178,7 @@ def _engine(
     if each not in checkable_engines(recipe):
         return ()
     with stages.stage(f"check {each.runtime} engine"):
-        batches, tolerance = parity_batches(network, held_out), parity_tolerance(recipe)
+        batches, tolerance = parity_batches(network, samples.held_out, recipe), parity_tolerance(recipe)
         found = check_engine_parity(network, each.runtime, path, batches, tolerance, recipe.threads)
         return _passed(found, f" with {BUILDERS[each.runtime].product}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from exporters import (
@@ -17,7 +18,8 @@ from exporters import (
     check_engine,
     check_parity,
     in_precision,
-    onnx_from_program,
+    is_quantized,
+    onnx_in_precision,
     runnable_on_cpu,
     save_program,
     trace,
@@ -39,6 +41,7 @@ from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, co
 # Time limit of one layer profile; averages over a hundred runs move little after it.
 _LAYER_SECONDS = 5.0
 Parity = tuple[OutputParity, ...]
+Batches = tuple[dict[str, Tensor], ...]
 
 
 def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
             for name, network in zip(VARIANTS, (job.network, small), strict=True):
                 program = Path(temporary) / f"{name}.pt2"
                 variants[name] = Variant(directory / f"{name}.onnx", program)
-                _export(network, variants[name].onnx, program, recipe)
+                _export(network, variants[name].onnx, program, recipe, job.calibration.batches)
                 advance(1)
         with stages.stage("check parity", 2) as advance:
             parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
@@ -68,22 +71,24 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
     return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
 
 
-def _export(network: Network, onnx: Path, program: Path, recipe: Recipe) -> None:
+def _export(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
     if not onnx.is_file():
-        onnx_from_program(
-            traced, onnx, output_names=tuple(network.outputs), dynamic_axes=network.dynamic_axes, opset=recipe.opset
+        names, axes = tuple(network.outputs), network.dynamic_axes
+        onnx_in_precision(
+            traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
         )
 
 
-def checked(network: Network, onnx: Path, held_out: tuple[dict[str, Tensor], ...], recipe: Recipe) -> Parity:
+def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> Parity:
     """How far the ONNX file is from the network in float32; its precision says how far it may be."""
-    tolerance = parity_tolerance(recipe)
+    # TF32 is a way of GPUs to compute a file in float32: on a CPU the file has to be as exact as that is.
+    tolerance = parity_tolerance(recipe) if recipe.precision != "tf32" else PARITY_TOLERANCES["fp32"]
     module, names = TensorOutputs(network.module, network.outputs), tuple(network.outputs)
     with runnable_on_cpu(onnx, recipe.precision) as file:
-        return check_parity(module, file, parity_batches(network, held_out), names, tolerance, recipe.threads)
+        return check_parity(module, file, parity_batches(network, held_out, recipe), names, tolerance, recipe.threads)
 
 
 def parity_tolerance(recipe: Recipe) -> float:
@@ -94,7 +99,7 @@ def parity_tolerance(recipe: Recipe) -> float:
 def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float | None:
     """The labelled set's metric of the pruned ONNX file, where that is of another precision than the module."""
     dataset, recipe, network = job.dataset, job.recipe, job.network
-    if dataset is None or recipe.precision == "fp32":
+    if dataset is None or recipe.precision in ("fp32", "tf32"):
         return None
     with stages.stage(f"evaluate in {recipe.precision}", dataset.steps) as advance:
 
@@ -130,13 +135,18 @@ def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, A
     ]
 
 
-def parity_batches(network: Network, held_out: tuple[dict[str, Tensor], ...]) -> list[dict[str, Tensor]]:
-    """Inputs of several batch sizes, and lengths for text, out of those that the network was not calibrated on."""
+def parity_batches(network: Network, held_out: Batches, recipe: Recipe) -> list[dict[str, Tensor]]:
+    """Inputs of several batch sizes, and lengths for text, out of those that the network was not calibrated on.
+
+    For 8 bits texts are cut until none of them is padded: what stands at padding is far from all else, in nobody's use,
+    and would be the largest error.
+    """
     batches = []
     for count in (1, 3, 8):
         batch = {name: t[:count] for name, t in held_out[0].items()}
         valid = network.valid_tokens(batch)
-        length = int(valid.sum(1).max()) if valid is not None else 0
+        lengths = valid.sum(1) if valid is not None else torch.zeros(1)
+        length = int(lengths.min() if is_quantized(recipe.precision) else lengths.max())
         batches.append(
             {name: t[:, :length] if name in network.sequence_inputs and length else t for name, t in batch.items()}
         )
@@ -169,7 +179,7 @@ def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) ->
             rows = []
             for file, (each, name) in files.items():
                 network = networks[VARIANTS.index(name)]
-                batches = parity_batches(network, job.calibration.held_out)
+                batches = parity_batches(network, job.calibration.held_out, recipe)
                 threshold = parity_tolerance(recipe)
                 found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
                 rows += _parity_rows(name, each.runtime, found)
@@ -201,6 +211,7 @@ def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant
         threads=recipe.threads,
         seconds=recipe.profile_seconds,
         seed=recipe.seed,
+        tf32=recipe.precision == "tf32",
     )
     sample = {name: t[:1].numpy() for name, t in job.network.inputs.items()}
     with TemporaryDirectory(prefix="optin-builds-") as folder:
@@ -245,6 +256,7 @@ def _layers(
                     seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
                     seed=recipe.seed,
                     onnx=variants[name].onnx,
+                    tf32=recipe.precision == "tf32",
                 )
                 for name, file in files.items()
                 if file is not None

@@ -112,9 +112,12 @@ RUN_OPTIONS: dict[str, Any] = {
         str | None, option("strength of the ridge in that refit; auto chooses it on held-out batches [auto]", PRUNE)
     ],
     "opset": Annotated[int | None, option("ONNX opset [20]", EXPORT)],
-    "precision": Annotated[str | None, option("of what is exported and measured: fp32, fp16 or bf16 [fp32]", EXPORT)],
+    "precision": Annotated[
+        str | None, option("of what is exported and measured: fp32, tf32, fp16, bf16, int8 or fp8 [fp32]", EXPORT)
+    ],
     "parity_tolerance": Annotated[
-        float | None, option("largest error of ONNX against torch [1e-4; fp16: 1e-2, bf16: 5e-2]", EXPORT)
+        float | None,
+        option("largest error of ONNX against torch [1e-4; tf32, fp16: 1e-2, bf16: 5e-2, int8, fp8: 0.15]", EXPORT),
     ],
     "static": _engine_flag("static", "an engine for each batch size, in place of one for all"),
     "builder_optimization_level": Annotated[int | None, option("of engines, 0 to 5 [the builder's own]", EXPORT)],
@@ -129,7 +132,7 @@ RUN_OPTIONS: dict[str, Any] = {
         str | None,
         option(
             "ort-cpu, torch, torch-compile, ort-cuda, ort-tensorrt, torch-cuda, torch-graph-cuda, torch-compile-cuda, "
-            "tensorrt, rtx [ort-cpu,torch]",
+            "tensorrt, rtx [ort-cpu,torch, as far as they compute in --precision]",
             MEASURE,
         ),
     ],

@@ -159,6 +159,7 @@ def profile_network(network: Network, target: Target, seconds: float, progress: 
                 seconds=seconds,
                 seed=target.seed,
                 onnx=file.with_suffix(".onnx"),
+                tf32=target.precision == "tf32",
                 progress=lambda part: progress(0.5 + part / 2),
             )
             for row in layers.rows:

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, cast, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from exporters import Precision, is_quantized
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
+from profilers import GPU_RUNTIMES, RUNTIMES
 
 Runtime = Literal[
     "ort-cpu",
@@ -25,6 +27,15 @@ Runtime = Literal[
 ]
 
 Layout = Literal["plain", "triton"]
+# What computes in it, of what most users have.
+_DEFAULT_RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
+    "fp32": ("ort-cpu", "torch"),
+    "tf32": ("ort-cuda", "torch-cuda"),
+    "fp16": ("ort-cpu", "torch"),
+    "bf16": ("torch",),
+    "int8": ("ort-cpu",),
+    "fp8": ("tensorrt",),
+}
 _ENGINE_RUNTIMES = ("tensorrt", "rtx")
 _OF_ENGINES = (
     "static",
@@ -69,7 +80,7 @@ class Recipe(BaseModel):
     ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None
 
     static: bool = False
@@ -80,7 +91,9 @@ class Recipe(BaseModel):
     version_compatible: bool = False
     engine_builds: Annotated[int, Field(ge=1, le=9)] = 3
 
-    runtimes: Annotated[tuple[Runtime, ...], Field(min_length=1)] = ("ort-cpu", "torch")
+    runtimes: Annotated[
+        tuple[Runtime, ...], Field(min_length=1, default_factory=lambda given: _DEFAULT_RUNTIMES[given["precision"]])
+    ]
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)
     threads: Annotated[int | None, Field(ge=1)] = None
     profile_seconds: Annotated[float, Field(gt=0)] = 10.0
@@ -169,8 +182,7 @@ def check_options(recipe: Recipe) -> None:
         ("table-seconds", recipe.table_seconds, 60.0, recipe.needs_table, "--latency, --latency-ms or --align auto"),
     )
     check_engine_options(recipe)
-    if recipe.precision == "bf16" and "ort-cpu" in recipe.measured_runtimes:
-        raise UserError("--precision bf16: ONNX Runtime has none on a CPU; take other --runtimes, or fp16")
+    check_precision(recipe)
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
             raise UserError(f"--{name} {value}: it has an effect only with {needed}")
@@ -182,6 +194,18 @@ def check_options(recipe: Recipe) -> None:
         raise UserError(f"--rounds {recipe.rounds}: a latency budget is met in one round; give a FLOP budget instead")
     if recipe.scorer == "forward" and recipe.probes == 1:
         raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
+
+
+def check_precision(recipe: Recipe) -> None:
+    """Raise UserError for a runtime that cannot compute in the precision asked for."""
+    precision, runtimes = recipe.precision, recipe.measured_runtimes
+    if precision in ("bf16", "fp8") and "ort-cpu" in runtimes:
+        raise UserError(f"--precision {precision}: ONNX Runtime has none on a CPU; take other --runtimes, or fp16")
+    if precision == "tf32" and not set(runtimes) & set(GPU_RUNTIMES):
+        raise UserError(f"--precision tf32: it has an effect only on a GPU, not with --runtimes {','.join(runtimes)}")
+    programs = [runtime for runtime in runtimes if RUNTIMES[runtime] == "program"]
+    if is_quantized(precision) and programs:
+        raise UserError(f"--precision {precision}: {programs[0]} does not run quantized ONNX; take other --runtimes")
 
 
 def check_engine_options(recipe: Recipe) -> None:

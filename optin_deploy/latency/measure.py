@@ -20,7 +20,7 @@ from exporters import (
     build_engine,
     in_precision,
     input_ranges,
-    onnx_from_program,
+    onnx_in_precision,
     save_program,
     trace,
 )
@@ -60,8 +60,16 @@ class Target:
     def case(self, seconds: float, compared: Iterable[Path] = ()) -> Case:
         """What to measure for so long, or until ratios have settled to a hundredth; files that are ``compared`` are
         loaded as often as `profilers.loads_for` says."""
-        loads = loads_for(self.runtime, compared)
-        return Case(self.runtime, self.batch_size, self.threads, seconds, self.seed, tolerance=0.01, loads=loads)
+        return Case(
+            self.runtime,
+            self.batch_size,
+            self.threads,
+            seconds,
+            self.seed,
+            tolerance=0.01,
+            loads=loads_for(self.runtime, compared),
+            tf32=self.precision == "tf32",
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,10 @@ def export(
         return path
     path = stem.with_suffix(".onnx")
     names = [f"y{i}" for i in range(len(program.graph_signature.user_outputs))]
-    onnx_from_program(program, path, output_names=names, dynamic_axes=axes, opset=target.opset)
+    # Ranges do not change what 8 bits take: the sample is calibration enough.
+    onnx_in_precision(
+        program, path, target.precision, [inputs], output_names=names, dynamic_axes=axes, opset=target.opset
+    )
     if RUNTIMES[target.runtime] == "onnx":
         return path
     shapes, size, engine = (
@@ -94,7 +105,13 @@ def export(
         stem.with_suffix(".engine"),
     )
     ranges = input_ranges(shapes, axes, (size,), size, static=True)
-    build_engine(path, engine, ranges, EngineConfig(target.runtime), timing_cache(target.runtime))
+    build_engine(
+        path,
+        engine,
+        ranges,
+        EngineConfig(target.runtime, tf32=target.precision == "tf32"),
+        timing_cache(target.runtime),
+    )
     return engine
 
 

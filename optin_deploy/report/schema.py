@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, computed_field, model_validator
 
+from exporters import Precision
+
 VariantName = Literal["dense", "pruned"]
 
 
@@ -325,7 +327,7 @@ class Report(_Value):
     pruned: Variant
     plan: list[PlanEntry]
     left_dense: list[LeftDense]
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     agreement: list[Agreement]
     evaluation: Evaluation | None
     parity: list[Parity]

@@ -1,9 +1,10 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tiny_models import save_lines
 
+from exporters import Precision
 from optin_deploy.errors import UserError
 from optin_deploy.recipe import Recipe, check_options, make_recipe
 
@@ -202,3 +203,29 @@ def test_where_a_latency_holds() -> None:
 def test_alignment(options: dict[str, Any], alignment: int | None, needs_table: bool) -> None:
     recipe = make_recipe({"model": "m", **options})
     assert (recipe.alignment, recipe.needs_table) == (alignment, needs_table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "fp8", "runtimes": ("ort-cpu",)}, "--precision fp8: ONNX Runtime has none on a CPU"),
+        ({"precision": "bf16", "runtimes": ("ort-cpu",)}, "--precision bf16: ONNX Runtime has none on a CPU"),
+        ({"precision": "tf32", "runtimes": ("ort-cpu", "torch")}, "not with --runtimes ort-cpu,torch"),
+        ({"precision": "int8", "runtimes": ("ort-cpu", "torch")}, "torch does not run quantized ONNX"),
+    ],
+)
+def test_a_runtime_has_to_know_the_precision(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_options(Recipe(model="m", flops=0.5, **options))
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_the_runtimes_taken_by_default_know_it(precision: Precision) -> None:
+    recipe = Recipe(model="m", flops=0.5, precision=precision)
+    check_options(recipe)
+    assert recipe.runtimes
+
+
+def test_a_wrong_precision_is_told_although_the_runtimes_hang_on_it() -> None:
+    with pytest.raises(UserError, match=r"^--precision fp12: input should be 'fp32'"):
+        make_recipe({"model": "m", "flops": 0.5, "precision": "fp12"})
