@@ -74,6 +74,7 @@ class EngineConfig:
         weight_stripped: it is saved without its weights, which a refit brings back; implies `refittable`.
         version_compatible: later versions of the product run it, too.
         tf32: float32 may be computed in TensorFloat-32.
+        sparse_weights: the builder may use sparse tensor cores where weights are 2:4 sparse; others are as without it.
     """
 
     builder: str
@@ -83,6 +84,7 @@ class EngineConfig:
     weight_stripped: bool = False
     version_compatible: bool = False
     tf32: bool = False
+    sparse_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
         refittable=asked["refittable"] or asked["weight_stripped"],
         strip_plan=asked["weight_stripped"],
         version_compatible=asked["version_compatible"],
+        sparse_weights=asked["sparse_weights"],
         builder_optimization_level=asked["optimization_level"],
         # Layers tell which nodes of the ONNX file they are made of.
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,

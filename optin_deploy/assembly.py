@@ -18,6 +18,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report
 from optin_deploy.search import BUDGET_WINDOW
+from optin_deploy.sparsity import measure_sparsity
 from profilers import environment
 
 VARIANTS = ("dense", "pruned")
@@ -77,6 +78,7 @@ def assemble(
                 {**asdict(left), "flops_share": flops_share(network.module, network.inputs, left.module)}
                 for left in structure.left_dense
             ],
+            "sparsity": _sparsity(job, small),
             "agreement": results["agreement"],
             "precision": recipe.precision,
             "evaluation": results["evaluation"] and {**results["evaluation"], "deployed": results["deployed"]},
@@ -105,6 +107,13 @@ def _warnings(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
         if "unprofiled" in entry
     ]
     return [sentence, *unprofiled] if sentence else unprofiled
+
+
+def _sparsity(job: Job, small: Network) -> dict[str, Any] | None:
+    if job.recipe.sparsity is None:
+        return None
+    found = measure_sparsity(small.module, job.anatomy.structure, small.inputs)
+    return {"pattern": job.recipe.sparsity, **asdict(found)}
 
 
 def _engine_rows(recipe: Recipe, directory: Path) -> list[dict[str, Any]]:

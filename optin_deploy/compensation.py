@@ -15,18 +15,17 @@ classifier's last map gives is mended further in ``classifier``.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.maps import LinearMap, is_inside, linear_maps
 from optin_deploy.network import Network, named_outputs
 from optin_deploy.plan import Plan
 from optin_deploy.projections import (
     Conv,
     design_rows,
-    feature_dim,
     set_weight_matrix,
     some_rows,
     valid_rows,
@@ -34,27 +33,23 @@ from optin_deploy.projections import (
 )
 from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.ridge import STRENGTHS, Moments, fit, is_held_out
-from optin_deploy.slicing import features_of, output_bias, query_gain
+from optin_deploy.slicing import output_bias
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
 
 Batch = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Map:
-    """A linear map to refit: the module that runs in the pruned network, and what it stands for in the dense one.
+class Refit(Protocol):
+    """How one map is refitted: new weights ``(features + 1, outputs)`` from its moments and its ``old`` weights.
 
-    ``group`` is the one whose units it stands behind, if any. ``outputs`` are factors of the dense map's output
-    features, 0 for those removed, None for all ones. A map that has ``vanished``, whose group has no units left, is
-    only a bias.
+    The last row is the bias, which stays where ``bias`` is False. ``held_out`` are moments of rows that are not in
+    ``training``, or None. ``module`` names the map; None stands for one that is only a bias.
     """
 
-    module: str
-    dense: str
-    group: Group | None
-    outputs: Tensor | None
-    vanished: bool
+    def __call__(
+        self, module: str | None, training: Moments, held_out: Moments | None, old: Tensor, *, bias: bool
+    ) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -75,7 +70,35 @@ def compensate(
             one that does best on held-out batches.
         advance: called with 1 after every block.
     """
-    repair = _Repair(network, pruned, structure, plan, batches, strengths)
+
+    def ridge(module: str | None, training: Moments, held_out: Moments | None, old: Tensor, *, bias: bool) -> Tensor:
+        return fit(training, held_out, old, strengths, bias=bias)
+
+    several = len(strengths) > 1
+    refit_maps(network, pruned, structure, plan, batches, ridge, hold_out=several, advance=advance)
+
+
+@torch.no_grad()
+def refit_maps(
+    network: Network,
+    pruned: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    batches: Sequence[Batch],
+    refit: Refit,
+    *,
+    hold_out: bool,
+    everywhere: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Give ``pruned`` the weights that ``refit`` makes of the moments of every map, one behind the other, in place.
+
+    Args:
+        hold_out: whether moments of some batches are kept apart.
+        everywhere: from the first map on, not only from the first pruned group on.
+    """
+    repair = _Repair(network, pruned, structure, plan, batches, refit, hold_out)
+    repair.changed = everywhere
     for layer, block in enumerate(structure.blocks):
         repair.block(layer, block)
         advance(1)
@@ -92,17 +115,18 @@ class _Repair:
         structure: Structure,
         plan: Plan,
         batches: Sequence[Batch],
-        strengths: Sequence[float],
+        refit: Refit,
+        hold_out: bool,
     ) -> None:
         self.network, self.pruned, self.structure, self.plan = network, pruned, structure, plan
-        self.batches, self.strengths = batches, strengths
+        self.batches, self.refit, self.hold_out = batches, refit, hold_out
         self.dense_done: list[dict[str, Any]] = [{} for _ in batches]
         self.pruned_done: list[dict[str, Any]] = [{} for _ in batches]
         self.changed = False
         # Maps that have had their turn, also those that were left as they are.
         self.passed: set[str] = set()
         self.skips = _has_skips(network.module, structure, batches[0]) if batches else False
-        self.maps = _maps(network.module, pruned, structure, plan)
+        self.maps = linear_maps(network.module, pruned, structure, plan)
 
     def block(self, layer: int, block: str) -> None:
         """Refit the maps of one block, from the first pruned group on, and run both networks past it."""
@@ -135,7 +159,7 @@ class _Repair:
         for stage in self._stages(None) if self.changed else []:
             self._refit(stage, None, closing=False)
 
-    def _stages(self, block: str | None) -> list[list[_Map]]:
+    def _stages(self, block: str | None) -> list[list[LinearMap]]:
         """Maps of a block and of what runs between the block before and it, or behind the last block, in order; those
         of a stage are given the same input."""
         # The tensors are held: memory that is given back would make the inputs of two maps look like one.
@@ -149,7 +173,7 @@ class _Repair:
             return note
 
         others = [b for b in self.structure.blocks if b != block]
-        free = [m for m in self.maps if m not in self.passed and not any(_is_inside(m, b) for b in others)]
+        free = [m for m in self.maps if m not in self.passed and not any(is_inside(m, b) for b in others)]
         with ExitStack() as stack:
             for name in free:
                 handle = self.pruned.get_submodule(name).register_forward_hook(hook(name))
@@ -161,7 +185,7 @@ class _Repair:
                     run_until(self.pruned, self.batches[0], block)
         names = [name for name, *_ in ran]
         self.passed.update(names)
-        stages: list[list[_Map]] = []
+        stages: list[list[LinearMap]] = []
         before: tuple[int, int] | None = None
         for name, given, version in ran:
             # A module that runs more than once has no single input to be fitted on.
@@ -177,7 +201,7 @@ class _Repair:
         return _shortcuts_first(stages)
 
     def _targets(
-        self, stage: list[_Map], block: str | None, batch: Batch, done: dict[str, Any], closing: bool
+        self, stage: list[LinearMap], block: str | None, batch: Batch, done: dict[str, Any], closing: bool
     ) -> dict[str, Tensor]:
         """What the dense network gives in place of the maps of a stage, of a projection in units of the stream.
 
@@ -214,10 +238,10 @@ class _Repair:
             # A shortcut may run behind the projection.
             run_until(module, batch, block if any(g.shortcut for g in groups) else last)
 
-    def _refit(self, stage: list[_Map], block: str | None, *, closing: bool) -> None:
+    def _refit(self, stage: list[LinearMap], block: str | None, *, closing: bool) -> None:
         sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
         for index, batch in enumerate(self.batches):
-            held_out = len(self.strengths) > 1 and is_held_out(index, len(self.batches))
+            held_out = self.hold_out and is_held_out(index, len(self.batches))
             targets = self._targets(stage, block, batch, self.dense_done[index], closing)
             for name, moments in self._moments(stage, block, batch, self.pruned_done[index], targets).items():
                 before = sums[name][held_out]
@@ -228,7 +252,7 @@ class _Repair:
             self._write(found, training, held_out_moments)
 
     def _moments(
-        self, stage: list[_Map], block: str | None, batch: Batch, done: dict[str, Any], targets: dict[str, Tensor]
+        self, stage: list[LinearMap], block: str | None, batch: Batch, done: dict[str, Any], targets: dict[str, Tensor]
     ) -> dict[str, Moments]:
         groups = [m.group for m in stage if m.group is not None]
         names, valid = tuple(m.module for m in stage if not m.vanished), self.network.valid_tokens(batch)
@@ -249,7 +273,7 @@ class _Repair:
             found[each.module] = Moments.of(x, target[rows])
         return found
 
-    def _asked(self, each: _Map, after: Tensor, before: Tensor) -> Tensor:
+    def _asked(self, each: LinearMap, after: Tensor, before: Tensor) -> Tensor:
         """What the projection has to give, so that the stream is ``after`` behind it."""
         assert each.group is not None
         target = after - channels_last(before, each.group.axis)
@@ -258,7 +282,7 @@ class _Repair:
         # A factor of zero hides what the projection gives.
         return target if scale is None else target / torch.where(scale == 0, 1.0, scale)
 
-    def _write(self, found: _Map, training: Moments, held_out: Moments | None) -> None:
+    def _write(self, found: LinearMap, training: Moments, held_out: Moments | None) -> None:
         module = self.pruned.get_submodule(found.module)
         bias = output_bias(self.pruned, found.group) if found.group is not None else module.bias
         norm_bias = None
@@ -270,7 +294,8 @@ class _Repair:
         if isinstance(bias, Tensor):
             old[-1] = bias.double()
         free = isinstance(bias, Tensor) or norm_bias is not None
-        solution = fit(training, held_out, old, self.strengths, bias=free)
+        name = None if found.vanished else found.module
+        solution = self.refit(name, training, held_out, old, bias=free)
         if not found.vanished:
             set_weight_matrix(module, solution[:-1].T)
         if isinstance(bias, Tensor):
@@ -282,12 +307,12 @@ class _Repair:
             norm_bias.add_(solution[-1] * scale)
 
 
-def _shortcuts_first(stages: list[list[_Map]]) -> list[list[_Map]]:
+def _shortcuts_first(stages: list[list[LinearMap]]) -> list[list[LinearMap]]:
     """The stages in such an order that maps in a shortcut come before the projection that is added to it."""
-    ordered: list[list[_Map]] = []
+    ordered: list[list[LinearMap]] = []
     for stage in stages:
         shortcuts = [m.group.shortcut for m in stage if m.group is not None and m.group.shortcut is not None]
-        early = [s for s in stages if any(_is_inside(m.module, name) for m in s for name in shortcuts)]
+        early = [s for s in stages if any(is_inside(m.module, name) for m in s for name in shortcuts)]
         ordered += [s for s in (*early, stage) if s not in ordered]
     return ordered
 
@@ -296,50 +321,6 @@ def _is_pruned(group: Group, structure: Structure, plan: Plan) -> bool:
     """Whether units of ``group``, or of its heads' width, are gone."""
     both = (group, structure.narrowing(group.name))
     return any(g is not None and len(plan.kept.get(g.name, range(g.units))) < g.units for g in both)
-
-
-def _is_inside(name: str, block: str) -> bool:
-    return name == block or name.startswith(f"{block}.")
-
-
-def _maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan: Plan) -> dict[str, _Map]:
-    """All maps that can be refitted, by the name of the module in the pruned network."""
-    maps: dict[str, _Map] = {}
-    modules, dense_modules = dict(pruned.named_modules()), dict(dense.named_modules())
-    behind = {g.output for g in structure.groups}
-    for group in structure.groups:
-        kept = plan.kept.get(group.name, tuple(range(group.units)))
-        if group.kind == "width":
-            continue
-        name = group.output
-        if not kept:
-            name = next(n for n, kind in group.stand_ins if kind.startswith("constant"))
-        maps[name] = _Map(name, group.output, group, None, not kept)
-    weights = [id(p) for m in modules.values() for n, p in m.named_parameters(recurse=False) if n == "weight"]
-    for name, module in modules.items():
-        is_map = isinstance(module, nn.Linear) or (isinstance(module, Conv) and module.groups == 1)
-        if not is_map or name in behind or name not in dense_modules or weights.count(id(module.weight)) > 1:
-            continue
-        gain = _kept_outputs(dense_modules[name], name, structure, plan)
-        maps[name] = _Map(name, name, None, gain, False)
-    return maps
-
-
-def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan) -> Tensor | None:
-    """Factors of the features that ``name`` gives: 0 for those removed, None where all stay as they are."""
-    features = dense.get_parameter("weight").shape[feature_dim(dense, "out")]
-    factors = torch.ones(features)
-    for group in structure.groups:
-        kept = plan.kept.get(group.name, range(group.units))
-        if len(kept) == group.units:
-            continue
-        if any(side.module == name and side.axis == "out" for side in group.sides):
-            stay = torch.zeros(features)
-            stay[features_of(torch.tensor(tuple(kept), dtype=torch.long), group, features)] = 1.0
-            factors *= stay
-        if group.kind == "width" and group.qkv is not None and group.qkv.queries.module == name:
-            factors[group.qkv.queries.of(features)] *= query_gain(group, len(kept))
-    return None if bool((factors == 1).all()) else factors
 
 
 def _axis(module: nn.Module) -> int:
@@ -362,7 +343,7 @@ def _streams(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, T
 
 
 @contextmanager
-def _outputs(module: nn.Module, maps: Sequence[_Map]) -> Iterator[dict[str, Tensor]]:
+def _outputs(module: nn.Module, maps: Sequence[LinearMap]) -> Iterator[dict[str, Tensor]]:
     """Collect copies of what the maps give in the dense network: an activation behind may work in place."""
     found: dict[str, Tensor] = {}
 

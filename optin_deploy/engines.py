@@ -48,6 +48,7 @@ def engine_config(recipe: Recipe, runtime: str) -> EngineConfig:
         weight_stripped=recipe.weight_stripped,
         version_compatible=recipe.version_compatible,
         tf32=recipe.precision == "tf32",
+        sparse_weights=recipe.sparsity is not None,
     )
 
 

@@ -21,6 +21,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
+from optin_deploy.sparsity import can_be_sparse
 from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, usable_cores
 
 VERSION = importlib.metadata.version("optin-deploy")
@@ -75,7 +76,12 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         )
         if checkpoint.is_checkpoint(recipe.model):
             earlier = checkpoint.read_plan(Path(recipe.model))
-    anatomy = examine(network, narrow=recipe.narrows_heads)
+    anatomy = examine(network, narrow=recipe.narrows_heads and recipe.has_budget)
+    if recipe.sparsity is not None and not can_be_sparse(network.module, anatomy.structure):
+        raise UserError(
+            f"--sparsity {recipe.sparsity}: no linear layer or convolution in the blocks of {network.source.name} has "
+            "inputs in groups of four; prune it with --flops instead"
+        )
     if recipe.flops is not None:
         check_budget(anatomy.costs, recipe.flops)
     calibration = calibration or load_calibration(

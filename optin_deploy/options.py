@@ -99,6 +99,10 @@ RUN_OPTIONS: dict[str, Any] = {
         ),
     ],
     "rounds": Annotated[int | None, option("steps in which the budget is approached, scored anew each [1]", PRUNE)],
+    "sparsity": Annotated[
+        str | None,
+        option("2:4: zero two of every four weights, for sparse tensor cores; also without a budget", PRUNE),
+    ],
     "compensate": Annotated[
         bool | None,
         typer.Option(

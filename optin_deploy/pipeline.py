@@ -25,11 +25,12 @@ from optin_deploy.measuring import export_and_measure
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages
-from optin_deploy.pruning import Ridge, remove, remove_in_rounds
+from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, write_report
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps
+from optin_deploy.slicing import sliced
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def prune_export(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Result:
-    """Run ``recipe``: score, slice, repair, export, check, measure and report.
+    """Run ``recipe``: score, slice, repair, make sparse, export, check, measure and report.
 
     Args:
         output: run directory; ``runs/MODEL-flopsF-HASH`` when None. A directory that holds the same run is continued.
@@ -71,8 +72,9 @@ def prune_export(
             directory = output or rundir.default_directory(recipe, job.fingerprint)
             rundir.check(directory, job.fingerprint)
         measured = latency_tables(job, directory, stages)
+        job.network.module.to(job.device)
         rundir.create(directory, job.fingerprint, recipe)
-        dense, scores = _scored(job, directory, stages)
+        dense, scores = _scored(job, directory, stages) if recipe.has_budget else (job.network, {})
         plan, small = _pruned(job, dense, scores, measured, directory, stages)
         results = _compared(job, small, directory, stages)
         results |= export_and_measure(job, small, directory, stages)
@@ -95,7 +97,6 @@ def _scored(job: Job, directory: Path, stages: Stages) -> tuple[Network, dict[st
     path, structure, scoring = directory / "scores.safetensors", job.anatomy.structure, _scoring(job.recipe)
     calibration = job.calibration
     with stages.stage("score", scoring_steps(structure, calibration.batches, scoring)) as advance:
-        job.network.module.to(job.device)
         if (directory / "checkpoint").exists() and path.is_file():
             return job.network, load_file(path)
         batches = _batches(calibration.batches, job.device)
@@ -121,14 +122,18 @@ def _pruned(
     recipe, structure, path = job.recipe, job.anatomy.structure, directory / "checkpoint"
     ridge: Ridge = recipe.ridge if recipe.compensate else None
     met = plan_for_latency(job, dense, scores, measured, directory, stages) if recipe.has_latency and measured else None
-    with stages.stage("slice and repair", len(structure.blocks) * recipe.rounds) as advance:
+    rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
+    with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
         if path.exists():
             plan = _read_plan(directory)
             small = remove(job.network, structure, plan, [], None)
             checkpoint.load_weights(small, path)
         else:
             batches = _batches(job.calibration.batches, job.device)
-            if met is not None:
+            if not recipe.has_budget:
+                plan = Plan({g.name: tuple(range(g.units)) for g in structure.groups})
+                module = sliced(dense.module, structure, plan)
+            elif met is not None:
                 plan, module = met, remove(dense, structure, met, batches, ridge, advance)
             else:
                 assert recipe.flops is not None
@@ -146,6 +151,8 @@ def _pruned(
                     edges=edges_of(structure, measured) if measured else None,
                     advance=advance,
                 )
+            if recipe.sparsity is not None:
+                make_sparse(dense, module, structure, plan, batches, ridge, advance)
             small = module
             write_text(directory / "plan.json", json.dumps({"flops": recipe.flops, "kept": dict(plan.kept)}) + "\n")
         pruned = job.network.with_module(small.cpu())

@@ -12,10 +12,12 @@ from optin_deploy.costs import Costs, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
+from optin_deploy.ridge import STRENGTHS
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring, score
 from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
+from optin_deploy.sparsity import sparsify
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 
@@ -195,6 +197,25 @@ def remove_more(
     return together, smaller
 
 
+def make_sparse(
+    dense: Network,
+    small: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    batches: Batches,
+    ridge: Ridge,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Give what ``plan`` has left of the dense network, ``small``, the 2:4 pattern in place, following the dense one.
+
+    ``advance`` is called once per block. With ``ridge`` None, weights that stay keep their values.
+    """
+    strengths = STRENGTHS if ridge == "auto" else () if ridge is None else (ridge,)
+    sparsify(dense, small, structure, plan, batches, strengths, advance)
+    # The classifier stays dense.
+    _refit_classifier(dense, small, batches, ridge)
+
+
 def _repair(
     dense: Network,
     small: nn.Module,
@@ -206,7 +227,13 @@ def _repair(
 ) -> None:
     if ridge == "auto":
         compensate(dense, small, structure, plan, batches, advance=advance)
-        refit_classifier(dense, small, batches)
     elif ridge is not None:
         compensate(dense, small, structure, plan, batches, (ridge,), advance)
+    _refit_classifier(dense, small, batches, ridge)
+
+
+def _refit_classifier(dense: Network, small: nn.Module, batches: Batches, ridge: Ridge) -> None:
+    if ridge == "auto":
+        refit_classifier(dense, small, batches)
+    elif ridge is not None:
         refit_classifier(dense, small, batches, (ridge,))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from exporters import Precision, is_quantized
 from optin_deploy.errors import UserError
@@ -46,6 +46,10 @@ _OF_ENGINES = (
     "version_compatible",
     "engine_builds",
 )
+_OF_REMOVAL = (
+    *("criterion", "scorer", "probes", "task_weight", "calibration_labels"),
+    *("align", "narrow_heads", "rounds", "batch_size", "table_seconds"),
+)
 
 
 class Recipe(BaseModel):
@@ -76,6 +80,7 @@ class Recipe(BaseModel):
     align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     narrow_heads: bool | None = None
     rounds: Annotated[int, Field(ge=1, le=16)] = 1
+    sparsity: Literal["2:4"] | None = None
     compensate: bool = True
     ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
 
@@ -103,6 +108,17 @@ class Recipe(BaseModel):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _pattern(cls, given: Any) -> Any:
+        # What YAML makes of 2:4 without quotes, a number to the base of 60.
+        return "2:4" if given == 2 * 60 + 4 else given
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether units are removed; without a budget all of them stay."""
+        return self.flops is not None or self.has_latency
 
     @property
     def has_latency(self) -> bool:
@@ -171,6 +187,8 @@ def make_recipe(options: dict[str, Any], file: Path | None = None) -> Recipe:
 
 def check_options(recipe: Recipe) -> None:
     """Raise UserError for an option that the others leave without effect, or that does not go with them."""
+    if not recipe.has_budget:
+        _check_without_budget(recipe)
     probed = recipe.criterion.startswith("trajectory")
     without_effect = (
         ("scorer", recipe.scorer, "sketch", recipe.criterion == "trajectory", "--criterion trajectory"),
@@ -186,8 +204,6 @@ def check_options(recipe: Recipe) -> None:
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
             raise UserError(f"--{name} {value}: it has an effect only with {needed}")
-    if recipe.flops is None and not recipe.has_latency:
-        raise UserError("--flops is needed (or --latency, --latency-ms): give the part of the FLOPs to keep, like 0.5")
     if recipe.latency is not None and recipe.latency_ms is not None:
         raise UserError("--latency and --latency-ms: give one of them")
     if recipe.rounds > 1 and recipe.has_latency:
@@ -206,6 +222,17 @@ def check_precision(recipe: Recipe) -> None:
     programs = [runtime for runtime in runtimes if RUNTIMES[runtime] == "program"]
     if is_quantized(precision) and programs:
         raise UserError(f"--precision {precision}: {programs[0]} does not run quantized ONNX; take other --runtimes")
+
+
+def _check_without_budget(recipe: Recipe) -> None:
+    """Raise UserError where a budget is needed: where there is nothing else to do, and by options of the removal."""
+    if recipe.sparsity is None:
+        raise UserError("--flops is needed (or --latency, --latency-ms): give the part of the FLOPs to keep, like 0.5")
+    for name in _OF_REMOVAL:
+        value = getattr(recipe, name)
+        if value != Recipe.model_fields[name].default:
+            option = f"--{name.replace('_', '-')} {value}"
+            raise UserError(f"{option}: it has an effect only with --flops, --latency or --latency-ms")
 
 
 def check_engine_options(recipe: Recipe) -> None:

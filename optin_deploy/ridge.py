@@ -44,6 +44,15 @@ class Moments:
         return self.targets - explained
 
 
+def penalised(moments: Moments, strength: float) -> Tensor:
+    """``gram`` with the ridge on its diagonal: ``strength`` times the mean squared feature; the bias is free."""
+    features = len(moments.gram) - 1
+    penalty = torch.zeros(features + 1, dtype=moments.gram.dtype, device=moments.gram.device)
+    # The floor lets features be solved for that are zero, or repeat each other.
+    penalty[:features] = (strength * moments.gram.diagonal()[:features].mean()).clamp_min(1e-12) if features else 0.0
+    return moments.gram + penalty.diag()
+
+
 def solve(moments: Moments, old: Tensor, strength: float, *, bias: bool = True) -> Tensor:
     """Weights ``(features + 1, outputs)`` whose *change* from ``old`` is penalised; the last row is the bias.
 
@@ -52,13 +61,10 @@ def solve(moments: Moments, old: Tensor, strength: float, *, bias: bool = True) 
         bias: False leaves the last row as it is.
     """
     features = len(moments.gram) - 1
-    penalty = torch.zeros(features + 1, dtype=moments.gram.dtype, device=moments.gram.device)
-    # The floor lets features be solved for that are zero, or repeat each other.
-    penalty[:features] = (strength * moments.gram.diagonal()[:features].mean()).clamp_min(1e-12) if features else 0.0
     free = slice(None) if bias else slice(features)
     change = torch.zeros_like(old)
     missing = (moments.cross - moments.gram @ old)[free]
-    change[free] = torch.linalg.solve((moments.gram + penalty.diag())[free, free], missing)
+    change[free] = torch.linalg.solve(penalised(moments, strength)[free, free], missing)
     return old + change
 
 

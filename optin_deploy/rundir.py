@@ -28,11 +28,13 @@ def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, vers
 
 
 def default_directory(recipe: Recipe, run: str) -> Path:
-    """``runs/MODEL-flops0.5-HASH`` for the run with that fingerprint."""
+    """``runs/MODEL-flops0.5-HASH`` (``MODEL-2of4-HASH`` without a budget) for the run with that fingerprint."""
     name = Path(recipe.model).name.replace("/", "-") or "model"
     asked = {"flops": recipe.flops, "latency": recipe.latency, "ms": recipe.latency_ms}
-    budgets = "-".join(f"{what}{value:g}" for what, value in asked.items() if value is not None)
-    return Path("runs") / f"{name}-{budgets}-{run[:8]}"
+    parts = [f"{what}{value:g}" for what, value in asked.items() if value is not None]
+    if recipe.sparsity is not None:
+        parts.append(recipe.sparsity.replace(":", "of"))
+    return Path("runs") / "-".join([name, *parts, run[:8]])
 
 
 def check(directory: Path, run: str) -> None:

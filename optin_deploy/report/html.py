@@ -43,6 +43,7 @@ def render(report: Report) -> str:
         verdict=wording.verdict(report),
         latency_budget=wording.latency_budget(report),
         builds=wording.builds(report),
+        sparsity=wording.sparsity(report),
         headline=item,
         random=report.model.weights == "random",
         device=wording.device_name(report, item.runtime) if item else None,

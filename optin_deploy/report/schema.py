@@ -192,6 +192,16 @@ class LeftDense(_Value):
     flops_share: float
 
 
+class Sparsity(_Value):
+    """What `optin_deploy.sparsity.Sparsity` tells of the pruned network; ``pattern`` is what was asked for."""
+
+    pattern: Literal["2:4"]
+    maps: int
+    zeros: float
+    flops_share: float
+    left_dense: list[str]
+
+
 class Agreement(_Value):
     """How alike the dense and pruned networks' values of one output are; top1_agreement is 0 to 1, or None."""
 
@@ -327,6 +337,7 @@ class Report(_Value):
     pruned: Variant
     plan: list[PlanEntry]
     left_dense: list[LeftDense]
+    sparsity: Sparsity | None = None
     precision: Precision = "fp32"
     agreement: list[Agreement]
     evaluation: Evaluation | None
@@ -363,12 +374,13 @@ class Report(_Value):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def realised(self) -> list[Realised]:
-        """The realised ratio of every measurement, in their order."""
-        return [
-            Realised(runtime=item.runtime, batch_size=item.batch_size, ratio=self.realised_ratio(item))
-            for item in self.profile
-        ]
+        """The realised ratio of every measurement, in their order; none where the FLOPs are as many as before."""
+        ratios = [(item, self.realised_ratio(item)) for item in self.profile]
+        return [Realised(runtime=m.runtime, batch_size=m.batch_size, ratio=r) for m, r in ratios if r is not None]
 
-    def realised_ratio(self, measurement: Measurement) -> Interval:
-        """Measured speed-up ÷ FLOP reduction factor: 1 when the time fell as much as the FLOPs did."""
+    def realised_ratio(self, measurement: Measurement) -> Interval | None:
+        """Measured speed-up ÷ FLOP reduction factor: 1 when the time fell as much as the FLOPs did. None where they
+        did not fall: there is nothing to be realised."""
+        if self.pruned.flops >= self.dense.flops:
+            return None
         return measurement.speedup.scaled(1 / self.flops_reduction)

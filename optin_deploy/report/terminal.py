@@ -22,6 +22,9 @@ def summary(report: Report) -> Group:
     """Banners, size, speed, outputs and the verdict, as one renderable for a rich console."""
     parts: list[RenderableType] = [_banner(banner) for banner in wording.banners(report)]
     parts.append(_size(report))
+    sparsity = wording.sparsity(report)
+    if sparsity is not None:
+        parts += [Text("\nsparsity", style="bold"), Text(fill(sparsity, _WIDTH))]
     if report.profile:
         parts.append(_speed(report))
     parts += _on_gpu(report)
@@ -129,7 +132,8 @@ def _speedup(item: Measurement) -> Text:
 
 
 def _realised(report: Report, item: Measurement) -> str:
-    return f"{report.realised_ratio(item).value:.2f}"
+    ratio = report.realised_ratio(item)
+    return "—" if ratio is None else f"{ratio.value:.2f}"
 
 
 def _causes(report: Report) -> list[RenderableType]:

@@ -137,13 +137,40 @@ def headline(report: Report) -> Measurement | None:
 def verdict(report: Report) -> str:
     """The report in one sentence, which claims no speed-up that the noise does not allow."""
     item = headline(report)
-    fewer = f"{numbers.times(report.flops_reduction)} fewer FLOPs"
+    fewer = fewer_flops(report)
     if item is None:
         return f"Speed not measured; {fewer}{_quality(report)}."
     where = f"at batch {item.batch_size} on {device_name(report, item.runtime)} with {runtime_name(item.runtime)}"
     where += in_precision(report)
-    realised = f"realised ratio {report.realised_ratio(item).value:.2f}"
-    return f"{_speed(item, where)}, {fewer}, {realised}{_exceptions(report, item)}{_quality(report)}."
+    ratio = report.realised_ratio(item)
+    realised = "" if ratio is None else f", realised ratio {ratio.value:.2f}"
+    return f"{_speed(item, where)}, {fewer}{realised}{_exceptions(report, item)}{_quality(report)}."
+
+
+def fewer_flops(report: Report) -> str:
+    """By what factor there are fewer FLOPs, and that weights are zero."""
+    fewer = f"{numbers.times(report.flops_reduction)} fewer FLOPs"
+    if report.sparsity is None:
+        return fewer
+    sparse = f"weights {report.sparsity.pattern} sparse"
+    return f"as many FLOPs, {sparse}" if report.pruned.flops == report.dense.flops else f"{fewer}, {sparse}"
+
+
+def sparsity(report: Report) -> str | None:
+    """How sparse the weights are and what that is good for, in two sentences; None where they were not made sparse."""
+    found = report.sparsity
+    if found is None:
+        return None
+    maps = f"{found.maps} linear map{'' if found.maps == 1 else 's'}"
+    told = (
+        f"{found.pattern} in {maps} with {numbers.percent(found.flops_share)} of the FLOPs: "
+        f"{numbers.percent(found.zeros)} of their weights are zero. FLOPs count zeros as any weight; they are skipped "
+        "only on GPUs with sparse tensor cores, through TensorRT."
+    )
+    if found.left_dense:
+        more = f" and {len(found.left_dense) - 3} more" if len(found.left_dense) > 3 else ""
+        told += f" Dense in the blocks are {', '.join(found.left_dense[:3])}{more}."
+    return told
 
 
 def in_precision(report: Report) -> str:

@@ -115,7 +115,7 @@ def test_an_engine_comes_with_what_it_needs(built: Built) -> None:
 def test_engines_of_both_attentions_are_built(tmp_path: Path, opset: int, static: bool) -> None:
     pytest.importorskip("tensorrt_rtx")
     shapes = input_ranges({"ids": SHAPES["ids"]}, AXES, (2,), 2, static=static)
-    config = EngineConfig("rtx", optimization_level=1, workspace_mib=64)
+    config = EngineConfig("rtx", optimization_level=1, workspace_mib=64, sparse_weights=True)
     build_engine(onnx_file(tmp_path, opset), tmp_path / "net.engine", shapes, config)
     assert check_engine(tmp_path / "net.engine").config == config
 

@@ -62,8 +62,10 @@ def test_every_option_reaches_the_builder() -> None:
         "refittable": True,
         "weight_stripped": True,
         "version_compatible": True,
+        "sparsity": "2:4",
     }
-    assert engine_config(recipe(**options), "rtx") == EngineConfig("rtx", 2, 64, True, True, True)
+    assert engine_config(recipe(**options), "rtx") == EngineConfig("rtx", 2, 64, True, True, True, True)
+    assert not engine_config(recipe(), "rtx").sparse_weights
 
 
 def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ({"ridge": "some"}, "--ridge some"),
         ({"ridge": None}, "--ridge None"),
         ({"rounds": 0}, "--rounds 0"),
+        ({"sparsity": "4:8"}, "--sparsity 4:8: input should be '2:4'"),
         ({"rounds": 17}, "--rounds 17"),
         ({"rounds": 1.5}, "--rounds 1.5"),
         ({"narrow_heads": "some"}, "--narrow-heads some"),
@@ -101,6 +102,32 @@ def test_a_ridge_is_a_number_or_auto(tmp_path: Path, given: object, expected: ob
     assert recipe.ridge == expected
     recipe.save(tmp_path / "r.yaml")
     assert make_recipe({}, tmp_path / "r.yaml").ridge == expected
+
+
+def test_sparsity_is_read_with_and_without_quotes(tmp_path: Path) -> None:
+    recipe = make_recipe({"model": "m"}, save_lines(tmp_path / "r.yaml", ["sparsity: 2:4"]))
+    assert recipe.sparsity == "2:4"
+    recipe.save(tmp_path / "r.yaml")
+    assert make_recipe({}, tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"criterion": "magnitude"}, "--criterion magnitude"),
+        ({"probes": 2}, "--probes 2"),
+        ({"task_weight": 2.0}, "--task-weight 2.0"),
+        ({"align": "auto"}, "--align auto"),
+        ({"narrow_heads": False}, "--narrow-heads False"),
+        ({"rounds": 2}, "--rounds 2"),
+        ({"batch_size": 4}, "--batch-size 4"),
+    ],
+)
+def test_sparsity_alone_needs_no_budget_and_takes_no_option_of_one(options: dict[str, object], told: str) -> None:
+    check_options(make_recipe({"model": "m", "sparsity": "2:4", "compensate": False}))
+    check_options(make_recipe({"model": "m", "sparsity": "2:4", "flops": 0.5, "narrow_heads": False}))
+    with pytest.raises(UserError, match=f"^{told}: it has an effect only with --flops, --latency or --latency-ms$"):
+        check_options(make_recipe({"model": "m", "sparsity": "2:4", **options}))
 
 
 def test_a_model_is_needed() -> None:

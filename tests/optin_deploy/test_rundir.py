@@ -45,6 +45,9 @@ def test_fingerprint_of_scalars_and_empty_tensors(dtype: torch.dtype) -> None:
 def test_default_directory_tells_model_and_budget() -> None:
     directory = rundir.default_directory(recipe(), "0123456789abcdef")
     assert directory == Path("runs/model-flops0.5-01234567")
+    for flops, name in ((None, "model-2of4-01234567"), (0.5, "model-flops0.5-2of4-01234567")):
+        sparse = recipe(flops=flops, sparsity="2:4")
+        assert rundir.default_directory(sparse, "0123456789abcdef") == Path("runs", name)
     assert rundir.default_directory(Recipe(model="..", flops=0.5), "0123456789").parent == Path("runs")
 
 

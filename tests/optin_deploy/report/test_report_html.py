@@ -138,6 +138,15 @@ def test_figures_of_a_gpu_have_a_list(data: dict[str, Any]) -> None:
     assert "on the device 12.3 → 7.89 ms, 312 W (at most 402), clocks held by: &lt;b&gt;</li>" in page
 
 
+def test_sparsity_without_fewer_flops_has_no_realised_ratio(data: dict[str, Any]) -> None:
+    found = {"pattern": "2:4", "maps": 36, "zeros": 0.5, "flops_share": 0.891, "left_dense": []}
+    data |= {"sparsity": found, "pruned": data["dense"]}
+    text = render(Report.model_validate(data))
+    Page(text)
+    assert "2:4 in 36 linear maps" in text and "as many, weights 2:4 sparse" in text
+    assert "ealised ratio is" not in text and "speed-up ÷ FLOP reduction" not in text
+
+
 def test_random_weights_hide_the_agreement_from_the_tiles(data: dict[str, Any]) -> None:
     data["model"]["weights"] = "random"
     text = render(Report.model_validate(data))

@@ -47,6 +47,15 @@ def test_it_fits_100_columns_and_has_every_figure(data: dict[str, Any]) -> None:
     assert text.index("Built-in calibration") < text.index("FLOPs")
 
 
+def test_sparsity_alone_has_a_dash_for_the_realised_ratio(data: dict[str, Any]) -> None:
+    found = {"pattern": "2:4", "maps": 36, "zeros": 0.5, "flops_share": 0.891, "left_dense": []}
+    text = shown(Report.model_validate(data | {"sparsity": found, "pruned": data["dense"]}))
+    assert "2:4 in 36 linear maps" in text
+    assert all(
+        line.rstrip().endswith("—") for line in text.splitlines() if line.strip().startswith("pruned") and "×" in line
+    )
+
+
 def test_markup_in_names_is_shown_and_not_obeyed(data: dict[str, Any]) -> None:
     data["model"]["name"] = "net[bold]x[/nonsense]"
     data["agreement"][0]["output"] = data["profile"][0]["runtime"] = "[red]y[/nonsense]"

@@ -9,7 +9,7 @@ import pytest
 
 from optin_deploy.report import Report, wording
 from optin_deploy.report.html import render
-from optin_deploy.report.wording import banners, on_gpu, verdict
+from optin_deploy.report.wording import banners, on_gpu, sparsity, verdict
 from profilers import GpuWatch
 
 CPU = "AMD EPYC 7763 64-Core Processor"
@@ -110,6 +110,35 @@ def test_a_gpu_that_tells_little_is_told_of_in_few_words(data: dict[str, Any]) -
         "not watched: nvidia-ml-py is not installed"
     ]
     assert banners(with_gpu(data, reasons=("power cap", "clocks set by the user"))) == ()
+
+
+def sparse(data: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    found = {"pattern": "2:4", "maps": 36, "zeros": 0.5, "flops_share": 0.891, "left_dense": []}
+    return data | {"sparsity": found | changes}
+
+
+def test_sparsity_alone_promises_nothing(data: dict[str, Any]) -> None:
+    report = measured(sparse(data), ("ort-cpu", 8, 1.01, False))
+    whole = report.model_copy(update={"pruned": report.dense})
+    assert verdict(whole) == (
+        f"No measurable speed-up at batch 8 on {CPU} with ONNX Runtime: 1.01× is inside the A/A noise of ±3.0 %, "
+        "as many FLOPs, weights 2:4 sparse; top-1 % 79.8 → 76.9."
+    )
+    assert whole.realised_ratio(whole.profile[0]) is None and whole.realised == []
+    assert "2.00× fewer FLOPs, weights 2:4 sparse, realised ratio 0.51" in verdict(report)
+
+
+def test_what_sparsity_is_good_for_is_told(data: dict[str, Any]) -> None:
+    assert sparsity(Report.model_validate(data)) is None
+    told = (
+        "2:4 in 36 linear maps with 89.1 % of the FLOPs: 50.0 % of their weights are zero. FLOPs count zeros as any "
+        "weight; they are skipped only on GPUs with sparse tensor cores, through TensorRT."
+    )
+    assert sparsity(Report.model_validate(sparse(data))) == told
+    some = Report.model_validate(sparse(data, maps=1, left_dense=["a", "b", "c", "d"]))
+    assert sparsity(some) == (
+        f"{told.replace('36 linear maps', '1 linear map')} Dense in the blocks are a, b, c and 1 more."
+    )
 
 
 def test_nothing_measured(data: dict[str, Any]) -> None:
