@@ -50,7 +50,10 @@ class Budget:
 
 def check_budget(costs: CostModel, fraction: float, what: str = "FLOPs") -> None:
     """Raise UserError, naming the floor, when ``fraction`` of the dense cost cannot be reached."""
-    floor = costs.floor / costs.total
+    _check_floor(costs.floor / costs.total, fraction, what)
+
+
+def _check_floor(floor: float, fraction: float, what: str) -> None:
     if fraction < floor:
         raise UserError(
             f"a budget of {fraction:g} of the {what} cannot be reached: with every prunable unit removed "
@@ -150,12 +153,7 @@ def _chosen(
     budgets: Sequence[Budget],
 ) -> list[int]:
     """For each group the index of the choice taken."""
-    # Each budget's room is 1.
-    parts = [
-        np.array([b.costs.option(g.name, n, w) for g, c in zip(groups, choices, strict=True) for n, w in c])
-        / max(b.limit - b.costs.floor, 1e-30)
-        for b in budgets
-    ]
+    parts = [_parts(budget, groups, choices) for budget in budgets]
     ends = np.cumsum([len(c) for c in choices])
     starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
 
@@ -166,6 +164,16 @@ def _chosen(
     value = np.concatenate([np.asarray(v) for v in values])
     taken = solve(value, parts[0]) if len(budgets) == 1 else _under_both(solve, value, parts[0], parts[1])
     return [int(i) for i in taken - starts]
+
+
+def _parts(
+    budget: Budget, groups: Sequence[Group], choices: Sequence[Sequence[tuple[int, int | None]]]
+) -> NDArray[np.float64]:
+    """What all choices, one after the other, cost beyond the least of their group, where the budget's room is 1."""
+    costs = [np.array([budget.costs.option(g.name, n, w) for n, w in c]) for g, c in zip(groups, choices, strict=True)]
+    floor = budget.costs.floor + sum(float(cost.min()) for cost in costs)
+    _check_floor(floor / budget.costs.total, budget.fraction, budget.what)
+    return np.concatenate([cost - cost.min() for cost in costs]) / max(budget.limit - floor, 1e-30)
 
 
 def _split(flat: NDArray[np.float64], ends: NDArray[np.int64]) -> list[NDArray[np.float64]]:
@@ -219,12 +227,13 @@ def _ranked(group: Group, values: np.ndarray) -> np.ndarray:
 
 
 def candidate_sizes(group: Group, align: int) -> list[int]:
-    """The numbers of units that may be kept of ``group``, from 0 to all; of dimensions of heads, from one step on."""
+    """The numbers of units that may be kept of ``group``, from `Group.least` to all; of dimensions of heads, from one
+    step on."""
     if group.kind == "width":
         step = _fitting(min(align, _WIDTH_STEP), group.units, _MIN_WIDTH_STEPS)
         return sorted({*range(step, group.units, step), group.units})
     step = 1 if group.kind == "head" else _fitting(align, group.units, _MIN_STEPS)
-    return sorted({*range(0, group.units, step), group.units})
+    return sorted({group.least, *range(step, group.units, step), group.units})
 
 
 def _fitting(step: int, units: int, steps: int) -> int:

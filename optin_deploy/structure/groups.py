@@ -97,6 +97,11 @@ class Group:
         """Whether it is known to what the output is added."""
         return self.residual is not None or self.shortcut is not None
 
+    @property
+    def least(self) -> int:
+        """Units that stay at least: with none of them, what has no stream around it would let nothing through."""
+        return 0 if self.has_stream else 1
+
 
 @dataclass(frozen=True)
 class LeftDense:

@@ -273,7 +273,7 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
         (own.directory / late).unlink()
     before = times(own.directory)
     made: list[str] = []
-    homes = {"score": pipeline, "agreement": pipeline, "onnx_from_program": measuring, "check_parity": measuring}
+    homes = {"score": pipeline, "agreement": pipeline, "onnx_in_precision": measuring, "check_parity": measuring}
     for name, home in homes.items():
         monkeypatch.setattr(home, name, lambda *_, name=name, **__: made.append(name))
     again = prune_export(

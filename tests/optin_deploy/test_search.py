@@ -20,7 +20,7 @@ HEAD_COST, NEURON_COST, REST = 40.0, 1.0, 100.0
 
 
 def group(name: str, kind: Kind, units: int) -> Group:
-    return Group(name, kind, units, 1, output=name, sides=(), owners=(), stand_ins=())
+    return Group(name, kind, units, 1, output=name, sides=(), owners=(), stand_ins=(), residual="block")
 
 
 def anatomy(layers: int, heads: int, neurons: int) -> tuple[Structure, Costs]:
@@ -374,3 +374,23 @@ def test_edges_are_used_where_they_come_near_the_budget() -> None:
     assert {len(plan.kept[n]) for n in edges} <= {0, 33, 66, 99, 100}
     exact = search_all(structure, scores, [Budget(costs, 0.753, window=0.002)], 8, edges)
     assert 0.751 * costs.total <= costs.of(exact) <= 0.753 * costs.total
+
+
+def in_a_row(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    return tuple(replace(g, residual=None) for g in groups)
+
+
+def test_what_has_no_stream_around_it_keeps_a_unit() -> None:
+    structure, costs = anatomy(2, 4, 16)
+    row = replace(structure, groups=in_a_row(structure.groups))
+    scores = {g.name: torch.zeros(g.units) for g in row.groups}
+    scores["0.attn"] += 1.0
+    assert candidate_sizes(group("a", "channel", 16), 4) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert candidate_sizes(replace(group("a", "channel", 16), residual=None), 4) == [1, 2, 4, 6, 8, 10, 12, 14, 16]
+    plan = search(row, scores, costs, 0.7, 4)
+    assert all(len(units) >= 1 for units in plan.kept.values())
+    assert costs.of(plan) <= 0.7 * costs.total
+    # One head of each attention and one neuron of each FFN: 100 + 80 + 2 of 452.
+    assert search(row, scores, costs, 0.405, 4).kept.keys() == scores.keys()
+    with pytest.raises(UserError, match=r"a budget of 0.4 of the FLOPs cannot be reached: .* 0.403 are left"):
+        search(row, scores, costs, 0.4, 4)
