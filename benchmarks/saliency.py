@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import ImagePreprocessing, Network
+from optin_deploy.network import named_outputs
 
 SIZE = 224
 
@@ -52,7 +53,7 @@ def map_agreement(dense: nn.Module, pruned: nn.Module, batches: list[dict[str, T
     """Mean over pictures of the correlation, and of the absolute difference, of the two maps."""
     correlations, differences = [], []
     for batch in batches:
-        a, b = dense(**batch).flatten(1), pruned(**batch).flatten(1)
+        a, b = (next(iter(named_outputs(module(**batch)).values())).flatten(1) for module in (dense, pruned))
         correlations += [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(a, b, strict=True)]
         differences += (a - b).abs().mean(1).tolist()
     return sum(correlations) / len(correlations), sum(differences) / len(differences)

@@ -37,6 +37,7 @@ _DEFAULT_RUNTIMES: dict[Precision, tuple[Runtime, ...]] = {
     "fp8": ("tensorrt",),
 }
 _ENGINE_RUNTIMES = ("tensorrt", "rtx")
+_FP8_OPSET = 19
 _OF_ENGINES = (
     "static",
     "builder_optimization_level",
@@ -219,6 +220,8 @@ def check_precision(recipe: Recipe) -> None:
         raise UserError(f"--precision {precision}: ONNX Runtime has none on a CPU; take other --runtimes, or fp16")
     if precision == "tf32" and not set(runtimes) & set(GPU_RUNTIMES):
         raise UserError(f"--precision tf32: it has an effect only on a GPU, not with --runtimes {','.join(runtimes)}")
+    if precision == "fp8" and recipe.opset < _FP8_OPSET:
+        raise UserError(f"--opset {recipe.opset}: ONNX has fp8 from opset {_FP8_OPSET} on")
     programs = [runtime for runtime in runtimes if RUNTIMES[runtime] == "program"]
     if is_quantized(precision) and programs:
         raise UserError(f"--precision {precision}: {programs[0]} does not run quantized ONNX; take other --runtimes")

@@ -23,8 +23,9 @@ from exporters import (
     onnx_in_precision,
     trace,
 )
+from exporters.equalising import equalise
 from exporters.onnx import save_model
-from exporters.quantization import Quantized, _equalise, quantize
+from exporters.quantization import Quantized, quantize
 
 from .test_precision import AXES, Net, batch
 
@@ -126,7 +127,7 @@ def test_equal_channels_leave_float32_as_it_was(net: nn.Module, tmp_path: Path) 
     names = ("map", "logits")
     onnx_from_program(trace(net, batch(), AXES), exact, output_names=names, dynamic_axes=AXES)
     model = ir.load(exact)
-    _equalise(model, exact, [batch(8)])
+    equalise(model, exact, [batch(8)])
     save_model(model, equal)
     rows = check_parity(net, equal, [batch(1), batch(4)], names, 1e-5, threads=1)
     assert all(row.passed for row in rows)
@@ -145,7 +146,7 @@ def test_outliers_cost_less_where_channels_are_made_equal(
             return float((net(**batch(8))[0] - module(**batch(8))["map"]).square().mean())
 
     equal = error(tmp_path / "equal.onnx")
-    monkeypatch.setattr("exporters.quantization._equalise", lambda *_: None)
+    monkeypatch.setattr("exporters.quantization.equalise", lambda *_: None)
     assert equal < 0.5 * error(tmp_path / "plain.onnx")
 
 

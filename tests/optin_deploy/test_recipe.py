@@ -239,6 +239,7 @@ def test_alignment(options: dict[str, Any], alignment: int | None, needs_table: 
         ({"precision": "bf16", "runtimes": ("ort-cpu",)}, "--precision bf16: ONNX Runtime has none on a CPU"),
         ({"precision": "tf32", "runtimes": ("ort-cpu", "torch")}, "not with --runtimes ort-cpu,torch"),
         ({"precision": "int8", "runtimes": ("ort-cpu", "torch")}, "torch does not run quantized ONNX"),
+        ({"precision": "fp8", "opset": 18}, "--opset 18: ONNX has fp8 from opset 19 on"),
     ],
 )
 def test_a_runtime_has_to_know_the_precision(options: dict[str, Any], message: str) -> None:

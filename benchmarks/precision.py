@@ -1,0 +1,98 @@
+"""What each precision costs: ONNX files of dense and pruned networks, run by ONNX Runtime on the CPU.
+
+    python benchmarks/precision.py --cases stsb,sst2,saliency --flops 0.5
+
+bfloat16 has no kernels there and is emulated, rounded after every operator; fp8 rounds inputs and weights of the linear
+maps, which is all it does anywhere, and multiplies in float32. Writes ``results/DEVICE/precision.json`` row by row and
+goes on where an earlier run has stopped; ``--table`` only prints.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import common
+import torch
+from accuracy import result_file
+from cases import CASES, Case
+from rich.console import Console
+from rich.table import Table
+
+from exporters import OnnxModule, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
+from optin_deploy import Network, prune
+from optin_deploy.network import TensorOutputs
+
+# tf32 is a file in fp32.
+PRECISIONS = tuple(p for p in get_args(Precision) if p != "tf32")
+OPSET = 20
+Row = dict[str, Any]
+
+
+def measured(case: Case, network: Network, precision: Precision, threads: int) -> dict[str, Any]:
+    """The case's figures for ``network`` exported in ``precision``, and the file's size in MiB."""
+    module = in_precision(TensorOutputs(network.module, network.outputs), precision, OPSET)
+    program = trace(module, network.inputs, network.dynamic_axes)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        onnx_in_precision(
+            program,
+            path,
+            precision,
+            case.batches,
+            output_names=tuple(network.outputs),
+            dynamic_axes=network.dynamic_axes,
+            opset=OPSET,
+        )
+        size_mib = path.stat().st_size / 2**20
+        with runnable_on_cpu(path, precision) as file:
+            return {"figures": case.measure(OnnxModule(file, network.outputs, threads)), "size_mib": size_mib}
+
+
+def run(name: str, rows: list[Row], given: Any) -> None:
+    """Measure what is missing of a case."""
+    wanted = [(variant, p) for variant in ("dense", "pruned") for p in PRECISIONS]
+    missing = [w for w in wanted if (name, *w, given.flops) not in {_key(row) for row in rows}]
+    if not missing:
+        return
+    case = CASES[name][0](given.data_root, given.seed, None)
+    networks = {"dense": case.network, "pruned": prune(case.network, case.batches, given.flops).network}
+    for variant, precision in missing:
+        found = measured(case, networks[variant], precision, given.threads)
+        where = {"case": name, "variant": variant, "precision": precision, "flops": given.flops, "seed": given.seed}
+        rows.append({**where, **found})
+        print(rows[-1], flush=True)
+        common.write_results("precision", rows)
+
+
+def _key(row: Row) -> tuple[str, str, str, float]:
+    return row["case"], row["variant"], row["precision"], row["flops"]
+
+
+def table(rows: list[Row]) -> Table:
+    """All figures, one row for each file."""
+    made = Table("case", "variant", "precision", "MiB", "figures")
+    for row in rows:
+        figures = ", ".join(f"{n} {v:.4g}" for n, v in row["figures"].items() if "standard error" not in n)
+        made.add_row(row["case"], row["variant"], row["precision"], f"{row['size_mib']:.1f}", figures)
+    return made
+
+
+def main() -> None:
+    """Measure what is missing, print the table."""
+    arguments = common.parser(__doc__ or "")
+    arguments.add_argument("--flops", type=float, default=0.5)
+    arguments.add_argument("--cases", default="stsb,sst2,saliency", help="comma-separated")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--table", action="store_true", help="only print what was measured")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    path = result_file("x").with_name("precision.json")
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+    for name in given.cases.split(",") if not given.table else ():
+        run(name, rows, given)
+    Console(width=150).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
