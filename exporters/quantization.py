@@ -25,7 +25,7 @@ from torch import Tensor
 from exporters.equalising import drop_unused, equalise
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
-from exporters.onnx import onnx_from_program, save_model
+from exporters.onnx import PRODUCER, onnx_from_program, save_model
 from exporters.precision import Precision
 from exporters.tracing import DynamicAxes
 
@@ -94,7 +94,8 @@ def quantize(source: Path, path: str | Path, batches: Sequence[Batch], precision
             _to_fp8(model)
             drop_unused(model)
         for node in model.graph:
-            node.metadata_props.update(scopes.get(node.outputs[0].name, {}))
+            node.metadata_props.update(scopes.get(_taker(node).outputs[0].name, {}))
+        model.producer_name, model.producer_version = PRODUCER, None
         save_model(model, temporary)
 
 
@@ -160,6 +161,13 @@ def _quiet() -> Any:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _taker(node: Any) -> Any:
+    """The operator that a value is quantized for, of several the first; the node itself if it quantizes none."""
+    while node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.outputs[0].uses():
+        node = next(iter(node.outputs[0].uses()))[0]
+    return node
 
 
 def _to_fp8(model: Any) -> None:

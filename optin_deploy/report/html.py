@@ -44,6 +44,7 @@ def render(report: Report) -> str:
         latency_budget=wording.latency_budget(report),
         builds=wording.builds(report),
         sparsity=wording.sparsity(report),
+        precision=wording.precision(report),
         headline=item,
         random=report.model.weights == "random",
         device=wording.device_name(report, item.runtime) if item else None,

@@ -178,6 +178,17 @@ def in_precision(report: Report) -> str:
     return "" if report.precision == "fp32" else f" in {report.precision}"
 
 
+def precision(report: Report) -> str | None:
+    """What both networks were measured in, a sentence; None for float32."""
+    said = {
+        "fp32": None,
+        "tf32": "Both networks in float32, computed in TF32 on GPUs.",
+        "int8": "Both networks in int8: their linear maps and convolutions, all else in fp32.",
+        "fp8": "Both networks in fp8: their linear maps, all else in fp32.",
+    }
+    return said.get(report.precision, f"Both networks in {report.precision}, norms in fp32.")
+
+
 def latency_budget(report: Report) -> str | None:
     """How the latency budget was met, in a sentence; None where there was none."""
     met = report.latency_budget

@@ -152,8 +152,9 @@ def test_outliers_cost_less_where_channels_are_made_equal(
 
 def test_the_module_of_every_operator_is_still_known(net: nn.Module, tmp_path: Path) -> None:
     graph = onnx.load(written(net, tmp_path / "net.onnx", "int8")).graph
-    maps = [node for node in graph.node if node.op_type == "MatMul"]
-    assert maps
+    kinds = ("MatMul", "QuantizeLinear", "DequantizeLinear")
+    maps = [node for node in graph.node if node.op_type in kinds]
+    assert {node.op_type for node in maps} == set(kinds)
     assert all(any(p.key == "pkg.torch.onnx.name_scopes" for p in node.metadata_props) for node in maps)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from exporters import Precision
 from optin_deploy.report import Report, wording
 from optin_deploy.report.html import render
 from optin_deploy.report.wording import banners, on_gpu, sparsity, verdict
@@ -197,3 +198,9 @@ def test_how_builds_differ_is_one_line(data: dict[str, Any]) -> None:
     )
     assert wording.builds(report) == line
     assert line in render(report)
+
+
+def test_what_is_computed_in_which_precision_is_told(data: dict[str, Any]) -> None:
+    told = {p: wording.precision(Report.model_validate(data | {"precision": p})) for p in get_args(Precision)}
+    assert told.pop("fp32") is None
+    assert all(told.values()) and len(set(told.values())) == 5
