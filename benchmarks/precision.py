@@ -1,4 +1,4 @@
-"""What each precision costs: ONNX files of dense and pruned networks, run by ONNX Runtime on the CPU.
+"""What each precision and 2:4 sparsity cost: ONNX files of dense, pruned and sparse networks in ONNX Runtime on the CPU.
 
     python benchmarks/precision.py --cases stsb,sst2,saliency --flops 0.5
 
@@ -8,6 +8,8 @@ goes on where an earlier run has stopped; ``--table`` only prints.
 """
 
 import json
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -22,6 +24,8 @@ from rich.table import Table
 from exporters import OnnxModule, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
 from optin_deploy import Network, prune
 from optin_deploy.network import TensorOutputs
+from optin_deploy.plan import Plan
+from optin_deploy.pruning import examine, make_sparse
 
 # tf32 is a file in fp32.
 PRECISIONS = tuple(p for p in get_args(Precision) if p != "tf32")
@@ -49,15 +53,32 @@ def measured(case: Case, network: Network, precision: Precision, threads: int) -
             return {"figures": case.measure(OnnxModule(file, network.outputs, threads)), "size_mib": size_mib}
 
 
+def sparse(case: Case) -> Network:
+    """The network with nothing removed, and two of every four weights zero."""
+    structure, small = examine(case.network).structure, deepcopy(case.network.module)
+    whole = Plan({group.name: tuple(range(group.units)) for group in structure.groups})
+    make_sparse(case.network, small, structure, whole, case.batches, "auto")
+    return case.network.with_module(small)
+
+
+VARIANTS: dict[str, Callable[[Case, float], Network]] = {
+    "dense": lambda case, _: case.network,
+    "pruned": lambda case, flops: prune(case.network, case.batches, flops).network,
+    "2:4 sparse": lambda case, _: sparse(case),
+}
+
+
 def run(name: str, rows: list[Row], given: Any) -> None:
     """Measure what is missing of a case."""
-    wanted = [(variant, p) for variant in ("dense", "pruned") for p in PRECISIONS]
+    wanted = [(variant, p) for variant in VARIANTS for p in PRECISIONS]
     missing = [w for w in wanted if (name, *w, given.flops) not in {_key(row) for row in rows}]
     if not missing:
         return
     case = CASES[name][0](given.data_root, given.seed, None)
-    networks = {"dense": case.network, "pruned": prune(case.network, case.batches, given.flops).network}
+    networks: dict[str, Network] = {}
     for variant, precision in missing:
+        if variant not in networks:
+            networks[variant] = VARIANTS[variant](case, given.flops)
         found = measured(case, networks[variant], precision, given.threads)
         where = {"case": name, "variant": variant, "precision": precision, "flops": given.flops, "seed": given.seed}
         rows.append({**where, **found})
