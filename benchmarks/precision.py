@@ -1,4 +1,4 @@
-"""What each precision and 2:4 sparsity cost: ONNX files of dense, pruned and sparse networks in ONNX Runtime on the CPU.
+"""What precisions and 2:4 sparsity cost: ONNX files of dense, pruned and sparse networks in ONNX Runtime on the CPU.
 
     python benchmarks/precision.py --cases stsb,sst2,saliency --flops 0.5
 
