@@ -178,7 +178,7 @@ def _engine(
     if each not in checkable_engines(recipe):
         return ()
     with stages.stage(f"check {each.runtime} engine"):
-        batches, tolerance = parity_batches(network, samples.held_out, recipe), parity_tolerance(recipe)
+        batches, tolerance = parity_batches(network, samples.held_out, recipe.precision), parity_tolerance(recipe)
         found = check_engine_parity(network, each.runtime, path, batches, tolerance, recipe.threads)
         return _passed(found, f" with {BUILDERS[each.runtime].product}")
 

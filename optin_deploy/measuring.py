@@ -15,6 +15,7 @@ from exporters import (
     PARITY_TOLERANCES,
     OnnxModule,
     OutputParity,
+    Precision,
     check_engine,
     check_parity,
     in_precision,
@@ -88,7 +89,9 @@ def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> 
     tolerance = parity_tolerance(recipe) if recipe.precision != "tf32" else PARITY_TOLERANCES["fp32"]
     module, names = TensorOutputs(network.module, network.outputs), tuple(network.outputs)
     with runnable_on_cpu(onnx, recipe.precision) as file:
-        return check_parity(module, file, parity_batches(network, held_out, recipe), names, tolerance, recipe.threads)
+        return check_parity(
+            module, file, parity_batches(network, held_out, recipe.precision), names, tolerance, recipe.threads
+        )
 
 
 def parity_tolerance(recipe: Recipe) -> float:
@@ -135,7 +138,7 @@ def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, A
     ]
 
 
-def parity_batches(network: Network, held_out: Batches, recipe: Recipe) -> list[dict[str, Tensor]]:
+def parity_batches(network: Network, held_out: Batches, precision: Precision = "fp32") -> list[dict[str, Tensor]]:
     """Inputs of several batch sizes, and lengths for text, out of those that the network was not calibrated on.
 
     For 8 bits texts are cut until none of them is padded: what stands at padding is far from all else, in nobody's use,
@@ -146,7 +149,7 @@ def parity_batches(network: Network, held_out: Batches, recipe: Recipe) -> list[
         batch = {name: t[:count] for name, t in held_out[0].items()}
         valid = network.valid_tokens(batch)
         lengths = valid.sum(1) if valid is not None else torch.zeros(1)
-        length = int(lengths.min() if is_quantized(recipe.precision) else lengths.max())
+        length = int(lengths.min() if is_quantized(precision) else lengths.max())
         batches.append(
             {name: t[:, :length] if name in network.sequence_inputs and length else t for name, t in batch.items()}
         )
@@ -179,7 +182,7 @@ def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) ->
             rows = []
             for file, (each, name) in files.items():
                 network = networks[VARIANTS.index(name)]
-                batches = parity_batches(network, job.calibration.held_out, recipe)
+                batches = parity_batches(network, job.calibration.held_out, recipe.precision)
                 threshold = parity_tolerance(recipe)
                 found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
                 rows += _parity_rows(name, each.runtime, found)

@@ -62,10 +62,11 @@ def test_every_option_reaches_the_builder() -> None:
         "refittable": True,
         "weight_stripped": True,
         "version_compatible": True,
+        "precision": "tf32",
         "sparsity": "2:4",
     }
-    assert engine_config(recipe(**options), "rtx") == EngineConfig("rtx", 2, 64, True, True, True, True)
-    assert not engine_config(recipe(), "rtx").sparse_weights
+    assert engine_config(recipe(**options), "rtx") == EngineConfig("rtx", 2, 64, True, True, True, True, True)
+    assert engine_config(recipe(), "rtx") == EngineConfig("rtx")
 
 
 def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

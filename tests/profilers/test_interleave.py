@@ -96,8 +96,8 @@ def test_all_loads_of_a_variant_take_turns() -> None:
 def test_each_of_many_builds_has_a_turn_whatever_the_limit() -> None:
     machine = Machine()
     builds = {"a": [machine.network(f"a{i}", 250.0 + i) for i in range(9)]}
-    samples, _ = interleave(builds, never, 0.1, 0, lambda _: None, machine.clock_ns)
-    assert [turn[0] for turn in samples["a"]] == [250.0 + i for i in range(9)]
+    found = interleave(builds, never, 0.1, 0, lambda _: None, machine.clock_ns)
+    assert [turn[0] for turn in found.samples_ms["a"]] == [250.0 + i for i in range(9)]
 
 
 def test_each_round_runs_every_variant_in_a_shuffled_order_of_the_seed() -> None:
