@@ -35,6 +35,7 @@ Batch = Mapping[str, Tensor]
 # Ranges change little with more samples.
 _SAMPLES = 256
 _INT8_MOST, _FP8_MOST = 127.0, 448.0
+_FP8_OPSET = 19
 # TensorRT's convolutions take int8, and fp8 on few devices only.
 _OPERATORS: dict[Quantized, list[str]] = {"int8": ["MatMul", "Gemm", "Conv"], "fp8": ["MatMul", "Gemm"]}
 
@@ -74,7 +75,7 @@ def quantize(source: Path, path: str | Path, batches: Sequence[Batch], precision
             the largest value seen be the largest that there is.
 
     Raises:
-        ExportError: there is nothing to quantize or to calibrate on, or ONNX Runtime cannot do it.
+        ExportError: there is nothing to calibrate on, the opset has no fp8, or ONNX Runtime cannot quantize it.
     """
     import onnx_ir as ir
 
@@ -84,6 +85,8 @@ def quantize(source: Path, path: str | Path, batches: Sequence[Batch], precision
     with tempfile.TemporaryDirectory(prefix="optin-quantize-") as folder, staged(path) as temporary:
         equal, made = Path(folder, "equal.onnx"), Path(folder, "made.onnx")
         model = ir.load(source)
+        if precision == "fp8" and (model.opset_imports[""] or 0) < _FP8_OPSET:
+            raise ExportError(f"ONNX has fp8 from opset {_FP8_OPSET} on, and this is opset {model.opset_imports['']}")
         scopes = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph}
         equalise(model, source, used)
         drop_unused(model)

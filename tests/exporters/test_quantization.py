@@ -165,6 +165,15 @@ def test_without_calibration_data_nothing_is_written(net: nn.Module, tmp_path: P
     assert list(tmp_path.iterdir()) == [exact]
 
 
+def test_an_opset_without_fp8_is_refused(net: nn.Module, tmp_path: Path) -> None:
+    exact = tmp_path / "exact.onnx"
+    program = trace(net, batch(), AXES)
+    onnx_from_program(program, exact, output_names=("map", "logits"), dynamic_axes=AXES, opset=18)
+    with pytest.raises(ExportError, match="ONNX has fp8 from opset 19 on, and this is opset 18"):
+        quantize(exact, tmp_path / "net.onnx", [batch(8)], "fp8")
+    assert list(tmp_path.iterdir()) == [exact]
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_engines_are_built_of_it(net: nn.Module, tmp_path: Path, precision: Quantized) -> None:
     for package in (BUILDERS["rtx"].package, "polygraphy"):
