@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from gpu_networks import METHODS
 
 from exporters import EngineConfig, ExportError, Precision, check_builder
-from profilers import GPU_RUNTIMES, RUNTIMES
+from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _why_not(runtime: str) -> str:
             return "onnxruntime is not installed"
         import onnxruntime
 
-        provider = "CUDAExecutionProvider" if runtime in GPU_RUNTIMES else "CPUExecutionProvider"
+        provider = ORT_PROVIDERS[runtime]
         if provider not in onnxruntime.get_available_providers():
             return f"onnxruntime {onnxruntime.__version__} has no {provider}"
     return ""

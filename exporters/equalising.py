@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exporters.onnx import save_model
+from exporters.parity import open_session
 
 Batch = Mapping[str, Tensor]
 
@@ -136,9 +137,7 @@ def _axes(ir: Any, model: Any, name: str, count: int) -> Any:
 
 
 def _largest_over(file: Path, names: list[str], batches: Iterable[Batch]) -> list[NDArray[Any]]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = open_session(file)
     found: list[NDArray[Any]] = []
     for batch in batches if names else ():
         largest = session.run(names, {name: tensor.numpy() for name, tensor in batch.items()})

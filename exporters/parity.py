@@ -49,7 +49,7 @@ def check_parity(
     run the file, or the number of outputs is not that of `output_names`.
     """
     expected = _expected(module, batches, output_names)
-    session = _session(onnx_path, threads)
+    session = open_session(onnx_path, threads)
     return _compared(expected, [_run(session, batch, output_names) for batch in batches], output_names, tolerance)
 
 
@@ -85,7 +85,7 @@ class OnnxModule(nn.Module):
 
     def __init__(self, path: str | Path, outputs: Mapping[str, str], threads: int | None = None) -> None:
         super().__init__()
-        self.session, self.outputs = _session(path, threads), dict(outputs)
+        self.session, self.outputs = open_session(path, threads), dict(outputs)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         given = self.session.run(list(self.outputs), {name: t.cpu().numpy() for name, t in inputs.items()})
@@ -160,7 +160,8 @@ def _worst(name: str, differences: Sequence[_Difference], tolerance: float) -> O
     )
 
 
-def _session(path: str | Path, threads: int | None) -> Any:
+def open_session(path: str | Path, threads: int | None = None) -> Any:
+    """The file under ONNX Runtime's CPU provider; ExportError when that is missing or cannot load it."""
     try:
         import onnxruntime
     except ImportError as error:

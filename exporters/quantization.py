@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ _FP8_OPSET = 19
 _OPERATORS: dict[Quantized, list[str]] = {"int8": ["MatMul", "Gemm", "Conv"], "fp8": ["MatMul", "Gemm"]}
 
 
-def is_quantized(precision: Precision) -> bool:
+def is_quantized(precision: Precision) -> TypeGuard[Quantized]:
     """Whether a file of ``precision`` is made by calibration."""
     return precision in _OPERATORS
 
@@ -62,7 +62,7 @@ def onnx_in_precision(
     with tempfile.TemporaryDirectory(prefix="optin-quantize-") as folder:
         exact = Path(folder, "exact.onnx")
         onnx_from_program(program, exact, output_names=output_names, dynamic_axes=dynamic_axes, opset=opset)
-        quantize(exact, path, batches, precision)  # type: ignore[arg-type]
+        quantize(exact, path, batches, precision)
 
 
 def quantize(source: Path, path: str | Path, batches: Sequence[Batch], precision: Quantized) -> None:
@@ -156,14 +156,15 @@ def _quantize_static(
 
 
 @contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Without what the quantizer prints and logs: its failures are exceptions."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _taker(node: Any) -> Any:

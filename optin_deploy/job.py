@@ -83,7 +83,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
             "inputs in groups of four; prune it with --flops instead"
         )
     if recipe.flops is not None:
-        check_budget(anatomy.costs, recipe.flops)
+        check_budget(anatomy.structure, anatomy.costs, recipe.flops)
     calibration = calibration or load_calibration(
         network,
         recipe.calibration,

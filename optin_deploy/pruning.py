@@ -97,7 +97,7 @@ def prune(
         raise UserError(f"rounds={rounds}: at least 1 is needed")
     scoring = scoring or Scoring()
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
-    check_budget(anatomy.costs, flops)
+    check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
     plan, small = remove_in_rounds(

@@ -48,9 +48,13 @@ class Budget:
         return self.fraction * self.costs.total
 
 
-def check_budget(costs: CostModel, fraction: float, what: str = "FLOPs") -> None:
+def check_budget(structure: Structure, costs: CostModel, fraction: float, what: str = "FLOPs") -> None:
     """Raise UserError, naming the floor, when ``fraction`` of the dense cost cannot be reached."""
-    _check_floor(costs.floor / costs.total, fraction, what)
+    floor = costs.floor
+    for group in structure.groups:
+        if group.kind != "width" and group.least:
+            floor += costs.option(group.name, group.least, 1 if structure.narrowing(group.name) else None)
+    _check_floor(floor / costs.total, fraction, what)
 
 
 def _check_floor(floor: float, fraction: float, what: str) -> None:
@@ -92,7 +96,7 @@ def search_all(
         UserError: a budget is below its floor.
     """
     for budget in budgets:
-        check_budget(budget.costs, budget.fraction, budget.what)
+        check_budget(structure, budget.costs, budget.fraction, budget.what)
     if edges is not None:
         plan = _best_plan(structure, scores, budgets, {**_sizes(structure, align), **edges})
         if _is_near(plan, budgets):

@@ -100,7 +100,7 @@ def prune(
         UserError: the budget cannot be reached.
     """
     linear = transformer_part(network.module, anatomy)
-    check_budget(linear.costs, flops)
+    check_budget(linear.structure, linear.costs, flops)
     sizes = uniform_sizes(linear, flops, align)
     found = moments(network, linear.structure, batches)
     scores = active_energy(network, linear.structure, batches, found)

@@ -65,7 +65,7 @@ def prune(
         UserError: the budget cannot be reached.
     """
     linear = transformer_part(network.module, anatomy)
-    check_budget(linear.costs, flops)
+    check_budget(linear.structure, linear.costs, flops)
     groups = linear.structure.groups
     dense = dense_logits(network, batches)
     module, kept = network.module, dict[str, tuple[int, ...]]()

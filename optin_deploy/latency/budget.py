@@ -78,7 +78,7 @@ def meet(
     Raises:
         UserError: the budget is below the floor of the table.
     """
-    check_budget(measured.costs, fraction, "latency")
+    check_budget(structure, measured.costs, fraction, "latency")
     costs, tried = measured.costs, []
     edges = edges_of(structure, measured) if align is None else None
     with TemporaryDirectory(prefix="optin-budget-") as name:

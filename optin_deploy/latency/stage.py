@@ -18,6 +18,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages, as_steps
 from optin_deploy.recipe import Recipe
 from optin_deploy.search import Budget, check_budget
+from optin_deploy.structure.groups import Structure
 
 
 def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None:
@@ -28,13 +29,13 @@ def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None
     with stages.stage("latency tables") as advance:
         measured = measure_network(job.network, job.anatomy.structure, job.target, as_steps(advance))
     if recipe.has_latency:
-        check_latency(recipe, measured)
+        check_latency(job.anatomy.structure, recipe, measured)
     return measured
 
 
-def check_latency(recipe: Recipe, measured: Measured) -> None:
+def check_latency(structure: Structure, recipe: Recipe, measured: Measured) -> None:
     """Raise UserError when the latency that ``recipe`` asks for cannot be reached, or is no less than the dense one."""
-    check_budget(measured.costs, _fraction(recipe, measured), "latency")
+    check_budget(structure, measured.costs, _fraction(recipe, measured), "latency")
 
 
 def _fraction(recipe: Recipe, measured: Measured) -> float:

@@ -146,7 +146,7 @@ def _check_latencies(job: Job, checked: _Checked, stages: Stages) -> None:
     measured = latency_tables(replace(job, recipe=pending[0]), checked.directory, stages)
     assert measured is not None
     for recipe in pending:
-        check_latency(recipe, measured)
+        check_latency(job.anatomy.structure, recipe, measured)
 
 
 def _finished(place: Path) -> Report | None:

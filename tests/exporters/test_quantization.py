@@ -54,7 +54,6 @@ def test_a_quantized_file_is_near_float32(net: nn.Module, tmp_path: Path, precis
     rows = check_parity(net, path, [batch(1), batch(4)], ("map", "logits"), PARITY_TOLERANCES[precision], threads=1)
     assert all(row.passed for row in rows)
     assert all(row.max_abs_error > 1e-4 for row in rows)
-    assert path.stat().st_size < written(net, tmp_path / "exact.onnx", "fp32").stat().st_size * 2
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])

@@ -265,8 +265,8 @@ def test_a_budget_below_the_floor_names_the_floor() -> None:
     with pytest.raises(UserError, match=floor):
         search(structure, random_scores(structure, 0), costs, 0.1, 8)
     with pytest.raises(UserError, match=f"milliseconds.*{floor}"):
-        check_budget(costs, 0.1, "milliseconds")
-    check_budget(costs, costs.floor / costs.total)
+        check_budget(structure, costs, 0.1, "milliseconds")
+    check_budget(structure, costs, costs.floor / costs.total)
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e9])
@@ -394,3 +394,5 @@ def test_what_has_no_stream_around_it_keeps_a_unit() -> None:
     assert search(row, scores, costs, 0.405, 4).kept.keys() == scores.keys()
     with pytest.raises(UserError, match=r"a budget of 0.4 of the FLOPs cannot be reached: .* 0.403 are left"):
         search(row, scores, costs, 0.4, 4)
+    with pytest.raises(UserError, match=r"0.403 are left"):
+        check_budget(row, costs, 0.4)
