@@ -35,8 +35,8 @@ def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor])
     with ExitStack() as stack:
         for name, mask in masks.items():
             group = structure.group(name)
-            handle = module.get_submodule(group.output).register_forward_pre_hook(_hook(group, mask))
-            stack.callback(handle.remove)
+            place = module.get_submodule(group.masked or group.output)
+            stack.callback(place.register_forward_pre_hook(_hook(group, mask)).remove)
             if group.kind == "width":
                 stack.enter_context(masked_queries(module, group, mask))
         yield

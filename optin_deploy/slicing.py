@@ -1,6 +1,7 @@
 """Cutting units out of a network: smaller parameters, no masks, no hooks."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from optin_deploy.plan import Plan
 from optin_deploy.projections import Conv, Geometry, feature_dim
-from optin_deploy.structure.groups import Group, Side, StandIn, Structure
+from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 
 class Constant(nn.Module):
@@ -86,11 +89,13 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     return small
 
 
-def features_of(units: Tensor, group: Group, features: int) -> Tensor:
-    """Indices of those of a side's ``features`` that belong to ``units``, in order."""
-    within = (units[:, None] * group.width + torch.arange(group.width)).reshape(-1)
-    size = group.units * group.width
-    return (torch.arange(features // size)[:, None] * size + within).reshape(-1)
+def features_of(units: Tensor, group: Group, features: int, widths: Sequence[int] = ()) -> Tensor:
+    """Indices of those of ``features`` that belong to ``units``, in order; ``widths`` as for `Side`."""
+    found, start = [], 0
+    for width in widths or (group.width,) * (features // (group.units * group.width)):
+        found.append(start + (units[:, None] * width + torch.arange(width)).reshape(-1))
+        start += group.units * width
+    return torch.cat(found)
 
 
 def query_gain(group: Group, kept: int) -> float:
@@ -101,20 +106,32 @@ def query_gain(group: Group, kept: int) -> float:
 def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.kind == "width":
         _rescale_queries(module, group, len(kept))
+    if group.slim is not None:
+        module.set_submodule(group.name, slimmed(module.get_submodule(group.name), group.slim))
     for side in group.sides:
         layer = module.get_submodule(side.module)
-        features = features_of(kept, group, _size(layer, side))
-        if isinstance(layer, nn.BatchNorm2d):
+        features = features_of(kept, group, _size(layer, side), side.widths)
+        if isinstance(layer, BatchNorm):
             _slice_norm(layer, features)
         else:
             _slice_layer(layer, side, features)
+    for entries in group.entries:
+        _slice_entries(module, entries, group, kept)
     for name, attribute in group.attributes:
         owner = module.get_submodule(name)
         setattr(owner, attribute, getattr(owner, attribute) * len(kept) // group.units)
 
 
+def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """``module``, with all it holds, as one of the class ``cls``, a subclass of its own with another forward."""
+    assert issubclass(cls, type(module))
+    slim = cls.__new__(cls)
+    slim.__dict__.update(module.__dict__)
+    return slim
+
+
 def _size(layer: nn.Module, side: Side) -> int:
-    if isinstance(layer, nn.BatchNorm2d):
+    if isinstance(layer, BatchNorm):
         return layer.num_features
     return layer.get_parameter("weight").shape[feature_dim(layer, side.axis)]
 
@@ -136,14 +153,29 @@ def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
 def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
     """Keep these outputs or inputs of a linear layer or a convolution."""
     assert isinstance(layer, nn.Linear | Conv)
+    before = _size(layer, side)
     layer.weight = _selected(layer.get_parameter("weight"), feature_dim(layer, side.axis), features)
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"{side.axis}_{unit}", len(features))
+    if isinstance(layer, Conv) and layer.groups > 1:
+        layer.groups = layer.groups * len(features) // before
+        layer.in_channels = layer.in_channels * len(features) // before
     if side.axis == "out" and layer.bias is not None:
         layer.bias = _selected(layer.get_parameter("bias"), 0, features)
 
 
-def _slice_norm(norm: nn.BatchNorm2d, features: Tensor) -> None:
+def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tensor) -> None:
+    owner, _, name = entries.tensor.rpartition(".")
+    holder = module.get_submodule(owner)
+    tensor = getattr(holder, name)
+    index = features_of(kept, group, tensor.shape[entries.dim], entries.widths)
+    if isinstance(tensor, nn.Parameter):
+        setattr(holder, name, _selected(tensor, entries.dim, index))
+    else:
+        setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
+
+
+def _slice_norm(norm: BatchNorm, features: Tensor) -> None:
     norm.num_features = len(features)
     for name, parameter in list(norm.named_parameters(recurse=False)):
         setattr(norm, name, _selected(parameter, 0, features))

@@ -12,6 +12,7 @@ from optin_deploy.structure.chain import pairs_in_a_row
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
+from optin_deploy.structure.trial import uncuttable
 from optin_deploy.structure.width import narrowable, width_group
 
 
@@ -39,6 +40,9 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     for pair in pairs_in_a_row(module, inputs, calls, {*block_of.values(), *(left.module for left in left_dense)}):
         ran.append(pair)
         block_of[pair.name] = pair.output
+    failed = uncuttable(module, inputs, ran)
+    left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
+    ran = [g for g in ran if g.name not in failed]
     blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):

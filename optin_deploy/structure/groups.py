@@ -18,12 +18,28 @@ StandIn = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_channe
 class Side:
     """One side of a layer (linear, convolution, batch norm) whose features belong to the units of a group.
 
-    Its features are ordered part, unit, feature, with as many parts as there is room for: a fused query-key-value
-    projection has three, every other layer one; for the width of heads, each head is a part.
+    Its features are ordered part, unit, feature. ``widths`` says how many features a unit has in each part; where it is
+    empty, that is the group's width in as many parts as there is room for: a fused query-key-value projection has
+    three, most other layers one; for the width of heads, each head is a part.
+
+    A grouped convolution that stands between two others has but an "out" side: its inputs are those of the same units.
     """
 
     module: str
     axis: Literal["out", "in"]
+    widths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A parameter or buffer, by its dotted name, with entries of the units of a group along ``dim``.
+
+    Ordered and counted as the features of a `Side`.
+    """
+
+    tensor: str
+    dim: int
+    widths: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
@@ -60,8 +76,13 @@ class Group:
 
     ``output`` names the projection behind the units: its input has ``units * width`` features along ``axis``, and a
     unit is masked by setting its features to zero there. ``owners`` are the modules whose FLOPs are proportional to the
-    units kept. ``attributes`` are ``(module, attribute)`` whose value is proportional to them. ``stand_ins`` say what
-    takes the place of which module when no unit is left.
+    units kept. ``attributes`` are ``(module, attribute)`` whose value is proportional to them, ``entries`` parameters
+    and buffers that no layer of ``sides`` holds. ``stand_ins`` say what takes the place of which module when no unit is
+    left. ``slim`` is the class that the module ``name`` gets when it is sliced, for one whose own forward takes widths
+    from its input: a subclass of its own with the same parameters.
+
+    Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
+    in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
 
     Heads with ``qkv`` may also get narrower: a group of kind "width" beside theirs, which names them as its ``heads``.
     Its units are the dimensions of queries, keys and values, in order, the same in all heads; one at least stays.
@@ -91,6 +112,9 @@ class Group:
     in_place: bool = False
     qkv: Projections | None = None
     heads: str | None = None
+    entries: tuple[Entries, ...] = ()
+    slim: type[nn.Module] | None = None
+    masked: str | None = None
 
     @property
     def has_stream(self) -> bool:
