@@ -25,6 +25,11 @@ class Constant(nn.Module):
         self.whole = whole
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
+    @property
+    def weight(self) -> Tensor:
+        """What tells a module around it, like T5's feed-forward network, of which type its parameters are."""
+        return self.bias
+
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         # A copy, because the network may change it in place.
         if self.whole:

@@ -7,7 +7,7 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 # Importing an adapter file registers its adapters.
-from optin_deploy.structure import conv, timm, transformers  # noqa: F401
+from optin_deploy.structure import conv, feed_forward, timm, transformers  # noqa: F401
 from optin_deploy.structure.chain import pairs_in_a_row
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS, supported
@@ -76,16 +76,23 @@ def _tokens(calls: list[Call], structure: Structure) -> int:
 
 
 def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
+    """What the adapters say of every submodule; that registered last has the word, and no part is described twice."""
     groups: list[Group] = []
     left_dense: list[LeftDense] = []
+    taken: set[tuple[str, str]] = set()
     for name, submodule in module.named_modules():
         parent_name = name.rpartition(".")[0]
-        for adapt in ADAPTERS:
-            match = adapt(name, submodule, parent_name, module.get_submodule(parent_name)) if name else None
-            if isinstance(match, Group):
-                groups.append(match)
-            elif match is not None:
-                left_dense.append(match)
+        parent = module.get_submodule(parent_name)
+        found = [adapt(name, submodule, parent_name, parent) for adapt in reversed(ADAPTERS)] if name else []
+        matches = [match for match in found if match is not None]
+        described = [m for m in matches if isinstance(m, Group)]
+        for group in described:
+            sides = {(side.module, side.axis) for side in group.sides}
+            if not sides & taken:
+                groups.append(group)
+                taken |= sides
+        if not described:
+            left_dense += [m for m in matches if isinstance(m, LeftDense)][:1]
     return groups, left_dense
 
 

@@ -2,7 +2,7 @@
 
 An adapter takes ``(name, module, parent's name, parent)`` and returns a `Group`, a `LeftDense` for a module that it
 knows but cannot prune, or None for a module that is none of its business. Registering one makes the module type
-prunable everywhere:
+prunable everywhere; where several describe the same, the one registered last has the word:
 
     @adapter
     def my_ffn(name, module, parent_name, parent):
@@ -25,6 +25,12 @@ ADAPTERS: list[Adapter] = []
 def adapter(function: Adapter) -> Adapter:
     """Register an adapter (a decorator)."""
     ADAPTERS.append(function)
+    return function
+
+
+def general_adapter(function: Adapter) -> Adapter:
+    """Register an adapter that is asked after all others (a decorator)."""
+    ADAPTERS.insert(0, function)
     return function
 
 

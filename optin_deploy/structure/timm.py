@@ -1,4 +1,4 @@
-"""timm's ``Attention`` (fused query-key-value) and ``Mlp``, wherever they stand."""
+"""timm's ``Attention`` (fused query-key-value), wherever it stands."""
 
 import timm.layers
 from torch import nn
@@ -41,24 +41,3 @@ def _is_plain(attention: nn.Module) -> bool:
     """Whether nothing but products stands between queries, keys, values and the output projection."""
     norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
     return all(isinstance(n, nn.Identity | None) for n in norms) and getattr(attention, "gate", None) is None
-
-
-@adapter
-def mlp(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
-    """Neurons of ``timm.layers.Mlp``: rows of ``fc1``, columns of ``fc2``."""
-    if type(module) is not timm.layers.Mlp:
-        return None
-    if not isinstance(module.fc1, nn.Linear):
-        return LeftDense(name, "an Mlp of 1×1 convolutions")
-    if not isinstance(module.norm, nn.Identity):
-        return LeftDense(name, "a norm over all neurons stands before the output projection")
-    return Group(
-        name=name,
-        kind="neuron",
-        units=module.fc1.out_features,
-        width=1,
-        output=join(name, "fc2"),
-        sides=(Side(join(name, "fc1"), "out"), Side(join(name, "fc2"), "in")),
-        owners=(name,),
-        stand_ins=((name, "constant"),),
-    )

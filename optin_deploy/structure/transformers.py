@@ -1,4 +1,4 @@
-"""Attentions with separate query, key and value projections, and the feed-forward networks beside them.
+"""Attentions with separate query, key and value projections.
 
 Modules are matched on what they hold, not on their class: transformers renames them between releases.
 """
@@ -10,7 +10,6 @@ from optin_deploy.structure.registry import adapter
 
 _QKV_NAMES = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
 _OUTPUT_NAMES = ("o_proj", "out_proj", "out_lin")
-_FFN_NAMES = (("fc1", "fc2"), ("lin1", "lin2"))
 _HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads")
 _HEAD_WIDTH_NAMES = ("attention_head_size", "head_dim")
 _ALL_HEADS_WIDTH_NAMES = ("all_head_size", "embed_dim", "dim")
@@ -90,47 +89,4 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         stand_ins=stand_ins,
         attributes=tuple(attributes),
         qkv=_separate(name, names) if scaled and plain else None,
-    )
-
-
-@adapter
-def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
-    """Neurons of a two-layer FFN held in one module (``fc1``/``fc2``, ``lin1``/``lin2``)."""
-    if not _is_library_module(module):
-        return None
-    for pair in _FFN_NAMES:
-        linears = _linears(module, pair)
-        if linears and linears[0].out_features == linears[1].in_features:
-            up, down = join(name, pair[0]), join(name, pair[1])
-            return Group(
-                name=name,
-                kind="neuron",
-                units=linears[0].out_features,
-                width=1,
-                output=down,
-                sides=(Side(up, "out"), Side(down, "in")),
-                owners=(name,),
-                stand_ins=((name, "constant"),),
-            )
-    return None
-
-
-@adapter
-def split_feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
-    """Neurons of BERT's FFN: ``intermediate.dense`` and, beside it, ``output.dense``."""
-    if not _is_library_module(module) or not name.endswith("intermediate"):
-        return None
-    up, down = child(module, "dense"), child(parent, "output.dense")
-    if not isinstance(up, nn.Linear) or not isinstance(down, nn.Linear) or up.out_features != down.in_features:
-        return None
-    output = join(parent_name, "output.dense")
-    return Group(
-        name=name,
-        kind="neuron",
-        units=up.out_features,
-        width=1,
-        output=output,
-        sides=(Side(join(name, "dense"), "out"), Side(output, "in")),
-        owners=(name, output),
-        stand_ins=((name, "pass"), (output, "constant")),
     )

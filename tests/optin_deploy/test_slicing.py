@@ -156,7 +156,7 @@ def test_shapes_of_a_sliced_vit() -> None:
         "mlp.fc2.bias": (16,),
         **norms,
     }
-    assert shapes(small, "blocks.1.") == {"attn.bias": (16,), "mlp.bias": (16,), **norms}
+    assert shapes(small, "blocks.1.") == {"attn.bias": (16,), "mlp.fc2.bias": (16,), **norms}
 
 
 def test_shapes_of_a_sliced_bert() -> None:

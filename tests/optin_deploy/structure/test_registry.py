@@ -16,10 +16,10 @@ class Gated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.gate, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.up, self.gate, self.shift, self.down = (*(nn.Linear(4, 6) for _ in range(3)), nn.Linear(6, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gate(x).sigmoid() * self.up(x))
+        return self.down(self.gate(x).sigmoid() * self.up(x) + self.shift(x))
 
 
 def gated(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
@@ -32,7 +32,7 @@ def gated(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> 
         units=module.up.out_features,
         width=1,
         output=f"{name}.down",
-        sides=(Side(f"{name}.up", "out"), Side(f"{name}.gate", "out"), Side(f"{name}.down", "in")),
+        sides=(*(Side(f"{name}.{n}", "out") for n in ("up", "gate", "shift")), Side(f"{name}.down", "in")),
         owners=(name,),
         stand_ins=((name, "constant"),),
     )
@@ -51,6 +51,19 @@ def test_a_registered_adapter_makes_a_module_prunable(kept: tuple[int, ...], mon
     with torch.no_grad(), masked(module, structure, tiny.masks_of(structure, plan)):
         expected = module(**inputs)
     torch.testing.assert_close(sliced(module, structure, plan)(**inputs), expected, rtol=0, atol=1e-6)
+
+
+def test_the_adapter_registered_last_has_the_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> LeftDense | None:
+        return LeftDense(name, "by mine") if isinstance(module, nn.Linear) else None
+
+    def known(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> LeftDense | None:
+        return LeftDense(name, "known") if isinstance(module, nn.Linear | nn.GELU) else None
+
+    monkeypatch.setattr("optin_deploy.structure.describe.ADAPTERS", [known, mine])
+    module = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    found = describe(module, {"input": torch.randn(2, 4)}).left_dense
+    assert found == (LeftDense("0", "by mine"), LeftDense("1", "known"))
 
 
 def test_registering_and_listing(monkeypatch: pytest.MonkeyPatch) -> None:
