@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exporters import BUILDERS, check_engine
-from optin_deploy.costs import count_flops, flops_share
+from optin_deploy.costs import count_flops
 from optin_deploy.engine_parity import unchecked
 from optin_deploy.engines import wanted_engines
 from optin_deploy.job import VERSION, Job, is_measurable
@@ -19,6 +19,7 @@ from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report
 from optin_deploy.search import BUDGET_WINDOW
 from optin_deploy.sparsity import measure_sparsity
+from optin_deploy.unpruned import unpruned
 from profilers import environment
 
 VARIANTS = ("dense", "pruned")
@@ -74,10 +75,7 @@ def assemble(
                 # Heads that have all left have no width.
                 if plan.kept.get(g.heads or "") != ()
             ],
-            "left_dense": [
-                {**asdict(left), "flops_share": flops_share(network.module, network.inputs, left.module)}
-                for left in structure.left_dense
-            ],
+            "left_dense": [asdict(each) for each in unpruned(network.module, structure, network.inputs)],
             "sparsity": _sparsity(job, small),
             "agreement": results["agreement"],
             "precision": recipe.precision,

@@ -103,13 +103,6 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
     return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths)
 
 
-def flops_share(module: nn.Module, inputs: Mapping[str, Tensor], name: str) -> float:
-    """The part of the FLOPs that the submodule ``name`` takes."""
-    counts = flops_by_module(module, inputs)
-    total = sum(counts.get("Global", {}).values())
-    return sum(counts.get(f"{type(module).__name__}.{name}", {}).values()) / total if total else 0.0
-
-
 def flops_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, dict[object, int]]:
     """FLOPs by kind of operator: of every submodule under ``CLASS.name``, with CLASS the module's, and all "Global"."""
     sample = {name: value[:1] for name, value in inputs.items()}

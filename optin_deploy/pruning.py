@@ -18,13 +18,16 @@ from optin_deploy.scoring import Scoring, score
 from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
 from optin_deploy.sparsity import sparsify
-from optin_deploy.structure.describe import describe
+from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.groups import Structure
+from optin_deploy.unpruned import unpruned
 
 Batches = Sequence[Mapping[str, Tensor]]
 Advance = Callable[[float], None]
 # Strength of the ridge: chosen on held-out batches, fixed, or None for no repair.
 Ridge = float | Literal["auto"] | None
+# Modules that are named where nothing is prunable.
+_LARGEST = 3
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,18 @@ def examine(network: Network, *, narrow: bool = True) -> Anatomy:
     if not narrow:
         structure = structure.without_widths()
     if not structure.groups:
-        raise UserError(
-            f"nothing prunable found in {network.source.name}: looked for timm's Attention and Mlp, for attentions of "
-            "transformers with separate query, key and value, for two-layer feed-forward networks beside them, and for "
-            "residual blocks of two convolutions, and for convolutions in a row"
-        )
+        raise UserError(_nothing_prunable(network, structure))
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs))
+
+
+def _nothing_prunable(network: Network, structure: Structure) -> str:
+    """What was looked for, and where the FLOPs are."""
+    largest = unpruned(network.module, structure, network.inputs)[:_LARGEST]
+    parts = [f"{each.module} ({100 * each.flops_share:.1f} %: {each.reason})" for each in largest]
+    return (
+        f"nothing prunable found in {network.source.name}; its FLOPs are in {', '.join(parts) or 'no layer'}; "
+        f"looked for: {' '.join(prunable())}"
+    )
 
 
 def prune(

@@ -34,7 +34,11 @@ def render(report: Report) -> str:
     )
     for name in ("scaled", "milliseconds", "per_second", "times", "bounds", "percent", "scientific", "significant"):
         environment.filters[name] = getattr(numbers, name)
-    environment.filters |= {"noise": numbers.noise, "runtime": wording.runtime_name}
+    environment.filters |= {
+        "noise": numbers.noise,
+        "runtime": wording.runtime_name,
+        "left_dense": wording.left_dense,
+    }
     item = wording.headline(report)
     return environment.get_template("template.html.j2").render(
         report=report,

@@ -185,11 +185,12 @@ class PlanEntry(_Value):
 
 
 class LeftDense(_Value):
-    """A module that was not pruned, why, and its share of the dense network's FLOPs, 0 to 1."""
+    """What was not pruned, why, and its share of the dense network's FLOPs, 0 to 1: see `optin_deploy.unpruned`."""
 
     module: str
     reason: str
     flops_share: float
+    count: int = 1
 
 
 class Sparsity(_Value):

@@ -16,6 +16,7 @@ from optin_deploy.report.schema import Measurement, Report
 
 _WIDTH = 100
 _CAUSES = 3
+_LEFT_DENSE = 5
 
 
 def summary(report: Report) -> Group:
@@ -25,6 +26,8 @@ def summary(report: Report) -> Group:
     sparsity = wording.sparsity(report)
     if sparsity is not None:
         parts += [Text("\nsparsity", style="bold"), Text(fill(sparsity, _WIDTH))]
+    if report.left_dense:
+        parts.append(_left_dense(report))
     if report.profile:
         parts.append(_speed(report))
     parts += _on_gpu(report)
@@ -84,6 +87,22 @@ def _size(report: Report) -> Table:
         numbers.change(report.dense.parameters, report.pruned.parameters),
         numbers.change(report.dense.onnx_mib, report.pruned.onnx_mib),
     )
+    return table
+
+
+def _left_dense(report: Report) -> Table:
+    """What takes most of the FLOPs that could not be pruned."""
+    share = sum(each.flops_share for each in report.left_dense)
+    table = _table(f"\nleft dense, {numbers.percent(share)} of the dense FLOPs")
+    table.show_header = False
+    table.add_column("", max_width=34, overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", max_width=_WIDTH - 46)
+    for each in report.left_dense[:_LEFT_DENSE]:
+        table.add_row(Text(wording.left_dense(each)), numbers.percent(each.flops_share), Text(each.reason))
+    rest = report.left_dense[_LEFT_DENSE:]
+    if rest:
+        table.add_row(f"{len(rest)} more", numbers.percent(sum(each.flops_share for each in rest)), "see report.html")
     return table
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optin_deploy.report import numbers
-from optin_deploy.report.schema import LayerAccount, Measurement, Report, Unmeasured, VariantName
+from optin_deploy.report.schema import LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
 from profilers import GPU_RUNTIMES
 from profilers.gpu import SLOWDOWNS
 
@@ -60,6 +60,11 @@ def banners(report: Report) -> tuple[Banner, ...]:
 def unmeasured(item: Unmeasured) -> str:
     """That a runtime could not be measured, and why."""
     return f"Not measured with {runtime_name(item.runtime)}: {item.reason}."
+
+
+def left_dense(each: LeftDense) -> str:
+    """The name of what stays dense, with how many there are."""
+    return each.module if each.count == 1 else f"{each.module} ({each.count})"
 
 
 def slowed_down(item: Measurement) -> str | None:

@@ -121,6 +121,12 @@ def test_an_empty_run_still_makes_a_page(data: dict[str, Any]) -> None:
     assert "Not measured in this run" in text
 
 
+def test_modules_left_dense_for_one_reason_share_a_row(data: dict[str, Any]) -> None:
+    data["left_dense"] = [{"module": "blocks.*.mixer", "reason": "unknown", "flops_share": 0.312, "count": 12}]
+    text = render(Report.model_validate(data))
+    assert "blocks.*.mixer (12)" in text and "31.2 %" in text
+
+
 def test_lower_precision_has_its_evaluation_beside(data: dict[str, Any]) -> None:
     data["precision"] = "bf16"
     data["evaluation"]["deployed"] = 76.41

@@ -86,3 +86,12 @@ def test_changes_and_noise_have_their_sign() -> None:
     assert numbers.change(2, 1) == "−50.0 %"
     assert numbers.change(1, 1.5) == "+50.0 %"
     assert numbers.noise(Interval(value=1.0, low=0.96, high=1.03)) == "±4.0 %"
+
+
+def test_what_was_left_dense_is_named_with_its_share(data: dict[str, Any]) -> None:
+    known = {"module": "blocks.*.mixer", "reason": "a Mixer, which no adapter knows", "flops_share": 0.3, "count": 12}
+    small = [{"module": f"m{i}", "reason": "a Conv2d in no prunable group", "flops_share": 0.01} for i in range(6)]
+    text = shown(Report.model_validate(data | {"left_dense": [known, *small]}))
+    assert "left dense, 36.0 % of the dense FLOPs" in text
+    assert "blocks.*.mixer (12)" in text and "30.0 %" in text and "a Mixer, which no adapter knows" in text
+    assert "2 more" in text and "2.0 %" in text
