@@ -80,7 +80,7 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
         taken = latencies(network, {"dense": network.module, "flops": first}, target, given.seconds)
         part = ratio_interval(taken["flops"], taken["dense"]).value
         # Budgets are aimed at from a little below: asked for so much that the two take equally long.
-        other = meet(in_bases, structure, scores, measured, part / AIM, [], target, None).plan
+        other = meet(in_bases, structure, scores, measured, anatomy.costs, part / AIM, target).plan
         second = remove(in_bases, structure, other, case.batches, "auto")
         modules = {"dense": network.module, "flops": first, "latency": second}
         found = latencies(network, modules, target, given.seconds)

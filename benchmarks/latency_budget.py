@@ -48,7 +48,7 @@ class Row:
         asked: part of the dense latency.
         measured: part of the dense latency that the result takes, with its 95 % interval, in a run of its own.
         noise: dense ÷ dense again in that run.
-        errors: predicted ÷ measured, less 1, of every network built on the way.
+        errors: predicted ÷ measured, less 1, of every network built on the way by the search that led to the result.
         flops: part of the dense FLOPs that the result has.
         seconds: spent on searching, building and measuring, the tables left out.
         table_seconds: spent on the tables, shared by the budgets of this network and batch size.
@@ -98,7 +98,7 @@ def run(
 ) -> Row:  # fmt: skip
     """Meet one budget and judge what came of it."""
     start = perf_counter()
-    met = meet(dense, anatomy.structure, scores, measured, asked, [], target, None)
+    met = meet(dense, anatomy.structure, scores, measured, anatomy.costs, asked, target)
     spent = perf_counter() - start
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
         small = sliced(dense.module, anatomy.structure, met.plan)
@@ -114,7 +114,7 @@ def run(
         asked=asked,
         measured=ratio_interval(samples["pruned"], samples["dense"]),
         noise=ratio_interval(samples["dense"], samples["dense again"]),
-        errors=[r.error for r in met.rounds],
+        errors=[r.error for r in met.rounds if r.by == met.rounds[met.taken].by],
         flops=anatomy.costs.of(met.plan) / anatomy.costs.total,
         seconds=spent,
         table_seconds=table_seconds,

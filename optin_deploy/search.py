@@ -50,11 +50,33 @@ class Budget:
 
 def check_budget(structure: Structure, costs: CostModel, fraction: float, what: str = "FLOPs") -> None:
     """Raise UserError, naming the floor, when ``fraction`` of the dense cost cannot be reached."""
+    _check_floor(lowest(structure, costs), fraction, what)
+
+
+def lowest(structure: Structure, costs: CostModel) -> float:
+    """The part of the dense cost that is left when all is removed that may be."""
     floor = costs.floor
     for group in structure.groups:
         if group.kind != "width" and group.least:
             floor += costs.option(group.name, group.least, 1 if structure.narrowing(group.name) else None)
-    _check_floor(floor / costs.total, fraction, what)
+    return floor / costs.total
+
+
+def kept_score(structure: Structure, scores: Mapping[str, Tensor], plan: Plan) -> float:
+    """The score that ``plan`` keeps, which the search makes as large as it can. Narrower heads lose their part of what
+    narrowing all heads loses."""
+    total = 0.0
+    for group in structure.groups:
+        if group.kind == "width":
+            continue
+        kept = list(plan.kept.get(group.name, range(group.units)))
+        total += float(scores[group.name].double()[kept].sum())
+        width = structure.narrowing(group.name)
+        if width is not None and kept:
+            lost = scores[width.name].double().clone()
+            lost[list(plan.kept.get(width.name, range(width.units)))] = 0
+            total -= float(lost.sum()) * len(kept) / group.units
+    return total
 
 
 def _check_floor(floor: float, fraction: float, what: str) -> None:
@@ -262,9 +284,10 @@ def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
             cells = int(np.ceil(cost / step - 1e-9))
             if cells > _GRID:
                 continue
-            candidate = np.concatenate([np.full(cells, -np.inf), best[: _GRID + 1 - cells] + value])
-            better = candidate > new
-            new[better], choice[better] = candidate[better], index
+            candidate = best[: _GRID + 1 - cells] + value
+            better = candidate > new[cells:]
+            np.copyto(new[cells:], candidate, where=better)
+            choice[cells:][better] = index
         best = new
         choices.append((choice, [int(np.ceil(cost / step - 1e-9)) for _, cost in group]))
     cell, taken = _GRID, []

@@ -52,14 +52,14 @@ class Case:
 
 
 # Of one file, in one process.
-MOST_LOADS = 3
+MOST_LOADS = 6
 _LOADED_BYTES = 2 * 2**30
 
 
 def loads_for(runtime: str, files: Iterable[Path]) -> int:
     """How often to load each file, so that where in memory a network happens to lie evens out.
 
-    Three times, less where that would hold more than 2 GiB; once for PyTorch, which takes seconds to load a program and
+    Six times, less where that would hold more than 2 GiB; once for PyTorch, which takes seconds to load a program and
     longer to compile it, on a GPU, whose memory is not watched, and without any files.
     """
     sizes = [file.stat().st_size for file in files if file.is_file()]

@@ -1,17 +1,27 @@
 """A plan that meets a latency on the real artefact: search by the table, build, measure, correct, search again."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 from torch import Tensor
 
+from optin_deploy.costs import Costs
 from optin_deploy.latency.costs import LatencyCosts
 from optin_deploy.latency.measure import Measured, Target, export_network
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
-from optin_deploy.search import Budget, candidate_sizes, check_budget, search_all
+from optin_deploy.search import (
+    BUDGET_WINDOW,
+    Budget,
+    candidate_sizes,
+    check_budget,
+    kept_score,
+    lowest,
+    search_all,
+)
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
 from profilers import measure_files
@@ -23,20 +33,36 @@ LOWEST, AIM = 0.98, 0.99
 # Of the latency asked for: plans so near below the aim need no finer sizes.
 _WINDOW = 0.005
 _SECONDS = 60.0
+# FLOP budgets are tried at most so often until the latency fits.
+_STEPS = 8
 # Sizes that an edge is looked for among, beside those measured.
 _ALIGN = 64
+# Neurons in multiples of this number, where edges do not come near enough to the budget.
+_FINE = 8
 # Costs that differ by less than this part of what the whole group costs are one level.
 _LEVEL = 0.002
 
 
+Way = Literal["latency", "FLOPs"]
+
+
 @dataclass(frozen=True)
 class Round:
-    """One network built and measured: ``predicted_ms`` by the table as corrected so far, ``measured_ms`` on the same
-    scale, i.e. the measured ratio to the dense network times the dense network's latency."""
+    """One network built and measured.
 
+    Attributes:
+        by: the cost by which its plan was searched.
+        predicted_ms: by the tables as corrected so far.
+        measured_ms: on the same scale, i.e. the measured ratio to the dense network times the dense network's latency.
+        flops: part of the dense network's FLOPs.
+        score: the score kept, by which networks of one latency are told apart.
+    """
+
+    by: Way
     predicted_ms: float
     measured_ms: float
     flops: float
+    score: float
 
     @property
     def error(self) -> float:
@@ -46,12 +72,58 @@ class Round:
 
 @dataclass(frozen=True)
 class Met:
-    """The plan taken, the rounds that led to it (its own is ``taken``), and the corrected costs."""
+    """The plan taken, and the networks built on the way; ``taken`` is the place of its own among ``rounds``."""
 
     plan: Plan
     rounds: tuple[Round, ...]
     taken: int
-    costs: LatencyCosts
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What both ways of searching share. ``limit`` is the part of the dense latency that holds, ``flops`` that of the
+    FLOPs, if any; ``edges`` as for `search.search_all`."""
+
+    structure: Structure
+    scores: Mapping[str, Tensor]
+    flop_costs: Costs
+    limit: float
+    flops: float | None
+    align: int
+    edges: Mapping[str, Sequence[int]] | None
+
+    def by_latency(self, costs: LatencyCosts) -> Plan:
+        """The plan with the largest score kept whose predicted latency is the aim."""
+        wanted = Budget(costs, self._aim(costs), "latency", window=_WINDOW * self.limit)
+        others = [] if self.flops is None else [Budget(self.flop_costs, self.flops)]
+        return search_all(self.structure, self.scores, [wanted, *others], self.align, self.edges)
+
+    def by_flops(self, costs: LatencyCosts) -> Plan:
+        """The plan with the largest score kept of those with so few FLOPs that its predicted latency is the aim."""
+        limit, window = self._aim(costs) * costs.total, _WINDOW * self.limit * costs.total
+        low, low_ms = lowest(self.structure, self.flop_costs), costs.floor
+        high = 1.0 if self.flops is None else self.flops
+        plan = self._within(high)
+        best, high_ms = plan, costs.of(plan)
+        for _ in range(_STEPS):
+            if limit - window <= costs.of(plan) <= limit or high_ms <= limit:
+                return plan
+            # Latency is nearly linear in FLOPs.
+            share = (limit - window / 2 - low_ms) / (high_ms - low_ms)
+            middle = low + min(max(share, 0.05), 0.95) * (high - low)
+            plan = self._within(middle)
+            if costs.of(plan) <= limit:
+                low, low_ms, best = middle, costs.of(plan), plan
+            else:
+                high, high_ms = middle, costs.of(plan)
+        return best
+
+    def _within(self, flops: float) -> Plan:
+        budget = Budget(self.flop_costs, flops, window=_WINDOW)
+        return search_all(self.structure, self.scores, [budget], self.align)
+
+    def _aim(self, costs: LatencyCosts) -> float:
+        return max(AIM * self.limit, min(self.limit, costs.floor / costs.total))
 
 
 def meet(
@@ -59,59 +131,89 @@ def meet(
     structure: Structure,
     scores: Mapping[str, Tensor],
     measured: Measured,
+    flop_costs: Costs,
     fraction: float,
-    others: Sequence[Budget],
     target: Target,
-    align: int | None,
+    *,
+    flops: float | None = None,
+    align: int | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Met:
     """Find the plan whose network takes at most ``fraction`` of the dense latency, and hardly less.
 
-    At most three rounds of: search by the costs as they are, slice, export, measure against the dense network in one
-    interleaved run, correct the costs by what was measured. Repair changes no shape, so that it is not needed here.
+    At most three rounds of: search, slice, export, measure against the dense network in one interleaved run, correct
+    the costs by what was measured. The search is made twice, by the latency tables and, because tables carry the noise
+    of what they were measured from, by FLOPs; of the networks that meet the budget the one that keeps more score is
+    taken. Repair changes no shape, so that it is not needed here.
 
     Args:
         measured: tables and the dense latency, by `measure.measure_network`.
-        others: further budgets that hold beside.
-        align: neurons in multiples of this number; None takes the edges that the tables found.
+        flop_costs: of the dense network.
+        flops: part of the dense FLOPs that is not exceeded either.
+        align: neurons in multiples of this number; None takes the edges that the tables found, and by FLOPs 64.
 
     Raises:
         UserError: the budget is below the floor of the table.
     """
     check_budget(structure, measured.costs, fraction, "latency")
-    costs, tried = measured.costs, []
     edges = edges_of(structure, measured) if align is None else None
+    by_latency = _Search(structure, scores, flop_costs, fraction, flops, align or _FINE, edges)
+    by_flops = replace(by_latency, align=align or _ALIGN)
+    ways: dict[Way, Callable[[LatencyCosts], Plan]] = {"latency": by_latency.by_latency, "FLOPs": by_flops.by_flops}
+    costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, measured.costs)
+    tried: list[tuple[Plan, Round]] = []
     with TemporaryDirectory(prefix="optin-budget-") as name:
         folder = Path(name)
-        files = {"dense": export_network(dense, dense.module, target, folder / "dense")}
-        sample = {n: t[:1].numpy(force=True) for n, t in dense.inputs.items()}
+        dense_file = export_network(dense, dense.module, target, folder / "dense")
         for number in range(MOST_ROUNDS):
-            aim = max(AIM * fraction, min(fraction, costs.floor / costs.total))
-            wanted = Budget(costs, aim, "latency", window=_WINDOW * fraction)
-            plan = search_all(structure, scores, [wanted, *others], align or 8, edges)
-            files["pruned"] = export_network(dense, sliced(dense.module, structure, plan), target, folder / "pruned")
-            found = measure_files(files, sample, target.case(_SECONDS, files.values()), [("dense", "pruned")])
-            on_scale = costs.total * paired_ratio(found.samples_ms["pruned"], found.samples_ms["dense"])
-            flops = [b.costs.of(plan) / b.costs.total for b in others if b.what == "FLOPs"]
-            tried.append((plan, Round(costs.of(plan), on_scale, flops[0] if flops else 0.0), costs))
+            plans = {way: search(costs[way]) for way, search in ways.items()}
+            plans = {way: plan for way, plan in plans.items() if plan not in [p for p, _ in tried]}
+            if plans.get("FLOPs") == plans.get("latency"):
+                plans.pop("FLOPs", None)
+            for way, ms in _built(dense, structure, plans, dense_file, target).items():
+                plan, on_scale = plans[way], ms * costs[way].total
+                part = flop_costs.of(plan) / flop_costs.total
+                kept = kept_score(structure, scores, plan)
+                tried.append((plan, Round(way, costs[way].of(plan), on_scale, part, kept)))
+                relative = on_scale / (fraction * costs[way].total)
+                # The FLOPs may be what holds the latency down.
+                held_down = flops is not None and part > flops - BUDGET_WINDOW
+                if LOWEST <= relative <= 1.0 or (relative < LOWEST and held_down):
+                    del ways[way]
+                costs[way] = costs[way].corrected(plan, on_scale)
             progress((number + 1) / MOST_ROUNDS)
-            relative = on_scale / (fraction * costs.total)
-            within = any(b.costs.of(plan) > (b.fraction - 0.01) * b.costs.total for b in others)
-            # Another budget may be what holds the latency down.
-            if LOWEST <= relative <= 1.0 or (relative < LOWEST and within):
+            if not ways:
                 break
-            costs = costs.corrected(plan, on_scale)
-    taken = _best([r.measured_ms for _, r, _ in tried], fraction * measured.costs.total)
-    plan, _, costs = tried[taken]
-    return Met(plan, tuple(r for _, r, _ in tried), taken, costs)
+    taken = _best([r for _, r in tried], fraction * measured.costs.total)
+    return Met(tried[taken][0], tuple(r for _, r in tried), taken)
 
 
-def _best(latencies_ms: Sequence[float], limit_ms: float) -> int:
-    """The slowest of those within the limit; the fastest where none is."""
-    within = [i for i, ms in enumerate(latencies_ms) if ms <= limit_ms]
+def _built(
+    dense: Network, structure: Structure, plans: Mapping[Way, Plan], dense_file: Path, target: Target
+) -> dict[Way, float]:
+    """Latency of the network of each plan, as a part of the dense one's; all in one interleaved run."""
+    if not plans:
+        return {}
+    files = {"dense": dense_file}
+    for way, plan in plans.items():
+        small = sliced(dense.module, structure, plan)
+        files[way] = export_network(dense, small, target, dense_file.parent / way.lower())
+    sample = {n: t[:1].numpy(force=True) for n, t in dense.inputs.items()}
+    pairs = [("dense", way) for way in plans]
+    found = measure_files(files, sample, target.case(_SECONDS, files.values()), pairs).samples_ms
+    return {way: paired_ratio(found[way], found["dense"]) for way in plans}
+
+
+def _best(rounds: Sequence[Round], limit_ms: float) -> int:
+    """Of those that hardly stay below the limit the one with the largest score kept; or else the slowest of those
+    within the limit; the fastest where there are none."""
+    within = [i for i, r in enumerate(rounds) if r.measured_ms <= limit_ms]
+    near = [i for i in within if rounds[i].measured_ms >= LOWEST * limit_ms]
+    if near:
+        return max(near, key=lambda i: rounds[i].score)
     if within:
-        return max(within, key=latencies_ms.__getitem__)
-    return min(range(len(latencies_ms)), key=latencies_ms.__getitem__)
+        return max(within, key=lambda i: rounds[i].measured_ms)
+    return min(range(len(rounds)), key=lambda i: rounds[i].measured_ms)
 
 
 def edges_of(structure: Structure, measured: Measured) -> dict[str, list[int]]:

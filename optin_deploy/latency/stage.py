@@ -17,7 +17,7 @@ from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages, as_steps
 from optin_deploy.recipe import Recipe
-from optin_deploy.search import Budget, check_budget
+from optin_deploy.search import check_budget
 from optin_deploy.structure.groups import Structure
 
 
@@ -54,7 +54,6 @@ def plan_for_latency(
 ) -> Plan:
     """The plan that meets the latency budget, by building and measuring; how is kept in latency.json."""
     recipe = job.recipe
-    others = [Budget(job.anatomy.costs, recipe.flops)] if recipe.flops is not None else []
     fraction = _fraction(recipe, measured)
     on_cpu = dense if job.device.type == "cpu" else dense.with_module(copy.deepcopy(dense.module).cpu())
     with stages.stage("meet the latency") as advance:
@@ -63,11 +62,12 @@ def plan_for_latency(
             job.anatomy.structure,
             scores,
             measured,
+            job.anatomy.costs,
             fraction,
-            others,
             job.target,
-            recipe.alignment,
-            as_steps(advance),
+            flops=recipe.flops,
+            align=recipe.alignment,
+            progress=as_steps(advance),
         )
     write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")
     return met.plan
@@ -80,7 +80,7 @@ def _record(job: Job, measured: Measured, fraction: float, met: Met) -> dict[str
         "fraction": fraction,
         "dense_ms": measured.costs.total,
         "floor_ms": measured.costs.floor,
-        "rounds": [{"predicted_ms": r.predicted_ms, "measured_ms": r.measured_ms} for r in met.rounds],
+        "rounds": [{"by": r.by, "predicted_ms": r.predicted_ms, "measured_ms": r.measured_ms} for r in met.rounds],
         "taken": met.taken,
         "tables": len(measured.tables),
         "tables_cached": sum(measured.cached),

@@ -136,8 +136,10 @@ class Budget(_Value):
 
 
 class LatencyRound(_Value):
-    """One network that was built and measured on the way to a latency budget, on one scale of milliseconds."""
+    """One network that was built and measured on the way to a latency budget, on one scale of milliseconds; `by` is
+    the cost by which its plan was searched."""
 
+    by: Literal["latency", "FLOPs"]
     predicted_ms: float
     measured_ms: float
 

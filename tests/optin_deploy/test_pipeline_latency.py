@@ -38,7 +38,7 @@ def test_what_the_report_says_of_the_budget(run: Result) -> None:
     met = report.latency_budget
     assert met is not None
     assert (met.runtime, met.batch_size, met.fraction) == ("ort-cpu", 2, 0.9)
-    assert 1 <= len(met.rounds) <= 3
+    assert 1 <= len(met.rounds) <= 6
     assert 0 <= met.taken < len(met.rounds)
     assert 0 < met.floor_ms < met.dense_ms
     assert met.tables_cached == 0 < met.tables

@@ -11,7 +11,16 @@ from torch import Tensor
 from optin_deploy.costs import Costs, count_flops, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.plan import Plan
-from optin_deploy.search import BUDGET_WINDOW, Budget, candidate_sizes, check_budget, knapsack, search, search_all
+from optin_deploy.search import (
+    BUDGET_WINDOW,
+    Budget,
+    candidate_sizes,
+    check_budget,
+    kept_score,
+    knapsack,
+    search,
+    search_all,
+)
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Kind, Structure
@@ -204,7 +213,9 @@ def test_no_other_heads_and_widths_are_worth_more(seed: int, fraction: float, ma
         if REST + h * w / width * HEAD_COST + n * NEURON_COST <= fraction * costs.total - 2e-2
     )
     sizes = (len(plan.kept[n]) for n in ("0.attn", "0.attn.width", "0.mlp"))
-    assert kept_value(scores, *sizes) >= best - 1e-9
+    kept = kept_value(scores, *sizes)
+    assert kept >= best - 1e-9
+    assert kept_score(structure, scores, plan) == pytest.approx(kept)
 
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.25, 0.95), align=st.sampled_from([1, 8, 64]))

@@ -28,7 +28,8 @@ from profilers.runners.base import Feeds
 @pytest.mark.parametrize(
     ("runtime", "sizes", "loads"),
     [
-        ("ort-cpu", (10, 10, 5), 3),
+        ("ort-cpu", (5, 5, 2), 6),
+        ("ort-cpu", (10, 10, 5), 4),
         ("ort-cuda", (10, 10, 5), 1),
         ("ort-cpu", (20, 20, 10), 2),
         ("ort-cpu", (50, 50, 20), 1),

@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from optin_deploy.costs import flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.latency import budget
-from optin_deploy.latency.budget import AIM, LOWEST, Met, edges_of, meet
+from optin_deploy.latency.budget import AIM, LOWEST, Met, Round, edges_of, meet
 from optin_deploy.latency.costs import Curve, LatencyCosts
 from optin_deploy.latency.measure import Measured, Target
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
-from optin_deploy.search import Budget
+from optin_deploy.search import kept_score
 from optin_deploy.slicing import sliced
 from profilers.isolated import Measured as Sampled
 
@@ -61,8 +62,10 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         return sliced(module, structure, plan)
 
     def measure(files: Mapping[str, Path], *_: Any) -> Sampled:
-        true_ms = {"dense": DENSE_MS, "pruned": costs(1.0).of(built[-1])}
-        return Sampled({name: [[2 * true_ms[name]] * 3] * 3 for name in files}, True, 1.0, 1)
+        plans = built[len(built) - len(files) + 1 :]
+        true_ms = [DENSE_MS, *(costs(1.0).of(plan) for plan in plans)]
+        samples = {name: [[2 * ms] * 3] * 3 for name, ms in zip(files, true_ms, strict=True)}
+        return Sampled(samples, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "sliced", build)
     monkeypatch.setattr(budget, "export_network", lambda *args: args[-1])
@@ -70,38 +73,61 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     return built
 
 
-def run(table: LatencyCosts, fraction: float, others: list[Budget] | None = None, align: int | None = 8) -> Met:
+FLOPS = flop_costs(NETWORK.module, STRUCTURE, NETWORK.inputs)
+
+
+def run(
+    table: LatencyCosts,
+    fraction: float,
+    flops: float | None = None,
+    align: int | None = 8,
+    scores: Mapping[str, Tensor] = SCORES,
+) -> Met:
     measured = Measured(table, (), (), ())
-    return meet(NETWORK, STRUCTURE, SCORES, measured, fraction, others or [], TARGET, align)
+    return meet(NETWORK, STRUCTURE, scores, measured, FLOPS, fraction, TARGET, flops=flops, align=align)
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.65, 0.5])
 @pytest.mark.parametrize("align", [8, None])
 def test_a_true_table_meets_the_budget_at_once(fake_lab: list[Plan], fraction: float, align: int | None) -> None:
     met = run(costs(1.0), fraction, align=align)
-    assert len(met.rounds) == len(fake_lab) == 1
-    assert met.rounds[0].error == pytest.approx(0.0, abs=1e-9)
+    # Both ways may lead to one plan, which is built once.
+    assert [r.by for r in met.rounds] in (["latency"], ["latency", "FLOPs"])
+    assert len(fake_lab) == len(met.rounds)
+    assert all(abs(r.error) < 1e-9 for r in met.rounds)
     assert LOWEST * fraction <= costs(1.0).of(met.plan) / DENSE_MS <= AIM * fraction + 1e-9
 
 
 @pytest.mark.parametrize("steepness", [0.7, 0.9, 1.15])
 def test_a_wrong_table_is_corrected(fake_lab: list[Plan], steepness: float) -> None:
     met = run(costs(steepness), 0.6)
-    assert 2 <= len(met.rounds) <= 3
-    assert met.taken == len(met.rounds) - 1
-    assert abs(met.rounds[-1].error) < abs(met.rounds[0].error)
+    for way in ("latency", "FLOPs"):
+        errors = [abs(r.error) for r in met.rounds if r.by == way]
+        assert 2 <= len(errors) <= 3 or (way == "FLOPs" and not errors)
+        assert not errors or errors[-1] < errors[0]
     assert LOWEST * 0.6 <= costs(1.0).of(met.plan) / DENSE_MS <= 0.6
-    assert met.plan == fake_lab[-1]
+    assert met.plan == fake_lab[met.taken]
+
+
+def test_of_networks_within_the_budget_the_one_that_keeps_most_is_taken(fake_lab: list[Plan]) -> None:
+    """Tables that take FFNs for cheaper than they are lead to a worse plan than FLOPs do."""
+    wrong = costs(1.0)
+    curves = {n: replace(c, ms=c.ms * (0.8 if n.endswith("mlp") else 1.2)) for n, c in wrong.curves.items()}
+    met = run(replace(wrong, curves=curves), 0.6)
+    near = [r for r in met.rounds if LOWEST * 0.6 <= r.measured_ms / DENSE_MS <= 0.6]
+    assert {r.by for r in met.rounds} == {"latency", "FLOPs"}
+    assert met.rounds[met.taken].score == max(r.score for r in near)
+    for round_, plan in zip(met.rounds, fake_lab, strict=True):
+        assert round_.score == pytest.approx(kept_score(STRUCTURE, SCORES, plan))
+        assert round_.flops == pytest.approx(FLOPS.of(plan) / FLOPS.total)
 
 
 def test_another_budget_holds_beside(fake_lab: list[Plan]) -> None:
-    flops = Budget(flop_costs(NETWORK.module, STRUCTURE, NETWORK.inputs), 0.5)
-    met = run(costs(1.0), 0.9, [flops])
-    assert flops.costs.of(met.plan) <= flops.limit
-    assert met.rounds[0].flops == pytest.approx(flops.costs.of(met.plan) / flops.costs.total)
+    met = run(costs(1.0), 0.9, 0.5)
+    assert FLOPS.of(met.plan) <= 0.5 * FLOPS.total
     # It is the tighter one, so that the latency may end far below what was asked for.
-    assert len(met.rounds) == 1
-    met = run(costs(1.0), 0.4, [Budget(flops.costs, 0.95)])
+    assert len(met.rounds) <= 2
+    met = run(costs(1.0), 0.4, 0.95)
     assert costs(1.0).of(met.plan) <= 0.4 * DENSE_MS
 
 
@@ -112,10 +138,17 @@ def test_a_budget_below_the_floor_is_told(fake_lab: list[Plan]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("latencies", "limit", "expected"), [([5.0, 3.0, 4.0], 4.5, 2), ([5.0, 6.0], 4.5, 0), ([4.5], 4.5, 0)]
+    ("measured", "expected"),
+    [
+        ([(9.9, 3.0), (9.8, 5.0), (9.0, 7.0)], 1),
+        ([(9.0, 3.0), (9.5, 2.0), (11.0, 9.0)], 1),
+        ([(10.5, 3.0), (10.2, 2.0)], 1),
+        ([(10.0, 1.0)], 0),
+    ],
 )
-def test_the_slowest_within_the_limit_is_taken(latencies: list[float], limit: float, expected: int) -> None:
-    assert budget._best(latencies, limit) == expected
+def test_near_the_limit_scores_decide_and_else_latency(measured: list[tuple[float, float]], expected: int) -> None:
+    rounds = [Round("latency", ms, ms, 0.5, score) for ms, score in measured]
+    assert budget._best(rounds, 10.0) == expected
 
 
 def test_edges_are_the_ends_of_the_levels() -> None:
@@ -130,6 +163,6 @@ def test_edges_are_the_ends_of_the_levels() -> None:
 
 def test_scores_are_what_decides(fake_lab: list[Plan]) -> None:
     worthless: dict[str, Tensor] = {n: s * (1e-6 if n.startswith("blocks.1") else 1.0) for n, s in SCORES.items()}
-    plan = meet(NETWORK, STRUCTURE, worthless, Measured(costs(1.0), (), (), ()), 0.7, [], TARGET, 8).plan
+    plan = run(costs(1.0), 0.7, scores=worthless).plan
     kept = {n: len(u) / STRUCTURE.group(n).units for n, u in plan.kept.items() if STRUCTURE.group(n).kind != "width"}
     assert max(kept["blocks.1.attn"], kept["blocks.1.mlp"]) < min(kept["blocks.0.attn"], kept["blocks.0.mlp"])
