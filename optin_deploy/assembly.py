@@ -73,7 +73,7 @@ def assemble(
                 {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
                 for g in structure.groups
                 # Heads that have all left have no width.
-                if plan.kept.get(g.heads or "") != ()
+                if plan.kept.get(g.outer or "") != ()
             ],
             "left_dense": [asdict(each) for each in unpruned(network.module, structure, network.inputs)],
             "sparsity": _sparsity(job, small),

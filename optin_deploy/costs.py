@@ -1,6 +1,6 @@
 """FLOPs, counted by torch's own counter on a real input. One multiply-add is two FLOPs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class CostModel(Protocol):
         ...
 
     def option(self, group: str, units: int, width: int | None) -> float:
-        """What so many units of a group, each so wide where they can get narrower, cost above the floor."""
+        """What so many units of a group, with so many of its inner group where it has one, cost above the floor."""
         ...
 
 
@@ -40,28 +40,36 @@ class CostModel(Protocol):
 class Costs:
     """What a network costs: in all, and per unit of each group. The unit is FLOPs for one sample.
 
-    ``widths`` says which group is the width of which heads: what those heads cost is proportional to both, and a
-    dimension's cost is its part of that.
+    ``widths`` says which group is the inner one of which, and ``shared`` what the modules that both own cost, in
+    proportion to both. Where it does not say, they own all together, as heads and their width do.
     """
 
     total: float
     per_unit: Mapping[str, float]
     units: Mapping[str, int]
     widths: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
         """The cost with every unit removed."""
-        return self.total - sum(self.per_unit[name] * self.units[name] for name in self._removable)
+        return self.total - sum(self.option(name, self.units[name], None) for name in self._removable)
 
     def of(self, plan: Plan) -> float:
         """The cost of the network that ``plan`` leaves."""
         return self.floor + sum(self.option(name, *kept_size(self, plan, name)) for name in self._removable)
 
     def option(self, group: str, units: int, width: int | None) -> float:
-        """See `CostModel`."""
-        share = 1.0 if width is None else width / self.units[self.widths[group]]
-        return self.per_unit[group] * units * share
+        """See `CostModel`; a width of None is all of it."""
+        inner = self.widths.get(group)
+        if inner is None or not units:
+            return self.per_unit[group] * units
+        part, inner_part = units / self.units[group], 1.0 if width is None else width / self.units[inner]
+        if group not in self.shared:
+            return self.per_unit[group] * units * inner_part
+        shared = self.shared[group]
+        alone, inner_alone = (self.per_unit[g] * self.units[g] - shared for g in (group, inner))
+        return alone * part + inner_alone * inner_part + shared * part * inner_part
 
     @property
     def _removable(self) -> list[str]:
@@ -77,7 +85,7 @@ class _Sized(Protocol):
 
 
 def kept_size(costs: _Sized, plan: Plan, group: str) -> tuple[int, int | None]:
-    """Units of a group that ``plan`` keeps, and how wide each is, None where they cannot get narrower."""
+    """Units of a group that ``plan`` keeps, and those of its inner group, None where it has none."""
 
     def kept(name: str) -> int:
         return len(plan.kept[name]) if name in plan.kept else costs.units[name]
@@ -94,13 +102,20 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
     """`Costs` of ``module`` for one sample of ``inputs``, from one counted forward pass."""
     counts = flops_by_module(module, inputs)
     prefix = type(module).__name__
-    per_unit = {}
-    for group in structure.groups:
-        owned = sum(sum(counts.get(f"{prefix}.{owner}", {}).values()) for owner in group.owners)
-        per_unit[group.name] = owned / group.units
+
+    def cost(owners: Iterable[str]) -> int:
+        return sum(sum(counts.get(f"{prefix}.{owner}", {}).values()) for owner in owners)
+
+    per_unit = {g.name: cost(g.owners) / g.units for g in structure.groups}
+    pairs = {g.outer: g for g in structure.groups if g.outer is not None}
+    widths = {outer: g.name for outer, g in pairs.items()}
+    shared = {
+        outer: float(cost({*g.owners} & {*structure.group(outer).owners}))
+        for outer, g in pairs.items()
+        if g.owners != structure.group(outer).owners
+    }
     total = sum(counts.get("Global", {}).values())
-    widths = {g.heads: g.name for g in structure.groups if g.heads is not None}
-    return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths)
+    return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths, shared)
 
 
 def flops_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, dict[object, int]]:

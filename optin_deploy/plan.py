@@ -24,11 +24,12 @@ class Plan:
     def check(self, structure: Structure) -> None:
         """Raise UserError unless every group exists in ``structure`` and every index is in range and ascending."""
         units = {g.name: g.units for g in structure.groups}
-        widths = {g.name for g in structure.groups if g.kind == "width"}
+        inner = {g.name: g for g in structure.groups if g.outer is not None}
         for name, kept in self.kept.items():
             if name not in units:
                 raise UserError(f"the plan names group {name!r}, which the network does not have")
-            if name in widths and not kept:
-                raise UserError(f"the plan leaves {name!r} no width: heads leave as a whole")
+            if name in inner and not kept:
+                whole = "heads leave as a whole" if inner[name].kind == "width" else f"{inner[name].outer!r} leaves first"
+                raise UserError(f"the plan leaves {name!r} no {inner[name].kind}: {whole}")
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < units[name]):
                 raise UserError(f"the plan keeps units {list(kept)[:5]}… of {name!r}, which has {units[name]} units")

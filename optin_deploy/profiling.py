@@ -185,7 +185,7 @@ def network_tables(network: Network, target: Target, progress: Advance) -> Table
     parts = []
     for kind, table in zip(measured.types, measured.tables, strict=True):
         for group in kind.groups[0]:
-            if group.kind == "width":
+            if group.outer is not None:
                 continue
             name = part_name(kind.blocks[0], group)
             rows = []

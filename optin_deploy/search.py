@@ -57,8 +57,8 @@ def lowest(structure: Structure, costs: CostModel) -> float:
     """The part of the dense cost that is left when all is removed that may be."""
     floor = costs.floor
     for group in structure.groups:
-        if group.kind != "width" and group.least:
-            floor += costs.option(group.name, group.least, 1 if structure.narrowing(group.name) else None)
+        if group.outer is None and group.least:
+            floor += costs.option(group.name, group.least, 1 if structure.inner(group.name) else None)
     return floor / costs.total
 
 
@@ -67,15 +67,19 @@ def kept_score(structure: Structure, scores: Mapping[str, Tensor], plan: Plan) -
     narrowing all heads loses."""
     total = 0.0
     for group in structure.groups:
-        if group.kind == "width":
+        if group.outer is not None:
             continue
         kept = list(plan.kept.get(group.name, range(group.units)))
         total += float(scores[group.name].double()[kept].sum())
-        width = structure.narrowing(group.name)
-        if width is not None and kept:
-            lost = scores[width.name].double().clone()
-            lost[list(plan.kept.get(width.name, range(width.units)))] = 0
-            total -= float(lost.sum()) * len(kept) / group.units
+        inner = structure.inner(group.name)
+        if inner is not None and kept:
+            left = list(plan.kept.get(inner.name, range(inner.units)))
+            lost = scores[inner.name].double().clone()
+            lost[left] = 0
+            if inner.kind == "width":
+                total -= float(lost.sum()) * len(kept) / group.units
+            else:
+                total += float(scores[inner.name].double().sum() - lost.sum())
     return total
 
 
@@ -147,29 +151,37 @@ def _best_plan(
     scale = max(sum(float(v.sum()) for v in values.values()), 1e-300)
     best = {g.name: _ranked(g, values[g.name]) for g in structure.groups}
     gained = {n: np.concatenate([[0.0], np.cumsum(values[n][order] / scale + 1e-12)]) for n, order in best.items()}
-    groups = [g for g in structure.groups if g.kind != "width"]
+    groups = [g for g in structure.groups if g.outer is None]
     choices: list[list[tuple[int, int | None]]] = []
     kept_values: list[list[float]] = []
     for group in groups:
-        width = structure.narrowing(group.name)
-        if width is None:
+        inner = structure.inner(group.name)
+        if inner is None:
             choices.append([(n, None) for n in sizes[group.name]])
             kept_values.append([gained[group.name][n] for n in sizes[group.name]])
             continue
-        # Heads that all leave have no width. Narrower heads lose their part of what narrowing all heads loses.
-        narrowed = sizes[width.name]
+        # Where all units leave there is no inner group.
+        narrowed = sizes[inner.name]
         pairs = [(n, w) for n in sizes[group.name] for w in narrowed if n or w == narrowed[-1]]
-        lost = gained[width.name][-1] - gained[width.name]
         choices.append([*pairs])
-        kept_values.append([gained[group.name][n] - lost[w] * n / group.units for n, w in pairs])
+        kept_values.append(_values_of_pairs(group, inner, gained, pairs))
     kept = {}
     for group, choice, option in zip(groups, choices, _chosen(groups, choices, kept_values, budgets), strict=True):
-        units, dimensions = choice[option]
-        kept[group.name] = tuple(sorted(int(i) for i in best[group.name][:units]))
-        width = structure.narrowing(group.name)
-        if width is not None and dimensions is not None:
-            kept[width.name] = tuple(range(dimensions))
+        for of, units in zip((group, structure.inner(group.name)), choice[option], strict=True):
+            if of is not None and units is not None:
+                kept[of.name] = tuple(sorted(int(i) for i in best[of.name][:units]))
     return Plan(kept)
+
+
+def _values_of_pairs(
+    group: Group, inner: Group, gained: Mapping[str, NDArray[np.float64]], pairs: Sequence[tuple[int, int]]
+) -> list[float]:
+    """The scores kept with so many units of a group and so many of its inner one: of channels both, and none of either
+    where no unit is left; narrower heads lose their part of what narrowing all heads loses."""
+    if inner.kind != "width":
+        return [gained[group.name][n] + gained[inner.name][w] if n else 0.0 for n, w in pairs]
+    lost = gained[inner.name][-1] - gained[inner.name]
+    return [gained[group.name][n] - lost[w] * n / group.units for n, w in pairs]
 
 
 def _chosen(
@@ -280,8 +292,9 @@ def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
     for group in options:
         new = np.full(_GRID + 1, -np.inf)
         choice = np.zeros(_GRID + 1, dtype=np.int32)
-        for index, (value, cost) in enumerate(group):
-            cells = int(np.ceil(cost / step - 1e-9))
+        cells_of = [int(np.ceil(cost / step - 1e-9)) for _, cost in group]
+        for index in _undominated(group, cells_of):
+            value, cells = group[index][0], cells_of[index]
             if cells > _GRID:
                 continue
             candidate = best[: _GRID + 1 - cells] + value
@@ -289,9 +302,18 @@ def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
             np.copyto(new[cells:], candidate, where=better)
             choice[cells:][better] = index
         best = new
-        choices.append((choice, [int(np.ceil(cost / step - 1e-9)) for _, cost in group]))
+        choices.append((choice, cells_of))
     cell, taken = _GRID, []
     for choice, cells_of in reversed(choices):
         taken.append(int(choice[cell]))
         cell -= cells_of[taken[-1]]
     return taken[::-1]
+
+
+def _undominated(options: Sequence[tuple[float, float]], cells_of: Sequence[int]) -> list[int]:
+    """Indices of the options worth more than all that cost less or as much: of hundreds of pairs few are."""
+    found: list[int] = []
+    for index in sorted(range(len(options)), key=lambda i: (cells_of[i], -options[i][0], i)):
+        if not found or options[index][0] > options[found[-1]][0]:
+            found.append(index)
+    return found

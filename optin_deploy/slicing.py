@@ -85,7 +85,7 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     # In this order: heads leave before those that stay get narrower.
     for group in structure.groups:
         kept = plan.kept.get(group.name, range(group.units))
-        if len(kept) == group.units or not plan.kept.get(group.heads or "", (0,)):
+        if len(kept) == group.units or not plan.kept.get(group.outer or "", (0,)):
             continue
         if len(kept) == 0:
             _stand_in(small, group)

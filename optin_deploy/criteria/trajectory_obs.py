@@ -118,10 +118,10 @@ def probe_moments(
         trajectory = Trajectory(network, structure, inputs, seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
         with differentiable(network):
-            masks = {g.heads: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
+            masks = {g.outer: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
             with _tapped(network.module, groups) as (given, taps), ExitStack() as stack:
                 for group in widths:
-                    stack.enter_context(masked_queries(network.module, group, masks[group.heads]))
+                    stack.enter_context(masked_queries(network.module, group, masks[group.outer]))
                 blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks)
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
@@ -200,7 +200,7 @@ def obs_scores(
     for group in structure.groups:
         projection = module.get_submodule(group.output)
         weight = weight_matrix(projection).detach().double()
-        found = moments[group.heads or group.name]
+        found = moments[(group.outer if group.kind == "width" else None) or group.name]
         covariance, metric = found.covariance(), found.metric.double()
         if group.kind == "width":
             order = torch.arange(group.units).flip(0)

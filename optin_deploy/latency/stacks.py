@@ -38,8 +38,8 @@ class BlockType:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the groups within the block, widths of heads left out."""
-        return tuple(part_name(self.blocks[0], g) for g in self.groups[0] if g.kind != "width")
+        """Names of the groups within the block, inner ones left out."""
+        return tuple(part_name(self.blocks[0], g) for g in self.groups[0] if g.outer is None)
 
     def describe(self) -> dict[str, Any]:
         """What tells one type from another, JSON-able."""

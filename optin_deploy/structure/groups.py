@@ -84,8 +84,13 @@ class Group:
     Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
     in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
 
-    Heads with ``qkv`` may also get narrower: a group of kind "width" beside theirs, which names them as its ``heads``.
-    Its units are the dimensions of queries, keys and values, in order, the same in all heads; one at least stays.
+    ``outer`` names the group that an inner one goes with: the FLOPs of modules that both own are proportional to what
+    both keep. The inner one keeps a unit at least, and is gone with the last unit of the outer one, whose stand-ins
+    replace what is left of it too. Such are the channels between the first two convolutions of a bottleneck (the outer
+    ones are those between the last two), and the width of heads.
+
+    Heads with ``qkv`` may also get narrower: a group of kind "width", with the heads as its outer group. Its units are
+    the dimensions of queries, keys and values, in order, the same in all heads.
 
     The output is added to the residual stream: ``residual`` names the module whose first input is that stream, or,
     where there is none, ``shortcut`` the module whose output is. ``norm`` names the BatchNorm2d and ``scale`` the
@@ -111,7 +116,7 @@ class Group:
     norm: str | None = None
     in_place: bool = False
     qkv: Projections | None = None
-    heads: str | None = None
+    outer: str | None = None
     entries: tuple[Entries, ...] = ()
     slim: type[nn.Module] | None = None
     masked: str | None = None
@@ -160,9 +165,9 @@ class Structure:
                 return group
         raise KeyError(name)
 
-    def narrowing(self, heads: str) -> Group | None:
-        """The group of the width of these heads, if they can get narrower."""
-        return next((group for group in self.groups if group.heads == heads), None)
+    def inner(self, outer: str) -> Group | None:
+        """The group that names this one as its outer one, if there is one."""
+        return next((group for group in self.groups if group.outer == outer), None)
 
     def without_widths(self) -> "Structure":
         """The same structure with heads that stay as wide as they are."""

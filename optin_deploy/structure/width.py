@@ -36,7 +36,7 @@ def width_group(module: nn.Module, heads: Group) -> Group | None:
         stand_ins=(),
         attributes=tuple(attributes),
         qkv=heads.qkv,
-        heads=heads.name,
+        outer=heads.name,
     )
 
 

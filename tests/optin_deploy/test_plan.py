@@ -31,7 +31,7 @@ def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
     assert {g.name: g.units for g in left.groups} == {
         g.name: n
         for g in structure.groups
-        if (n := len(first.kept.get(g.name, range(g.units)))) and first.kept.get(g.heads or "", (0,))
+        if (n := len(first.kept.get(g.name, range(g.units)))) and first.kept.get(g.outer or "", (0,))
     }
     second = data.draw(tiny.plans(left))
 

@@ -177,8 +177,8 @@ def with_widths(layers: int, heads: int, width: int, neurons: int) -> tuple[Stru
     for found in structure.groups:
         groups.append(found)
         if found.kind == "head":
-            groups.append(replace(group(f"{found.name}.width", "width", width), heads=found.name))
-    names = {g.heads: g.name for g in groups if g.heads is not None}
+            groups.append(replace(group(f"{found.name}.width", "width", width), outer=found.name))
+    names = {g.outer: g.name for g in groups if g.outer is not None}
     dimension = dict.fromkeys(names.values(), HEAD_COST * heads / width)
     units = {g.name: g.units for g in groups}
     return (

@@ -326,7 +326,7 @@ def test_heads_and_their_width_are_cut_together(name: str, data: st.DataObject) 
     for group in structure.groups:
         if group.kind != "width":
             continue
-        heads, dimensions = len(plan.kept[group.heads]), len(plan.kept[group.name])
+        heads, dimensions = len(plan.kept[group.outer]), len(plan.kept[group.name])
         projection = small.get_submodule(group.output)
         assert projection.in_features == projection.weight.shape[1] == heads * dimensions
         for rows in (group.qkv.queries, group.qkv.keys, group.qkv.values):
