@@ -34,12 +34,14 @@ def linear_maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan:
     behind = {g.output for g in structure.groups}
     for group in structure.groups:
         kept = plan.kept.get(group.name, tuple(range(group.units)))
-        if group.kind == "width":
+        # With the last unit of its outer group, an inner one is gone.
+        if group.kind == "width" or plan.kept.get(group.outer or "") == ():
             continue
         name = group.output
         if not kept:
             name = next(n for n, kind in group.stand_ins if kind.startswith("constant"))
-        maps[name] = LinearMap(name, group.output, group, None, not kept)
+        outputs = _kept_outputs(dense_modules[group.output], group.output, structure, plan)
+        maps[name] = LinearMap(name, group.output, group, outputs, not kept)
     weights = [id(p) for m in modules.values() for n, p in m.named_parameters(recurse=False) if n == "weight"]
     for name, module in modules.items():
         is_map = isinstance(module, nn.Linear) or (isinstance(module, Conv) and module.groups == 1)
@@ -60,7 +62,8 @@ def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan)
             continue
         if any(side.module == name and side.axis == "out" for side in group.sides):
             stay = torch.zeros(features)
-            stay[features_of(torch.tensor(tuple(kept), dtype=torch.long), group, features)] = 1.0
+            widths = next(side.widths for side in group.sides if side.module == name and side.axis == "out")
+            stay[features_of(torch.tensor(tuple(kept), dtype=torch.long), group, features, widths)] = 1.0
             factors *= stay
         if group.kind == "width" and group.qkv is not None and group.qkv.queries.module == name:
             factors[group.qkv.queries.of(features)] *= query_gain(group, len(kept))

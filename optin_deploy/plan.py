@@ -29,7 +29,7 @@ class Plan:
             if name not in units:
                 raise UserError(f"the plan names group {name!r}, which the network does not have")
             if name in inner and not kept:
-                whole = "heads leave as a whole" if inner[name].kind == "width" else f"{inner[name].outer!r} leaves first"
-                raise UserError(f"the plan leaves {name!r} no {inner[name].kind}: {whole}")
+                what, outer = inner[name].kind, inner[name].outer
+                raise UserError(f"the plan leaves {name!r} no {what}: it goes with the last unit of {outer!r}")
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < units[name]):
                 raise UserError(f"the plan keeps units {list(kept)[:5]}… of {name!r}, which has {units[name]} units")

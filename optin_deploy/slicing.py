@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from optin_deploy.plan import Plan
 from optin_deploy.projections import Conv, Geometry, feature_dim
 from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
-
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+from optin_deploy.structure.residual import is_batch_norm
 
 
 class Constant(nn.Module):
@@ -116,7 +115,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     for side in group.sides:
         layer = module.get_submodule(side.module)
         features = features_of(kept, group, _size(layer, side), side.widths)
-        if isinstance(layer, BatchNorm):
+        if is_batch_norm(layer):
             _slice_norm(layer, features)
         else:
             _slice_layer(layer, side, features)
@@ -136,8 +135,8 @@ def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def _size(layer: nn.Module, side: Side) -> int:
-    if isinstance(layer, BatchNorm):
-        return layer.num_features
+    if is_batch_norm(layer):
+        return len(layer.get_buffer("running_mean"))
     return layer.get_parameter("weight").shape[feature_dim(layer, side.axis)]
 
 
@@ -180,8 +179,9 @@ def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tens
         setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
 
 
-def _slice_norm(norm: BatchNorm, features: Tensor) -> None:
-    norm.num_features = len(features)
+def _slice_norm(norm: Any, features: Tensor) -> None:
+    if hasattr(norm, "num_features"):
+        norm.num_features = len(features)
     for name, parameter in list(norm.named_parameters(recurse=False)):
         setattr(norm, name, _selected(parameter, 0, features))
     for name, buffer in list(norm.named_buffers(recurse=False)):

@@ -13,8 +13,9 @@ from optin_deploy.preprocessing import ImagePreprocessing
 
 # `deit_small` means `deit_small_patch16_224`; timm's own short names come first.
 _ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
-# The other ResNets are built of bottlenecks or pool between the convolutions, which is left dense.
-_BASIC_BLOCKS = re.compile(r"(se)?resnet(10t|18d?|34d?)")
+# Plain ResNets and ResNeXts, with and without squeeze-and-excitation: others pool between the convolutions.
+_RESNETS = re.compile(r"(se)?resnet\d+[dst]?|(se)?resnext\d+_\d+x\d+d?")
+_CNNS = ("vgg", "regnet", "efficientnet", "mobilenetv3")
 INPUT_NAME = "x"
 
 
@@ -35,9 +36,10 @@ def short_names() -> list[str]:
 
 
 def prunable_names() -> list[str]:
-    """timm's plain vision transformers and ResNets of basic blocks, built of the prunable modules throughout."""
-    shallow = [n for n in timm.list_models(module="resnet") if _BASIC_BLOCKS.fullmatch(n)]
-    return timm.list_models(module="vision_transformer") + timm.list_models(module="deit") + shallow
+    """timm's plain vision transformers, ResNets and other CNNs built of the prunable modules."""
+    resnets = [n for n in timm.list_models(module="resnet") if _RESNETS.fullmatch(n)]
+    others = [n for m in ("vision_transformer", "deit", *_CNNS) for n in timm.list_models(module=m)]
+    return others + resnets
 
 
 def _build_arguments(source: Source) -> dict[str, Any]:

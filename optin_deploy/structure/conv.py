@@ -1,128 +1,212 @@
-"""The inner channels of residual CNN blocks, wherever they stand: timm's, torchvision's or your own ``BasicBlock``.
+"""Channels between two convolutions, found by what happens in a forward pass, whatever the modules are called.
 
-A block is recognised by the convolutions it holds. That its forward pass runs them one after the other, and that
-nothing else sees the channels between them, is tried on the sample batch.
+From a plain convolution on, the channels are followed through batch norms, convolutions grouped within them and
+squeeze-and-excitation to the next plain convolution. That nothing else sees them is tried on the sample batch
+(``apart``). So the inner channels of residual blocks of any library are found, bottlenecks and inverted ones included;
+the channels of the residual stream, which many modules share, stay. In a row of convolutions outside all blocks, the
+second of a pair stands for a block of its own.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import gcd
 
-import torch
 from torch import Tensor, nn
 
-from optin_deploy.structure.groups import Group, LeftDense, Side, child, join
-from optin_deploy.structure.registry import adapter
-from optin_deploy.structure.residual import Call, same_tensor
+from optin_deploy.projections import Conv
+from optin_deploy.structure.apart import Span, leaking
+from optin_deploy.structure.groups import Group, LeftDense, Side, StandIn
+from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
 
 
-@adapter
-def basic_block(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
-    """Channels between the two convolutions of a residual block: ``conv1``, ``bn1``, ``conv2``."""
-    conv1, norm, conv2 = (child(module, n) for n in ("conv1", "bn1", "conv2"))
-    if not isinstance(conv1, nn.Conv2d) or norm is None or not isinstance(conv2, nn.Conv2d):
-        return None
-    if child(module, "conv3") is not None:
-        return LeftDense(name, "a bottleneck: its middle convolution belongs to two groups, so costs do not add up")
-    for layer, plain in ((conv1, nn.Conv2d), (norm, nn.BatchNorm2d), (conv2, nn.Conv2d)):
-        if type(layer) is not plain:
-            return LeftDense(name, f"has a {type(layer).__name__} where a plain {plain.__name__} is needed")
-    assert isinstance(norm, nn.BatchNorm2d)
-    if conv1.groups != 1 or conv2.groups != 1:
-        return LeftDense(name, "a grouped convolution")
-    if not conv1.out_channels == norm.num_features == conv2.in_channels:
-        return LeftDense(name, "bn1 and conv2 do not take the channels of conv1")
-    first, between, second = (join(name, n) for n in ("conv1", "bn1", "conv2"))
-    return Group(
-        name=first,
-        kind="channel",
-        units=conv1.out_channels,
-        width=1,
-        output=second,
-        sides=(Side(first, "out"), Side(between, "out"), Side(second, "in")),
-        owners=(first, between, second),
-        stand_ins=((first, "no_channels"), (between, "pass"), (second, "constant")),
-        axis=1,
-    )
+@dataclass(frozen=True)
+class _Path:
+    """Channels on their way: the modules that belong to them, and the tensor that holds them now."""
+
+    first: Call
+    now: Tensor
+    width: int = 1
+    sides: tuple[Side, ...] = ()
+    stand_ins: tuple[tuple[str, StandIn], ...] = ()
+    gate: str | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.now.shape[1]
+
+    def after(self, call: Call, sides: tuple[Side, ...], stand_in: StandIn, width: int = 1) -> "_Path":
+        assert call.returned is not None
+        width = self.width * width // gcd(self.width, width)
+        stand_ins = (*self.stand_ins, (call.name, stand_in))
+        return replace(self, now=call.returned, width=width, sides=(*self.sides, *sides), stand_ins=stand_ins)
 
 
-def entangled(
-    module: nn.Module, inputs: Mapping[str, Tensor], calls: Sequence[Call], groups: Sequence[Group]
-) -> dict[str, str]:
-    """Which of these groups of channels cannot be cut, and why: group name -> reason.
+def channel_groups(
+    module: nn.Module, inputs: Mapping[str, Tensor], calls: Sequence[Call], taken: Collection[str]
+) -> tuple[list[tuple[Group, str]], list[LeftDense]]:
+    """Groups of the channels between two convolutions, each with its block, and those in blocks that leak.
 
     Args:
         calls: of the trial forward of ``module`` on ``inputs``.
+        taken: names of modules that these groups keep out of, with all that is inside them.
     """
-    reasons = {group.name: reason for group in groups if (reason := _not_in_sequence(calls, group))}
-    rest = [group for group in groups if group.name not in reasons]
-    return {**reasons, **dict.fromkeys(_leaking(module, inputs, calls, rest), "its channels do not stay apart")}
+    found = list(_candidates(module, calls, taken))
+    spans = [Span(g.name, g.masked or g.output, g.units) for g, _ in found]
+    bad = leaking(module, inputs, calls, spans)
+    groups: dict[str, tuple[Group, str]] = {}
+    behind: dict[str, Group] = {}
+    for group, block in found:
+        inner = behind.get(group.name)
+        in_row = group.output == block
+        # Two groups may meet in a convolution, but not three in a row, and outside of blocks none.
+        if group.name in bad or group.output in behind or (inner is not None and (in_row or inner.outer is not None)):
+            continue
+        if inner is not None:
+            if any(i.outer is None and i.output == inner.name for i, _ in groups.values()):
+                continue
+            # Of the convolution between them no channel is left.
+            group = replace(group, stand_ins=(*inner.stand_ins[:-1], *group.stand_ins))
+            inner = replace(inner, outer=group.name, stand_ins=())
+            groups[inner.name] = (inner, block)
+            behind[group.name] = inner
+        groups[group.name] = (group, block)
+        behind[group.output] = group
+    alone = [g for g, block in found if g.name in bad and block != g.output and not {g.name, g.output} & {*behind}]
+    dense = [LeftDense(group.name, "its channels do not stay apart") for group in alone]
+    return list(groups.values()), dense
 
 
-def _not_in_sequence(calls: Sequence[Call], group: Group) -> str | None:
-    """Why the modules of the group do not run one after the other, with only what has no parameters between them."""
-    found = [[i for i, call in enumerate(calls) if call.name == side.module] for side in group.sides]
-    if any(len(indices) != 1 for indices in found):
-        return "its convolutions do not run exactly once"
-    conv1, norm, conv2 = (calls[indices[0]] for indices in found)
-    if norm.given is None or conv1.returned is None or not same_tensor(norm.given, conv1.returned):
-        return "bn1 does not take what conv1 gives"
-    if conv2.given is None or norm.returned is None or conv2.given.shape != norm.returned.shape:
-        return "something between its convolutions changes the size"
-    for call in calls[found[1][0] + 1 : found[2][0]]:
-        if any(True for _ in (*call.module.parameters(), *call.module.buffers())):
-            return f"{call.name.rpartition('.')[2]} stands between its convolutions"
+def _candidates(module: nn.Module, calls: Sequence[Call], taken: Collection[str]) -> Iterator[tuple[Group, str]]:
+    times = Counter(call.name for call in calls)
+    own = [
+        call for call in calls if _has_own(call.module) and times[call.name] == 1 and not _is_inside(call.name, taken)
+    ]
+    for number, first in enumerate(own):
+        if not _is_plain(first.module) or first.returned is None or first.returned.dim() != 4:
+            continue
+        path = _Path(first, first.returned, 1, (Side(first.name, "out"),), ((first.name, "no_channels"),))
+        group = _followed(path, own[number + 1 :], calls) if path.channels > 1 else None
+        block = _block(module, group, calls) if group is not None else None
+        if group is not None and block is not None:
+            yield group, block
+
+
+def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group | None:
+    """The group of the channels that begin with ``path``, if ``rest`` leads to a plain convolution that takes them."""
+    skip: set[str] = set()
+    for call in rest:
+        if call.name in skip:
+            continue
+        gate = None if path.gate else _gate(path, call, rest, calls)
+        if gate is not None:
+            path, inside = gate
+            skip |= inside
+            continue
+        if call.given is None or call.returned is None or call.given.shape != path.now.shape:
+            return None
+        layer = call.module
+        direct = same_tensor(call.given, path.now)
+        if path.gate is not None and not direct:
+            return None
+        if is_batch_norm(layer):
+            if not direct:
+                return None
+            path = path.after(call, (Side(call.name, "out"),), "pass")
+        elif type(layer) is nn.Conv2d and layer.groups > 1 and layer.in_channels == layer.out_channels:
+            path = path.after(call, (Side(call.name, "out"),), "no_channels", layer.out_channels // layer.groups)
+        else:
+            return _group(path, call) if _is_plain(layer) and not _is_of_pixels(path, layer) else None
     return None
 
 
-def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-    """A forward hook: every second channel gives other values."""
-    changed = output.clone()
-    changed[:, 1::2] = 1 - changed[:, 1::2]
-    return changed
+def _gate(path: _Path, call: Call, rest: Sequence[Call], calls: Sequence[Call]) -> tuple[_Path, set[str]] | None:
+    """The path behind squeeze-and-excitation, and the modules in it, where ``call`` is its first layer with weights.
 
-
-@torch.no_grad()
-def _leaking(
-    module: nn.Module, inputs: Mapping[str, Tensor], calls: Sequence[Call], groups: Sequence[Group]
-) -> set[str]:
-    """The groups of which a channel reaches more than its own place before ``output``.
-
-    In one forward pass every second channel of every ``conv1`` gives other values. Before ``conv2`` the other channels
-    must be as they were; with all put back there, so must be what the block gives. That too is put back, so that one
-    block's fault is not seen as the next one's.
+    It is a module that takes the channels and gives them back, each times a factor; its first layer takes what is left
+    of them when they are pooled, its last one gives the factors.
     """
-    recorded = {call.name: call for call in calls}
-    leaking: set[str] = set()
+    parts = call.name.split(".")
+    for length in range(1, len(parts)):
+        name = ".".join(parts[:length])
+        around = next((c for c in calls if c.name == name), None)
+        if around is None or _contains(name, path.first.name) or around.given is None or around.returned is None:
+            continue
+        if not around.given.shape == path.now.shape == around.returned.shape:
+            continue
+        inside = [c for c in rest if _contains(name, c.name)]
+        squeeze, excite = inside[0], inside[-1]
+        if not all(isinstance(c.module, nn.Linear) or _is_plain(c.module) for c in inside):
+            continue
+        if not _is_pooled(squeeze.given, path.channels) or not _is_pooled(excite.returned, path.channels):
+            continue
+        sides = (Side(squeeze.name, "in"), Side(excite.name, "out"))
+        behind = path.after(around, sides, "pass")
+        return replace(behind, gate=name), {c.name for c in inside}
+    return None
 
-    def restore_input(group: Group) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            expected = recorded[group.output].given
-            assert expected is not None
-            if not same_tensor(args[0][:, ::2], expected[:, ::2]):
-                leaking.add(group.name)
-            return (expected.clone(), *args[1:])
 
-        return hook
+def _is_pooled(x: Tensor | None, channels: int) -> bool:
+    return x is not None and x.dim() >= 2 and x.shape[1:].numel() == x.shape[1] == channels
 
-    def restore_output(group: Group, holder: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            expected = recorded[holder].returned if holder in recorded else None
-            if not isinstance(output, Tensor) or expected is None or not same_tensor(output, expected):
-                leaking.add(group.name)
-            return expected.clone() if isinstance(output, Tensor) and expected is not None else output
 
-        return hook
+def _is_of_pixels(path: _Path, second: nn.Module) -> bool:
+    """Whether these are single pixels with nothing between, as within squeeze-and-excitation: they cost nothing."""
+    kernels = (layer.get_parameter("weight").shape[2:].numel() for layer in (path.first.module, second))
+    return len(path.sides) == 1 and path.now.shape[2:].numel() == 1 and all(size == 1 for size in kernels)
 
-    handles = []
-    for group in groups:
-        holder = group.output.rpartition(".")[0]
-        handles.append(module.get_submodule(group.name).register_forward_hook(disturb))
-        handles.append(module.get_submodule(group.output).register_forward_pre_hook(restore_input(group)))
-        handles.append(module.get_submodule(holder).register_forward_hook(restore_output(group, holder)))
-    try:
-        if groups:
-            module(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return leaking
+
+def _group(path: _Path, second: Call) -> Group | None:
+    if path.channels % path.width or path.channels == path.width:
+        return None
+    sides = (*path.sides, Side(second.name, "in"))
+    return Group(
+        name=path.first.name,
+        kind="channel",
+        units=path.channels // path.width,
+        width=path.width,
+        output=second.name,
+        sides=sides,
+        owners=tuple(dict.fromkeys(side.module for side in sides)),
+        stand_ins=(*path.stand_ins, (second.name, "constant")),
+        axis=1,
+        masked=path.gate,
+    )
+
+
+def _block(module: nn.Module, group: Group, calls: Sequence[Call]) -> str | None:
+    """The block of a group: what runs as one around both its ends, or in a row of convolutions its output.
+
+    None where its ends lie in blocks that hold more: what runs between blocks is the residual stream.
+    """
+    ends = [group.name.split("."), group.output.split(".")]
+    shared = next(i for i, pair in enumerate(zip(*ends, strict=False)) if pair[0] != pair[1])
+    for end in ends:
+        layers = module.get_submodule(".".join(end[: shared + 1])).modules()
+        if sum(_is_plain(layer) for layer in layers) > 1:
+            return None
+    around = ends[0][:shared]
+    for length in range(shared, 0, -1):
+        if isinstance(module.get_submodule(".".join(around[: length - 1])), nn.ModuleList | nn.Sequential):
+            return ".".join(around[:length])
+    name = ".".join(around)
+    runs = name and any(call.name == name for call in calls)
+    if runs and not isinstance(module.get_submodule(name), nn.Sequential):
+        return name
+    return group.output if group.masked is None else None
+
+
+def _has_own(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _is_inside(name: str, taken: Collection[str]) -> bool:
+    return any(name == t or _contains(t, name) for t in taken)
+
+
+def _contains(outer: str, name: str) -> bool:
+    return name.startswith(f"{outer}.")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer, Conv) and type(layer) in (nn.Conv2d, nn.ConvTranspose2d) and layer.groups == 1

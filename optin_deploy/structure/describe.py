@@ -7,8 +7,8 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 # Importing an adapter file registers its adapters.
-from optin_deploy.structure import conv, feed_forward, timm, transformers  # noqa: F401
-from optin_deploy.structure.chain import pairs_in_a_row
+from optin_deploy.structure import feed_forward, timm, torch, transformers  # noqa: F401
+from optin_deploy.structure.conv import channel_groups
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
@@ -18,7 +18,11 @@ from optin_deploy.structure.width import narrowable, width_group
 
 def prunable() -> list[str]:
     """What `describe` recognises, a line each."""
-    return [*supported(), "Channels between two convolutions in a row, plain or transposed, outside such blocks."]
+    return [
+        *supported(),
+        "Channels between two convolutions, plain or transposed, through batch norms, grouped convolutions and "
+        "squeeze-and-excitation: in residual blocks, bottlenecks and inverted ones too, and in rows.",
+    ]
 
 
 def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
@@ -34,15 +38,18 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     position = {call.name: i for i, call in reversed(list(enumerate(calls)))}
     ran = [g for g in found if g.output in position and block_of[g.name] in position]
     left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
-    entangled = conv.entangled(module, inputs, calls, [g for g in ran if g.kind == "channel"])
-    left_dense += [LeftDense(name, reason) for name, reason in entangled.items()]
-    ran = [g for g in ran if g.name not in entangled]
-    for pair in pairs_in_a_row(module, inputs, calls, {*block_of.values(), *(left.module for left in left_dense)}):
-        ran.append(pair)
-        block_of[pair.name] = pair.output
+    # Neurons of convolutions are channels: what is followed through a forward pass is known better.
+    settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
+    taken = {*(name for g in settled for name in (*g.owners, g.output)), *(left.module for left in left_dense)}
+    channels, leaking = channel_groups(module, inputs, calls, taken)
+    left_dense += leaking
+    followed = {side.module for group, _ in channels for side in group.sides}
+    ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
+    block_of |= {group.name: block for group, block in channels}
     failed = uncuttable(module, inputs, ran)
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = [g for g in ran if g.name not in failed]
+    ran = [replace(g, outer=None) if g.outer in failed else g for g in ran]
     blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):

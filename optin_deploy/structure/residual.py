@@ -20,6 +20,8 @@ from optin_deploy.structure.groups import Group
 _RELATIVE_TOLERANCE = 1e-3
 # How far a tensor may move, relative to its norm, to count as the same in two forward passes.
 _SAME_TOLERANCE = 1e-4
+# Of batch norms that do not say.
+_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,13 @@ def _stream(
 
 def _is_norm(call: Call, update: Tensor | None) -> bool:
     """Whether ``call`` is a batch norm that takes ``update`` and is an affine function of each channel."""
-    norm = call.module
-    if update is None or call.given is None or call.returned is None or type(norm) is not nn.BatchNorm2d:
+    if update is None or call.given is None or call.returned is None or not is_batch_norm(call.module):
         return False
-    if norm.running_var is None or norm.training or call.given.shape != update.shape:
+    if update.dim() != 4 or call.given.shape != update.shape or not torch.equal(call.given, update):
         return False
-    return torch.equal(call.given, update)
+    factor, shift = _norm_affine(call.module)
+    affine = update * factor[:, None, None] + shift[:, None, None]
+    return torch.allclose(call.returned, affine, rtol=1e-4, atol=1e-5)
 
 
 def _layer_scale(call: Call, update: Tensor | None) -> str | None:
@@ -196,7 +199,7 @@ def stream_scale(module: nn.Module, group: Group) -> Tensor | None:
     """
     factor = None
     if group.norm is not None:
-        factor = _norm_factor(module.get_submodule(group.norm))
+        factor = _norm_affine(module.get_submodule(group.norm))[0]
     if group.scale is not None:
         gamma = module.get_parameter(group.scale)
         factor = gamma if factor is None else factor * gamma
@@ -210,15 +213,19 @@ def stream_shift(module: nn.Module, group: Group) -> Tensor | None:
     """
     if group.norm is None:
         return None
-    norm = module.get_submodule(group.norm)
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
-    shift = -norm.running_mean * _norm_factor(norm)
-    if norm.bias is not None:
-        shift = shift + norm.bias
+    shift = _norm_affine(module.get_submodule(group.norm))[1]
     return shift * module.get_parameter(group.scale) if group.scale is not None else shift
 
 
-def _norm_factor(norm: nn.Module) -> Tensor:
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
-    factor = (norm.running_var + norm.eps).rsqrt()
-    return factor if norm.weight is None else factor * norm.weight
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether ``norm`` has running statistics and uses them: also libraries' own, with an activation or frozen."""
+    held = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    return all(isinstance(t, Tensor) for t in held) and not norm.training
+
+
+def _norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies each channel by, and what it adds, both ``(channels,)``."""
+    factor = (norm.running_var + getattr(norm, "eps", _EPS)).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = -norm.running_mean * factor
+    return factor, shift if norm.bias is None else shift + norm.bias

@@ -15,8 +15,7 @@ from optin_deploy.libraries import hub
 from optin_deploy.libraries.timm import full_name, prunable_names
 from optin_deploy.models import load_network
 from optin_deploy.plan import Plan
-from optin_deploy.structure.conv import basic_block
-from optin_deploy.structure.groups import Group
+from optin_deploy.structure.describe import describe
 
 
 @pytest.fixture
@@ -138,14 +137,13 @@ def test_a_resnet_takes_any_image_size() -> None:
     assert all(torch.equal(a, b) for a, b in zip(dense.module.parameters(), small.module.parameters(), strict=True))
 
 
-def test_names_listed_as_prunable_are_prunable_throughout() -> None:
-    names = [name for name in prunable_names() if "resnet" in name]
-    assert {"resnet18", "resnet34", "seresnet18"} <= set(names)
-    for name in names:
-        with torch.device("meta"):
-            module = timm.create_model(name)
-        found = [basic_block(n, m, "", module) for n, m in module.named_modules()]
-        assert {type(f) for f in found} == {Group, type(None)}
+def test_names_listed_as_prunable() -> None:
+    names = {"resnet18", "resnet50", "seresnet18", "resnext50_32x4d", "vgg16", "regnety_004", "deit_small_patch16_224"}
+    assert names <= {*prunable_names()}
+    structure = describe(timm.create_model("resnet10t").eval(), {"x": torch.randn(1, 3, 64, 64)})
+    assert [g.name for g in structure.groups if g.layer >= 0 and "layer" in g.name] == [
+        f"layer{i}.0.conv1" for i in (1, 2, 3, 4)
+    ]
 
 
 def test_image_size_for_models_that_take_none(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def described(name: str) -> tuple[nn.Module, dict[str, Tensor], Structure, Group
     module = nn.Sequential(tiny.randomised(build()))
     inputs = {"input": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
     structure = describe(module, inputs)
-    (group,) = [g for g in structure.groups if g.kind == "neuron"]
+    (group,) = [g for g in structure.groups if g.kind in ("neuron", "channel")]
     assert group.units == units
     assert not [left for left in structure.left_dense if left.module.startswith(group.name)]
     return module, inputs, structure, group

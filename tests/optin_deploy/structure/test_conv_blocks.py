@@ -6,7 +6,6 @@ import torchvision
 from timm.models import resnet
 from torch import Tensor, nn
 
-from optin_deploy.structure.conv import basic_block
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, LeftDense, Side, Structure, channels_last
 
@@ -76,16 +75,14 @@ class Unnormalised(Block):
         return self.conv1(x).relu()
 
 
-SPOILT = {
-    PreActivation: "bn1 does not take what conv1 gives",
-    Dense: "its channels do not stay apart",
-    Concatenating: "its channels do not stay apart",
-    Mixing: "its channels do not stay apart",
-    Gated: "its channels do not stay apart",
-    Extra: "extra stands between its convolutions",
-    Pooled: "something between its convolutions changes the size",
-    Twice: "its convolutions do not run exactly once",
-    Unnormalised: "bn1 does not take what conv1 gives",
+LEAKING = "its channels do not stay apart"
+SPOILT: dict[type[nn.Module], str | None] = {
+    Dense: LEAKING,
+    Concatenating: LEAKING,
+    Mixing: LEAKING,
+    Gated: LEAKING,
+    Pooled: None,
+    Twice: None,
 }
 
 
@@ -99,7 +96,19 @@ def test_only_blocks_that_run_as_they_look_are_pruned(spoilt: type[nn.Module]) -
     names = [g.name for g in structure.groups]
     assert names == ["0.conv1", "2.conv1"]
     assert structure.blocks == ("0", "2")
-    assert structure.left_dense == (LeftDense("1.conv1", SPOILT[spoilt]),)
+    reason = SPOILT[spoilt]
+    assert structure.left_dense == (() if reason is None else (LeftDense("1.conv1", reason),))
+
+
+def test_what_runs_between_is_found_whatever_it_is_called() -> None:
+    structure = described(PreActivation(), Extra(), Unnormalised())
+    found = [(g.name, g.output, g.outer, [s.module[2:] for s in g.sides]) for g in structure.groups]
+    assert found == [
+        ("0.conv1", "0.conv2", None, ["conv1", "bn2", "conv2"]),
+        ("1.conv1", "1.extra", "1.extra", ["conv1", "bn1", "extra"]),
+        ("1.extra", "1.conv2", None, ["extra", "conv2"]),
+        ("2.conv1", "2.conv2", None, ["conv1", "conv2"]),
+    ]
 
 
 def test_the_group_of_a_block() -> None:
@@ -174,53 +183,11 @@ def test_the_network_itself_is_no_block() -> None:
     assert (structure.blocks, structure.groups[0].residual) == (("conv2",), None)
 
 
-def test_bottlenecks_are_left_dense() -> None:
-    network = tiny.cnn(block=resnet.Bottleneck)
-    structure = describe(network.module, network.inputs)
-    assert structure.groups == ()
-    assert [d.module for d in structure.left_dense] == [
-        f"layer{i}.{j}" for i, j in ((1, 0), (2, 0), (2, 1), (3, 0), (4, 0))
-    ]
-    assert all("bottleneck" in d.reason for d in structure.left_dense)
-
-
-def changed(**modules: nn.Module) -> Group | LeftDense | None:
-    block = Block()
-    for name, module in modules.items():
-        setattr(block, name, module)
-    return basic_block("b", block, "", nn.Module())
-
-
-@pytest.mark.parametrize(
-    ("modules", "reason"),
-    [
-        ({"conv1": nn.Conv2d(6, 6, 1, groups=2)}, "grouped"),
-        ({"conv2": nn.Conv2d(6, 6, 1, groups=3)}, "grouped"),
-        ({"bn1": nn.BatchNorm2d(5)}, "do not take the channels"),
-        ({"conv2": nn.Conv2d(7, 6, 1)}, "do not take the channels"),
-        ({"bn1": nn.GroupNorm(2, 6)}, "GroupNorm where a plain BatchNorm2d"),
-        ({"bn1": timm.layers.BatchNormAct2d(6)}, "BatchNormAct2d"),
-        ({"conv1": timm.layers.StdConv2d(6, 6, 3)}, "StdConv2d where a plain Conv2d"),
-        ({"conv3": nn.Conv2d(6, 6, 1)}, "bottleneck"),
-    ],
-)
-def test_blocks_of_other_layers_are_left_dense(modules: dict[str, nn.Module], reason: str) -> None:
-    given = changed(**modules)
-    assert isinstance(given, LeftDense)
-    assert reason in given.reason
-
-
-@pytest.mark.parametrize("modules", [{"conv1": nn.Linear(6, 6)}, {"conv2": nn.Identity()}, {"bn1": None}])
-def test_other_modules_are_none_of_its_business(modules: dict[str, nn.Module]) -> None:
-    assert changed(**modules) is None
-
-
 @pytest.mark.parametrize("pool", [timm.layers.BlurPool2d, nn.AvgPool2d])
-def test_pools_against_aliasing_are_left_dense(pool: type[nn.Module]) -> None:
+def test_what_changes_the_size_ends_the_channels_way(pool: type[nn.Module]) -> None:
     module = tiny.randomised(resnet.ResNet(resnet.BasicBlock, (1, 2, 1, 1), 3, channels=(8,) * 4, aa_layer=pool))
     structure = describe(module, {"x": torch.randn(1, 3, 64, 64)})
     assert {g.name for g in structure.groups} == {"layer1.0.conv1", "layer2.1.conv1"}
-    assert {d.module for d in structure.left_dense} == {f"layer{i}.0.conv1" for i in (2, 3, 4)}
 
 
 def test_describing_leaves_no_hooks() -> None:
