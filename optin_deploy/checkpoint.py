@@ -26,6 +26,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
+from optin_deploy.structure.intake import prunable_form
 
 JSON_NAME = "optin.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -165,7 +166,7 @@ def _read(path: Path) -> _Description:
 def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
     description = _read(path)
     try:
-        dense = build(_source(description)) if module is None else module
+        dense = prunable_form(build(_source(description)) if module is None else module)
         small = sliced(dense, describe(dense, _sample_inputs(description)), Plan(description.kept))
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
+from optin_deploy.structure.intake import prunable_form
 
 Library = Literal["timm", "transformers", "custom"]
 
@@ -94,14 +95,14 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
 def custom_network(
     module: nn.Module, inputs: Mapping[str, Tensor], *, logits: str | None = None, preprocessing: Any = None
 ) -> Network:
-    """A `Network` around the user's own module.
+    """A `Network` around the user's own module, which is not changed: adapters are merged in a copy.
 
     Args:
         inputs: a sample batch by forward's argument names, first axis the batch.
         logits: name of the output with class logits ("output" when the module gives one tensor), if there is one.
         preprocessing: an ``ImagePreprocessing`` or ``TextPreprocessing`` to calibrate and evaluate on files.
     """
-    module = module.eval()
+    module = prunable_form(module.eval())
     with torch.inference_mode():
         outputs = named_outputs(module(**inputs))
     if logits is not None and logits not in outputs:

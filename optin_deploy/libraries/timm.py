@@ -10,6 +10,7 @@ from torch import nn
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network, Source
 from optin_deploy.preprocessing import ImagePreprocessing
+from optin_deploy.structure.intake import prunable_form
 
 # `deit_small` means `deit_small_patch16_224`; timm's own short names come first.
 _ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
@@ -92,7 +93,7 @@ def network_of(module: nn.Module, source: Source, weights: str) -> Network:
     inputs = {INPUT_NAME: torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))}
     classifies = getattr(module, "num_classes", 0) > 0
     return Network(
-        module=module,
+        module=prunable_form(module),
         inputs=inputs,
         outputs={"logits" if classifies else "features": "output"},
         source=source,

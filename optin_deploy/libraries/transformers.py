@@ -13,6 +13,7 @@ from torch import nn
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network, Source, named_outputs
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.structure.intake import prunable_form
 
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
@@ -93,7 +94,7 @@ def network_of(
         given = named_outputs(module(**inputs))
     names = [n for n in given if n.endswith("logits")] or [n for n in given if n == "last_hidden_state"] or list(given)
     return Network(
-        module=module,
+        module=prunable_form(module),
         inputs=inputs,
         outputs={name: name for name in names},
         source=source,

@@ -12,6 +12,7 @@ from optin_deploy.structure.conv import channel_groups
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
+from optin_deploy.structure.torch import samples_elsewhere
 from optin_deploy.structure.trial import uncuttable
 from optin_deploy.structure.width import narrowable, width_group
 
@@ -46,7 +47,8 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     followed = {side.module for group, _ in channels for side in group.sides}
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
     block_of |= {group.name: block for group, block in channels}
-    failed = uncuttable(module, inputs, ran)
+    failed = samples_elsewhere(module, inputs, {g.name: block_of[g.name] for g in ran})
+    failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = [g for g in ran if g.name not in failed]
     ran = [replace(g, outer=None) if g.outer in failed else g for g in ran]

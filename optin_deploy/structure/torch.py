@@ -1,8 +1,10 @@
 """torch's own attention. ``nn.MultiheadAttention`` computes with its weights and not through its modules, and the fast
 path of ``nn.TransformerEncoderLayer`` passes by both; so a network that is taken in gets `Attention` in its place, of
-the same parameters, which computes the same through four linear layers."""
+the same parameters, which computes the same through four linear layers. At padding, where the fast path of
+``nn.TransformerEncoder`` gives zeros, there is what its layers compute, as in training and in an exported file."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, StandIn, join
 from optin_deploy.structure.registry import adapter
+from optin_deploy.structure.residual import trial_forward
 
 
 class Attention(nn.Module):
@@ -115,7 +118,57 @@ def through_modules(module: nn.Module) -> nn.Module:
     for child in copied.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False
+        if type(child) in _SAMPLES_FIRST:
+            _put_samples_first(child)
     return copied
+
+
+class _Encoder(nn.TransformerEncoder):
+    """One that takes and gives sequences first, and runs with samples first."""
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(src.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+
+
+class _Decoder(nn.TransformerDecoder):
+    """One that takes and gives sequences first, and runs with samples first."""
+
+    def forward(self, tgt: Tensor, memory: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(tgt.transpose(0, 1), memory.transpose(0, 1), *args, **kwargs).transpose(0, 1)
+
+
+_SAMPLES_FIRST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoder: _Encoder,
+    nn.TransformerDecoder: _Decoder,
+}
+
+
+def _put_samples_first(stack: nn.Module) -> None:
+    """Let a stack of layers run with samples first, as all masks on units need them, where it does not."""
+    attentions = [m for m in stack.modules() if isinstance(m, Attention)]
+    if attentions and not any(m.batch_first for m in attentions):
+        stack.__class__ = _SAMPLES_FIRST[type(stack)]
+        for each in attentions:
+            each.batch_first = True
+
+
+def samples_elsewhere(module: nn.Module, inputs: Mapping[str, Tensor], block_of: Mapping[str, str]) -> dict[str, str]:
+    """Which groups or their blocks have samples along another axis than the first, so that they cannot be scored:
+    group name -> reason. Only where a module says that it wants sequences first is that tried.
+
+    Args:
+        block_of: block of each group.
+    """
+    if all(getattr(m, "batch_first", True) for m in module.modules()):
+        return {}
+    lengths = []
+    for samples in (1, 2):
+        some = {name: t[:1].repeat_interleave(samples, 0) for name, t in inputs.items()}
+        given = {call.name: call.returned for call in trial_forward(module, some)}
+        lengths.append({name: len(x) for name, x in given.items() if x is not None and x.dim()})
+    one, two = lengths
+    reason = "has sequences first and samples second: make it with batch_first=True"
+    return {g: reason for g, b in block_of.items() if any(two.get(n, 0) != 2 * one.get(n, 0) for n in (g, b))}
 
 
 def _is_plain(attention: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
