@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data
 DEMO := runs/demo
 
-.PHONY: install test lint types demo clean
+MIN_VENV ?= .venv-min
+# What the lowest versions of timm and transformers have to pass: all that looks into their modules.
+MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/test_models.py tests/optin_deploy/test_slicing.py \
+	tests/optin_deploy/test_checkpoint.py tests/optin_deploy/test_unpruned.py tests/benchmarks/test_coverage.py
+
+.PHONY: install test test-min lint types demo clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +25,17 @@ $(VENV)/.installed: pyproject.toml
 test: install
 	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
+# The other end of the supported range of timm and transformers, in an environment of its own.
+$(MIN_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(MIN_VENV)
+	$(MIN_VENV)/bin/python -m pip install --quiet torch torchvision
+	$(MIN_VENV)/bin/python -m pip install --quiet -e '.[cpu,dev]' \
+		$$(sed -n 's/^ *"\(timm\|transformers\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
+	touch $@
+
+test-min: $(MIN_VENV)/.installed
+	OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(MIN_TESTS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +48,4 @@ demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) $(MIN_VENV) $(DEMO)

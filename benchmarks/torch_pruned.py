@@ -15,10 +15,10 @@ timm also replaces the forward of the attention; timm's own now runs with narrow
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 
-import timm.layers
+import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
@@ -28,6 +28,11 @@ from optin_deploy.network import Network, named_outputs
 WINDOW = 0.01
 # Bisection goes on for a while inside the window: the closer, the better the comparison.
 _CLOSE, _STEPS = 0.002, 10
+# What attentions of timm and transformers call their projections and sizes.
+_PROJECTIONS = (("qkv",), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
+_HEADS = ("num_heads", "num_attention_heads", "n_heads")
+_ALL_WIDTHS = ("attn_dim", "all_head_size", "embed_dim")
+_WIDTHS = ("head_dim", "attention_head_size")
 
 
 def installed() -> bool:
@@ -41,23 +46,36 @@ def prune(network: Network, flops: float) -> tuple[nn.Module, float]:
     Raises:
         ValueError: no pruning ratio comes that close.
     """
+    module, ratio, share = bisected(_at_ratios(network), flops)
+    if abs(share - flops) > WINDOW:
+        raise ValueError(f"torch-pruning comes no closer to {flops:g} of the FLOPs than {share:.3f}; try another part")
+    return module, ratio
+
+
+def closest(network: Network, flops: float) -> tuple[nn.Module, float]:
+    """The network pruned to about ``flops``, and the part of the dense FLOPs that it has."""
+    module, _, share = bisected(_at_ratios(network), flops, close=WINDOW)
+    return module, share
+
+
+def _at_ratios(network: Network) -> Callable[[float], tuple[nn.Module, float]]:
     dense = count_flops(network.module, network.inputs)
 
     def pruned(ratio: float) -> tuple[nn.Module, float]:
         module = at_ratio(network, ratio)
         return module, count_flops(module, network.inputs) / dense
 
-    module, ratio, share = bisected(pruned, flops)
-    if abs(share - flops) > WINDOW:
-        raise ValueError(f"torch-pruning comes no closer to {flops:g} of the FLOPs than {share:.3f}; try another part")
-    return module, ratio
+    return pruned
 
 
-def bisected(pruned: Callable[[float], tuple[nn.Module, float]], flops: float) -> tuple[nn.Module, float, float]:
+def bisected(
+    pruned: Callable[[float], tuple[nn.Module, float]], flops: float, close: float = _CLOSE
+) -> tuple[nn.Module, float, float]:
     """The module, its ratio and its part of the FLOPs that is closest to ``flops`` among those tried.
 
     Args:
         pruned: pruning ratio -> module and its part of the dense FLOPs, which falls as the ratio grows.
+        close: how close is close enough to stop.
     """
     low, high = 0.0, 1.0
     best: tuple[nn.Module, float, float] | None = None
@@ -66,7 +84,7 @@ def bisected(pruned: Callable[[float], tuple[nn.Module, float]], flops: float) -
         module, share = pruned(ratio)
         if best is None or abs(share - flops) < abs(best[2] - flops):
             best = module, ratio, share
-        if abs(share - flops) <= _CLOSE:
+        if abs(share - flops) <= close:
             break
         low, high = (ratio, high) if share > flops else (low, ratio)
     assert best is not None
@@ -88,7 +106,7 @@ def at_ratio(network: Network, ratio: float) -> nn.Module:
             sample,
             importance=torch_pruning.importance.MagnitudeImportance(p=2, group_reduction="mean"),
             pruning_ratio=ratio,
-            ignored_layers=[m for name in ("head", "pooler", "classifier") if (m := getattr(module, name, None))],
+            ignored_layers=[*_last_layers(module, sample), *([m] if (m := getattr(module, "pooler", None)) else [])],
             num_heads=heads_of(module),
             prune_num_heads=whole_heads,
             prune_head_dims=not whole_heads,
@@ -108,21 +126,45 @@ def heads_of(module: nn.Module) -> dict[nn.Module, int]:
     """Projections to queries, keys and values, and how many heads they have."""
     heads: dict[nn.Module, int] = {}
     for m in module.modules():
-        if isinstance(m, timm.layers.Attention):
-            heads[m.qkv] = m.num_heads
-        elif isinstance(m, BertSelfAttention):
-            heads |= dict.fromkeys((m.query, m.key, m.value), m.num_attention_heads)
+        number = next((n for name in _HEADS if isinstance(n := getattr(m, name, None), int)), None)
+        if number is not None:
+            heads |= dict.fromkeys(_projections(m), number)
     return heads
 
 
+def _last_layers(module: nn.Module, sample: Mapping[str, Tensor]) -> list[nn.Module]:
+    """Linear layers and convolutions that give an output of the network: classes and the like."""
+    given: list[tuple[nn.Module, Tensor]] = []
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    handles = [m.register_forward_hook(lambda layer, _, output: given.append((layer, output))) for m in layers]
+    try:
+        with torch.no_grad():
+            outputs = named_outputs(module(**sample)).values()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layer for layer, tensor in given if any(tensor is output for output in outputs)]
+
+
+def _projections(attention: nn.Module) -> list[nn.Linear]:
+    for names in _PROJECTIONS:
+        found = [getattr(attention, name, None) for name in names]
+        if all(isinstance(layer, nn.Linear) for layer in found):
+            return found  # type: ignore[return-value]
+    return []
+
+
 def _tell_heads(module: nn.Module, heads: dict[nn.Module, int]) -> None:
+    """Write the numbers and widths of heads where the attentions keep them."""
     for m in module.modules():
-        if isinstance(m, timm.layers.Attention):
-            m.num_heads, m.attn_dim = heads[m.qkv], m.qkv.out_features // 3
-            m.head_dim = m.attn_dim // m.num_heads
-        elif isinstance(m, BertSelfAttention):
-            m.num_attention_heads, m.all_head_size = heads[m.query], m.query.out_features
-            m.attention_head_size = m.all_head_size // m.num_attention_heads
+        projections = _projections(m)
+        if not projections or projections[0] not in heads:
+            continue
+        number, features = heads[projections[0]], projections[0].out_features // (3 if len(projections) == 1 else 1)
+        for names, value in ((_HEADS, number), (_ALL_WIDTHS, features), (_WIDTHS, features // max(1, number))):
+            for name in names:
+                if isinstance(getattr(m, name, None), int):
+                    setattr(m, name, value)
 
 
 def _first_tensor(output: object) -> Tensor:
