@@ -104,9 +104,7 @@ def _ended(one: _Running, limits: Limits) -> Row | str | None:
         return f"took more than {limits.seconds:.0f} s"
     if one.result.is_file():
         return Row(**json.loads(one.result.read_text(encoding="utf-8")))
-    return (
-        f"its process ended with code {one.process.exitcode}: out of {limits.memory_bytes / 2**30:.0f} GiB, or a crash"
-    )
+    return f"its process ended with code {one.process.exitcode}: a crash, or not enough memory"
 
 
 def run(

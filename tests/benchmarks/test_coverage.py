@@ -86,16 +86,16 @@ def test_the_fifth_is_one_of_every_family_and_a_fifth() -> None:
 
 
 def test_every_row_is_told_whatever_happens_in_it() -> None:
-    some = {cls.__name__: architecture(cls) for cls in (Block, Shuffled, Crash)}
+    some = {f"own: {cls.__name__}": architecture(cls) for cls in (Block, Shuffled, Crash)}
     rows = driver.run(some, driver.Limits(), jobs=2, seconds=0.0, peers=False)
-    endless = {"Endless": architecture(Endless)}
+    endless = {"own: Endless": architecture(Endless)}
     rows |= driver.run(endless, driver.Limits(clock_seconds=1), jobs=2, seconds=0.0, peers=False)
-    whole = {**rows["Block"]["columns"], "speed": None}
-    assert passed({"columns": whole}) and not passed(rows["Block"])
-    assert rows["Block"]["reached"] <= 0.5 and rows["Block"]["prunable"] == 1
-    assert rows["Shuffled"]["columns"]["score"].startswith("nothing prunable found in")
-    assert rows["Endless"]["columns"] == {"score": "took more than 1 s by the clock"}
-    assert rows["Crash"]["columns"]["score"].startswith("its process ended with code 7")
+    whole = {**rows["own: Block"]["columns"], "speed": None}
+    assert passed({"columns": whole}) and not passed(rows["own: Block"])
+    assert rows["own: Block"]["reached"] <= 0.5 and rows["own: Block"]["prunable"] == 1
+    assert rows["own: Shuffled"]["columns"]["score"].startswith("nothing prunable found in")
+    assert rows["own: Endless"]["columns"] == {"score": "took more than 1 s by the clock"}
+    assert rows["own: Crash"]["columns"]["score"].startswith("its process ended with code 7")
     text = page(rows)
     assert "**0 of 4 architectures pass every column.**" in text
     assert "- Endless, scored: took more than 1 s by the clock" in text
