@@ -218,9 +218,8 @@ def stream_shift(module: nn.Module, group: Group) -> Tensor | None:
 
 
 def is_batch_norm(norm: nn.Module) -> bool:
-    """Whether ``norm`` has running statistics and uses them: also libraries' own, with an activation or frozen."""
-    held = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    return all(isinstance(t, Tensor) for t in held) and not norm.training
+    """Whether ``norm`` has running statistics: also libraries' own, with an activation or frozen."""
+    return all(isinstance(getattr(norm, name, None), Tensor) for name in ("running_mean", "running_var"))
 
 
 def _norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
