@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --cases stsb,sst2 --methods trajectory-obs,trajectory --flops 0.6,0.5 --seeds 0,1,2
 
 Rows are kept in ``results/DEVICE/accuracy-CASE.json`` method by method (``accuracy-CASE-N.json`` with ``--samples N``
-calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--table`` only
-prints what is there. Cases whose data is absent are skipped with a line. Nothing is
-trained; labels are used to evaluate, and by Fisher scores.
+calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--repaired`` leaves
+out what is not repaired; ``--table`` only prints what is there. Cases whose data is absent are skipped with a line.
+Nothing is trained; labels are used to evaluate, and by Fisher scores.
 """
 
 import json
@@ -48,8 +48,17 @@ def read_rows(name: str) -> list[Row]:
     return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
 
 
-def run(name: str, data: Path, methods: list[str], budgets: list[float], seeds: list[int], samples: int | None) -> None:
-    """Measure what is missing of a case."""
+def run(
+    name: str,
+    data: Path,
+    methods: list[str],
+    budgets: list[float],
+    seeds: list[int],
+    samples: int | None,
+    *,
+    repaired: bool = False,
+) -> None:
+    """Measure what is missing of a case; if ``repaired``, nothing without repair."""
     kept = result_name(name, samples)
     rows = read_rows(kept)
     for seed in seeds:
@@ -63,6 +72,8 @@ def run(name: str, data: Path, methods: list[str], budgets: list[float], seeds: 
                          "figures": case.measure(case.network.module)})  # fmt: skip
         for method, wanted in missing.items():
             for outcome in METHODS[method](case, wanted, seed) if wanted else ():
+                if repaired and outcome.repair == "none":
+                    continue
                 rows.append({"method": method, "seed": seed, **_measured(case, outcome, total)})
                 print(f"{name} seed {seed}: {_line(rows[-1])}", flush=True)
             common.write_results(kept, rows)
@@ -151,6 +162,7 @@ def main() -> None:
     arguments.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     arguments.add_argument("--seeds", default="0,1,2", help="comma-separated")
     arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
+    arguments.add_argument("--repaired", action="store_true", help="measure nothing without repair")
     arguments.add_argument("--table", action="store_true", help="only print and draw what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -160,7 +172,8 @@ def main() -> None:
         if not given.table and not needed.exists():
             print(f"{name}: skipped, {needed} is absent")
         elif not given.table:
-            run(name, given.data_root, given.methods.split(","), budgets, [int(s) for s in seeds], given.samples)
+            methods, numbers = given.methods.split(","), [int(s) for s in seeds]
+            run(name, given.data_root, methods, budgets, numbers, given.samples, repaired=given.repaired)
         kept = result_name(name, given.samples)
         rows = read_rows(kept)
         if not rows:

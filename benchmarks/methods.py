@@ -11,7 +11,7 @@ from torch import nn
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
 from optin_deploy.errors import UserError
 from optin_deploy.plan import Plan
-from optin_deploy.pruning import Anatomy, Ridge, examine, remove
+from optin_deploy.pruning import Anatomy, Ridge, examine, remove, remove_in_rounds
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Criterion, Scoring, score
 from optin_deploy.search import search
@@ -65,6 +65,27 @@ def by_criterion(
     return run
 
 
+def by_rounds(rounds: int) -> Method:
+    """The default, but for the budget being approached in so many steps, scored anew each."""
+
+    def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
+        anatomy, scoring = examine(case.network), Scoring(seed=seed)
+        start = perf_counter()
+        dense = in_principal_bases(case.network, anatomy.structure, case.batches)
+        scores = score(dense, anatomy.structure, anatomy.costs, case.batches, scoring)
+        scored, align = perf_counter() - start, ALIGN.get(case.name, 64)
+        for budget in budgets:
+            start = perf_counter()
+            plan, module = remove_in_rounds(
+                dense, anatomy, scores, case.batches, budget,
+                scoring=scoring, labels=None, align=align, ridge="auto", rounds=rounds,
+            )  # fmt: skip
+            seconds = scored + perf_counter() - start
+            yield Outcome(f"{scoring.criterion}, {rounds} rounds", "ridge", budget, plan, module, seconds)
+
+    return run
+
+
 def kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
     """Kwon et al. in full: Fisher scores, rearrangement, least-squares rescaling of the masks."""
     name, repair = "fisher, rearranged", "rescale"
@@ -108,6 +129,7 @@ def rival(name: str, prune: Rival) -> Method:
 METHODS: dict[str, Method] = {
     "trajectory-obs": by_criterion("trajectory-obs"),
     "trajectory-obs-whole-heads": by_criterion("trajectory-obs", narrow=False),
+    "trajectory-obs-2-rounds": by_rounds(2),
     "trajectory": by_criterion("trajectory"),
     "fisher": by_criterion("fisher"),
     "kwon": kwon,

@@ -83,7 +83,8 @@ RUN_OPTIONS: dict[str, Any] = {
     ],
     "probes": Annotated[int | None, option("random probes per calibration batch [4 for trajectory, else 1]", PRUNE)],
     "task_weight": Annotated[
-        float | None, option("weight of the task term beside the trajectory [1; convolutions: task only]", PRUNE)
+        float | None,
+        option("weight of the task term beside the trajectory [1; classifiers, convolutions: task only]", PRUNE),
     ],
     "align": Annotated[
         str | None,

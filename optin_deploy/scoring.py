@@ -48,8 +48,8 @@ class Scoring:
         probes: random draws per batch; None takes 4 for "trajectory", and 1 for "trajectory-obs", which draws anew for
             each quarter of a batch.
         task_weight: weight of the task part relative to the manifold part (see ``criteria.loss``); None takes 1, but
-            the task part alone for "trajectory-obs" where all blocks give maps: what single pixels have in common with
-            each other says little of what the network makes of them.
+            the task part alone for "trajectory-obs" where the network has class logits, since a classifier uses only
+            some of what its tokens have in common, and where all blocks give maps, of which single pixels say little.
         seed: the same seed gives the same scores, bit for bit, on the same machine.
     """
 
@@ -64,12 +64,12 @@ class Scoring:
         """Random draws per batch."""
         return self.probes or (4 if self.criterion == "trajectory" else 1)
 
-    def weights(self, structure: Structure) -> tuple[float, float]:
+    def weights(self, network: Network, structure: Structure) -> tuple[float, float]:
         """Weights of the manifold part and of the task part."""
         if self.task_weight is not None:
             return 1.0, self.task_weight
-        maps = all(group.axis == 1 for group in structure.groups)
-        return (0.0 if maps and self.criterion == "trajectory-obs" else 1.0), 1.0
+        alone = network.logits is not None or all(group.axis == 1 for group in structure.groups)
+        return (0.0 if alone and self.criterion == "trajectory-obs" else 1.0), 1.0
 
     @property
     def narrows_heads(self) -> bool:
@@ -150,7 +150,7 @@ def _obs(
         batches,
         probes=scoring.draws,
         factors=factors,
-        manifold=scoring.weights(structure)[0],
+        manifold=scoring.weights(network, structure)[0],
         seed=scoring.seed,
         samples_at_once=samples,
         advance=advance,
@@ -206,7 +206,7 @@ def _factors(
     scoring: Scoring,
     sketch: Callable[..., dict[str, Tensor]] = sketch_scores,
 ) -> Mapping[str, float]:
-    weight = scoring.weights(structure)[1]
+    weight = scoring.weights(network, structure)[1]
     if not weight:
         return {}
     return task_factors(network, structure.without_widths(), batch, weight, scoring.seed, sketch)

@@ -61,7 +61,7 @@ def sketch_scores(
         named = dict(zip(joint, masks, strict=True))
         with differentiable(network), masked(network.module, structure, named):
             blocks, outputs = trajectory.run()
-            grams = trajectory.grams(blocks)
+            grams = trajectory.grams(blocks) if manifold else {}
             for _ in range(probes):
                 loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
                 for name, gradient in zip(joint, gradients(loss, masks, keep=True), strict=True):

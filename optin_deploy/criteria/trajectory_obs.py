@@ -123,7 +123,7 @@ def probe_moments(
                 for group in widths:
                     stack.enter_context(masked_queries(network.module, group, masks[group.outer]))
                 blocks, outputs = trajectory.run()
-            grams = trajectory.grams(blocks)
+            grams = trajectory.grams(blocks) if manifold else {}
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
             for probe in range(probes):
                 loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)

@@ -66,7 +66,9 @@ def test_obs_scores_come_from_probes_of_pieces_of_a_batch(
     given = scored(network, structure, batches, probes=3, seed=5)
     first = {"x": batches[0]["x"][:samples]}
     factors = task_factors(network, structure.without_widths(), first, 1.0, 5)
-    moments = probe_moments(network, structure, batches, probes=3, factors=factors, seed=5, samples_at_once=samples)
+    moments = probe_moments(
+        network, structure, batches, probes=3, factors=factors, seed=5, manifold=0.0, samples_at_once=samples
+    )
     for name, expected in obs_scores(network.module, structure, moments).items():
         assert torch.equal(given[name], expected)
 
@@ -235,17 +237,21 @@ def test_only_trajectory_obs_narrows_heads_of_itself() -> None:
             assert Recipe(model="m", flops=0.5, criterion=criterion, narrow_heads=wanted).narrows_heads == wanted
 
 
-def test_maps_are_judged_by_the_task_alone_unless_a_weight_is_given() -> None:
-    maps, tokens = tiny.structure("plain_resnet"), tiny.structure("vit")
-    assert Scoring().weights(maps) == (0.0, 1.0)
-    assert Scoring(task_weight=2.0).weights(maps) == (1.0, 2.0)
-    assert Scoring(criterion="trajectory").weights(maps) == (1.0, 1.0)
-    assert Scoring().weights(tokens) == (1.0, 1.0)
+def test_maps_and_classifiers_are_judged_by_the_task_alone_unless_a_weight_is_given() -> None:
+    for name, manifold in (("plain_resnet", 0.0), ("bert_classifier", 0.0), ("bert", 1.0)):
+        network, structure = tiny.network(name), tiny.structure(name)
+        assert (network.logits is None) == (name == "bert")
+        assert Scoring().weights(network, structure) == (manifold, 1.0)
+        assert Scoring(task_weight=2.0).weights(network, structure) == (1.0, 2.0)
+        assert Scoring(criterion="trajectory").weights(network, structure) == (1.0, 1.0)
 
-    network = tiny.network("plain_resnet")
+
+@pytest.mark.parametrize("name", ["plain_resnet", "bert_classifier"])
+def test_the_task_alone_gives_other_scores_than_with_the_trajectory(name: str) -> None:
+    network, structure = tiny.network(name), tiny.structure(name)
     batches = tiny.batches(network, 2)
-    given, both = (scored(network, maps, batches, task_weight=weight) for weight in (None, 1.0))
-    assert any(not torch.equal(given[name], both[name]) for name in given)
+    given, both = (scored(network, structure, batches, task_weight=weight) for weight in (None, 1.0))
+    assert any(not torch.equal(given[group], both[group]) for group in given)
 
 
 def test_recipe_and_scoring_have_the_same_defaults() -> None:
