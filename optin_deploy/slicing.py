@@ -123,7 +123,15 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
         _slice_entries(module, entries, group, kept)
     for name, attribute in group.attributes:
         owner = module.get_submodule(name)
-        setattr(owner, attribute, getattr(owner, attribute) * len(kept) // group.units)
+        setattr(owner, attribute, _scaled(getattr(owner, attribute), len(kept), group.units))
+
+
+def _scaled(value: int | tuple[int, ...], kept: int, units: int) -> int | tuple[int, ...]:
+    """An attribute's value when ``kept`` of so many units are left; of a shape, the last axis of that size shrinks."""
+    if isinstance(value, int):
+        return value * kept // units
+    axis = len(value) - 1 - value[::-1].index(units)
+    return (*value[:axis], kept, *value[axis + 1 :])
 
 
 def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
@@ -175,6 +183,8 @@ def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tens
     index = features_of(kept, group, tensor.shape[entries.dim], entries.widths)
     if isinstance(tensor, nn.Parameter):
         setattr(holder, name, _selected(tensor, entries.dim, index))
+        # What the module has made of the parameter and keeps is no longer right.
+        holder.train(holder.training)
     else:
         setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
 

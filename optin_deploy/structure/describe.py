@@ -1,6 +1,6 @@
 """From a module to its `Structure`: which groups it has, in which blocks, and how the network runs through them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import takewhile
 
@@ -13,7 +13,7 @@ from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.torch import samples_elsewhere
-from optin_deploy.structure.trial import uncuttable
+from optin_deploy.structure.trial import uncuttable, with_working_stand_ins
 from optin_deploy.structure.width import narrowable, width_group
 
 
@@ -34,7 +34,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     structure has no groups when nothing prunable is found.
     """
     found, left_dense = _match_adapters(module)
-    block_of = {group.name: _enclosing_block(module, group) for group in found}
+    block_of = _blocks(module, found)
     calls = trial_forward(module, inputs)
     position = {call.name: i for i, call in reversed(list(enumerate(calls)))}
     ran = [g for g in found if g.output in position and block_of[g.name] in position]
@@ -50,12 +50,12 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     failed = samples_elsewhere(module, inputs, {g.name: block_of[g.name] for g in ran})
     failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
-    ran = [g for g in ran if g.name not in failed]
+    ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])
     ran = [replace(g, outer=None) if g.outer in failed else g for g in ran]
     blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):
-        stream = residual_stream(calls, block_of[group.name], group.output)
+        stream = residual_stream(calls, block_of[group.name], group.output, group.axis)
         groups.append(replace(group, layer=blocks.index(block_of[group.name]), **asdict(stream)))
     groups = _with_widths(module, inputs, groups)
     structure = Structure(blocks, tuple(groups), 0, tuple(left_dense))
@@ -105,12 +105,29 @@ def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
     return groups, left_dense
 
 
-def _enclosing_block(module: nn.Module, group: Group) -> str:
+def _blocks(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
+    """The block of every group. Blocks do not hold one another: what stands beside blocks in one is one of its own."""
+    found = {group.name: _enclosing_block(module, group) for group in groups}
+    holding = {b for b in found.values() if any(other.startswith(f"{b}.") for other in found.values())}
+    for group in groups:
+        if found[group.name] in holding:
+            path = _path(group)
+            below = path[path.index(found[group.name]) :]
+            found[group.name] = next((p for p in below if p not in holding), below[-1])
+    return found
+
+
+def _path(group: Group) -> list[str]:
+    """The modules around a group and its projection, from the outermost on."""
     name, output = group.name.split("."), group.output.split(".")
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(name, output, strict=False))
     parts = [part for part, _ in shared] or name
-    for length in range(len(parts), 0, -1):
-        parent = module.get_submodule(".".join(parts[: length - 1]))
-        if isinstance(parent, nn.ModuleList | nn.Sequential):
-            return ".".join(parts[:length])
-    return ".".join(parts)
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def _enclosing_block(module: nn.Module, group: Group) -> str:
+    path = _path(group)
+    for block in reversed(path):
+        if isinstance(module.get_submodule(block.rpartition(".")[0]), nn.ModuleList | nn.Sequential):
+            return block
+    return path[-1]

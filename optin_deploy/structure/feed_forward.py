@@ -45,15 +45,16 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
     maps = _feed_forward_maps(parts)
     if maps is None or _is_gate(module, maps):
         return None
-    neurons = _sizes(maps.down.module)[0]
-    others = [p for p in _between(parts, maps) if p not in maps.between]
+    neurons = map_sizes(maps.down.module)[0]
+    others = [p for p in _between(parts, maps) if p not in maps.between and not _has_scalars(p.module)]
     mixing = [p for p in others if all(t.numel() == neurons for t in p.module.parameters())]
     if len(mixing) < len(others):
         return None
     if mixing:
         return LeftDense(name, f"{mixing[0].name}, which sees all neurons, stands before {maps.down.name}")
     belonging = (*maps.ups, *maps.between, maps.down)
-    alone = all(p in belonging or _is_norm(p.module) for p in parts) and not any(module.parameters(recurse=False))
+    beside = [p.module for p in parts if p not in belonging]
+    alone = all(_is_norm(m) or _has_scalars(m) for m in beside) and not list(module.parameters(recurse=False))
     output = join(name, maps.down.name)
     inner = [_place(p, parts, belonging) for p in maps.ups]
     inner += [p.name for p in maps.between if p.child not in inner]
@@ -79,12 +80,18 @@ def _parts(module: nn.Module) -> Iterator[_Part]:
     """
     for child_name, child in module.named_children():
         inside = [(n, m) for n, m in child.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        if sum(_is_map(m) for _, m in inside) > 1 or any(any(True for _ in m.children()) for _, m in inside):
+        if sum(is_map(m) for _, m in inside) > 1 or any(_holds_others(m) for _, m in inside):
             inside = [("", child)]
         yield from (_Part(join(child_name, n), child_name, m) for n, m in inside)
 
 
-def _is_map(layer: nn.Module) -> bool:
+def _holds_others(module: nn.Module) -> bool:
+    """Whether modules inside it have parameters beside its own."""
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+def is_map(layer: nn.Module) -> bool:
+    """Whether it is a linear layer or a 1×1 convolution."""
     if isinstance(layer, nn.Linear):
         return True
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) == layer.stride and layer.groups == 1
@@ -98,8 +105,8 @@ def _is_norm(layer: nn.Module) -> bool:
     return "norm" in type(layer).__name__.lower()
 
 
-def _sizes(layer: nn.Module) -> tuple[int, int]:
-    """Features that a map takes, and those that it gives."""
+def map_sizes(layer: nn.Module) -> tuple[int, int]:
+    """How many features a map takes, and how many it gives."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     assert isinstance(layer, nn.Conv2d)
@@ -108,13 +115,13 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
 
 def _feed_forward_maps(parts: Sequence[_Part]) -> _Maps | None:
     """The maps as their sizes tell, the last possible one taken for the map out of the neurons; None if none fits."""
-    maps = [p for p in parts if _is_map(p.module)]
+    maps = [p for p in parts if is_map(p.module)]
     if not 2 <= len(maps) <= _MOST_MAPS:
         return None
     for down in reversed(maps[1:]):
         ups = tuple(p for p in maps if p is not down)
-        sizes = {_sizes(p.module) for p in ups}
-        (taken, given), (neurons, returned) = next(iter(sizes)), _sizes(down.module)
+        sizes = {map_sizes(p.module) for p in ups}
+        (taken, given), (neurons, returned) = next(iter(sizes)), map_sizes(down.module)
         # One map may give neurons and their gates one behind the other.
         if len(sizes) == 1 and returned == taken and given in ((neurons, 2 * neurons) if len(ups) == 1 else (neurons,)):
             found = _Maps(ups, (), down)
@@ -130,6 +137,11 @@ def _between(parts: Sequence[_Part], maps: _Maps) -> list[_Part]:
     return [p for p in parts[places[0] : places[-1]] if p not in own]
 
 
+def _has_scalars(layer: nn.Module) -> bool:
+    """Whether it is an activation with numbers for all features alike."""
+    return all(t.numel() == 1 for t in layer.parameters())
+
+
 def _keeps_apart(layer: nn.Module, features: tuple[int, int]) -> bool:
     """Whether ``layer`` is one that gives each of so many features by itself."""
     if isinstance(layer, _BatchNorm):
@@ -139,7 +151,7 @@ def _keeps_apart(layer: nn.Module, features: tuple[int, int]) -> bool:
 
 def _is_gate(module: nn.Module, maps: _Maps) -> bool:
     """Whether the module gives factors for what it takes, as squeeze-and-excitation does."""
-    gated = len(maps.ups) > 1 or _sizes(maps.ups[0].module)[1] > _sizes(maps.down.module)[0]
+    gated = len(maps.ups) > 1 or map_sizes(maps.ups[0].module)[1] > map_sizes(maps.down.module)[0]
     sigmoid = any("sigmoid" in type(m).__name__.lower() for m in module.children())
     return sigmoid and not gated and isinstance(maps.down.module, nn.Conv2d)
 

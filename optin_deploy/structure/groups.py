@@ -76,10 +76,11 @@ class Group:
 
     ``output`` names the projection behind the units: its input has ``units * width`` features along ``axis``, and a
     unit is masked by setting its features to zero there. ``owners`` are the modules whose FLOPs are proportional to the
-    units kept. ``attributes`` are ``(module, attribute)`` whose value is proportional to them, ``entries`` parameters
-    and buffers that no layer of ``sides`` holds. ``stand_ins`` say what takes the place of which module when no unit is
-    left. ``slim`` is the class that the module ``name`` gets when it is sliced, for one whose own forward takes widths
-    from its input: a subclass of its own with the same parameters.
+    units kept. ``attributes`` are ``(module, attribute)`` whose value is proportional to them, or a shape with an axis
+    for them, ``entries`` parameters and buffers that no layer of ``sides`` holds. ``stand_ins`` say what takes the
+    place of which module when no unit is left; where they are empty, one unit stays. ``slim`` is the class that the
+    module ``name`` gets when it is sliced, for one whose own forward takes widths from its input: a subclass of its own
+    with the same parameters.
 
     Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
     in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
@@ -129,7 +130,7 @@ class Group:
     @property
     def least(self) -> int:
         """Units that stay at least: with none of them, what has no stream around it would let nothing through."""
-        return 0 if self.has_stream else 1
+        return 0 if self.has_stream and self.stand_ins else 1
 
 
 @dataclass(frozen=True)

@@ -118,11 +118,14 @@ def _version(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
-def residual_stream(calls: Sequence[Call], block: str, projection: str) -> Stream:
+def residual_stream(calls: Sequence[Call], block: str, projection: str, axis: int = -1) -> Stream:
     """The `Stream` that one output projection in ``block`` is added to.
 
     Neither ``residual`` nor ``shortcut`` is set when something else than a batch norm and LayerScale stands between
     projection and addition.
+
+    Args:
+        axis: that of the projection's output that holds its features.
     """
     end = next(i for i, call in enumerate(calls) if call.name == projection)
     inside = [i for i, call in enumerate(calls) if call.name == block or call.name.startswith(block + ".")]
@@ -130,23 +133,49 @@ def residual_stream(calls: Sequence[Call], block: str, projection: str) -> Strea
     for call in (calls[i] for i in inside if i > end):
         if norm is None and scale is None and _is_norm(call, last.returned):
             last, norm = call, call.name
-        elif scale is None and (parameter := _layer_scale(call, last.returned)):
+        elif scale is None and (parameter := _layer_scale(call, last.returned, axis)):
             last, scale = call, f"{call.name}.{parameter}"
     # A module that encloses the projection ends after it but was given its input before.
     # Outer modules come first: they still stand where a whole sublayer is replaced.
     before = [calls[i] for i in inside if i < end or projection.startswith(calls[i].name + ".")]
     before.sort(key=lambda call: call.name.count("."))
+    # A shortcut may run before the projection or after it.
+    own = (projection, norm, last.name)
+    others = [calls[i] for i in inside if calls[i].name not in own]
+    others = [call for call in others if not projection.startswith(call.name + ".")]
+    others.sort(key=lambda call: call.name.count("."))
     after = [t for i in inside if i > end for t in (calls[i].given, calls[i].returned)]
-    residual = _stream([(call.name, call.given) for call in before], last.returned, after)
-    shortcut = None
-    if residual is None:
-        # A shortcut may run before the projection or after it.
-        own = (projection, norm, last.name)
-        others = [calls[i] for i in inside if calls[i].name not in own]
-        others = [call for call in others if not projection.startswith(call.name + ".")]
-        others.sort(key=lambda call: call.name.count("."))
-        shortcut = _stream([(call.name, call.returned) for call in others], last.returned, after)
-    return Stream(residual, shortcut, norm, scale, last.changed)
+    scales: list[tuple[str | None, Tensor | None]] = [(scale, None)]
+    if scale is None and last.returned is not None:
+        scales += _parameters_around(before, projection, last.returned, axis)
+    for name, gamma in scales:
+        update = last.returned if gamma is None or last.returned is None else last.returned * gamma
+        residual = _stream([(call.name, call.given) for call in before], update, after)
+        if residual is not None:
+            return Stream(residual, None, norm, name, last.changed)
+        shortcut = _stream([(call.name, call.returned) for call in others], update, after)
+        if shortcut is not None:
+            return Stream(None, shortcut, norm, name, last.changed)
+    return Stream(None, None, norm, scale, last.changed)
+
+
+def _parameters_around(
+    calls: Sequence[Call], projection: str, update: Tensor, axis: int
+) -> list[tuple[str | None, Tensor | None]]:
+    """Parameters that modules around the projection may multiply its output by: name, and how it is multiplied."""
+    around = {call.name: call.module for call in calls if projection.startswith(call.name + ".")}
+    return [
+        (f"{name}.{parameter}", _along(gamma.detach(), update, axis))
+        for name, module in around.items()
+        for parameter, gamma in module.named_parameters(recurse=False)
+        if gamma.numel() == update.shape[axis]
+    ]
+
+
+def _along(gamma: Tensor, update: Tensor, axis: int) -> Tensor:
+    shape = [1] * update.dim()
+    shape[axis] = -1
+    return gamma.reshape(shape)
 
 
 def _stream(
@@ -181,15 +210,16 @@ def _is_norm(call: Call, update: Tensor | None) -> bool:
     return torch.allclose(call.returned, affine, rtol=1e-4, atol=1e-5)
 
 
-def _layer_scale(call: Call, update: Tensor | None) -> str | None:
+def _layer_scale(call: Call, update: Tensor | None, axis: int) -> str | None:
     """Name of the one parameter by which ``call`` multiplies ``update`` channel by channel, or None."""
     if update is None or call.given is None or call.returned is None or call.given.shape != update.shape:
         return None
     parameters = list(call.module.named_parameters(recurse=False))
-    if len(parameters) != 1 or parameters[0][1].shape != update.shape[-1:] or not torch.equal(call.given, update):
+    if len(parameters) != 1 or parameters[0][1].numel() != update.shape[axis] or not torch.equal(call.given, update):
         return None
     name, gamma = parameters[0]
-    return name if torch.allclose(call.returned, update * gamma.detach(), rtol=1e-4) else None
+    scaled = update * _along(gamma.detach(), update, axis)
+    return name if scaled.shape == call.returned.shape and torch.allclose(call.returned, scaled, rtol=1e-4) else None
 
 
 def stream_scale(module: nn.Module, group: Group) -> Tensor | None:
@@ -201,7 +231,7 @@ def stream_scale(module: nn.Module, group: Group) -> Tensor | None:
     if group.norm is not None:
         factor = _norm_affine(module.get_submodule(group.norm))[0]
     if group.scale is not None:
-        gamma = module.get_parameter(group.scale)
+        gamma = module.get_parameter(group.scale).reshape(-1)
         factor = gamma if factor is None else factor * gamma
     return factor
 
@@ -214,7 +244,7 @@ def stream_shift(module: nn.Module, group: Group) -> Tensor | None:
     if group.norm is None:
         return None
     shift = _norm_affine(module.get_submodule(group.norm))[1]
-    return shift * module.get_parameter(group.scale) if group.scale is not None else shift
+    return shift * module.get_parameter(group.scale).reshape(-1) if group.scale is not None else shift
 
 
 def is_batch_norm(norm: nn.Module) -> bool:

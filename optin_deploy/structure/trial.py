@@ -1,6 +1,8 @@
-"""Whether groups can be cut as their adapters say: half of their units are removed, and masked, on the sample batch."""
+"""Whether groups can be cut as their adapters say: half of their units, and then all of them, are removed, and masked,
+on the sample batch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +20,36 @@ _UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, Ty
 
 @torch.no_grad()
 def uncuttable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, str]:
+    """Which of these groups give something else sliced than masked, and why: group name -> reason."""
+    return _failing(module, inputs, groups, every=2)
+
+
+@torch.no_grad()
+def with_working_stand_ins(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
+    """The groups, those without stand-ins that give something else than the masked network when no unit is left."""
+    failing = _failing(module, inputs, [g for g in groups if g.stand_ins], every=None)
+    return [replace(group, stand_ins=()) if group.name in failing else group for group in groups]
+
+
+def _failing(
+    module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], every: int | None
+) -> dict[str, str]:
     """Which of these groups give something else sliced than masked, and why: group name -> reason.
 
     All are tried at once; where that fails, those on each type of module by themselves, and of a type that fails, each
     one.
+
+    Args:
+        every: which units stay: every so many-th, or none.
     """
-    if not groups or _failure(module, inputs, groups) is None:
+    if not groups or _failure(module, inputs, groups, every) is None:
         return {}
     found: dict[str, str] = {}
     for together in _by_type(module, groups):
-        if _failure(module, inputs, together) is None:
+        if _failure(module, inputs, together, every) is None:
             continue
         for group in together:
-            reason = _failure(module, inputs, [group])
+            reason = _failure(module, inputs, [group], every)
             if reason is not None:
                 found[group.name] = reason
     return found
@@ -43,11 +62,11 @@ def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     return list(found.values())
 
 
-def _failure(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> str | None:
-    """Why the network without every second unit of these groups is not the masked one; None where it is."""
+def _failure(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], every: int | None) -> str | None:
+    """Why the network with some units of these groups only is not the masked one; None where it is."""
     structure = Structure((), tuple(groups), 0)
-    kept = {g.name: tuple(range(0, g.units, 2)) for g in groups}
-    masks = {g.name: _mask(module, g) for g in groups}
+    kept = {g.name: tuple(range(0, g.units, every)) if every is not None else () for g in groups}
+    masks = {g.name: _mask(module, g, kept[g.name]) for g in groups}
     with masked(module, structure, masks):
         expected = named_outputs(module(**inputs))
     try:
@@ -59,6 +78,6 @@ def _failure(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[G
     return "gives something else cut than masked"
 
 
-def _mask(module: nn.Module, group: Group) -> Tensor:
+def _mask(module: nn.Module, group: Group, kept: Sequence[int]) -> Tensor:
     parameter = next(module.get_submodule(group.output).parameters())
-    return (torch.arange(group.units, device=parameter.device) % 2 == 0).to(parameter.dtype)
+    return torch.tensor([i in kept for i in range(group.units)], dtype=parameter.dtype, device=parameter.device)

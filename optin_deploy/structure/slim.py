@@ -1,0 +1,171 @@
+"""Attentions of timm whose own forward takes all heads together to be as wide as their input.
+
+Each gets, when heads are cut, a subclass that computes the same with the width its weights have.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.models import beit, cait, eva, pvt_v2, swin_transformer_v2, twins, xcit
+from torch import Tensor, nn
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    """``(…, tokens, heads · width)`` as ``(…, heads, tokens, width)``."""
+    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def _joined(x: Tensor) -> Tensor:
+    return x.transpose(-2, -3).flatten(-2)
+
+
+def _fused(module: Any, x: Tensor) -> list[Tensor]:
+    """Queries, keys and values ``(…, heads, tokens, width)``, their biases being parameters of the attention's own."""
+    if getattr(module, "q_bias", None) is None:
+        qkv = module.qkv(x)
+    else:
+        bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+        separate = getattr(module, "qkv_bias_separate", False)
+        qkv = module.qkv(x) + bias if separate else F.linear(x, module.qkv.weight, bias)
+    return [_split(part, module.num_heads) for part in qkv.chunk(3, -1)]
+
+
+def _projected(module: Any, x: Tensor) -> Tensor:
+    projected: Tensor = module.proj_drop(module.proj(x))
+    return projected
+
+
+def _pooled(module: Any, x: Tensor, size: Any) -> Tensor:
+    """The tokens that keys and values are made of, where a convolution makes them fewer."""
+    if module.sr is None:
+        return x
+    x = x.transpose(1, 2).unflatten(2, tuple(size))
+    pool = getattr(module, "pool", None)
+    x = module.norm(module.sr(x if pool is None else pool(x)).flatten(2).transpose(1, 2))
+    return x if pool is None else module.act(x)
+
+
+def _keys_and_values(module: Any, x: Tensor) -> list[Tensor]:
+    return [_split(part, module.num_heads) for part in module.kv(x).chunk(2, -1)]
+
+
+class BeitAttention(beit.Attention):
+    """Biases of relative positions, the attention's own and shared ones."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        q, k, v = _fused(self, x)
+        bias = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own = self._get_rel_pos_bias()
+            bias = own if bias is None else own + bias
+        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)))
+
+
+class EvaAttention(eva.EvaAttention):
+    """Rotary positions, norms of queries and keys, a gate."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        if self.qkv is not None:
+            q, k, v = _fused(self, x)
+        else:
+            q, k, v = (_split(layer(x), self.num_heads) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (self._turned(part, rope).type_as(v) for part in (q, k))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=self.scale)
+        attended = self.norm(_joined(attended))
+        gate = getattr(self, "gate", None)
+        return _projected(self, attended if gate is None else attended * gate(x).sigmoid())
+
+    def _turned(self, part: Tensor, rope: Tensor) -> Tensor:
+        before, turning = part.tensor_split((self.num_prefix_tokens,), dim=-2)
+        half = {"half": True} if getattr(self, "rotate_half", False) else {}
+        return torch.cat((before, apply_rot_embed_cat(turning, rope, **half)), dim=-2)
+
+
+class SwinV2Attention(swin_transformer_v2.WindowAttention):
+    """Cosines, with biases that a small network makes of relative positions."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = _fused(self, x)
+        tokens = x.shape[-2]
+        attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        attention = attention * self.logit_scale.clamp(max=math.log(100.0)).exp()
+        table = self.cpb_mlp(self.relative_coords_table).flatten(0, -2)[self.relative_position_index.flatten()]
+        bias = 16 * table.unflatten(0, (tokens, tokens)).permute(2, 0, 1).sigmoid()
+        attention = attention + bias
+        if mask is not None:
+            windows = attention.unflatten(0, (-1, len(mask))) + mask[:, None]
+            attention = windows.flatten(0, 1)
+        return _projected(self, _joined(self.attn_drop(attention.softmax(-1)) @ v))
+
+
+class PvtAttention(pvt_v2.Attention):
+    """Fewer keys and values than queries."""
+
+    def forward(self, x: Tensor, feat_size: Any) -> Tensor:
+        q = _split(self.q(x), self.num_heads)
+        k, v = _keys_and_values(self, _pooled(self, x, feat_size))
+        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+
+
+class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
+    """Fewer keys and values than queries."""
+
+    def forward(self, x: Tensor, size: Any) -> Tensor:
+        q = _split(self.q(x), self.num_heads)
+        k, v = _keys_and_values(self, _pooled(self, x, size))
+        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+
+
+class TwinsLocalAttention(twins.LocallyGroupedAttn):
+    """Within windows of ``ws`` pixels; the map is padded to whole ones."""
+
+    def forward(self, x: Tensor, size: Any) -> Tensor:
+        (height, width), side = size, self.ws
+        padded = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % side, 0, -height % side))
+        rows, columns = padded.shape[1] // side, padded.shape[2] // side
+        windows = padded.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3).flatten(3, 4)
+        q, k, v = _fused(self, windows)
+        attended = _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+        joined = attended.unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return _projected(self, joined[:, :height, :width].flatten(1, 2))
+
+
+class CrossCovarianceAttention(xcit.XCA):
+    """Between the dimensions of a head, not between tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.transpose(-2, -1) for part in _fused(self, x))
+        attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
+        attended = self.attn_drop(attention.softmax(-1)) @ v
+        return _projected(self, _joined(attended.transpose(-2, -1)))
+
+
+class ClassAttention(cait.ClassAttn):
+    """Of the first token only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = _split(self.q(x[:, 0]).unsqueeze(1), self.num_heads)
+        k, v = _split(self.k(x), self.num_heads), _split(self.v(x), self.num_heads)
+        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+
+
+SLIM: dict[type[nn.Module], type[nn.Module]] = {
+    cls.__mro__[1]: cls
+    for cls in (
+        BeitAttention,
+        EvaAttention,
+        SwinV2Attention,
+        PvtAttention,
+        TwinsGlobalAttention,
+        TwinsLocalAttention,
+        CrossCovarianceAttention,
+        ClassAttention,
+    )
+}
