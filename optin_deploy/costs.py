@@ -106,7 +106,7 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
     def cost(owners: Iterable[str]) -> int:
         return sum(sum(counts.get(f"{prefix}.{owner}", {}).values()) for owner in owners)
 
-    per_unit = {g.name: cost(g.owners) / g.units for g in structure.groups}
+    per_unit = {g.name: (cost(g.owners) - cost(g.unowned)) / g.units for g in structure.groups}
     pairs = {g.outer: g for g in structure.groups if g.outer is not None}
     widths = {outer: g.name for outer, g in pairs.items()}
     shared = {

