@@ -18,6 +18,8 @@ from optin_deploy.structure.groups import Group
 
 # How far `after - before` may be from the (scaled) output, relative to it, for the two to be the residual stream.
 _RELATIVE_TOLERANCE = 1e-3
+# Values of a tensor that are compared first.
+_PROBED = 2_048
 # How far a tensor may move, relative to its norm, to count as the same in two forward passes.
 _SAME_TOLERANCE = 1e-4
 # Of batch norms that do not say.
@@ -186,17 +188,28 @@ def _stream(
     if update is None or not update.any():
         return None
     best, best_error = None, _RELATIVE_TOLERANCE
-    for name, stream in before:
-        for later in after:
-            if stream is None or later is None or not stream.shape == later.shape == update.shape:
+    # Modules that do nothing give the tensors that they take.
+    streams = {id(t): (name, t) for name, t in reversed(before) if t is not None and t.shape == update.shape}
+    later = {id(t): t for t in after if t is not None and t.shape == update.shape}
+    some = slice(None, None, max(1, update.numel() // _PROBED))
+    probes = {key: t.flatten()[some] for key, t in later.items()}
+    for name, stream in reversed(streams.values()):
+        added = (stream + update).flatten()[some]
+        for key, probe in probes.items():
+            # Most pairs have nothing to do with each other, which few of their values tell.
+            if min(float((probe - added).norm()), float((probe - F.relu(added)).norm())) > float(probe.norm()):
                 continue
-            added = stream + update
-            if bool((later >= 0).all()):
-                added = F.relu(added)
-            error = float((later - added).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
+            error = _relative_error(stream, update, later[key])
             if error < best_error:
                 best, best_error = name, error
     return best
+
+
+def _relative_error(stream: Tensor, update: Tensor, later: Tensor) -> float:
+    added = stream + update
+    if bool((later >= 0).all()):
+        added = F.relu(added)
+    return float((later - added).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
 
 
 def _is_norm(call: Call, update: Tensor | None) -> bool:

@@ -29,7 +29,9 @@ HEAD_COST, NEURON_COST, REST = 40.0, 1.0, 100.0
 
 
 def group(name: str, kind: Kind, units: int) -> Group:
-    return Group(name, kind, units, 1, output=name, sides=(), owners=(), stand_ins=(), residual="block")
+    return Group(
+        name, kind, units, 1, output=name, sides=(), owners=(), stand_ins=((name, "constant"),), residual="block"
+    )
 
 
 def anatomy(layers: int, heads: int, neurons: int) -> tuple[Structure, Costs]:

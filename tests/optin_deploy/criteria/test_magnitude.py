@@ -6,6 +6,9 @@ from torch import nn
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.structure.groups import Group, Side, Structure
 
+# Rows before and columns behind each of two units that have four features and one.
+OWN_ROWS = (([0, 1, 2, 3, 8], [0, 1, 2, 3]), ([4, 5, 6, 7, 9], [4, 5, 6, 7]))
+
 
 @pytest.mark.parametrize("name", ["vit", "vit_gated", "vit_qk_norm", "bert", "distilbert"])
 def test_scores_are_the_squares_summed_one_weight_at_a_time(name: str) -> None:
@@ -32,3 +35,13 @@ def test_kernels_count_and_norms_do_not() -> None:
     before, after = module[0].weight.detach().double(), module[2].weight.detach().double()
     expected = [float(before[u].square().sum() + after[:, u].square().sum()) for u in range(5)]
     assert given.tolist() == pytest.approx(expected)
+
+
+def test_parts_may_have_units_of_different_widths() -> None:
+    module = nn.Sequential(nn.Linear(3, 2 * (4 + 1)), nn.Linear(8, 4))
+    sides = (Side("0", "out", (4, 1)), Side("1", "in"))
+    group = Group("0", "head", 2, 4, "1", sides, (), ())
+    given = magnitude_scores(module, Structure(("0",), (group,), 1))["0"]
+    rows, columns = module[0].weight.detach().double(), module[1].weight.detach().double().T
+    expected = [rows[own].square().sum() + columns[of].square().sum() for own, of in OWN_ROWS]
+    torch.testing.assert_close(given, torch.stack(expected))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -154,7 +156,7 @@ def test_a_norm_of_zeros_hides_the_stream() -> None:
 def test_scale_and_shift_without_a_batch_norm() -> None:
     module = tiny.network("vit_layer_scale").module
     group = tiny.structure("vit_layer_scale").groups[0]
-    assert stream_scale(module, group) is module.get_parameter(group.scale)
+    assert torch.equal(stream_scale(module, group), module.get_parameter(group.scale))
     assert stream_shift(module, group) is None
     assert stream_scale(tiny.network("vit").module, tiny.structure("vit").groups[0]) is None
 
@@ -183,3 +185,23 @@ def test_first_tensor() -> None:
     assert first_tensor((None, x)) is None
     assert first_tensor(()) is None
     assert first_tensor({"a": x}) is None
+
+
+class OwnScale(nn.Module):
+    """Multiplies what it adds by a parameter of its own, one factor for each channel of a map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(1, 4), nn.Conv2d(4, 4, 1)
+        self.bias, self.gamma = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.conv(self.norm(x) + self.bias[:, None, None])
+
+
+def test_a_scale_among_the_parameters_of_the_block() -> None:
+    module = tiny.randomised(nn.Sequential(OwnScale(), nn.Conv2d(4, 4, 1)))
+    calls = trial_forward(module, {"input": torch.randn(2, 4, 4, 3)})
+    assert residual_stream(calls, "0", "0.conv", 1) == Stream("0", scale="0.gamma")
+    group = replace(tiny.structure("vit").groups[0], norm=None, scale="0.gamma", axis=1)
+    assert torch.equal(stream_scale(module, group), module[0].gamma.flatten())

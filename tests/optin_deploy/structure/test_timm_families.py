@@ -15,7 +15,7 @@ from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
 import optin_deploy
-from optin_deploy.costs import count_flops
+from optin_deploy.costs import count_flops, flop_costs
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
@@ -181,8 +181,11 @@ def test_cut_is_masked(name: str) -> None:
     with torch.no_grad():
         with masked(dense.module, structure(name), tiny.masks_of(structure(name), plan)):
             expected = dense.forward(dense.inputs)["output"]
-        given = dense.forward(dense.inputs, sliced(dense.module, structure(name), plan))["output"]
+        small = sliced(dense.module, structure(name), plan)
+        given = dense.forward(dense.inputs, small)["output"]
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max().clamp_min(1)))
+    costs = flop_costs(dense.module, structure(name), dense.inputs)
+    assert costs.of(plan) == pytest.approx(count_flops(small, dense.inputs), rel=1e-3)
 
 
 def kept_some(group: Group, seed: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from optin_deploy.plan import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Entries, Group, Side, Structure
-from optin_deploy.structure.trial import uncuttable
+from optin_deploy.structure.trial import uncuttable, with_working_stand_ins
 
 
 class Mixing(nn.Module):
@@ -131,3 +131,38 @@ def test_describe_leaves_dense_what_cannot_be_cut(monkeypatch: pytest.MonkeyPatc
     structure = describe(nn.Sequential(tiny.randomised(Mixing())), {"input": torch.randn(2, 4)})
     assert structure.groups == ()
     assert [left.module for left in structure.left_dense] == ["0.up2"]
+
+
+class Pair(nn.Module):
+    """Gives a tensor and something else, as an attention that also gives its weights does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return self.down(self.up(x).relu()), 1
+
+
+class Unpacking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Pair(), Pair()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.first(x)
+        z, _ = self.second(x + y)
+        return x + y + z
+
+
+def test_stand_ins_that_do_not_work_are_dropped() -> None:
+    module = tiny.randomised(Unpacking())
+    working = (("first.up", "pass"), ("first.down", "constant"))
+    groups = [
+        replace(pair("first.up", "first.down"), stand_ins=working),
+        replace(pair("second.up", "second.down"), name="second", stand_ins=(("second", "constant"),)),
+    ]
+    # The constant of two samples can be unpacked into two, that of three cannot.
+    found = with_working_stand_ins(module, {"x": torch.randn(2, 4)}, groups)
+    assert [g.stand_ins for g in found] == [working, ()]
+    assert [g.least for g in (replace(g, residual="x") for g in found)] == [0, 1]
