@@ -34,7 +34,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     structure has no groups when nothing prunable is found.
     """
     found, left_dense = _match_adapters(module)
-    block_of = _blocks(module, found)
+    block_of = {group.name: _enclosing_block(module, group) for group in found}
     calls = trial_forward(module, inputs)
     position = {call.name: i for i, call in reversed(list(enumerate(calls)))}
     ran = [g for g in found if g.output in position and block_of[g.name] in position]
@@ -46,7 +46,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     left_dense += leaking
     followed = {side.module for group, _ in channels for side in group.sides}
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
-    block_of |= {group.name: block for group, block in channels}
+    block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels})
     failed = samples_elsewhere(module, inputs, {g.name: block_of[g.name] for g in ran})
     failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
@@ -105,13 +105,14 @@ def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
     return groups, left_dense
 
 
-def _blocks(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
-    """The block of every group. Blocks do not hold one another: what stands beside blocks in one is one of its own."""
-    found = {group.name: _enclosing_block(module, group) for group in groups}
-    holding = {b for b in found.values() if any(other.startswith(f"{b}.") for other in found.values())}
+def _side_by_side(groups: Sequence[Group], block_of: Mapping[str, str]) -> dict[str, str]:
+    """The blocks of the groups, none of which holds another: what stands beside blocks in one is one of its own."""
+    blocks = {block_of[group.name] for group in groups}
+    holding = {b for b in blocks if any(other.startswith(f"{b}.") for other in blocks)}
+    found = dict(block_of)
     for group in groups:
-        if found[group.name] in holding:
-            path = _path(group)
+        path = _path(group)
+        if found[group.name] in holding and found[group.name] in path:
             below = path[path.index(found[group.name]) :]
             found[group.name] = next((p for p in below if p not in holding), below[-1])
     return found

@@ -97,14 +97,14 @@ FAMILIES: dict[str, tuple[str, int, Mapping[str, Any], tuple[int, int, int], int
         "efficientformer_l1",
         224,
         {"embed_dims": (8, 8, 8, 16), "depths": (1, 1, 1, 2)},
-        (1, 5, 1),
+        (1, 1, 5),
         6,
     ),
     "efficientformer_v2": (
         "efficientformerv2_s0",
         64,
         {"img_size": 64, "embed_dims": (16, 16, 24, 32), "depths": (1, 1, 1, 1)},
-        (0, 4, 0),
+        (0, 0, 5),
         4,
     ),
     "hiera": (
@@ -115,7 +115,7 @@ FAMILIES: dict[str, tuple[str, int, Mapping[str, Any], tuple[int, int, int], int
         7,
     ),
     "naflexvit": ("naflexvit_base_patch16_gap", 32, _VIT, (2, 2, 0), 4),
-    "convnext": ("convnext_atto", 64, {**_STAGES, "dims": (16, 16, 24, 32)}, (0, 4, 0), 4),
+    "convnext": ("convnext_atto", 64, {**_STAGES, "dims": (16, 16, 24, 32)}, (0, 0, 4), 4),
 }
 
 
