@@ -15,6 +15,7 @@ import torch
 from exporters import attention
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
+from exporters.folding import fold_batch_norms
 from exporters.tracing import DynamicAxes, input_names, save_program, symbols, trace
 
 __all__ = ["DynamicAxes", "onnx_from_program", "save_program", "trace"]
@@ -41,6 +42,7 @@ def onnx_from_program(
     names = symbols(program, dynamic_axes)
     try:
         model = _lower(program, list(output_names), opset)
+        fold_batch_norms(model)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"torch.onnx.export failed at opset {opset}: {first_line(error)}") from error
     _name_values(model, input_names(program), output_names)
