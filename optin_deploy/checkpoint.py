@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.files import whole_directory
 from optin_deploy.libraries import UNFIT, build, reason
+from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
 from optin_deploy.plan import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
@@ -55,6 +56,7 @@ class _Image(_Strict):
 class _Text(_Strict):
     input_names: tuple[str, ...]
     max_length: int
+    decoder_start: int | None = None
 
 
 class _Input(_Strict):
@@ -101,7 +103,11 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         token_mask=network.token_mask,
         logits=network.logits,
         image=_Image(**asdict(preprocessing)) if isinstance(preprocessing, ImagePreprocessing) else None,
-        text=_Text(input_names=preprocessing.input_names, max_length=preprocessing.max_length)
+        text=_Text(
+            input_names=preprocessing.input_names,
+            max_length=preprocessing.max_length,
+            decoder_start=preprocessing.decoder_start,
+        )
         if isinstance(preprocessing, TextPreprocessing)
         else None,
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")},
@@ -189,14 +195,17 @@ def _source(description: _Description) -> Source:
 
 
 def _sample_inputs(description: _Description) -> Mapping[str, Tensor]:
-    """Sample inputs of the recorded shapes: noise for pictures, ones for tokens and masks."""
+    """Sample inputs of the recorded shapes: noise for pictures, ones for masks, and for tokens but the last."""
     generator = torch.Generator().manual_seed(0)
-    return {
+    inputs = {
         name: torch.randn(given.shape, generator=generator).to(getattr(torch, given.dtype))
         if "float" in given.dtype
         else torch.ones(given.shape, dtype=getattr(torch, given.dtype))
         for name, given in description.inputs.items()
     }
+    if description.source.library == "transformers" and TEXT_INPUT in inputs:
+        inputs[TEXT_INPUT] = end_of_text(inputs[TEXT_INPUT], description.source.arguments)
+    return inputs
 
 
 def _dtype_name(tensor: Tensor) -> Any:
@@ -211,5 +220,6 @@ def _preprocessing(description: _Description, path: Path) -> Preprocessing | Non
             tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise UserError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
-        return TextPreprocessing(tokenizer, description.text.input_names, description.text.max_length)
+        text = description.text
+        return TextPreprocessing(tokenizer, text.input_names, text.max_length, text.decoder_start)
     return None

@@ -125,6 +125,8 @@ class _Repair:
         self.changed = False
         # Maps that have had their turn, also those that were left as they are.
         self.passed: set[str] = set()
+        # How often a map runs in one forward pass.
+        self.runs: dict[str, int] = {}
         self.skips = _has_skips(network.module, structure, batches[0]) if batches else False
         self.maps = linear_maps(network.module, pruned, structure, plan)
 
@@ -183,13 +185,19 @@ class _Repair:
                     self.pruned(**self.batches[0])
                 else:
                     run_until(self.pruned, self.batches[0], block)
-        names = [name for name, *_ in ran]
-        self.passed.update(names)
+        self.passed.update(name for name, *_ in ran)
+        shapes: dict[str, list[torch.Size | None]] = {}
+        for name, given, _ in ran:
+            shapes.setdefault(name, []).append(None if given is None else given.shape)
+        self.runs.update({name: len(each) for name, each in shapes.items()})
         stages: list[list[LinearMap]] = []
         before: tuple[int, int] | None = None
-        for name, given, version in ran:
-            # A module that runs more than once has no single input to be fitted on.
-            if names.count(name) > 1:
+        # A map that runs several times has its turn where it runs first; its inputs must fit together.
+        first: dict[str, tuple[str, Tensor | None, int]] = {}
+        for each in ran:
+            first.setdefault(each[0], each)
+        for name, given, version in first.values():
+            if len(set(shapes[name])) > 1:
                 continue
             found = self.maps[name]
             own = None if given is None or found.group is not None else (given.data_ptr(), version)
@@ -214,7 +222,7 @@ class _Repair:
             if closing and block is not None:
                 self._remember(done, block, run_until(module, batch, block))
             else:
-                self._run(module, batch, block, stage[-1].dense, groups)
+                self._run(module, batch, block, stage, stage[-1].dense)
         targets = {}
         for found in stage:
             axis = _axis(module.get_submodule(found.dense))
@@ -230,13 +238,14 @@ class _Repair:
             targets[found.module] = target
         return targets
 
-    def _run(self, module: nn.Module, batch: Batch, block: str | None, last: str, groups: Sequence[Group]) -> None:
-        """Run ``module`` as far as a stage needs it."""
+    def _run(self, module: nn.Module, batch: Batch, block: str | None, stage: Sequence[LinearMap], last: str) -> None:
+        """Run ``module`` as far as a stage needs it, whose ``last`` map has that name there."""
         if block is None:
             module(**batch)
         else:
-            # A shortcut may run behind the projection.
-            run_until(module, batch, block if any(g.shortcut for g in groups) else last)
+            # A shortcut may run behind the projection, and so may a map again.
+            whole = any(self.runs[m.module] > 1 or (m.group is not None and m.group.shortcut) for m in stage)
+            run_until(module, batch, block if whole else last)
 
     def _refit(self, stage: list[LinearMap], block: str | None, *, closing: bool) -> None:
         sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
@@ -255,13 +264,14 @@ class _Repair:
         self, stage: list[LinearMap], block: str | None, batch: Batch, done: dict[str, Any], targets: dict[str, Tensor]
     ) -> dict[str, Moments]:
         groups = [m.group for m in stage if m.group is not None]
-        names, valid = tuple(m.module for m in stage if not m.vanished), self.network.valid_tokens(batch)
+        names, of_batch = tuple(m.module for m in stage if not m.vanished), self.network.valid_tokens(batch)
         inputs = recorded_inputs(self.pruned, names)
         with resumed(self.pruned, done), _streams(self.pruned, groups) as streams, inputs as given:
-            self._run(self.pruned, batch, block, stage[-1].module, groups)
+            self._run(self.pruned, batch, block, stage, stage[-1].module)
         found = {}
         for each in stage:
             target = targets[each.module]
+            valid = of_batch if of_batch is None else of_batch.repeat(self.runs[each.module], 1)
             if each.group is not None and each.group.has_stream:
                 target = self._asked(each, target, streams[each.group.name])
             target = valid_rows(target, valid)
@@ -349,9 +359,12 @@ def _outputs(module: nn.Module, maps: Sequence[LinearMap]) -> Iterator[dict[str,
 
     def copy_to(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            found[name] = output.clone()
+            found[name] = torch.cat([found[name], output]) if repeats(name, output) else output.clone()
 
         return hook
+
+    def repeats(name: str, output: Tensor) -> bool:
+        return name in found and found[name].shape[1:] == output.shape[1:]
 
     with ExitStack() as stack:
         for each in maps:

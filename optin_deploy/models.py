@@ -10,7 +10,7 @@ from torch import nn
 
 from optin_deploy import checkpoint
 from optin_deploy.errors import UserError
-from optin_deploy.libraries import UNFIT, build, reason
+from optin_deploy.libraries import UNFIT, initialised, ready, reason
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import cached_if_unreachable
@@ -112,10 +112,10 @@ def _transformers_config(model: str) -> object:
 def _initialised(source: Source, weights: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = build(source)
+        module = initialised(source)
     if weights != "random":
         load_weights(module, Path(weights))
-    return module
+    return ready(source, module)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -64,8 +64,11 @@ class Network:
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Input name -> axis -> "batch" or "sequence"."""
-        return {n: {0: "batch", 1: "sequence"} if n in self.sequence_inputs else {0: "batch"} for n in self.inputs}
+        """Input name -> axis -> "batch" or "sequence", of what a decoder takes "decoder_sequence"."""
+        axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in self.inputs}
+        for name in self.sequence_inputs:
+            axes[name][1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
+        return axes
 
 
 class TensorOutputs(nn.Module):

@@ -50,18 +50,32 @@ class TextPreprocessing:
         tokenizer: a ``PreTrainedTokenizerBase``.
         input_names: which of the tokenizer's tensors the network takes.
         max_length: longer texts are cut to this many tokens.
+        decoder_start: for encoder-decoders the token that the decoder's input begins with; the text follows, as in
+            training on repeating it.
     """
 
     tokenizer: Any
     input_names: tuple[str, ...]
     max_length: int
+    decoder_start: int | None = None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token tensors ``(texts, longest text)`` by input name, padded."""
         encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            list(texts),
+            padding=True,
+            # Masks of decoders, and positions counted from the start, are for padding behind the text.
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
-        return {name: encoded[name] for name in self.input_names}
+        batch = {name: encoded[name] for name in self.input_names}
+        if self.decoder_start is not None:
+            ids = encoded["input_ids"]
+            start = torch.full_like(ids[:, :1], self.decoder_start)
+            batch["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], dim=1)
+        return batch
 
 
 Preprocessing = ImagePreprocessing | TextPreprocessing

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -54,16 +56,19 @@ def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> An
 
 @contextmanager
 def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Collect the outputs of the named modules, as they are, while the context lasts."""
+    """Collect the outputs of the named modules, as they are, while the context lasts.
+
+    Tensors from a module that runs several times are put one behind the other along the first axis.
+    """
     seen: dict[str, Any] = {}
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name] = output
+            seen[name] = _behind(seen.get(name), output)
 
         return hook
 
-    handles = [module.get_submodule(n).register_forward_hook(record(n)) for n in names]
+    handles = [module.get_submodule(n).register_forward_hook(record(n)) for n in dict.fromkeys(names)]
     try:
         yield seen
     finally:
@@ -73,21 +78,29 @@ def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict
 
 @contextmanager
 def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collect the first input of each of the named modules while the context lasts."""
+    """Collect the first input of each of the named modules while the context lasts; of several runs as for outputs."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = args[0] if args else next(iter(kwargs.values()))
+            seen[name] = _behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
-    handles = [module.get_submodule(n).register_forward_pre_hook(record(n), with_kwargs=True) for n in names]
+    each = dict.fromkeys(names)
+    handles = [module.get_submodule(n).register_forward_pre_hook(record(n), with_kwargs=True) for n in each]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _behind(before: Any, now: Any) -> Any:
+    """``now`` behind what there was ``before``, if both are tensors of one shape but for the first axis."""
+    if isinstance(before, Tensor) and isinstance(now, Tensor) and before.shape[1:] == now.shape[1:] and now.dim():
+        return torch.cat([before, now])
+    return now
 
 
 def hollow_out(outputs: dict[str, Any]) -> None:
@@ -98,6 +111,8 @@ def hollow_out(outputs: dict[str, Any]) -> None:
 
 def _hollow(output: Any) -> Any:
     """NaN of the same shapes, in no memory."""
-    if isinstance(output, Tensor):
-        return output.new_full((), float("nan") if output.is_floating_point() else 0).expand(output.shape)
-    return tuple(_hollow(o) for o in output) if isinstance(output, tuple) else output
+
+    def each(tensor: Tensor) -> Tensor:
+        return tensor.new_full((), float("nan") if tensor.is_floating_point() else 0).expand(tensor.shape)
+
+    return tree_map_only(Tensor, each, output)

@@ -95,19 +95,21 @@ def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, 
     rows, key_rows = _rows(group)
 
     def queries(_: nn.Module, __: Any, output: Tensor) -> None:
-        found.queries = found.queries + _second(_heads(rows, output, group.units, valid))
+        found.queries = found.queries + _second(_heads(rows, output, group.units, _fitting(valid, output)))
 
     def keys(_: nn.Module, __: Any, output: Tensor) -> None:
-        each = _heads(key_rows, output, group.units, valid)
-        count = each.new_tensor(each.shape[1]) if valid is None else valid.sum(1).reshape(-1, 1, 1, 1)
+        mask = _fitting(valid, output)
+        each = _heads(key_rows, output, group.units, mask)
+        count = each.new_tensor(each.shape[1]) if mask is None else mask.sum(1).reshape(-1, 1, 1, 1)
         each = each - each.sum(1, keepdim=True) / count
-        found.keys = found.keys + _second(each if valid is None else each * valid[:, :, None, None])
+        found.keys = found.keys + _second(each if mask is None else each * mask[:, :, None, None])
 
     def given(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-        each = _heads(Rows(group.output), args[0], group.units, valid)
+        mask = _fitting(valid, args[0])
+        each = _heads(Rows(group.output), args[0], group.units, mask)
         found.given = found.given + _second(each)
         found.total = found.total + each.sum((0, 1)).double()
-        found.count += each.shape[:2].numel() if valid is None else int(valid.sum())
+        found.count += each.shape[:2].numel() if mask is None else int(mask.sum())
 
     return [(rows.module, queries), (key_rows.module, keys), (group.output, given)]
 
@@ -115,6 +117,11 @@ def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, 
 def _rows(group: Group) -> tuple[Rows, Rows]:
     assert group.qkv is not None
     return group.qkv.queries, group.qkv.keys
+
+
+def _fitting(valid: Tensor | None, features: Tensor) -> Tensor | None:
+    """``valid`` where it has an entry for each token of ``features``; beside texts there may be others."""
+    return valid if valid is not None and valid.shape == features.flatten(1, -2).shape[:2] else None
 
 
 def _heads(rows: Rows, features: Tensor, width: int, valid: Tensor | None) -> Tensor:

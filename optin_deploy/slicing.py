@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,14 @@ from optin_deploy.plan import Plan
 from optin_deploy.projections import Conv, Geometry, feature_dim
 from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
 from optin_deploy.structure.residual import is_batch_norm
+
+
+@runtime_checkable
+class Selecting(Protocol):
+    """A slim module that has to know which units are left of it."""
+
+    def keep_units(self, units: Tensor) -> None:
+        """Keep these of the present units."""
 
 
 class Constant(nn.Module):
@@ -111,7 +119,10 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.kind == "width":
         _rescale_queries(module, group, len(kept))
     if group.slim is not None:
-        module.set_submodule(group.name, slimmed(module.get_submodule(group.name), group.slim))
+        slim = slimmed(module.get_submodule(group.name), group.slim)
+        if isinstance(slim, Selecting):
+            slim.keep_units(kept)
+        module.set_submodule(group.name, slim)
     for side in group.sides:
         layer = module.get_submodule(side.module)
         features = features_of(kept, group, _size(layer, side), side.widths)

@@ -176,7 +176,9 @@ def _energies(trajectory: Trajectory) -> Iterator[dict[str, Tensor]]:
             each = channels_last(args[0], group.axis).flatten(0, -2).square().sum(0) * weight.flatten(1).square().sum(1)
             # The units of a width are the same in all heads.
             of_unit = (-1, group.units) if group.kind == "width" else (group.units, -1)
-            found[group.name] = each.reshape(of_unit).sum(0 if group.kind == "width" else 1)
+            energy = each.reshape(of_unit).sum(0 if group.kind == "width" else 1)
+            # The projection may run several times.
+            found[group.name] = found[group.name] + energy if group.name in found else energy
 
         return hook
 

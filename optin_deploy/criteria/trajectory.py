@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from optin_deploy.criteria.loss import Batch, Trajectory, differentiable, gradients, probe_losses
 from optin_deploy.masking import masked
@@ -165,8 +166,9 @@ def _masked_runs(
 
 def repeated(output: Any, copies: int, batch: int) -> Any:
     """A block's output for stacked copies of the batch."""
-    if isinstance(output, Tensor) and output.dim() and output.shape[0] == batch:
-        return output.repeat(copies, *[1] * (output.dim() - 1))
-    if isinstance(output, tuple):
-        return tuple(repeated(o, copies, batch) for o in output)
-    return output
+
+    def each(tensor: Tensor) -> Tensor:
+        stacked = tensor.dim() > 0 and tensor.shape[0] == batch
+        return tensor.repeat(copies, *[1] * (tensor.dim() - 1)) if stacked else tensor
+
+    return tree_map_only(Tensor, each, output)

@@ -48,6 +48,7 @@ from optin_deploy.projections import (
 from optin_deploy.structure.groups import Group, Structure, channels_last
 
 Advance = Callable[[int], None]
+_Runs = dict[str, list[Tensor]]
 
 # Added to the covariance's diagonal, relative to its mean: units that never differ must not divide by zero.
 DAMPING = 0.01
@@ -125,18 +126,20 @@ def probe_moments(
                 blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
+            leaves = [tap for g in groups for tap in taps[g.name]]
             for probe in range(probes):
                 loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
-                leaves = [*(taps[g.name] for g in groups), *masks.values()]
-                found = gradients(loss, leaves, keep=probe + 1 < probes)
-                for name, gradient in zip(masks, found[len(groups) :], strict=True):
+                found = gradients(loss, [*leaves, *masks.values()], keep=probe + 1 < probes)
+                for name, gradient in zip(masks, found[len(leaves) :], strict=True):
                     _add(moments, str(name), "queries", gradient.double().square().sum(0) / probes)
-                for group, gradient in zip(groups, found[: len(groups)], strict=True):
-                    g = valid_rows(channels_last(gradient, group.axis), trajectory.valid)
+                each = iter(found)
+                for group in groups:
+                    runs = [channels_last(next(each), group.axis) for _ in taps[group.name]]
+                    g = torch.cat([valid_rows(run, trajectory.valid) for run in runs])
                     weights[group.name] = weights[group.name] + g.square().sum(1) / probes
                     _add(moments, group.name, "metric", g.T @ g / probes)
                     if group.kind == "channel":
-                        whole, apart = _effects(network.module, group, given[group.name], g)
+                        whole, apart = _effects(network.module, group, torch.cat(given[group.name]), g)
                         _add(moments, group.name, "whole", whole)
                         _add(moments, group.name, "apart", apart)
                 advance(trajectory.size)
@@ -144,24 +147,27 @@ def probe_moments(
             for group in groups:
                 weight = torch.as_tensor(weights[group.name])
                 rows = some_rows(len(weight), max(_LEAST_ROWS, _ROWS // len(pieces)))
-                x = design_rows(network.module.get_submodule(group.output), given[group.name], rows, trajectory.valid)
+                runs, valid = given[group.name], trajectory.valid
+                valid = valid if valid is None else valid.repeat(len(runs), 1)
+                x = design_rows(network.module.get_submodule(group.output), torch.cat(runs), rows, valid)
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
                 _add(moments, group.name, "second", (x * weight[rows, None]).T @ x)
     return moments
 
 
 @contextmanager
-def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Collect, by group, the projection's input and a zero added to its output, whose gradient is the output's."""
-    given: dict[str, Tensor] = {}
-    taps: dict[str, Tensor] = {}
+def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs, _Runs]]:
+    """Collect, by group and for each time that the projection runs, its input and a zero added to its output, whose
+    gradient is the output's."""
+    given: _Runs = {g.name: [] for g in groups}
+    taps: _Runs = {g.name: [] for g in groups}
 
     def tap(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            given[name] = args[0].detach()
+            given[name].append(args[0].detach())
             # Not the output itself: networks change theirs in place.
-            taps[name] = torch.zeros_like(output, requires_grad=True)
-            return output + taps[name]
+            taps[name].append(torch.zeros_like(output, requires_grad=True))
+            return output + taps[name][-1]
 
         return hook
 

@@ -28,11 +28,21 @@ def reason(error: Exception) -> str:
 
 
 def build(source: Source) -> nn.Module:
-    """The dense module of ``source`` with initial weights; UserError when it cannot be built."""
+    """The dense module of ``source`` with initial weights, ready to be pruned; UserError when it cannot be built."""
+    return ready(source, initialised(source))
+
+
+def ready(source: Source, module: nn.Module) -> nn.Module:
+    """``module``, which the library of ``source`` has made, as it is pruned and exported."""
+    return transformers.ready(module) if source.library == "transformers" else module
+
+
+def initialised(source: Source) -> nn.Module:
+    """The module as the library itself makes it, whose weights files fit; UserError when it cannot be built."""
     if source.library == "timm":
         return timm.build(source)
     if source.library == "transformers":
-        return transformers.build(source)
+        return transformers.initialised(source)
     raise UserError(
         f"{source.name} is a module of your own: give the dense module, as in load(path, module=MyModule())"
     )

@@ -11,16 +11,15 @@ import transformers
 from torch import nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.network import Network, Source, named_outputs
+from optin_deploy.libraries import transformers_inputs as inputs_of
+from optin_deploy.network import Network, Source
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
 
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
 
-_SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while " * 64
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-_IMAGE_INPUT = "pixel_values"
 
 
 def read_config(name: str) -> Any:
@@ -43,24 +42,36 @@ def _is_model_class(name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
 
 
-def build(source: Source) -> nn.Module:
-    """The dense module with initial weights, in fp32."""
+def initialised(source: Source) -> nn.Module:
+    """The dense module with initial weights, in fp32, as transformers makes it."""
     if not _is_model_class(source.name):
         installed = transformers.__version__
         raise UserError(f"transformers {installed} has no model class {source.name!r}: install the version it is from")
     cls = getattr(transformers, source.name)
-    config = cls.config_class.from_dict(dict(source.arguments))
+    return cls(_config(source)).float().eval()
+
+
+def _config(source: Source) -> Any:
+    config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
     config.dtype = torch.float32
-    return _without_pooler(cls(config).float().eval())
+    if getattr(config, "use_pretrained_backbone", False):
+        # A backbone's own weights would be fetched, to be overwritten.
+        config.use_pretrained_backbone = False
+    return config
 
 
 def load_pretrained(name: str, source: Source) -> nn.Module:
     """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had."""
     cls = getattr(transformers, source.name)
     module, info = cls.from_pretrained(
-        name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        name,
+        config=_config(source),
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
-    module = _without_pooler(module.eval())
+    module = ready(module)
     for key, given, wanted in info["mismatched_keys"]:
         if key in module.state_dict():
             raise UserError(f"{name}: {key} has shape {tuple(given)}, its configuration says {tuple(wanted)}")
@@ -72,6 +83,30 @@ def load_pretrained(name: str, source: Source) -> nn.Module:
     return module
 
 
+def ready(module: nn.Module) -> nn.Module:
+    """The module as it is pruned and exported: in eval mode, without what only generation and training need.
+
+    What holds its weights in another way than torch gets linear layers.
+    """
+    for submodule in module.modules():
+        config = getattr(submodule, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr]
+    return _without_pooler(with_linear_layers(module)).eval()
+
+
+def with_linear_layers(module: nn.Module) -> nn.Module:
+    """Put linear layers in the place of transformers' ``Conv1D``, which is one with transposed weights; in place."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, transformers.pytorch_utils.Conv1D):
+            inputs, outputs = layer.weight.shape
+            linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+            linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), layer.weight.requires_grad)
+            linear.bias = layer.bias
+            module.set_submodule(name, linear)
+    return module
+
+
 def _without_pooler(module: nn.Module) -> nn.Module:
     """Drop the pooler of a plain encoder: its output is not exported, and often its weights were never trained."""
     if getattr(module, "pooler", None) is not None and hasattr(module, "embeddings"):
@@ -80,37 +115,34 @@ def _without_pooler(module: nn.Module) -> nn.Module:
 
 
 def network_of(
-    module: nn.Module, source: Source, weights: str, preprocessing: Preprocessing, sequence_length: int
+    module: nn.Module, source: Source, weights: str, preprocessing: Preprocessing | None, sequence_length: int
 ) -> Network:
-    """`Network` around a transformers encoder; a sample text has ``sequence_length`` tokens where that many fit."""
-    if isinstance(preprocessing, ImagePreprocessing):
-        inputs = {_IMAGE_INPUT: torch.randn(2, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))}
-        sequence_inputs: tuple[str, ...] = ()
-    else:
-        inputs = preprocessing([_SAMPLE_TEXT] * 2)
-        inputs = {name: tensor[:, :sequence_length] for name, tensor in inputs.items()}
-        sequence_inputs = tuple(inputs)
-    with torch.inference_mode():
-        given = named_outputs(module(**inputs))
-    names = [n for n in given if n.endswith("logits")] or [n for n in given if n == "last_hidden_state"] or list(given)
+    """`Network` around a transformers model; a sample text has ``sequence_length`` tokens where that many fit."""
+    inputs = inputs_of.sample_inputs(module, preprocessing, sequence_length)
+    names = inputs_of.counted_outputs(module, inputs)
     return Network(
         module=prunable_form(module),
         inputs=inputs,
         outputs={name: name for name in names},
         source=source,
         weights=weights,
-        sequence_inputs=sequence_inputs,
+        sequence_inputs=tuple(n for n, t in inputs.items() if not t.is_floating_point() and t.dim() == 2),
         token_mask="attention_mask" if "attention_mask" in inputs else None,
         logits="logits" if "logits" in names else None,
         preprocessing=preprocessing,
     )
 
 
-def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing:
-    """The tokenizer or image processor beside the weights; UserError when there is none."""
-    arguments = inspect.signature(module.forward).parameters
-    if _IMAGE_INPUT in arguments:
+def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing | None:
+    """The tokenizer or image processor beside the weights; UserError when there is none.
+
+    None for networks that take sounds, or pictures and texts together: they are calibrated on ready tensors.
+    """
+    kinds = inputs_of.input_kinds(module)
+    if kinds == [inputs_of.IMAGE_INPUT]:
         return _image_preprocessing(name, module.config)
+    if kinds != [inputs_of.TEXT_INPUT]:
+        return None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -118,15 +150,22 @@ def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preproc
     # Where the files are missing, transformers 5 makes a tokenizer that knows no words.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name} has no tokenizer: add tokenizer.json (or vocab.txt and the like) to it")
-    return text_preprocessing(tokenizer, arguments, module.config, max_length)
+    if tokenizer.pad_token is None:
+        # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    arguments = inspect.signature(module.forward).parameters
+    return text_preprocessing(tokenizer, arguments, module.config, max_length, inputs_of.decoder_start(module))
 
 
-def text_preprocessing(tokenizer: Any, arguments: Mapping[str, Any], config: Any, max_length: int) -> TextPreprocessing:
+def text_preprocessing(
+    tokenizer: Any, arguments: Mapping[str, Any], config: Any, max_length: int, decoder_start: int | None = None
+) -> TextPreprocessing:
     """Texts are cut to ``max_length`` tokens, or to what the network has positions for."""
     positions = getattr(config, "max_position_embeddings", max_length)
     offset = getattr(config, "pad_token_id", 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
     names = tuple(n for n in tokenizer.model_input_names if n in arguments)
-    return TextPreprocessing(tokenizer, names, min(max_length, positions - offset, tokenizer.model_max_length))
+    length = min(max_length, positions - offset, tokenizer.model_max_length)
+    return TextPreprocessing(tokenizer, names, length, decoder_start)
 
 
 def _image_preprocessing(name: str, config: Any) -> ImagePreprocessing:
@@ -136,12 +175,11 @@ def _image_preprocessing(name: str, config: Any) -> ImagePreprocessing:
     size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     if isinstance(size, dict):
         size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
-    own = getattr(config, "image_size", 224)
-    height, width = size if isinstance(size, tuple) else (own, own)
+    height, width = size if isinstance(size, tuple) else inputs_of.image_size(config)[1:]
     resized = processor.get("size", {})
     shortest = resized.get("shortest_edge", height) if isinstance(resized, dict) else height
     return ImagePreprocessing(
-        input_name=_IMAGE_INPUT,
+        input_name=inputs_of.IMAGE_INPUT,
         size=(height, width),
         mean=tuple(processor.get("image_mean", timm.data.IMAGENET_DEFAULT_MEAN)),
         std=tuple(processor.get("image_std", timm.data.IMAGENET_DEFAULT_STD)),

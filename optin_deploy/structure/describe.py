@@ -1,5 +1,6 @@
 """From a module to its `Structure`: which groups it has, in which blocks, and how the network runs through them."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import takewhile
@@ -12,9 +13,11 @@ from optin_deploy.structure.conv import channel_groups
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
-from optin_deploy.structure.torch import samples_elsewhere
-from optin_deploy.structure.trial import uncuttable, with_working_stand_ins
+from optin_deploy.structure.samples import not_batch_first, of_several_shapes
+from optin_deploy.structure.trial import broadcast_where_it_works, uncuttable, with_working_stand_ins
 from optin_deploy.structure.width import narrowable, width_group
+
+_LISTS = nn.ModuleList | nn.Sequential
 
 
 def prunable() -> list[str]:
@@ -29,14 +32,16 @@ def prunable() -> list[str]:
 def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     """Find the prunable groups of ``module``; one trial forward on ``inputs`` (the sample batch) gives their order.
 
-    A group's block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses it and its projection;
-    convolutions in a row outside all blocks are blocks of their own. Channels are tried in further forwards. The
-    structure has no groups when nothing prunable is found.
+    A group's block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses it and its projection
+    and runs once, or what encloses all runs of those that share weights; convolutions in a row outside all blocks are
+    blocks of their own. Channels are tried in further forwards. The structure has no groups when nothing prunable is
+    found.
     """
     found, left_dense = _match_adapters(module)
-    block_of = {group.name: _enclosing_block(module, group) for group in found}
     calls = trial_forward(module, inputs)
     position = {call.name: i for i, call in reversed(list(enumerate(calls)))}
+    runs = Counter(call.name for call in calls)
+    block_of = {group.name: _enclosing_block(module, group, runs) for group in found}
     ran = [g for g in found if g.output in position and block_of[g.name] in position]
     left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
     # Neurons of convolutions are channels: what is followed through a forward pass is known better.
@@ -46,8 +51,8 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     left_dense += leaking
     followed = {side.module for group, _ in channels for side in group.sides}
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
-    block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels})
-    failed = samples_elsewhere(module, inputs, {g.name: block_of[g.name] for g in ran})
+    block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels}, runs)
+    failed = {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
     failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])
@@ -57,7 +62,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     for group in sorted(ran, key=lambda g: position[g.output]):
         stream = residual_stream(calls, block_of[group.name], group.output, group.axis)
         groups.append(replace(group, layer=blocks.index(block_of[group.name]), **asdict(stream)))
-    groups = _with_widths(module, inputs, groups)
+    groups = _with_widths(module, inputs, broadcast_where_it_works(module, inputs, groups))
     structure = Structure(blocks, tuple(groups), 0, tuple(left_dense))
     return replace(structure, tokens=_tokens(calls, structure))
 
@@ -66,6 +71,8 @@ def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[G
     """The groups, and behind heads that can get narrower the group of their width."""
     widths = {g.name: width_group(module, g) for g in groups if g.kind == "head"}
     able = {g.name: g for g in narrowable(module, inputs, [w for w in widths.values() if w is not None])}
+    for name in uncuttable(module, inputs, list(able.values())):
+        del able[name]
     together = []
     for group in groups:
         together.append(group)
@@ -105,7 +112,7 @@ def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
     return groups, left_dense
 
 
-def _side_by_side(groups: Sequence[Group], block_of: Mapping[str, str]) -> dict[str, str]:
+def _side_by_side(groups: Sequence[Group], block_of: Mapping[str, str], runs: Mapping[str, int]) -> dict[str, str]:
     """The blocks of the groups, none of which holds another: what stands beside blocks in one is one of its own."""
     blocks = {block_of[group.name] for group in groups}
     holding = {b for b in blocks if any(other.startswith(f"{b}.") for other in blocks)}
@@ -114,7 +121,7 @@ def _side_by_side(groups: Sequence[Group], block_of: Mapping[str, str]) -> dict[
         path = _path(group)
         if found[group.name] in holding and found[group.name] in path:
             below = path[path.index(found[group.name]) :]
-            found[group.name] = next((p for p in below if p not in holding), below[-1])
+            found[group.name] = next((p for p in below if p not in holding and runs[p] == 1), below[-1])
     return found
 
 
@@ -126,9 +133,9 @@ def _path(group: Group) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
-def _enclosing_block(module: nn.Module, group: Group) -> str:
-    path = _path(group)
-    for block in reversed(path):
-        if isinstance(module.get_submodule(block.rpartition(".")[0]), nn.ModuleList | nn.Sequential):
-            return block
-    return path[-1]
+def _enclosing_block(module: nn.Module, group: Group, runs: Mapping[str, int]) -> str:
+    enclosing = _path(group)[::-1]
+    elements = [e for e in enclosing if isinstance(module.get_submodule(e.rpartition(".")[0]), _LISTS)]
+    # Where weights are shared, the block is what runs all of them.
+    once = [e for e in (*elements, *enclosing) if runs[e] == 1]
+    return (once or elements or enclosing)[0]

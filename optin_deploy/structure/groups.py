@@ -80,7 +80,8 @@ class Group:
     value is proportional to them, or a shape with an axis for them, ``entries`` parameters and buffers that no layer of
     ``sides`` holds. ``stand_ins`` say what takes the place of which module when no unit is left; where they are empty,
     one unit stays. ``slim`` is the class that the module ``name`` gets when it is sliced, for one whose own forward
-    takes widths from its input: a subclass of its own with the same parameters.
+    takes widths from its input: a subclass of its own with the same parameters. If it has a
+    method ``keep_units``, that is told which of the present units stay.
 
     Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
     in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
@@ -96,8 +97,8 @@ class Group:
     The output is added to the residual stream: ``residual`` names the module whose first input is that stream, or,
     where there is none, ``shortcut`` the module whose output is. ``norm`` names the BatchNorm2d and ``scale`` the
     LayerScale parameter between output and addition, in this order. ``residual`` and ``shortcut`` are None where
-    something else stands between. ``in_place`` tells that the network changes what it adds in place, so that it cannot
-    be broadcast.
+    something else stands between. ``in_place`` tells that the network changes what it adds in place or takes it apart,
+    so that it cannot be broadcast.
     """
 
     name: str

@@ -53,7 +53,9 @@ class Stream:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """``value`` itself or its first element if that is a tensor, else None."""
+    """``value`` itself or its first element or entry if that is a tensor, else None."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
     if isinstance(value, tuple | list) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None

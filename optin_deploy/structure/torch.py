@@ -4,7 +4,6 @@ the same parameters, which computes the same through four linear layers. At padd
 ``nn.TransformerEncoder`` gives zeros, there is what its layers compute, as in training and in an exported file."""
 
 import copy
-from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, StandIn, join
 from optin_deploy.structure.registry import adapter
-from optin_deploy.structure.residual import trial_forward
 
 
 class Attention(nn.Module):
@@ -150,25 +148,6 @@ def _put_samples_first(stack: nn.Module) -> None:
         stack.__class__ = _SAMPLES_FIRST[type(stack)]
         for each in attentions:
             each.batch_first = True
-
-
-def samples_elsewhere(module: nn.Module, inputs: Mapping[str, Tensor], block_of: Mapping[str, str]) -> dict[str, str]:
-    """Which groups or their blocks have samples along another axis than the first, so that they cannot be scored:
-    group name -> reason. Only where a module says that it wants sequences first is that tried.
-
-    Args:
-        block_of: block of each group.
-    """
-    if all(getattr(m, "batch_first", True) for m in module.modules()):
-        return {}
-    lengths = []
-    for samples in (1, 2):
-        some = {name: t[:1].repeat_interleave(samples, 0) for name, t in inputs.items()}
-        given = {call.name: call.returned for call in trial_forward(module, some)}
-        lengths.append({name: len(x) for name, x in given.items() if x is not None and x.dim()})
-    one, two = lengths
-    reason = "has sequences first and samples second: make it with batch_first=True"
-    return {g: reason for g, b in block_of.items() if any(two.get(n, 0) != 2 * one.get(n, 0) for n in (g, b))}
 
 
 def _is_plain(attention: nn.Module) -> TypeGuard[nn.MultiheadAttention]:

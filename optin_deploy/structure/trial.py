@@ -57,10 +57,24 @@ def _failing(
     return found
 
 
+@torch.no_grad()
+def broadcast_where_it_works(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
+    """The groups, of which those say that they change in place whose stand-ins cannot be broadcast (`Group.in_place`).
+
+    Args:
+        groups: with their residual streams, and stand-ins that work at their whole size.
+    """
+    free = [g for g in groups if g.least == 0 and not g.in_place and g.outer is None]
+    whole = _failing(module, inputs, free, every=None)
+    return [replace(g, in_place=True) if g.name in whole else g for g in groups]
+
+
 def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     found: dict[tuple[str, type[nn.Module]], list[Group]] = {}
     for group in groups:
-        found.setdefault((group.kind, type(module.get_submodule(group.name))), []).append(group)
+        # A width is no module: it is its heads'.
+        name = group.outer if group.kind == "width" and group.outer else group.name
+        found.setdefault((group.kind, type(module.get_submodule(name))), []).append(group)
     return list(found.values())
 
 

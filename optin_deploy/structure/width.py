@@ -15,7 +15,7 @@ from optin_deploy.structure.groups import Group, join
 # How far outputs may move, relative to their norm, under a change of basis.
 _RELATIVE_TOLERANCE = 1e-3
 # Names of the attributes that hold the width of one head, and of all.
-_WIDTH_NAMES = ("head_dim", "attention_head_size")
+_WIDTH_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def width_group(module: nn.Module, heads: Group) -> Group | None:
@@ -37,6 +37,7 @@ def width_group(module: nn.Module, heads: Group) -> Group | None:
         attributes=tuple(attributes),
         qkv=heads.qkv,
         outer=heads.name,
+        unowned=heads.unowned,
     )
 
 
@@ -59,7 +60,9 @@ def _unchanged(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence
         heads = other.get_submodule(group.output).get_parameter("weight").shape[1] // group.units
         bases = torch.randn(2, heads, group.units, group.units, generator=generator, dtype=torch.float64)
         queries, values = torch.linalg.qr(bases).Q
-        change_basis(other, group, queries, queries, values)
+        # Not orthogonal: a norm of queries and keys would not see a rotation.
+        stretch = torch.linspace(0.7, 1.4, group.units, dtype=queries.dtype)
+        change_basis(other, group, queries * stretch, queries / stretch, values)
     given, moved = _tensors(module(**inputs)), _tensors(other(**inputs))
     return all(
         float((a - b).norm()) <= _RELATIVE_TOLERANCE * float(a.norm()) for a, b in zip(given, moved, strict=True)

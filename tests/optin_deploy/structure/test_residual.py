@@ -184,7 +184,7 @@ def test_first_tensor() -> None:
     assert first_tensor([x]) is x
     assert first_tensor((None, x)) is None
     assert first_tensor(()) is None
-    assert first_tensor({"a": x}) is None
+    assert first_tensor({"a": x}) is x
 
 
 class OwnScale(nn.Module):

@@ -1,0 +1,127 @@
+"""What a network from transformers takes and gives: sample inputs of every kind, and which of its outputs count."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.errors import UserError
+from optin_deploy.network import named_outputs
+from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+
+IMAGE_INPUT = "pixel_values"
+AUDIO_INPUT = "input_features"
+TEXT_INPUT = "input_ids"
+MASK_INPUT = "attention_mask"
+DECODER_INPUT = "decoder_input_ids"
+_SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while " * 64
+_SAMPLES = 2
+_INNER_STATES = ("hidden_state", "hidden_states", "pooler_output")
+_PLAIN_OUTPUTS = ("last_hidden_state", "pooler_output")
+
+
+def input_kinds(module: nn.Module) -> list[str]:
+    """Which of pictures, sounds and texts the forward pass takes, by the names of its arguments."""
+    arguments = inspect.signature(module.forward).parameters
+    return [name for name in (IMAGE_INPUT, AUDIO_INPUT, TEXT_INPUT) if name in arguments]
+
+
+def takes_decoder_ids(module: nn.Module) -> bool:
+    """Whether token ids for a decoder are an input; some networks make them of the encoder's."""
+    arguments = inspect.signature(module.forward).parameters
+    if DECODER_INPUT not in arguments or not getattr(module.config, "is_encoder_decoder", False):
+        return False
+    return module.get_output_embeddings() is not None or module.base_model is module  # type: ignore[operator]
+
+
+def decoder_start(module: nn.Module) -> int | None:
+    """The token that a decoder's input begins with; None where token ids for a decoder are no input."""
+    if not takes_decoder_ids(module):
+        return None
+    configs = (module.config, getattr(module, "generation_config", None), getattr(module.config, "text_config", None))
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        for config in configs:
+            if isinstance(token := getattr(config, name, None), int):
+                return token
+    return 0
+
+
+def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequence_length: int) -> dict[str, Tensor]:
+    """A batch of two; noise for pictures and sounds, and for texts where there is no tokenizer.
+
+    Raises:
+        UserError: the network takes neither pictures nor sounds nor texts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(preprocessing, TextPreprocessing):
+        inputs = preprocessing([_SAMPLE_TEXT] * _SAMPLES)
+        return {name: tensor[:, :sequence_length] for name, tensor in inputs.items()}
+    if isinstance(preprocessing, ImagePreprocessing):
+        size: tuple[int, ...] = (3, *preprocessing.size)
+        return {IMAGE_INPUT: torch.randn(_SAMPLES, *size, generator=generator)}
+    inputs = {}
+    for kind in input_kinds(module):
+        if kind == TEXT_INPUT:
+            inputs[kind] = _token_ids(module, sequence_length, generator)
+            if MASK_INPUT in inspect.signature(module.forward).parameters:
+                inputs[MASK_INPUT] = torch.ones_like(inputs[kind])
+        else:
+            size = image_size(module.config) if kind == IMAGE_INPUT else _frames(module)
+            inputs[kind] = torch.randn(_SAMPLES, *size, generator=generator)
+    if not inputs:
+        raise UserError(
+            f"{type(module).__name__} takes none of {IMAGE_INPUT}, {AUDIO_INPUT} and {TEXT_INPUT}: "
+            "networks of other inputs are pruned through Python, see custom_network"
+        )
+    if takes_decoder_ids(module):
+        inputs[DECODER_INPUT] = _token_ids(module, sequence_length, generator)
+    return inputs
+
+
+def image_size(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the pictures that a configuration is for, 224 pixels where it does not say."""
+    for each in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+        size = getattr(each, "image_size", None)
+        if size is not None:
+            height, width = size if isinstance(size, tuple | list) else (size, size)
+            return getattr(each, "num_channels", 3), height, width
+    return getattr(config, "num_channels", 3), 224, 224
+
+
+def _frames(module: nn.Module) -> tuple[int, int]:
+    """Mel bins, and the frames that the encoder has positions for."""
+    config: Any = module.config
+    reduction = math.prod(m.stride[0] for m in module.modules() if isinstance(m, nn.Conv1d))
+    return config.num_mel_bins, config.max_source_positions * reduction
+
+
+def _token_ids(module: nn.Module, length: int, generator: torch.Generator) -> Tensor:
+    whole: Any = module.config
+    config = getattr(whole, "text_config", whole)
+    positions = [getattr(config, n, None) for n in ("max_position_embeddings", "max_target_positions")]
+    length = min([length, *(p for p in positions if isinstance(p, int) and p > 0)])
+    ids = torch.randint(config.vocab_size, (_SAMPLES, length), generator=generator)
+    return end_of_text(ids, whole.to_dict())
+
+
+def end_of_text(ids: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """``ids`` with the token at the end of each text that some networks read their output off, as ``config`` has it."""
+    end = (config.get("text_config") or config).get("eos_token_id")
+    return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], end)], dim=1) if isinstance(end, int) else ids
+
+
+def counted_outputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
+    """Names of the outputs that are exported and compared.
+
+    What the network is for (logits, boxes, masks, embeddings) if it gives any of that, else its last hidden state.
+    Outputs that compare the samples of a batch with each other do not count.
+    """
+    with torch.inference_mode():
+        given = named_outputs(module(**inputs))
+        alone = named_outputs(module(**{name: tensor[:1] for name, tensor in inputs.items()}))
+    own = [n for n, t in given.items() if t.dim() and t.shape[1:] == alone[n].shape[1:] and len(alone[n]) == 1]
+    task = [n for n in own if not n.endswith(_INNER_STATES)]
+    return task or [n for n in own if n in _PLAIN_OUTPUTS] or own

@@ -1,0 +1,64 @@
+"""Where the samples of a batch lie: scores and repair stack copies of a batch along the first axis, and count rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.structure.groups import Group
+from optin_deploy.structure.residual import Call, first_tensor
+
+
+def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[str, str]:
+    """Which of these groups have a projection that runs on inputs of different shapes, and why that is a reason.
+
+    Args:
+        calls: of a forward pass.
+    """
+    shapes: dict[str, set[torch.Size]] = {}
+    for call in calls:
+        if call.given is not None:
+            shapes.setdefault(call.name, set()).add(call.given.shape)
+    reason = "its output projection runs several times, on inputs of different shapes"
+    return {g.name: reason for g in groups if len(shapes.get(g.output, ())) > 1}
+
+
+@torch.no_grad()
+def not_batch_first(
+    module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], block_of: Mapping[str, str]
+) -> dict[str, str]:
+    """Which of these groups have samples along another axis than the first, and why that is a reason.
+
+    Told by the shapes of a forward pass of the whole batch and of one of its first sample.
+    """
+    size = next(iter(inputs.values())).shape[0]
+    if size == 1 or not groups:
+        return {}
+    names = {g.output for g in groups} | {block_of[g.name] for g in groups}
+    whole, one = (_shapes(module, names, {n: t[:count] for n, t in inputs.items()}) for count in (size, 1))
+    odd = {
+        n for n in names if any(s[0] != size * o[0] or s[1:] != o[1:] for s, o in zip(whole[n], one[n], strict=True))
+    }
+    reason = "has sequences first and samples second (batch_first=True, where there is such a choice, helps)"
+    return {g.name: reason for g in groups if odd & {g.output, block_of[g.name]}}
+
+
+def _shapes(module: nn.Module, names: set[str], inputs: Mapping[str, Tensor]) -> dict[str, list[torch.Size]]:
+    """Shapes of what the named modules are given and give, one run after the other."""
+    found: dict[str, list[torch.Size]] = {name: [] for name in names}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            tensors = (first_tensor(args), first_tensor(output))
+            found[name] += [t.shape for t in tensors if t is not None and t.dim()]
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
