@@ -14,7 +14,7 @@ from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.samples import not_batch_first, of_several_shapes
-from optin_deploy.structure.trial import broadcast_where_it_works, uncuttable, with_working_stand_ins
+from optin_deploy.structure.trial import broadcast_where_it_works, tied, uncuttable, with_working_stand_ins
 from optin_deploy.structure.width import narrowable, width_group
 
 _LISTS = nn.ModuleList | nn.Sequential
@@ -53,6 +53,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
     block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels}, runs)
     failed = {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
+    failed |= tied(module, ran)
     failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])

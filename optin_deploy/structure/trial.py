@@ -18,6 +18,22 @@ from optin_deploy.structure.residual import same_tensor
 _UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
+def tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
+    """Which of these groups would cut weights that another module has too, and why not: group name -> reason."""
+    holders: dict[int, list[str]] = {}
+    for name, submodule in module.named_modules():
+        for parameter in submodule.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    found = {}
+    for group in groups:
+        own = {side.module for side in group.sides} | {entries.tensor.rpartition(".")[0] for entries in group.entries}
+        held = [p for name in own for p in module.get_submodule(name).parameters(recurse=False)]
+        others = sorted({name for p in held for name in holders[id(p)]} - own)
+        if others:
+            found[group.name] = f"its weights are tied to those of {others[0]}, which would be cut with them"
+    return found
+
+
 @torch.no_grad()
 def uncuttable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, str]:
     """Which of these groups give something else sliced than masked, and why: group name -> reason."""
