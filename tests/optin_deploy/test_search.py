@@ -241,6 +241,67 @@ def test_the_first_dimensions_and_the_best_heads_are_kept(seed: int, fraction: f
                 assert scores[name][list(kept)].min() >= scores[name][removed].max()
 
 
+FIRST_COST, MIDDLE_COST, LAST_COST = 5.0, 2.0, 7.0
+
+
+def bottlenecks(layers: int, inner: int, outer: int) -> tuple[Structure, Costs]:
+    """Each of three convolutions: a cost per inner channel, per pair of channels, and per outer channel."""
+    groups: list[Group] = []
+    for i in range(layers):
+        groups.append(replace(group(f"{i}.conv1", "channel", inner), outer=f"{i}.conv2", residual=None))
+        groups.append(group(f"{i}.conv2", "channel", outer))
+    per_unit = {f"{i}.conv1": FIRST_COST + MIDDLE_COST * outer for i in range(layers)}
+    per_unit |= {f"{i}.conv2": LAST_COST + MIDDLE_COST * inner for i in range(layers)}
+    total = REST + layers * bottleneck_cost(inner, outer)
+    units, widths = {g.name: g.units for g in groups}, {g.outer: g.name for g in groups if g.outer is not None}
+    shared = dict.fromkeys(widths, MIDDLE_COST * inner * outer)
+    return Structure((), tuple(groups), 1), Costs(total, per_unit, units, widths, shared)
+
+
+def bottleneck_cost(inner: int, outer: int) -> float:
+    return FIRST_COST * inner + MIDDLE_COST * inner * outer + LAST_COST * outer if outer else 0.0
+
+
+@given(seed=st.integers(0, 10_000), fraction=st.floats(0.3, 0.95), inner=st.integers(1, 5), outer=st.integers(1, 5))
+def test_no_other_channels_of_bottlenecks_are_worth_more(seed: int, fraction: float, inner: int, outer: int) -> None:
+    structure, costs = bottlenecks(2, inner, outer)
+    scores = random_scores(structure, seed)
+    if fraction * costs.total < REST:
+        with pytest.raises(UserError, match="cannot be reached"):
+            search(structure, scores, costs, fraction, align=1)
+        return
+    plan = search(structure, scores, costs, fraction, align=1)
+    plan.check(structure)
+    best = {n: [0.0, *s.sort(descending=True).values.cumsum(0).tolist()] for n, s in scores.items()}
+
+    def worth(sizes: tuple[int, ...]) -> float:
+        pairs = [(i, sizes[2 * i], sizes[2 * i + 1]) for i in range(2)]
+        return sum(best[f"{i}.conv1"][n] + best[f"{i}.conv2"][m] for i, n, m in pairs if m)
+
+    def cost(sizes: tuple[int, ...]) -> float:
+        return REST + bottleneck_cost(*sizes[:2]) + bottleneck_cost(*sizes[2:])
+
+    every = product(range(1, inner + 1), range(outer + 1), range(1, inner + 1), range(outer + 1))
+    found = tuple(len(plan.kept[g.name]) for g in structure.groups)
+    assert costs.of(plan) == pytest.approx(cost(found))
+    assert cost(found) <= fraction * costs.total + 1e-9
+    assert worth(found) >= max(worth(s) for s in every if cost(s) <= fraction * costs.total - 2e-2) - 1e-9
+    assert kept_score(structure, scores, plan) == pytest.approx(worth(found))
+
+
+@given(
+    options=st.lists(st.tuples(st.sampled_from([0.0, 1.0, 1.5, 2.0]), st.integers(0, 4)), min_size=1, max_size=9),
+    others=st.lists(st.tuples(st.sampled_from([0.0, 1.0, 3.0]), st.integers(0, 4)), max_size=5),
+)
+def test_options_that_others_beat_are_never_needed(
+    options: list[tuple[float, int]], others: list[tuple[float, int]]
+) -> None:
+    lists = [[*options, (0.0, 0)], [*others, (0.0, 0)]]
+    taken = knapsack(lists, 5.0)
+    assert value(lists, taken)[0] == best_value(lists, 5.0)
+    assert value(lists, taken)[1] <= 5.0
+
+
 def test_dimensions_that_do_not_matter_leave_first() -> None:
     structure, costs = with_widths(layers=2, heads=4, width=32, neurons=100)
     scores = {g.name: torch.ones(g.units).double() for g in structure.groups}
