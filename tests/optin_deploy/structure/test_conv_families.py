@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from exporters import onnx_from_program, trace
 from optin_deploy import checkpoint
 from optin_deploy.costs import count_flops
+from optin_deploy.latency.measure import _points
+from optin_deploy.latency.stacks import block_types, stack
 from optin_deploy.masking import masked
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.plan import Plan
@@ -70,11 +72,11 @@ def _tv_efficientnet() -> nn.Module:
     return torchvision.models.EfficientNet(rows, dropout=0.0, num_classes=3, last_channel=16)
 
 
-def _tv_resnet(block: Any) -> nn.Module:
+def _tv_resnet(block: Any, norm: Any = nn.BatchNorm2d) -> nn.Module:
     def shortcut(inputs: int, outputs: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2), nn.BatchNorm2d(outputs))
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2), norm(outputs))
 
-    wide = block.expansion
+    block, wide = partial(block, norm_layer=norm), block.expansion
     stem = [nn.Conv2d(3, 8 * wide, 3, 2, 1), nn.BatchNorm2d(8 * wide), nn.ReLU()]
     blocks = [block(8 * wide, 8), block(8 * wide, 12, 2, shortcut(8 * wide, 12 * wide)), block(12 * wide, 12)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12 * wide, 3))
@@ -96,6 +98,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "resnext": (partial(_resnet, resnet.Bottleneck, cardinality=4, base_width=16), (5, 0, 0)),
     "tv_resnet": (partial(_tv_resnet, torchvision.models.resnet.BasicBlock), (3, 0, 0)),
     "tv_resnet_bottleneck": (partial(_tv_resnet, torchvision.models.resnet.Bottleneck), (6, 3, 0)),
+    "tv_resnet_frozen": (
+        partial(_tv_resnet, torchvision.models.resnet.Bottleneck, torchvision.ops.FrozenBatchNorm2d),
+        (6, 3, 0),
+    ),
     "regnetx": (_timm_regnet, (5, 0, 0)),
     "regnety": (partial(_timm_regnet, se_ratio=0.25), (5, 0, 5)),
     "tv_regnet": (_tv_regnet, (5, 0, 5)),
@@ -149,6 +155,18 @@ def test_sliced_is_masked_and_costs_what_is_predicted(name: str) -> None:
 
 def _halves(structure: Structure) -> Plan:
     return Plan({g.name: tuple(range(0, g.units, 2)) for g in structure.groups})
+
+
+@pytest.mark.parametrize("name", ["tv_resnet_bottleneck", "tv_resnet_frozen", "regnety", "tv_efficientnet"])
+def test_stacks_of_blocks_run_at_all_sizes(name: str) -> None:
+    network, structure = _network(name), _structure(name)
+    for kind in block_types(network.module, structure, network.inputs):
+        for group in (g for g in kind.groups[0] if g.outer is None):
+            for units, width, sizes in _points(structure, group):
+                made, inputs = stack(network.module, structure, kind, sizes, 1)
+                assert bool(made(**inputs).isfinite().all())
+                assert (width is None) == (structure.inner(group.name) is None)
+                assert sizes[group.name] == units
 
 
 @pytest.mark.parametrize("name", ["tv_resnet_bottleneck", "tv_regnet", "tv_efficientnet"])
