@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from optin_deploy.plan import Plan
 from optin_deploy.projections import Conv, Geometry, feature_dim
 from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
+from optin_deploy.structure.norms import shrunk
 from optin_deploy.structure.residual import is_batch_norm
 
 
@@ -130,6 +131,9 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
             _slice_norm(layer, features)
         else:
             _slice_layer(layer, side, features)
+    if group.mixing is not None:
+        features = features_of(kept, group, group.units * group.width)
+        module.set_submodule(group.mixing, shrunk(module.get_submodule(group.mixing), features, group.axis))
     for entries in group.entries:
         _slice_entries(module, entries, group, kept)
     for name, attribute in group.attributes:

@@ -1,8 +1,9 @@
 """Feed-forward networks: neurons between linear maps that one module holds, whatever the library and the names.
 
 Linear maps are linear layers and 1×1 convolutions. One or two of them (a gate beside the other) take the module's
-input, one takes the neurons; depthwise convolutions and batch norms may stand between. A map may sit in a module of its
-own, alone or with a norm. That the forward pass really runs them this way is tried later (see ``trial``).
+input, one takes the neurons; depthwise convolutions, batch norms and one norm over all neurons may stand between. A
+map may sit in a module of its own, alone or with a norm. That the forward pass really runs them this way is tried later
+(see ``trial``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from optin_deploy.structure.groups import Group, LeftDense, Side, StandIn, join
+from optin_deploy.structure.norms import can_shrink
 from optin_deploy.structure.registry import general_adapter
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -50,14 +52,14 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
     mixing = [p for p in others if all(t.numel() == neurons for t in p.module.parameters())]
     if len(mixing) < len(others):
         return None
-    if mixing:
+    if len(mixing) > 1 or (mixing and not can_shrink(mixing[0].module)):
         return LeftDense(name, f"{mixing[0].name}, which sees all neurons, stands before {maps.down.name}")
-    belonging = (*maps.ups, *maps.between, maps.down)
+    belonging = (*maps.ups, *maps.between, *mixing, maps.down)
     beside = [p.module for p in parts if p not in belonging]
     alone = all(_is_norm(m) or _has_scalars(m) for m in beside) and not list(module.parameters(recurse=False))
     output = join(name, maps.down.name)
     inner = [_place(p, parts, belonging) for p in maps.ups]
-    inner += [p.name for p in maps.between if p.child not in inner]
+    inner += [p.name for p in (*maps.between, *mixing) if p.child not in inner]
     places = [join(name, place) for place in inner]
     passes: list[tuple[str, StandIn]] = [(place, "pass") for place in places]
     return Group(
@@ -70,6 +72,7 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
         owners=(name,) if alone else (*places, output),
         stand_ins=(*passes, (output, "constant")),
         axis=1 if isinstance(maps.down.module, nn.Conv2d) else -1,
+        mixing=join(name, mixing[0].name) if mixing else None,
     )
 
 

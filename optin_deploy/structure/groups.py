@@ -85,6 +85,8 @@ class Group:
 
     Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
     in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
+    ``mixing`` names a norm over all units there: a unit's features are set to zero both before it and before the
+    projection, and what it divides by counts the units that are gone.
 
     ``outer`` names the group that an inner one goes with: the FLOPs of modules that both own are proportional to what
     both keep. The inner one keeps a unit at least, and is gone with the last unit of the outer one, whose stand-ins
@@ -123,6 +125,7 @@ class Group:
     slim: type[nn.Module] | None = None
     masked: str | None = None
     unowned: tuple[str, ...] = ()
+    mixing: str | None = None
 
     @property
     def has_stream(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.feed_forward import is_map, map_sizes
 from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, join
+from optin_deploy.structure.norms import can_shrink
 from optin_deploy.structure.registry import adapter
 from optin_deploy.structure.slim import SLIM
 
@@ -50,6 +51,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     sides.insert(1, Side(join(name, output), "in"))
     sides += _maps_to_heads(name, module, number, {*inputs, "proj"})
     unowned = tuple(_unowned(name, module, sides, features // getattr(module, heads)))
+    norm = _mixing(module)
     plain = type(module) is timm.layers.Attention and _is_plain(module)
     return Group(
         name=name,
@@ -67,6 +69,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
         slim=SLIM.get(type(module)),
         unowned=unowned,
+        mixing=join(name, norm) if norm is not None else None,
     )
 
 
@@ -84,10 +87,16 @@ def _reason(module: nn.Module, heads: int, features: int) -> str | None:
     mixing = [n for n, m in module.named_modules() if is_map(m) and map_sizes(m) == (heads, heads)]
     if mixing:
         return f"{mixing[0]} mixes the heads (talking heads)"
-    norm = getattr(module, "norm", None)
-    if isinstance(norm, nn.LayerNorm) and not hasattr(module, "sr"):
+    if (norm := _mixing(module)) and not can_shrink(module.get_submodule(norm)):
         return "a norm over all heads stands before the output projection (scale_norm)"
     return f"{features} features for {heads} heads" if features % heads else None
+
+
+def _mixing(module: nn.Module) -> str | None:
+    """The norm over all heads, if there is one; that of what keys and values are made of is not."""
+    norm = getattr(module, "norm", None)
+    held = isinstance(norm, nn.Module) and any(True for _ in norm.parameters())
+    return "norm" if held and not hasattr(module, "sr") else None
 
 
 def _attributes(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -140,5 +149,5 @@ def _fused(name: str, qkv: str) -> Projections:
 
 def _is_plain(attention: nn.Module) -> bool:
     """Whether nothing but products stands between queries, keys, values and the output projection."""
-    norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm")]
+    norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm", "norm")]
     return all(isinstance(n, nn.Identity | None) for n in norms) and getattr(attention, "gate", None) is None

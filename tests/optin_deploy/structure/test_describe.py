@@ -110,21 +110,23 @@ def test_sides_owners_and_attributes_of_bert() -> None:
     assert ffn.stand_ins == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
 
 
-def test_norms_over_the_units_are_left_dense() -> None:
+def test_norms_over_the_units_mix_them() -> None:
     network = tiny.vit(scale_attn_norm=True, scale_mlp_norm=True, depth=1)
+    structure = describe(network.module, network.inputs)
+    assert [(g.kind, g.mixing) for g in structure.groups] == [
+        ("head", "blocks.0.attn.norm"),
+        ("neuron", "blocks.0.mlp.norm"),
+    ]
+
+
+def test_norms_over_the_units_of_another_kind_are_left_dense() -> None:
+    network = tiny.vit(scale_attn_norm=True, scale_mlp_norm=True, depth=1, norm_layer=nn.RMSNorm)
     structure = describe(network.module, network.inputs)
     assert structure.groups == ()
     assert [(d.module, "norm" in d.reason) for d in structure.left_dense] == [
         ("blocks.0.attn", True),
         ("blocks.0.mlp", True),
     ]
-
-
-def test_a_norm_in_the_feed_forward_only() -> None:
-    network = tiny.vit(scale_mlp_norm=True)
-    structure = describe(network.module, network.inputs)
-    assert [g.kind for g in structure.groups] == ["head", "width"] * 2
-    assert [d.module for d in structure.left_dense] == ["blocks.0.mlp", "blocks.1.mlp"]
 
 
 def test_blocks_without_known_modules_give_no_groups() -> None:

@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, int, Mapping[str, Any], tuple[int, int, int], int
     "beit": ("beit_base_patch16_224", 32, {**_VIT, "img_size": 32, "init_values": 0.1}, (2, 2, 0), 4),
     "beit_shared": ("beit_base_patch16_224", 32, {**_VIT, "img_size": 32, "use_rel_pos_bias": False}, (2, 2, 0), 4),
     "eva02": ("eva02_tiny_patch14_224", 32, {**_VIT, "img_size": 32}, (2, 2, 0), 4),
-    "eva02_norms": ("eva02_base_patch14_224", 32, {**_VIT, "img_size": 32}, (2, 0, 0), 2),
+    "eva02_norms": ("eva02_base_patch14_224", 32, {**_VIT, "img_size": 32}, (2, 2, 0), 4),
     "dinov2": ("vit_small_patch14_reg4_dinov2", 32, {**_VIT, "img_size": 32}, (2, 2, 0), 4),
     "dinov2_swiglu": (
         "vit_giant_patch14_reg4_dinov2",
@@ -115,6 +115,14 @@ FAMILIES: dict[str, tuple[str, int, Mapping[str, Any], tuple[int, int, int], int
         7,
     ),
     "naflexvit": ("naflexvit_base_patch16_gap", 32, _VIT, (2, 2, 0), 4),
+    "vit_norms": (
+        "vit_tiny_patch16_224",
+        32,
+        {**_VIT, "img_size": 32, "scale_attn_norm": True, "scale_mlp_norm": True},
+        (2, 2, 0),
+        4,
+    ),
+    "convnext_v2": ("convnextv2_atto", 64, {**_STAGES, "dims": (16, 16, 24, 32)}, (0, 4, 0), 4),
     "convnext": ("convnext_atto", 64, {**_STAGES, "dims": (16, 16, 24, 32)}, (0, 0, 4), 4),
 }
 
