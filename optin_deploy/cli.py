@@ -5,7 +5,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,7 +61,7 @@ def prune_export(
     from optin_deploy.report.terminal import summary
 
     result = run(resolved, output=output, command=_command(), quiet=quiet)
-    _show(result.report, summary, result.directory, "report.html, checkpoint, ONNX files", json_output)
+    _show(result.report, summary, result.directory, "report.html, report.md, checkpoint, ONNX files", json_output)
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
         raise GateError("; ".join(f"{gate.name}: {gate.detail}" for gate in failed))
@@ -219,6 +219,42 @@ def _tables(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
         return cache_view(settings, str(cache_folder())), settings
     found = run_tables(recipe, quiet=quiet)
     return table_view(recipe.model, found), found.to_dict()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories, or report.json files", show_default=False)],
+    markdown: Annotated[bool, typer.Option("--markdown", help="as Markdown, for a pull request")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Show the report of a run, or compare those of several."""
+    if markdown and json_output:
+        raise UserError("--markdown and --json: give one of them")
+
+    from optin_deploy.report import read_report
+
+    reports = {str(run): read_report(run) for run in runs}
+    if json_output or markdown:
+        sys.stdout.write(_report_text(reports, as_json=json_output))
+        return
+
+    from optin_deploy.report import comparison
+    from optin_deploy.report.terminal import summary
+
+    shown = comparison.view(comparison.lines(reports)) if len(runs) > 1 else summary(*reports.values())
+    (Console() if sys.stdout.isatty() else Console(width=160)).print(shown)
+
+
+def _report_text(reports: Mapping[str, Any], *, as_json: bool) -> str:
+    from optin_deploy.report import comparison, markdown
+
+    if len(reports) == 1:
+        (only,) = reports.values()
+        return str(only.model_dump_json(indent=1) + "\n" if as_json else markdown.render(only))
+    compared = comparison.lines(reports)
+    if as_json:
+        return json.dumps([line.to_dict() for line in compared], indent=1) + "\n"
+    return comparison.as_markdown(compared)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""A run's report: a JSON document, and its renderings as a web page and for the terminal."""
+"""A run's report: a JSON document, and its renderings as a web page, as Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ __all__ = ["Report", "read_report", "write_report"]
 
 
 def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
-    """Writes report.json and report.html into `directory` and returns their paths. Each appears whole or not at all."""
+    """Writes report.json, report.html and report.md into `directory`, each whole or not at all; paths of the first two."""
+    from optin_deploy.report import markdown
     from optin_deploy.report.html import render
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    document, page = report.model_dump_json(indent=1) + "\n", render(report)
+    texts = {
+        "report.json": report.model_dump_json(indent=1) + "\n",
+        "report.html": render(report),
+        "report.md": markdown.render(report),
+    }
     with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as temporary:
-        for name, text in (("report.json", document), ("report.html", page)):
+        for name, text in texts.items():
             file = Path(temporary) / name
             file.write_text(text, encoding="utf-8")
             file.replace(folder / name)
@@ -29,9 +34,13 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
 
 
 def read_report(path: str | Path) -> Report:
-    """The report that `write_report` wrote to `path`. Raises UserError when it is missing or of another layout."""
+    """The report that `write_report` wrote: of the run directory `path`, or the file itself.
+
+    Raises UserError when it is missing or of another layout.
+    """
+    path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
     try:
-        return Report.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the report {path}: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:

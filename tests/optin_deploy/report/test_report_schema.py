@@ -16,7 +16,7 @@ from optin_deploy.report import Report, read_report, write_report
 
 def test_a_report_comes_back_the_same(report: Report, tmp_path: Path) -> None:
     document, page = write_report(report, tmp_path / "run")
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["report.html", "report.json", "report.md"]
     assert read_report(document) == report
     assert page.read_text().startswith("<!DOCTYPE html>")
 

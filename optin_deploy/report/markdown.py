@@ -1,0 +1,135 @@
+"""The report as Markdown, short enough for a pull request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optin_deploy.report import numbers, wording
+from optin_deploy.report.schema import Measurement, Report
+
+_CAUSES = 5
+_LEFT_DENSE = 5
+
+
+def render(report: Report) -> str:
+    """The verdict, what qualifies it, size, speed, outputs, gates, and how to do it again."""
+    title = f"{report.model.name}: {numbers.percent(report.flops_ratio)} of its FLOPs"
+    parts = [f"## {escaped(title)}", f"**{escaped(wording.verdict(report))}**"]
+    parts += [f"> **{banner.level}:** {escaped(banner.text)}" for banner in wording.banners(report)]
+    parts.append(table(["", "FLOPs", "parameters", "ONNX"], _sizes(report)))
+    if report.profile:
+        parts.append(table(_SPEED, [row for item in report.profile for row in _speed(report, item)]))
+        parts.append("Brackets: 95 % interval. Realised: speed-up ÷ FLOP reduction.")
+    sentences = (wording.latency_budget(report), wording.sparsity(report), wording.precision(report))
+    parts += [escaped(sentence) for sentence in sentences if sentence]
+    outputs = _outputs(report)
+    if outputs:
+        parts.append(table(["output", "dense → pruned"], outputs))
+    entry = wording.headline_layers(report)
+    if entry is not None and entry.causes:
+        where = f"{wording.runtime_name(entry.runtime)}, batch {entry.batch_size}"
+        parts.append(f"**Why not faster** ({where})")
+        parts.append("\n".join(f"- {escaped(cause.sentence)}" for cause in entry.causes[:_CAUSES]))
+    if report.left_dense:
+        parts.append("**Left dense**")
+        parts.append(table(["", "FLOPs", "why"], _left_dense(report)))
+    parts.append(table(["gate", "", ""], _gates(report)))
+    parts.append(f"{_machine(report)}\n\n{fenced(report.command)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; every cell is text, none is markup."""
+    lines = [heading, ["---"] * len(heading), *([escaped(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """``text`` on one line, in which nothing is taken for markup, a table's end, a mention or HTML."""
+    one_line = " ".join(text.split())
+    for sign in "\\`*_{}[]<>|#":
+        one_line = one_line.replace(sign, f"\\{sign}")
+    # A zero-width space keeps "@name" from calling somebody.
+    return one_line.replace("@", "@\u200b")
+
+
+def fenced(text: str) -> str:
+    """``text`` as a block of code, in a fence longer than any in it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _sizes(report: Report) -> list[list[str]]:
+    dense, pruned = report.dense, report.pruned
+    rows = [
+        [name, numbers.scaled(v.flops), numbers.scaled(v.parameters), f"{numbers.significant(v.onnx_mib)} MiB"]
+        for name, v in (("dense", dense), ("pruned", pruned))
+    ]
+    pairs = (
+        (dense.flops, pruned.flops),
+        (dense.parameters, pruned.parameters),
+        (dense.onnx_mib, pruned.onnx_mib),
+    )
+    return [*rows, ["change", *(numbers.change(before, after) for before, after in pairs)]]
+
+
+_SPEED = ["runtime", "batch", "", "p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up", "realised"]
+
+
+def _speed(report: Report, item: Measurement) -> list[list[str]]:
+    rows = []
+    first, last = [wording.runtime_name(item.runtime), str(item.batch_size)], ["", ""]
+    for name in wording.VARIANTS:
+        figures, rate = getattr(item.summary, name), getattr(item.throughput_per_s, name)
+        latencies = [numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
+        if name == "pruned":
+            first, last = ["", ""], [speedup(item), realised(report, item)]
+        rows.append([*first, name, *latencies, numbers.per_second(rate), *last])
+    return rows
+
+
+def speedup(item: Measurement) -> str:
+    """A speed-up with its interval, and whether it is noise."""
+    noise = "" if item.significant else ", not significant"
+    return f"{numbers.times(item.speedup.value)} [{numbers.bounds(item.speedup)}]{noise}"
+
+
+def realised(report: Report, item: Measurement) -> str:
+    """The realised ratio; a dash where no FLOPs were removed."""
+    ratio = report.realised_ratio(item)
+    return "—" if ratio is None else f"{ratio.value:.2f}"
+
+
+def _outputs(report: Report) -> list[list[str]]:
+    rows = []
+    for entry in report.agreement:
+        top = "" if entry.top1_agreement is None else f", same top answer on {numbers.percent(entry.top1_agreement)}"
+        error = numbers.percent(entry.relative_error)
+        rows.append([entry.output, f"cosine {entry.cosine:.4f}, relative error {error}{top}"])
+    found = report.evaluation
+    if found is not None:
+        deployed = "" if found.deployed is None else f", {found.deployed:.2f} in {report.precision}"
+        figures = f"{found.dense:.2f} → {found.pruned:.2f}{deployed}"
+        rows.append([found.metric, f"{figures} on {found.dataset} ({found.samples} samples)"])
+    return rows
+
+
+def _left_dense(report: Report) -> list[list[str]]:
+    shown, rest = report.left_dense[:_LEFT_DENSE], report.left_dense[_LEFT_DENSE:]
+    rows = [[wording.left_dense(each), numbers.percent(each.flops_share), each.reason] for each in shown]
+    if rest:
+        rows.append([f"{len(rest)} more", numbers.percent(sum(each.flops_share for each in rest)), "see report.html"])
+    return rows
+
+
+def _gates(report: Report) -> list[list[str]]:
+    return [[gate.name, "passed" if gate.passed else "FAILED", gate.detail] for gate in report.gates]
+
+
+def _machine(report: Report) -> str:
+    devices = dict.fromkeys(wording.device_name(report, item.runtime) for item in report.profile)
+    where = ", ".join(devices) or str(report.environment.get("cpu") or "")
+    parts = [where, f"{report.created:%Y-%m-%d}", f"optin-deploy {report.version}"]
+    return escaped(" · ".join(part for part in parts if part))
