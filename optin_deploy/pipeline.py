@@ -73,14 +73,14 @@ def prune_export(
             rundir.check(directory, job.fingerprint)
         measured = latency_tables(job, directory, stages)
         job.network.module.to(job.device)
-        rundir.create(directory, job.fingerprint, recipe)
-        dense, scores = _scored(job, directory, stages) if recipe.has_budget else (job.network, {})
-        plan, small = _pruned(job, dense, scores, measured, directory, stages)
-        results = _compared(job, small, directory, stages)
-        results |= export_and_measure(job, small, directory, stages)
-        results["latency_budget"] = read_latency(directory) if recipe.has_latency else None
-        report = assemble(job, plan, small, results, directory, stages.seconds, command)
-        write_report(report, directory)
+        with rundir.held(directory, job.fingerprint, recipe):
+            dense, scores = _scored(job, directory, stages) if recipe.has_budget else (job.network, {})
+            plan, small = _pruned(job, dense, scores, measured, directory, stages)
+            results = _compared(job, small, directory, stages)
+            results |= export_and_measure(job, small, directory, stages)
+            results["latency_budget"] = read_latency(directory) if recipe.has_latency else None
+            report = assemble(job, plan, small, results, directory, stages.seconds, command)
+            write_report(report, directory)
     return Result(report, small, directory)
 
 

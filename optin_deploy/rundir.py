@@ -1,8 +1,10 @@
-"""A run's directory: one run each, stages kept as they are done, so that an interrupted run can go on."""
+"""A run's directory: one run each and one at a time; stages are kept as they are done, so that a run can go on."""
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,11 @@ from torch import nn
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
 from optin_deploy.recipe import Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _RUN_NAME = "run.json"
 
@@ -54,12 +61,48 @@ def check(directory: Path, run: str) -> None:
         )
 
 
-def create(directory: Path, run: str, recipe: Recipe) -> None:
-    """Make ``directory`` with the resolved recipe and the fingerprint; UserError when it cannot be written."""
-    try:
+@contextmanager
+def held(directory: Path, run: str, recipe: Recipe) -> Iterator[None]:
+    """Make ``directory`` with the resolved recipe and the fingerprint ``run``, and keep other runs out of it meanwhile.
+
+    The directory itself is locked (flock, where the system has it): that leaves no file behind, and goes with the
+    process, however that ends.
+
+    Raises:
+        UserError: another run is at work there, it holds something else, or it cannot be written.
+    """
+    with _writable(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / _RUN_NAME, json.dumps({"fingerprint": run}) + "\n")
-        recipe.save(directory / "recipe.yaml")
+    with _locked(directory):
+        check(directory, run)
+        with _writable(directory):
+            write_text(directory / _RUN_NAME, json.dumps({"fingerprint": run}) + "\n")
+            recipe.save(directory / "recipe.yaml")
+        yield
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output {directory}: another run is at work there; wait until it is done, or choose another one"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--output {directory} cannot be made or written: {error.strerror}") from error
 

@@ -14,7 +14,10 @@ __all__ = ["Report", "read_report", "write_report"]
 
 
 def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
-    """Writes report.json, report.html and report.md into `directory`, each whole or not at all; paths of the first two."""
+    """Writes report.json, report.html and report.md into `directory`, each whole or not at all.
+
+    Returns the paths of the first two.
+    """
     from optin_deploy.report import markdown
     from optin_deploy.report.html import render
 

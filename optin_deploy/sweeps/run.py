@@ -77,28 +77,28 @@ def sweep(
     console = console or Console(stderr=True)
     with Stages(console, quiet=quiet) as stages:
         checked = _check(recipe, plan(recipe, budgets), output, network, calibration, stages)
-    rundir.create(checked.directory, checked.fingerprint, recipe)
-    # With its budgets, it makes the sweep again.
-    write_text(checked.directory / "recipe.yaml", as_yaml(recipe, [run for run, _ in checked.runs]))
-    reports: dict[str, Report] = {}
-    for number, (run, fingerprint) in enumerate(checked.runs, 1):
-        place = checked.place(run)
-        report = _finished(place)
-        if console.is_terminal and not quiet:
-            console.print(
-                f"{number} of {len(checked.runs)}: {run.name}{', done before' if report else ''}", style="bold"
-            )
-        if report is None:
-            rundir.create(place, fingerprint, run.recipe)
-            _share(checked, place)
-            report = prune_export(
-                run.recipe, output=place, network=network, calibration=calibration, console=console, quiet=quiet
-            ).report
-        reports[run.name] = report
-    again = shlex.join(["optin-deploy", "sweep", "--recipe", str(checked.directory / "recipe.yaml")])
-    found = assemble(reports, recipe.model_dump(mode="json"), command or again)
-    write_text(checked.directory / "sweep.json", found.model_dump_json(indent=1) + "\n")
-    write_text(checked.directory / "sweep.html", render(found))
+    with rundir.held(checked.directory, checked.fingerprint, recipe):
+        # With its budgets, it makes the sweep again.
+        write_text(checked.directory / "recipe.yaml", as_yaml(recipe, [run for run, _ in checked.runs]))
+        reports: dict[str, Report] = {}
+        for number, (run, fingerprint) in enumerate(checked.runs, 1):
+            place = checked.place(run)
+            report = _finished(place)
+            if console.is_terminal and not quiet:
+                console.print(
+                    f"{number} of {len(checked.runs)}: {run.name}{', done before' if report else ''}", style="bold"
+                )
+            if report is None:
+                with rundir.held(place, fingerprint, run.recipe):
+                    _share(checked, place)
+                report = prune_export(
+                    run.recipe, output=place, network=network, calibration=calibration, console=console, quiet=quiet
+                ).report
+            reports[run.name] = report
+        again = shlex.join(["optin-deploy", "sweep", "--recipe", str(checked.directory / "recipe.yaml")])
+        found = assemble(reports, recipe.model_dump(mode="json"), command or again)
+        write_text(checked.directory / "sweep.json", found.model_dump_json(indent=1) + "\n")
+        write_text(checked.directory / "sweep.html", render(found))
     return SweepResult(found, checked.directory)
 
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +56,48 @@ def test_default_directory_tells_model_and_budget() -> None:
 def test_a_run_may_continue_in_its_directory_only(tmp_path: Path) -> None:
     directory = tmp_path / "deep" / "run"
     rundir.check(directory, "a")
-    rundir.create(directory, "a", recipe())
-    rundir.check(directory, "a")
-    with pytest.raises(UserError, match="holds another run"):
-        rundir.check(directory, "b")
-    assert (directory / "recipe.yaml").is_file()
+    with rundir.held(directory, "a", recipe()):
+        rundir.check(directory, "a")
+    with pytest.raises(UserError, match="holds another run"), rundir.held(directory, "b", recipe()):
+        pytest.fail("it is another run's")
+    assert sorted(p.name for p in directory.iterdir()) == ["recipe.yaml", "run.json"]
+
+
+# Holds the directory named by its argument until its standard input ends.
+HOLDER = """
+import sys
+from pathlib import Path
+from optin_deploy import rundir
+from optin_deploy.recipe import Recipe
+with rundir.held(Path(sys.argv[1]), "a", Recipe(model="some/model", flops=0.5)):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_processes_are_never_in_one_directory(tmp_path: Path, killed: bool) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        refused = pytest.raises(UserError, match="another run is at work there")
+        with refused, rundir.held(tmp_path / "run", "a", recipe()):
+            pytest.fail("it is held by another process")
+        if killed:
+            holder.kill()
+        else:
+            holder.communicate("")
+        holder.wait()
+    # However it ended, the directory is free again.
+    with rundir.held(tmp_path / "run", "a", recipe()):
+        assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_an_error_inside_is_the_callers_own(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match="mine"), rundir.held(tmp_path, "a", recipe()):
+        raise BlockingIOError("mine")
 
 
 def test_empty_directory_may_be_used(tmp_path: Path) -> None:
@@ -78,9 +117,10 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         rundir.check(tmp_path / "file", "a")
-    with pytest.raises(UserError, match=r"--output .*file/run cannot be made"):
-        rundir.check(tmp_path / "file" / "run", "a")
-        rundir.create(tmp_path / "file" / "run", "a", recipe())
+    rundir.check(tmp_path / "file" / "run", "a")
+    refused = pytest.raises(UserError, match=r"--output .*file/run cannot be made")
+    with refused, rundir.held(tmp_path / "file" / "run", "a", recipe()):
+        pytest.fail("there is no such directory")
 
 
 def test_kept_json_is_made_once(tmp_path: Path) -> None:
