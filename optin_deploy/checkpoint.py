@@ -15,11 +15,11 @@ import torch
 import transformers
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import whole_directory
+from optin_deploy.files import whole_directory, write_tensors
 from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
@@ -115,8 +115,7 @@ def save(network: Network, plan: Plan, path: Path) -> None:
     with whole_directory(path) as directory:
         # Tied parameters are stored once under every name, so that any reader finds them.
         state = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
-        save_file(state, directory / WEIGHTS_NAME, metadata={"format": "pt"})
-        (directory / WEIGHTS_NAME).chmod(0o644)
+        write_tensors(directory / WEIGHTS_NAME, state)
         if isinstance(preprocessing, TextPreprocessing):
             preprocessing.tokenizer.save_pretrained(directory)
         (directory / JSON_NAME).write_text(description.model_dump_json(indent=1), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 2 something to fix, 3 a gate failed, 130 interrupted, 1 a bug."""
 
+import errno
 import json
 import logging
 import shlex
@@ -27,6 +28,9 @@ from optin_deploy.options import (
     option,
     takes_options,
 )
+
+# A full or failing disk, and files that this user may not write.
+_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 app = typer.Typer(
     help="Make trained transformers smaller without retraining, export them, and measure how much faster they got.",
@@ -313,6 +317,13 @@ def main() -> None:
     except _user_errors() as error:
         _tell(errors, "error:", error)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _NO_WRITING:
+            raise
+        where = f"{error.filename or error.filename2 or 'a file'}"
+        what = f"{where} cannot be written: {error.strerror}; finished stages are kept, go on with: {_command()}"
+        _tell(errors, "error:", what)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:
         # typer turns an interrupt into this exit code.
         if isinstance(error, SystemExit) and error.code != 130:
@@ -321,7 +332,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _tell(console: Console, what: str, error: Exception) -> None:
+def _tell(console: Console, what: str, error: Exception | str) -> None:
     """One line. The message is no markup: `[cpu]` names an extra and not a style."""
     console.print(Text.assemble((what, "red"), " ", " ".join(str(error).split())))
 

@@ -1,13 +1,18 @@
 """Files and directories that appear whole or not at all."""
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optin_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,6 +25,29 @@ def write_text(path: Path, text: str) -> None:
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
+    """Write ``tensors`` as safetensors to a temporary name beside ``path``, then rename it; OSError if that fails."""
+    # Wrong options are told before torch is loaded.
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}")
+    try:
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        # It tells the system's error in words only.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 

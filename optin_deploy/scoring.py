@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from optin_deploy.costs import Costs
@@ -18,6 +17,7 @@ from optin_deploy.criteria.random import random_scores
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
+from optin_deploy.files import write_tensors
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Structure
 
@@ -79,10 +79,7 @@ class Scoring:
 
 def save_scores(scores: Mapping[str, Tensor], path: Path) -> None:
     """Write as safetensors; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    save_file(dict(scores), temporary)
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    write_tensors(path, scores)
 
 
 def scoring_steps(structure: Structure, batches: Batches, scoring: Scoring) -> int:

@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import os
@@ -126,6 +127,17 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
         f"interrupted; finished stages are kept, go on with: optin-deploy {' '.join(RUN)} --output 'my run'\n"
     )
     assert load_file(here / "my run" / "scores.safetensors")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_cannot_be_written_is_one_line(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "run/plan.json")
+
+    monkeypatch.setattr(pipeline, "_pruned", fail)
+    outcome = run(*RUN, "--output", "run")
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: run/plan.json cannot be written: [^\n]+; finished stages [^\n]+\n", outcome.err)
 
 
 @pytest.mark.parametrize(

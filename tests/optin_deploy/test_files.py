@@ -1,9 +1,15 @@
+import errno
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import whole_directory, write_text
+from optin_deploy.files import whole_directory, write_tensors, write_text
 
 
 def test_write_text_replaces_the_file(tmp_path: Path) -> None:
@@ -51,3 +57,34 @@ def test_existing_path_is_refused(tmp_path: Path, kind: str) -> None:
     path.mkdir() if kind == "directory" else path.touch()
     with pytest.raises(UserError, match="exists already"), whole_directory(path):
         pytest.fail("must not be entered")
+
+
+def test_tensors_come_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.float16)}
+    write_tensors(tmp_path / "t.safetensors", tensors)
+    assert list(tmp_path.iterdir()) == [tmp_path / "t.safetensors"]
+    found = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_tensors(small_disk / "t.safetensors", {"a": torch.zeros(100_000)})
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left on device"):
+        write_text(small_disk / "t.txt", "x" * 100_000)
+    assert not list(small_disk.iterdir())
