@@ -2,7 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from exporters import Precision, is_quantized
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
+from optin_deploy.recipe_file import read_options
 from profilers import GPU_RUNTIMES, RUNTIMES
 
 Runtime = Literal[
@@ -177,13 +180,25 @@ class Recipe(BaseModel):
 def make_recipe(options: dict[str, Any], file: Path | None = None) -> Recipe:
     """The recipe from ``options`` and, for what they leave out, from a YAML ``file``.
 
-    Raises UserError, one line, for a file that cannot be read, an unknown key (with near ones) or a wrong value.
+    Raises UserError, one line, for a file that cannot be read, an unknown key (with near ones) or a wrong value; with
+    the line of the file that it stands in.
     """
-    given = {**read_options(file), **options} if file else options
+    if file is None:
+        return validated(options)
+    held = read_options(file)
+    return validated({**held.values, **options}, {n: p for n, p in held.places.items() if n not in options})
+
+
+def validated(options: dict[str, Any], places: Mapping[str, str] = MappingProxyType({})) -> Recipe:
+    """The recipe of these options; UserError names the place in a file of an option that is wrong."""
     try:
-        return Recipe.model_validate(given)
+        return Recipe.model_validate(options)
     except ValidationError as error:
-        raise UserError(_message(error)) from error
+        # An unknown name explains a missing one: it comes first.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        name = str(first["loc"][0])
+        place = f"{places[name]}: " if name in places else ""
+        raise UserError(place + _message(name, first)) from error
 
 
 def check_options(recipe: Recipe) -> None:
@@ -264,21 +279,7 @@ def check_layout(recipe: Recipe, layout: str, name: str | None) -> Layout:
     return cast(Layout, layout)
 
 
-def read_options(file: Path) -> dict[str, Any]:
-    """What a YAML file holds, by name, not validated; UserError, one line, when it cannot be read."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {file} must be a mapping of options, like `flops: 0.5`")
-    return {str(name): value for name, value in content.items()}
-
-
-def _message(error: ValidationError) -> str:
-    # An unknown name explains a missing one: it comes first.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    name = str(first["loc"][0])
+def _message(name: str, first: Mapping[str, Any]) -> str:
     option = "--" + name.replace("_", "-")
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, Recipe.model_fields, n=1)

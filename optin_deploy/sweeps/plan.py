@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from optin_deploy.errors import UserError
-from optin_deploy.recipe import Recipe, check_options, make_recipe, read_options
+from optin_deploy.recipe import Recipe, check_options, make_recipe, validated
+from optin_deploy.recipe_file import FileOptions, read_options
 
 # Options of a recipe that hold a budget; a sweep has a list of values of each.
 KINDS = ("flops", "latency", "latency_ms")
@@ -36,10 +37,12 @@ def read_sweep(options: Mapping[str, Any], file: Path | None = None) -> tuple[Re
     Raises:
         UserError: see `recipe.make_recipe`.
     """
-    given = {**(read_options(file) if file else {}), **options}
+    held = read_options(file) if file else FileOptions({}, {})
+    given = {**held.values, **options}
+    places = {name: place for name, place in held.places.items() if name not in options}
     budgets = {kind: given.pop(kind, None) for kind in KINDS}
     lists = {kind: value if isinstance(value, list | tuple) else [value] for kind, value in budgets.items()}
-    return make_recipe(given), {kind: list(values) for kind, values in lists.items() if values != [None]}
+    return validated(given, places), {kind: list(values) for kind, values in lists.items() if values != [None]}
 
 
 def plan(recipe: Recipe, budgets: Budgets) -> tuple[Planned, ...]:
