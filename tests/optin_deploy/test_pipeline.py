@@ -43,6 +43,7 @@ FILES = {
     "layers.json",
     "report.json",
     "report.html",
+    "report.md",
 }
 
 
