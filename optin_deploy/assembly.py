@@ -78,6 +78,7 @@ def assemble(
             "left_dense": [asdict(each) for each in unpruned(network.module, structure, network.inputs)],
             "sparsity": _sparsity(job, small),
             "agreement": results["agreement"],
+            "pictures": results["pictures"],
             "precision": recipe.precision,
             "evaluation": results["evaluation"] and {**results["evaluation"], "deployed": results["deployed"]},
             "parity": results["parity"],

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.calibration import image_files, read_images, read_table, table_columns
+from optin_deploy.criteria.loss import class_axis
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
+from optin_deploy.pictures import correlation, is_map
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 
 _BATCH_SIZE = 64
@@ -33,7 +35,8 @@ class Agreement:
     """How near one output of the pruned network is to the dense one's, on inputs it was not repaired with.
 
     ``cosine`` is the mean over samples of the cosine between the flattened outputs, ``relative_error`` the norm of the
-    difference over that of the dense output, ``top1_agreement`` the part of equal arg-max (logits only).
+    difference over that of the dense output, ``top1_agreement`` the part of equal arg-max (logits only; of pixels, for
+    class maps), ``correlation`` the mean over samples of Pearson's over pixels (maps of one value only).
     """
 
     output: str
@@ -41,6 +44,7 @@ class Agreement:
     relative_error: float
     top1_agreement: float | None
     samples: int
+    correlation: float | None = None
 
 
 def load_dataset(network: Network, path: Path, columns: str | None = None) -> Dataset:
@@ -79,6 +83,7 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
 def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Agreement, ...]:
     """`Agreement` of every output; padding tokens are left out."""
     sums: dict[str, list[float]] = {name: [0.0, 0.0, 0.0, 0.0] for name in network.outputs}
+    correlations: dict[str, float] = {}
     samples = 0
     for batch in batches:
         dense, small = network.forward(batch), network.forward(batch, pruned)
@@ -91,9 +96,12 @@ def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str
             sums[name][1] += float((a - b).square().sum())
             sums[name][2] += float(a.square().sum())
             if name == network.logits:
-                equal = (y.argmax(-1) == small[name].argmax(-1)).reshape(len(y), -1)
+                axis = class_axis(y)
+                equal = (y.argmax(axis) == small[name].argmax(axis)).reshape(len(y), -1)
                 share = (equal * places.reshape(len(y), -1)).sum(1) / places.reshape(len(y), -1).expand_as(equal).sum(1)
                 sums[name][3] += float(share.sum())
+            elif is_map(network, name, y):
+                correlations[name] = correlations.get(name, 0.0) + float(correlation(y, small[name]).sum())
     return tuple(
         Agreement(
             output=name,
@@ -101,6 +109,7 @@ def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str
             relative_error=(error / max(norm, 1e-300)) ** 0.5,
             top1_agreement=equal / samples if name == network.logits else None,
             samples=samples,
+            correlation=correlations[name] / samples if name in correlations else None,
         )
         for name, (cosine, error, norm, equal) in sums.items()
     )

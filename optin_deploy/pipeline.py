@@ -23,6 +23,7 @@ from optin_deploy.latency.measure import Measured
 from optin_deploy.latency.stage import latency_tables, plan_for_latency, read_latency
 from optin_deploy.measuring import export_and_measure
 from optin_deploy.network import Network
+from optin_deploy.pictures import pictures
 from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages
 from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds
@@ -177,8 +178,13 @@ def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict
             directory / "agreement.json",
             lambda: [asdict(a) for a in agreement(job.network, small.module, job.calibration.held_out)],
         )
+        drawn = rundir.kept_json(
+            directory / "pictures.json",
+            lambda: [asdict(p) for p in pictures(job.network, small.module, job.calibration.held_out)],
+        )
+    found = {"agreement": agreed, "pictures": drawn, "evaluation": None}
     if job.dataset is None:
-        return {"agreement": agreed, "evaluation": None}
+        return found
     dataset = job.dataset
     with stages.stage("evaluate", 2 * dataset.steps) as advance:
 
@@ -190,4 +196,4 @@ def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict
             return {"metric": dataset.metric, "dataset": dataset.name, "samples": dataset.samples, **figures}
 
         evaluated = rundir.kept_json(directory / "evaluation.json", measure)
-    return {"agreement": agreed, "evaluation": evaluated}
+    return found | {"evaluation": evaluated}

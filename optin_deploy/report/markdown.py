@@ -105,9 +105,7 @@ def realised(report: Report, item: Measurement) -> str:
 def _outputs(report: Report) -> list[list[str]]:
     rows = []
     for entry in report.agreement:
-        top = "" if entry.top1_agreement is None else f", same top answer on {numbers.percent(entry.top1_agreement)}"
-        error = numbers.percent(entry.relative_error)
-        rows.append([entry.output, f"cosine {entry.cosine:.4f}, relative error {error}{top}"])
+        rows.append([entry.output, wording.agreement(entry)])
     found = report.evaluation
     if found is not None:
         deployed = "" if found.deployed is None else f", {found.deployed:.2f} in {report.precision}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, computed_field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from exporters import Precision
 
 VariantName = Literal["dense", "pruned"]
+# A PNG file in base64: nothing that could end an attribute of the page.
+Png = Annotated[str, Field(pattern=r"^iVBORw0KGgo[A-Za-z0-9+/]*={0,2}$")]
 
 
 class _Value(BaseModel):
@@ -206,13 +208,24 @@ class Sparsity(_Value):
 
 
 class Agreement(_Value):
-    """How alike the dense and pruned networks' values of one output are; top1_agreement is 0 to 1, or None."""
+    """How alike the dense and pruned networks' values of one output are; top1_agreement is 0 to 1, or None, as is the
+    correlation of maps."""
 
     output: str
     cosine: float
     relative_error: float
     top1_agreement: float | None
     samples: int
+    correlation: float | None = None
+
+
+class Picture(_Value):
+    """What both networks give for one sample of a dense prediction: PNG files in base64, `image` what went in."""
+
+    output: str
+    image: Png | None
+    dense: Png
+    pruned: Png
 
 
 class Evaluation(_Value):
@@ -343,6 +356,7 @@ class Report(_Value):
     sparsity: Sparsity | None = None
     precision: Precision = "fp32"
     agreement: list[Agreement]
+    pictures: list[Picture] = []
     evaluation: Evaluation | None
     parity: list[Parity]
     profile: list[Measurement]

@@ -173,9 +173,7 @@ def _outputs(report: Report) -> Table:
     table.add_column("", max_width=30)
     table.add_column("", max_width=_WIDTH - 34)
     for entry in report.agreement:
-        top = "" if entry.top1_agreement is None else f", same top answer on {numbers.percent(entry.top1_agreement)}"
-        error = numbers.percent(entry.relative_error)
-        table.add_row(Text(entry.output), f"cosine {entry.cosine:.4f}, relative error {error}{top}")
+        table.add_row(Text(entry.output), wording.agreement(entry))
     if report.evaluation is not None:
         figures = f"{report.evaluation.dense:.2f} → {report.evaluation.pruned:.2f}"
         if report.evaluation.deployed is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optin_deploy.report import numbers
-from optin_deploy.report.schema import LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
+from optin_deploy.report.schema import Agreement, LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
 from profilers import GPU_RUNTIMES
 from profilers.gpu import SLOWDOWNS
 
@@ -65,6 +65,14 @@ def unmeasured(item: Unmeasured) -> str:
 def left_dense(each: LeftDense) -> str:
     """The name of what stays dense, with how many there are."""
     return each.module if each.count == 1 else f"{each.module} ({each.count})"
+
+
+def agreement(entry: Agreement) -> str:
+    """How alike one output of both networks is."""
+    told = f"cosine {entry.cosine:.4f}, relative error {numbers.percent(entry.relative_error)}"
+    if entry.top1_agreement is not None:
+        told += f", same top answer on {numbers.percent(entry.top1_agreement)}"
+    return told if entry.correlation is None else f"{told}, correlation of the maps {entry.correlation:.3f}"
 
 
 def slowed_down(item: Measurement) -> str | None:
@@ -283,6 +291,8 @@ def _quality(report: Report) -> str:
     if not report.agreement:
         return ""
     first = report.agreement[0]
+    if first.correlation is not None:
+        return f"; correlation of the maps {first.correlation:.3f}"
     if first.top1_agreement is not None:
         return f"; same top answer on {numbers.percent(first.top1_agreement)}"
     return f"; cosine of the outputs {first.cosine:.3f}"

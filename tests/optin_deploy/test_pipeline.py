@@ -36,6 +36,7 @@ FILES = {
     "plan.json",
     "checkpoint",
     "agreement.json",
+    "pictures.json",
     "dense.onnx",
     "pruned.onnx",
     "parity.json",

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from optin_deploy.report import Report, plots
 from optin_deploy.report.html import render
@@ -217,3 +218,14 @@ def test_parity_tells_what_ran_the_file(data: dict[str, Any]) -> None:
     page = render(Report.model_validate(data))
     rows = page[page.index("Parity of the exported files") :].split("</table>")[0]
     assert rows.count("ONNX Runtime") == 1 and rows.count("TensorRT for RTX") == 1
+
+
+def test_pictures_stand_in_the_page_and_nothing_else_can(data: dict[str, Any]) -> None:
+    png = "iVBORw0KGgoAAAANSUhEUg=="
+    data["pictures"] = [{"output": "<map>", "image": None, "dense": png, "pruned": png}]
+    page = render(Report.model_validate(data))
+    assert page.count(f'src="data:image/png;base64,{png}"') == 2
+    assert "<map>" not in page
+    data["pictures"][0]["dense"] = 'iVBORw0KGgo" onerror="alert(1)'
+    with pytest.raises(ValidationError):
+        Report.model_validate(data)
