@@ -271,7 +271,7 @@ def test_a_run_with_a_checkpoint_reads_its_plan(
 
 
 def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    for late in ("profile.json", "report.json", "report.html"):
+    for late in ("profile.json", "report.json", "report.html", "report.md"):
         (own.directory / late).unlink()
     before = times(own.directory)
     made: list[str] = []
@@ -291,7 +291,7 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
     assert {n: t for n, t in before.items() if n not in rewritten} == {
         n: t for n, t in after.items() if n in before.keys() - rewritten
     }
-    assert {"profile.json", "report.json", "report.html"} <= after.keys()
+    assert {"profile.json", "report.json", "report.html", "report.md"} <= after.keys()
     assert again.report.agreement == own.report.agreement
 
 
