@@ -95,8 +95,8 @@ def _png(pixels: NDArray[np.float64], *, nearest: bool = False) -> str:
     image = Image.fromarray((255 * pixels).round().astype(np.uint8))
     scale = _EDGE / max(image.size)
     if scale < 1:
-        size = tuple(max(1, round(n * scale)) for n in image.size)
-        image = image.resize(size, Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR)
+        width, height = (max(1, round(n * scale)) for n in image.size)
+        image = image.resize((width, height), Image.Resampling.NEAREST if nearest else Image.Resampling.BILINEAR)
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")
