@@ -1,12 +1,13 @@
 """From what the user names to a `Network`: timm, transformers, or a checkpoint of our own."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from optin_deploy import checkpoint
 from optin_deploy.errors import UserError
@@ -125,11 +126,19 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
         )
     try:
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(_with_tied(module, load_file(path)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from error
     except RuntimeError as error:
         raise UserError(f"weights file {path} does not fit the model: {reason(error)}") from error
+
+
+def _with_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` with the weights that a file holds under one name only of several, as transformers writes them."""
+    own = module.state_dict()
+    stored = {own[name].data_ptr(): tensor for name, tensor in state.items() if name in own}
+    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() in stored]
+    return {**state, **{name: stored[own[name].data_ptr()] for name in missing if own[name].numel()}}
 
 
 def _check_forward(network: Network) -> None:

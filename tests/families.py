@@ -178,6 +178,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: hf.CLIPModel(hf.CLIPConfig(text_config=_TEXT_TOWER, vision_config=_VISION, projection_dim=16)),
     "siglip_vision": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**_VISION)),
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
+    "t5_encoder": lambda: hf.T5EncoderModel(hf.T5Config(**_T5)),
     "t5_gated": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu")),
     "bart": lambda: hf.BartForConditionalGeneration(hf.BartConfig(**_SEQ2SEQ)),
     "marian": lambda: hf.MarianMTModel(hf.MarianConfig(**_SEQ2SEQ)),
