@@ -209,7 +209,7 @@ _TIMM_VITS = [
 ]
 _CNNS = [
     _cnn("ResNet, basic blocks", "resnet18", channels=[32, 64, 96, 128], layers=[1, 1, 2, 1], fifth=True),
-    _cnn("ResNet, bottlenecks", "resnet50", channels=[32, 64, 96, 128], layers=[1, 1, 2, 1]),
+    _cnn("ResNet, bottlenecks", "resnet50", channels=[32, 64, 96, 128], layers=[1, 1, 2, 1], fifth=True),
     _own("VGG", own.vgg, images("x", 64), family="CNNs"),
     _cnn("ConvNeXt", "convnext_atto", depths=[1, 1, 2, 1]),
     _cnn("ConvNeXt v2", "convnextv2_atto", depths=[1, 1, 2, 1]),
@@ -412,7 +412,7 @@ _DECODERS = [
     ),
 ]
 _WRAPPERS = [
-    _own("LoRA of peft, merged", own.merged_lora, texts),
+    _own("LoRA of peft, merged", own.lora, texts),
     _own("LayerNorm made BatchNorm", own.batch_norm_vit, images("x", 112)),
     _library(
         "Tied head",

@@ -173,7 +173,7 @@ def poolformer() -> nn.Module:
 def vgg() -> nn.Module:
     """timm's VGG with batch norm, narrower than the smallest that it has by name."""
     layers = [32, "M", 64, "M", 128, 128, "M", 160, 160, "M"]
-    return VGG(layers, num_classes=100, norm_layer=nn.BatchNorm2d, mlp_ratio=0.05)
+    return VGG(layers, num_classes=100, norm_layer=nn.BatchNorm2d, mlp_ratio=0.1, feature_window_size=1)
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -197,8 +197,8 @@ def batch_norm_vit() -> nn.Module:
     )
 
 
-def merged_lora() -> nn.Module:
-    """BERT with LoRA weights of peft, merged into its layers as peft merges them."""
+def lora() -> nn.Module:
+    """BERT with LoRA weights of peft beside its layers, as it comes out of training: pruning merges them."""
     import peft
 
     config = transformers.BertConfig(
@@ -210,8 +210,8 @@ def merged_lora() -> nn.Module:
         max_position_embeddings=72,
     )
     module = transformers.BertForSequenceClassification(config)
-    lora = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
-    return peft.get_peft_model(module, lora).merge_and_unload()
+    adapters = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+    return peft.get_peft_model(module, adapters)
 
 
 def whisper_encoder() -> nn.Module:
