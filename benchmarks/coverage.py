@@ -192,8 +192,9 @@ def main() -> None:
     if not given.table:
         names = given.only.split(";") if ";" in given.only else _names(given.only)
         todo = chosen([name.strip() for name in names if name.strip()], given.fifth)
-        todo = {name: each for name, each in todo.items() if given.only or given.again or name not in rows}
         peers = not given.no_peers and torch_pruned.installed()
+        whole = given.only or given.again
+        todo = {n: each for n, each in todo.items() if whole or _is_missing(rows.get(n), given.seconds > 0, peers)}
         limits = Limits(given.limit_seconds)
         for start in range(0, len(todo), given.jobs):
             part = dict(list(todo.items())[start : start + given.jobs])
@@ -205,6 +206,13 @@ def main() -> None:
             write_rows(rows)
     write_rows(rows)
     print(f"written to {PAGE}")
+
+
+def _is_missing(row: Mapping[str, Any] | None, speed: bool, peers: bool) -> bool:
+    """Whether there is something to examine that was not."""
+    if row is None or (peers and not row["peer"]):
+        return True
+    return speed and row["columns"].get("onnx", "") is None and "speed" not in row["columns"]
 
 
 def _names(text: str) -> list[str]:
