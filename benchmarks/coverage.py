@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 import torch_pruned
 from coverage_cases import ARCHITECTURES, Architecture
 from coverage_table import page
-from coverage_worker import COLUMNS, Row, examined, peer
+from coverage_worker import COLUMNS, FLOPS, PEER_COLUMNS, Row, examined, peer
 
 from exporters import onnx_from_program, trace
 from optin_deploy.files import write_text
@@ -39,6 +39,7 @@ from optin_deploy.files import write_text
 NAME = "coverage"
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 _POLL_SECONDS = 0.05
+Named = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class _Running:
     end: float
 
 
-def isolated(work: Mapping[str, Callable[[], Row]], limits: Limits, jobs: int) -> dict[str, Row | str]:
-    """What each of ``work`` gives in a process of its own, so many of them at a time; or why it gave nothing."""
+def isolated(work: Mapping[str, Callable[[], Row]], limits: Limits, jobs: int) -> Iterator[tuple[str, Row | str]]:
+    """What each of ``work`` gives in a process of its own, or why it gave nothing, as they end; ``jobs`` at a time."""
     context = multiprocessing.get_context("fork")
-    waiting, running, found = list(work.items()), dict[str, _Running](), dict[str, Row | str]()
+    waiting, running = list(work.items()), dict[str, _Running]()
     with tempfile.TemporaryDirectory(prefix="optin-coverage-") as folder:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -72,10 +73,9 @@ def isolated(work: Mapping[str, Callable[[], Row]], limits: Limits, jobs: int) -
             for name, one in list(running.items()):
                 ended = _ended(one, limits)
                 if ended is not None:
-                    found[name] = ended
                     del running[name]
+                    yield name, ended
             time.sleep(_POLL_SECONDS)
-    return found
 
 
 def _in_process(call: Callable[[], Row], result: Path, limits: Limits) -> None:
@@ -107,20 +107,22 @@ def _ended(one: _Running, limits: Limits) -> Row | str | None:
     return f"its process ended with code {one.process.exitcode}: a crash, or not enough memory"
 
 
-def run(
-    architectures: Mapping[str, Architecture], limits: Limits, jobs: int, seconds: float, peers: bool
-) -> dict[str, dict[str, Any]]:
-    """Rows by name, as JSON has them; ``seconds`` is the time limit of each measurement."""
+def run(architectures: Mapping[str, Architecture], limits: Limits, jobs: int, seconds: float) -> Iterator[Named]:
+    """Rows by name as they are found, as JSON has them; ``seconds`` is the time limit of each measurement."""
     _warm_up()
-    ours = isolated({n: _ours(each, seconds) for n, each in architectures.items()}, limits, jobs)
-    rows = {name: _whole(found) for name, found in ours.items()}
-    if peers:
-        asked = {name: row.asked or 0.5 for name, row in rows.items()}
-        theirs = isolated({n: _theirs(each, asked[n]) for n, each in architectures.items()}, limits, jobs)
-        for name, found in theirs.items():
-            rows[name].peer = {"runs": found} if isinstance(found, str) else found.peer
-            rows[name].peer_reached = None if isinstance(found, str) else found.peer_reached
-    return {name: {"family": architectures[name].family, **asdict(row)} for name, row in rows.items()}
+    for name, found in isolated({n: _ours(each, seconds) for n, each in architectures.items()}, limits, jobs):
+        row = Row(columns={COLUMNS[0]: found}) if isinstance(found, str) else found
+        yield name, {"family": architectures[name].family, **asdict(row)}
+
+
+def run_peers(rows: Mapping[str, Mapping[str, Any]], limits: Limits, jobs: int) -> Iterator[Named]:
+    """What torch-pruning makes of the architectures of these rows, asked for the same budgets: ``peer`` and
+    ``peer_reached`` by name, as they are found."""
+    _warm_up()
+    work = {name: _theirs(ARCHITECTURES[name], row["asked"] or FLOPS) for name, row in rows.items()}
+    for name, found in isolated(work, limits, jobs):
+        row = Row(peer={PEER_COLUMNS[0]: found}) if isinstance(found, str) else found
+        yield name, {"peer": row.peer, "peer_reached": row.peer_reached}
 
 
 def _warm_up() -> None:
@@ -138,10 +140,6 @@ def _ours(architecture: Architecture, seconds: float) -> Callable[[], Row]:
 
 def _theirs(architecture: Architecture, asked: float) -> Callable[[], Row]:
     return lambda: peer(architecture, asked)
-
-
-def _whole(found: Row | str) -> Row:
-    return Row(columns={COLUMNS[0]: found}) if isinstance(found, str) else found
 
 
 def chosen(names: Sequence[str], fifth: bool) -> dict[str, Architecture]:
@@ -191,28 +189,28 @@ def main() -> None:
     rows = read_rows()
     if not given.table:
         names = given.only.split(";") if ";" in given.only else _names(given.only)
-        todo = chosen([name.strip() for name in names if name.strip()], given.fifth)
+        some = chosen([name.strip() for name in names if name.strip()], given.fifth)
+        whole, limits = given.only or given.again, Limits(given.limit_seconds)
+        todo = {n: each for n, each in some.items() if whole or _is_missing(rows.get(n), given.seconds > 0)}
+        for name, row in run(todo, limits, given.jobs, given.seconds):
+            # What is known of torch-pruning stays until it has run again.
+            known = {key: rows[name][key] for key in ("peer", "peer_reached") if name in rows}
+            rows[name] = {**row, **known}
+            print(f"{name}: {_told(row)}", flush=True)
+            write_rows(rows)
         peers = not given.no_peers and torch_pruned.installed()
-        whole = given.only or given.again
-        todo = {n: each for n, each in todo.items() if whole or _is_missing(rows.get(n), given.seconds > 0, peers)}
-        limits = Limits(given.limit_seconds)
-        for start in range(0, len(todo), given.jobs):
-            part = dict(list(todo.items())[start : start + given.jobs])
-            for name, row in run(part, limits, given.jobs, given.seconds, peers).items():
-                # Without torch-pruning, what is known of it stays.
-                known = {key: rows[name][key] for key in ("peer", "peer_reached") if not peers and name in rows}
-                rows[name] = {**row, **known}
-                print(f"{name}: {_told(row)}", flush=True)
+        without = {n: rows[n] for n in some if peers and (whole or not rows[n]["peer"])}
+        for name, found in run_peers(without, limits, given.jobs):
+            rows[name] = {**rows[name], **found}
+            print(f"{name}, torch-pruning: {found['peer']}", flush=True)
             write_rows(rows)
     write_rows(rows)
     print(f"written to {PAGE}")
 
 
-def _is_missing(row: Mapping[str, Any] | None, speed: bool, peers: bool) -> bool:
+def _is_missing(row: Mapping[str, Any] | None, speed: bool) -> bool:
     """Whether there is something to examine that was not."""
-    if row is None or (peers and not row["peer"]):
-        return True
-    return speed and row["columns"].get("onnx", "") is None and "speed" not in row["columns"]
+    return row is None or (speed and row["columns"].get("onnx", "") is None and "speed" not in row["columns"])
 
 
 def _names(text: str) -> list[str]:

@@ -87,9 +87,9 @@ def test_the_fifth_is_one_of_every_family_and_a_fifth() -> None:
 
 def test_every_row_is_told_whatever_happens_in_it() -> None:
     some = {f"own: {cls.__name__}": architecture(cls) for cls in (Block, Shuffled, Crash)}
-    rows = driver.run(some, driver.Limits(), jobs=2, seconds=0.0, peers=False)
+    rows = dict(driver.run(some, driver.Limits(), jobs=2, seconds=0.0))
     endless = {"own: Endless": architecture(Endless)}
-    rows |= driver.run(endless, driver.Limits(clock_seconds=1), jobs=2, seconds=0.0, peers=False)
+    rows |= dict(driver.run(endless, driver.Limits(clock_seconds=1), jobs=2, seconds=0.0))
     whole = {**rows["own: Block"]["columns"], "speed": None}
     assert passed({"columns": whole}) and not passed(rows["own: Block"])
     assert rows["own: Block"]["reached"] <= 0.5 and rows["own: Block"]["prunable"] == 1

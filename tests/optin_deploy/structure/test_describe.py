@@ -30,6 +30,14 @@ DINOV2 = [
     ("attention", "head", 4, 4, "attention.o_proj", "", "layer_scale1.lambda1"),
     ("mlp", "neuron", 32, 1, "mlp.fc2", "norm2", "layer_scale2.lambda1"),
 ]
+HF_BLOCK = "layers.1"
+if not tiny.renamed():
+    HF_VIT = [
+        ("attention.attention", "head", 4, 4, "attention.output.dense", "", None),
+        ("intermediate", "neuron", 24, 1, "output.dense", "layernorm_after", None),
+    ]
+    DINOV2 = [("attention.attention", *DINOV2[0][1:4], "attention.output.dense", *DINOV2[0][5:]), DINOV2[1]]
+    HF_BLOCK = "encoder.layer.1"
 BERT = [
     ("attention.self", "head", 4, 4, "attention.output.dense", "", None),
     ("intermediate", "neuron", 24, 1, "output.dense", "intermediate", None),
@@ -48,8 +56,8 @@ EXPECTED = {
     "deit_distilled": ("blocks.1", 6, TIMM),
     "segmenter": ("backbone.blocks.1", 5, TIMM),
     "upsampler": ("backbone.blocks.1", 5, TIMM),
-    "hf_vit": ("vit.layers.1", 5, HF_VIT),
-    "hf_deit": ("layers.1", 6, HF_VIT),
+    "hf_vit": (f"vit.{HF_BLOCK}", 5, HF_VIT),
+    "hf_deit": (HF_BLOCK, 6, HF_VIT),
     "dinov2": ("encoder.layer.1", 5, DINOV2),
     "bert": ("encoder.layer.1", 7, BERT),
     "bert_classifier": ("bert.encoder.layer.1", 7, BERT),

@@ -89,12 +89,27 @@ def test_projections_and_attributes_of_timm() -> None:
     assert width.qkv.scale == (name, "scale")
 
 
+_OLD_WIDTHS = "attention_head_size all_head_size"
+HF_VIT = (
+    ("hf_vit", "vit.layers.0.attention", "q_proj k_proj v_proj", "head_dim")
+    if tiny.renamed()
+    else ("hf_vit", "vit.encoder.layer.0.attention.attention", "query key value", _OLD_WIDTHS)
+)
+
+
 @pytest.mark.parametrize(
     ("name", "attention", "projections", "attributes"),
     [
         ("bert", "encoder.layer.0.attention.self", "query key value", "attention_head_size all_head_size"),
         ("distilbert", "transformer.layer.0.attention", "q_lin k_lin v_lin", "attention_head_size dim"),
-        ("hf_vit", "vit.layers.0.attention", "q_proj k_proj v_proj", "head_dim"),
+        ("hf_vit", "vit.layers.0.attention", "q_proj k_proj v_proj", "head_dim")
+        if tiny.renamed()
+        else (
+            "hf_vit",
+            "vit.encoder.layer.0.attention.attention",
+            "query key value",
+            "attention_head_size all_head_size",
+        ),
     ],
 )
 def test_projections_and_attributes_of_transformers(
