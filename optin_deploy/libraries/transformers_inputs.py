@@ -109,8 +109,12 @@ def _token_ids(module: nn.Module, length: int, generator: torch.Generator) -> Te
 
 def end_of_text(ids: Tensor, config: Mapping[str, Any]) -> Tensor:
     """``ids`` with the token at the end of each text that some networks read their output off, as ``config`` has it."""
-    end = (config.get("text_config") or config).get("eos_token_id")
-    return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], end)], dim=1) if isinstance(end, int) else ids
+    text = config.get("text_config") or config
+    end = text.get("eos_token_id")
+    # Configurations may keep the token of another vocabulary.
+    if not isinstance(end, int) or not 0 <= end < text.get("vocab_size", 0):
+        return ids
+    return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], end)], dim=1)
 
 
 def counted_outputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:

@@ -15,6 +15,7 @@ from optin_deploy import checkpoint
 from optin_deploy.calibration import load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.libraries.transformers import with_linear_layers
+from optin_deploy.libraries.transformers_inputs import end_of_text
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
@@ -84,6 +85,13 @@ def test_transposed_layers_become_linear(tmp_path: Path) -> None:
     by_file = load_network(str(tmp_path), weights=str(tmp_path / "model.safetensors"), sequence_length=6)
     given = by_file.forward(network.inputs)["logits"]
     torch.testing.assert_close(given, expected)
+
+
+def test_an_end_of_text_outside_the_vocabulary_is_left_out() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    for config, last in (({"eos_token_id": 2}, 0), ({"eos_token_id": 2, "vocab_size": 3}, 2), ({"vocab_size": 3}, 0)):
+        assert end_of_text(ids, config).tolist() == [[0, 0, last]]
+        assert end_of_text(ids, {"text_config": config}).tolist() == [[0, 0, last]]
 
 
 def test_linear_layers_share_what_was_shared() -> None:
