@@ -98,7 +98,7 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
 def custom_network(
     module: nn.Module, inputs: Mapping[str, Tensor], *, logits: str | None = None, preprocessing: Any = None
 ) -> Network:
-    """A `Network` around the user's own module, which is not changed: adapters are merged in a copy.
+    """A `Network` around the user's own module, which is put in eval mode: adapters are merged in a copy.
 
     Args:
         inputs: a sample batch by forward's argument names, first axis the batch.
