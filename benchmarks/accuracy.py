@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --cases stsb,sst2 --methods trajectory-obs,trajectory --flops 0.6,0.5 --seeds 0,1,2
 
-Rows are kept in ``results/DEVICE/accuracy-CASE.json`` method by method (``accuracy-CASE-N.json`` with ``--samples N``
+Rows are kept in ``results/DEVICE/accuracy-CASE.json`` one by one (``accuracy-CASE-N.json`` with ``--samples N``
 calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--repaired`` leaves
 out what is not repaired; ``--table`` only prints what is there. Cases whose data is absent are skipped with a line.
 Nothing is trained; labels are used to evaluate, and by Fisher scores.
@@ -75,8 +75,8 @@ def run(
                 if repaired and outcome.repair == "none":
                     continue
                 rows.append({"method": method, "seed": seed, **_measured(case, outcome, total)})
+                common.write_results(kept, rows)
                 print(f"{name} seed {seed}: {_line(rows[-1])}", flush=True)
-            common.write_results(kept, rows)
 
 
 def _done(rows: list[Row]) -> set[tuple[str, float, int]]:
