@@ -52,7 +52,9 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     followed = {side.module for group, _ in channels for side in group.sides}
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
     block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels}, runs)
-    failed = {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
+    shared = "runs several times, and so does what holds it: put that into a module of its own that runs once"
+    failed = {g.name: shared for g in ran if runs[block_of[g.name]] > 1}
+    failed |= {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
     failed |= tied(module, ran)
     failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optin_deploy.replay import recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.structure.residual import first_tensor
@@ -109,3 +109,21 @@ def test_recording_keyword_inputs() -> None:
         module[0](input=x)
     assert given["0"] is x
     assert returned["0"] is x
+
+
+def test_what_runs_several_times_is_put_one_behind_the_other() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x))
+
+    module, x = Twice(), torch.randn(2, 3)
+    once = module.linear(x)
+    # A name that is given twice is still one module.
+    with recorded_inputs(module, ("linear", "linear")) as given, recorded_outputs(module, ("linear",)) as returned:
+        twice = module(x)
+    assert torch.equal(given["linear"], torch.cat([x, once]))
+    assert torch.equal(returned["linear"], torch.cat([once, twice]))

@@ -1,10 +1,12 @@
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+import timm.layers
 import tiny
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
 from optin_deploy.projections import weight_matrix
+from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
 MANIFOLD, FACTOR, SEED = 0.7, 3.0, 5
@@ -360,3 +363,48 @@ def test_content_of_padding_does_not_matter(name: str) -> None:
             expected = getattr(moments, field)
             given = getattr(found[1][group], field)
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_moments_of_a_shared_layer_are_sums_over_its_runs() -> None:
+    """Against the same network with two copies of the layer."""
+
+    class Shared(nn.Module):
+        def __init__(self, copies: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            first = timm.layers.Mlp(6, 8)
+            second = copy.deepcopy(first) if copies else first
+            self.layers = nn.ModuleList([first, second] if copies else [first])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in (self.layers[0], self.layers[-1]):
+                x = x + layer(x)
+            return x
+
+    x = {"x": torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1))}
+    found = []
+    for copies in (False, True):
+        network = tiny.network_around(nn.Sequential(OrderedDict(x=Shared(copies).eval())), {"input": x["x"]})
+        structure = describe(network.module, network.inputs)
+        found.append(
+            probe_moments(network, structure, [network.inputs], probes=2, factors={"output": 1.0}, seed=0, manifold=0.0)
+        )
+    (shared,) = found[0].values()
+    first, second = found[1].values()
+    torch.testing.assert_close(shared.metric, first.metric + second.metric)
+    torch.testing.assert_close(shared.second, first.second + second.second)
+    assert structure.left_dense == ()
+
+
+def test_layers_that_run_several_times_in_the_network_itself_are_left_dense() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = timm.layers.Mlp(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    structure = describe(Twice().eval(), {"x": torch.randn(3, 5, 6)})
+    assert structure.groups == ()
+    assert "runs several times" in structure.left_dense[0].reason
