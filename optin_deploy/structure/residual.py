@@ -135,8 +135,8 @@ def residual_stream(calls: Sequence[Call], block: str, projection: str, axis: in
     inside = [i for i, call in enumerate(calls) if call.name == block or call.name.startswith(block + ".")]
     last, norm, scale = calls[end], None, None
     for call in (calls[i] for i in inside if i > end):
-        if norm is None and scale is None and _is_norm(call, last.returned):
-            last, norm = call, call.name
+        if norm is None and scale is None and (normed := _normed(call, last.returned)) is not None:
+            last, norm = replace(call, returned=normed), call.name
         elif scale is None and (parameter := _layer_scale(call, last.returned, axis)):
             last, scale = call, f"{call.name}.{parameter}"
     # A module that encloses the projection ends after it but was given its input before.
@@ -146,6 +146,9 @@ def residual_stream(calls: Sequence[Call], block: str, projection: str, axis: in
     # A shortcut may run before the projection or after it.
     own = (projection, norm, last.name)
     others = [calls[i] for i in inside if calls[i].name not in own]
+    # What is made of the output is no shortcut beside it.
+    made = _made_of(last.returned, [calls[i] for i in inside if i > end])
+    others = [call for call in others if call.name not in made]
     others = [call for call in others if not projection.startswith(call.name + ".")]
     others.sort(key=lambda call: call.name.count("."))
     after = [t for i in inside if i > end for t in (calls[i].given, calls[i].returned)]
@@ -161,6 +164,18 @@ def residual_stream(calls: Sequence[Call], block: str, projection: str, axis: in
         if shortcut is not None:
             return Stream(None, shortcut, norm, name, last.changed)
     return Stream(None, None, norm, scale, last.changed)
+
+
+def _made_of(tensor: Tensor | None, calls: Sequence[Call]) -> set[str]:
+    """Names of those of ``calls``, in order, that take ``tensor`` or what another such call gives."""
+    names: set[str] = set()
+    given: dict[int, Tensor] = {} if tensor is None else {id(tensor): tensor}
+    for call in calls:
+        taken = call.given
+        if taken is not None and (id(taken) in given or any(torch.equal(taken, t) for t in given.values())):
+            names.add(call.name)
+            given |= {} if call.returned is None else {id(call.returned): call.returned}
+    return names
 
 
 def _parameters_around(
@@ -214,15 +229,20 @@ def _relative_error(stream: Tensor, update: Tensor, later: Tensor) -> float:
     return float((later - added).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
 
 
-def _is_norm(call: Call, update: Tensor | None) -> bool:
-    """Whether ``call`` is a batch norm that takes ``update`` and is an affine function of each channel."""
+def _normed(call: Call, update: Tensor | None) -> Tensor | None:
+    """What ``call`` makes of ``update``, if it is a batch norm that takes it and an affine function of each channel.
+
+    Tokens ``(batch, tokens, C)`` may be given to the norm as one batch of them all.
+    """
     if update is None or call.given is None or call.returned is None or not is_batch_norm(call.module):
-        return False
-    if update.dim() != 4 or call.given.shape != update.shape or not torch.equal(call.given, update):
-        return False
-    factor, shift = _norm_affine(call.module)
-    affine = update * factor[:, None, None] + shift[:, None, None]
-    return torch.allclose(call.returned, affine, rtol=1e-4, atol=1e-5)
+        return None
+    if call.given.shape not in (update.shape, update.flatten(0, -2).shape):
+        return None
+    if not torch.equal(call.given.reshape(update.shape), update) or call.returned.numel() != update.numel():
+        return None
+    factor, shift = (_along(t, update, 1 if update.dim() == 4 else -1) for t in _norm_affine(call.module))
+    returned = call.returned.reshape(update.shape)
+    return returned if torch.allclose(returned, update * factor + shift, rtol=1e-4, atol=1e-5) else None
 
 
 def _layer_scale(call: Call, update: Tensor | None, axis: int) -> str | None:

@@ -205,3 +205,42 @@ def test_a_scale_among_the_parameters_of_the_block() -> None:
     assert residual_stream(calls, "0", "0.conv", 1) == Stream("0", scale="0.gamma")
     group = replace(tiny.structure("vit").groups[0], norm=None, scale="0.gamma", axis=1)
     assert torch.equal(stream_scale(module, group), module[0].gamma.flatten())
+
+
+class FlatNorm(nn.Module):
+    """LeViT's kind: a linear layer with a batch norm over all tokens of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return x + self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_a_batch_norm_over_all_tokens() -> None:
+    module = tiny.randomised(nn.Sequential(FlatNorm(), nn.Linear(4, 4)))
+    module[0].norm.running_mean += 0.3
+    calls = trial_forward(module, {"input": torch.randn(2, 5, 4)})
+    assert residual_stream(calls, "0", "0.linear") == Stream("0", norm="0.norm")
+
+
+class Afterwards(nn.Module):
+    """What the feed-forward network makes of the projection's output is added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.ffn = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        self.dropped = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return x + self.dropped(self.ffn(x))
+
+
+def test_what_is_made_of_the_output_is_no_shortcut() -> None:
+    module = tiny.randomised(nn.Sequential(Afterwards(), nn.Linear(4, 4)))
+    calls = trial_forward(module, {"input": torch.randn(2, 5, 4)})
+    assert residual_stream(calls, "0", "0.linear") == Stream()
+    assert residual_stream(calls, "0", "0.ffn.2") == Stream("0.ffn")

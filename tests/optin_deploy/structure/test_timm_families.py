@@ -84,7 +84,7 @@ FAMILIES: dict[str, tuple[str, int, Mapping[str, Any], tuple[int, int, int], int
         64,
         {"img_size": 64, "embed_dim": (16, 24, 32), "key_dim": 8, "num_heads": (2, 3, 4), "depth": (1, 1, 1)},
         (5, 5, 2),
-        0,
+        8,
     ),
     "coat": (
         "coat_lite_tiny",
