@@ -172,8 +172,8 @@ def poolformer() -> nn.Module:
 
 def vgg() -> nn.Module:
     """timm's VGG with batch norm, narrower than the smallest that it has by name."""
-    layers = [32, "M", 64, "M", 128, 128, "M", 160, 160, "M"]
-    return VGG(layers, num_classes=100, norm_layer=nn.BatchNorm2d, mlp_ratio=0.1, feature_window_size=1)
+    layers = [32, "M", 64, "M", 128, 128, "M", 48, "M"]
+    return VGG(layers, num_classes=100, norm_layer=nn.BatchNorm2d, mlp_ratio=0.1)
 
 
 class TokenBatchNorm(nn.BatchNorm1d):

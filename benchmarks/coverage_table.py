@@ -53,6 +53,9 @@ def passed(row: Mapping[str, Any]) -> bool:
 def _summary(rows: Mapping[str, Mapping[str, Any]]) -> str:
     whole, peers = sum(passed(row) for row in rows.values()), [row["peer"] for row in rows.values() if row["peer"]]
     told = f"**{whole} of {len(rows)} architectures pass every column.**"
+    partly = [row for row in rows.values() if not passed(row) and all(r is None for r in row["columns"].values())]
+    if partly:
+        told += f" {len(partly)} more pass all that was examined of them so far; a dash is what was not."
     if peers:
         theirs = sum(all(peer.get(column, "") is None for column in PEER_COLUMNS) for peer in peers)
         told += f" torch-pruning passes its three columns on {theirs} of {len(peers)}."

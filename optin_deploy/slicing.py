@@ -198,8 +198,11 @@ def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tens
     index = features_of(kept, group, tensor.shape[entries.dim], entries.widths)
     if isinstance(tensor, nn.Parameter):
         setattr(holder, name, _selected(tensor, entries.dim, index))
-        # What the module has made of the parameter and keeps is no longer right.
-        holder.train(holder.training)
+        # What the module has made of the parameter and keeps is no longer right; some drop it on either change of mode,
+        # some when training begins.
+        training = holder.training
+        holder.train(True)
+        holder.train(training)
     else:
         setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
 

@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple[str, int, Mapping[str, Any], tuple[int, int, int], int
         (2, 2, 0),
         4,
     ),
-    "dinov3": ("vit_tiny_patch16_dinov3_qkvb", 32, {**_VIT, "img_size": 32}, (2, 2, 0), 4),
+    "dinov3": ("vit_small_patch16_dinov3", 32, {**_VIT, "img_size": 32}, (2, 2, 0), 4),
     "cait": (
         "cait_xxs24_224",
         32,
