@@ -280,7 +280,7 @@ def models(
         console.print(f"  {line}", highlight=False)
     console.print("[bold]timm[/bold] by name; deit_small stands for deit_small_patch16_224")
     console.print("  " + ", ".join(names), highlight=False)
-    console.print("[bold]transformers[/bold] by model id or local directory: encoders built of the module types above")
+    console.print("[bold]transformers[/bold] by model id or local directory: networks built of the module types above")
 
 
 @app.command()
