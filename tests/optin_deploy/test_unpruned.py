@@ -82,7 +82,7 @@ def test_what_is_told_is_what_no_plan_removes(name: str) -> None:
 
 def test_refused_modules_are_told_however_small_and_without_the_groups_inside() -> None:
     module = nn.Sequential(
-        nn.Linear(8, 2000), timm.layers.Mlp(2000, 8, norm_layer=nn.LayerNorm), timm.layers.Mlp(2000, 4)
+        nn.Linear(8, 2000), timm.layers.Mlp(2000, 8, norm_layer=nn.RMSNorm), timm.layers.Mlp(2000, 4)
     )
     inputs = {"input": torch.randn(2, 8)}
     found = shares(module, inputs)

@@ -23,7 +23,7 @@ from optin_deploy.structure.groups import Structure
 
 # What is left dense in them, besides what nothing is known of.
 _DENSE = {
-    "mask2former": ("sequences first", "cannot be run"),
+    "mask2former": ("sequences first", "cannot be run", "mask_embedder: runs several times"),
     "swinv2": ("continuous_position_bias_mlp",),
     # In the oldest releases these take all heads together to be as wide as the attention's input.
     "detr": ("attn: cannot be run",),
