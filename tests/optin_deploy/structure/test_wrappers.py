@@ -1,5 +1,6 @@
 """Networks wrapped in something: adapters, batch norms for layer norms, tied weights, modules of one's own."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_prompts_cannot_be_merged() -> None:
     config = peft.PromptTuningConfig(
         task_type="SEQ_CLS", num_virtual_tokens=2, token_dim=16, num_layers=2, num_attention_heads=4
     )
-    module = peft.get_peft_model(tiny.network("bert_classifier").module, config)
+    module = peft.get_peft_model(copy.deepcopy(tiny.network("bert_classifier").module), config)
     with pytest.raises(UserError, match="adds tokens and not weights"):
         prunable_form(module)
 
