@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +31,7 @@ from optin_deploy.options import (
 )
 
 # A full or failing disk, and files that this user may not write.
-_NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_NO_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 app = typer.Typer(
     help="Make trained transformers smaller without retraining, export them, and measure how much faster they got.",
@@ -257,7 +258,7 @@ def _report_text(reports: Mapping[str, Any], *, as_json: bool) -> str:
         return str(only.model_dump_json(indent=1) + "\n" if as_json else markdown.render(only))
     compared = comparison.lines(reports)
     if as_json:
-        return json.dumps([line.to_dict() for line in compared], indent=1) + "\n"
+        return json.dumps([asdict(line) for line in compared], indent=1) + "\n"
     return comparison.as_markdown(compared)
 
 
@@ -318,10 +319,10 @@ def main() -> None:
         _tell(errors, "error:", error)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _NO_WRITING:
+        if error.errno not in _NO_FILE:
             raise
-        where = f"{error.filename or error.filename2 or 'a file'}"
-        what = f"{where} cannot be written: {error.strerror}; finished stages are kept, go on with: {_command()}"
+        where = error.filename or "a file"
+        what = f"{where} cannot be read or written: {error.strerror}; mend that and give the command again"
         _tell(errors, "error:", what)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as error:

@@ -34,7 +34,7 @@ from optin_deploy.projections import (
     valid_rows,
     weight_matrix,
 )
-from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.replay import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.slicing import output_bias
 from optin_deploy.structure.groups import Group, Structure, channels_last
@@ -362,12 +362,9 @@ def _outputs(module: nn.Module, maps: Sequence[LinearMap]) -> Iterator[dict[str,
 
     def copy_to(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            found[name] = torch.cat([found[name], output]) if repeats(name, output) else output.clone()
+            found[name] = behind(found.get(name), output.clone())
 
         return hook
-
-    def repeats(name: str, output: Tensor) -> bool:
-        return name in found and found[name].shape[1:] == output.shape[1:]
 
     with ExitStack() as stack:
         for each in maps:

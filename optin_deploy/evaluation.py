@@ -13,7 +13,7 @@ from optin_deploy.criteria.loss import class_axis
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
-from optin_deploy.pictures import correlation, is_map
+from optin_deploy.pictures import is_map
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 
 _BATCH_SIZE = 64
@@ -113,6 +113,15 @@ def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str
         )
         for name, (cosine, error, norm, equal) in sums.items()
     )
+
+
+def correlation(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Pearson's correlation of two maps over their pixels: ``(batch, 1, height, width)`` each -> ``(batch,)``.
+
+    0 where one of the two is constant.
+    """
+    a, b = (t.flatten(1).double() for t in (dense, pruned))
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
 
 
 def _weights(network: Network, name: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

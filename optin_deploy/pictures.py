@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -100,12 +99,3 @@ def _png(pixels: NDArray[np.float64], *, nearest: bool = False) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def correlation(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Pearson's correlation of two maps over their pixels: ``(batch, 1, height, width)`` each -> ``(batch,)``.
-
-    0 where one of the two is constant.
-    """
-    a, b = (t.flatten(1).double() for t in (dense, pruned))
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)

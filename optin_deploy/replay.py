@@ -64,7 +64,7 @@ def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name] = _behind(seen.get(name), output)
+            seen[name] = behind(seen.get(name), output)
 
         return hook
 
@@ -83,7 +83,7 @@ def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = _behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
+            seen[name] = behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
@@ -96,7 +96,7 @@ def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[
             handle.remove()
 
 
-def _behind(before: Any, now: Any) -> Any:
+def behind(before: Any, now: Any) -> Any:
     """``now`` behind what there was ``before``, if both are tensors of one shape but for the first axis."""
     if isinstance(before, Tensor) and isinstance(now, Tensor) and before.shape[1:] == now.shape[1:] and now.dim():
         return torch.cat([before, now])

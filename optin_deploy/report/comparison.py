@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,87 +16,91 @@ HEADING = ("run", "FLOPs", "parameters", "measured with", "p50 ms", "speed-up", 
 
 
 @dataclass(frozen=True)
+class Speed:
+    """A run's headline measurement (`wording.headline`)."""
+
+    device: str
+    runtime: str
+    batch_size: int
+    dense_p50_ms: float
+    pruned_p50_ms: float
+    speedup: float
+    speedup_interval: tuple[float, float]
+    significant: bool
+    realised_ratio: float | None
+
+
+@dataclass(frozen=True)
 class Line:
-    """One run. Speed is that of its headline measurement (`wording.headline`), None where nothing was measured."""
+    """One run; ``speed`` is None where nothing was measured, ``outputs`` says how good or how alike they are."""
 
     run: str
     model: str
-    device: str | None
     flops_ratio: float
     parameters_ratio: float
-    runtime: str | None
-    batch_size: int | None
-    dense_p50_ms: float | None
-    pruned_p50_ms: float | None
-    speedup: float | None
-    speedup_interval: tuple[float, float] | None
-    significant: bool | None
-    realised_ratio: float | None
-    metric: str | None
-    dense_metric: float | None
-    pruned_metric: float | None
+    speed: Speed | None
+    outputs: str
     failed_gates: tuple[str, ...]
 
     @classmethod
     def of(cls, run: str, report: Report) -> Line:
         """The line of ``report``, which is called ``run``."""
-        item, found = wording.headline(report), report.evaluation
-        ratio = None if item is None else report.realised_ratio(item)
-        agreed = report.agreement[0] if report.agreement else None
-        cosine = None if agreed is None else f"cosine of {agreed.output}"
         return cls(
             run=run,
             model=report.model.name,
-            device=None if item is None else wording.device_name(report, item.runtime),
             flops_ratio=report.flops_ratio,
             parameters_ratio=report.pruned.parameters / report.dense.parameters,
-            runtime=None if item is None else item.runtime,
-            batch_size=None if item is None else item.batch_size,
-            dense_p50_ms=None if item is None else item.summary.dense.p50_ms,
-            pruned_p50_ms=None if item is None else item.summary.pruned.p50_ms,
-            speedup=None if item is None else item.speedup.value,
-            speedup_interval=None if item is None else (item.speedup.low, item.speedup.high),
-            significant=None if item is None else item.significant,
-            realised_ratio=None if ratio is None else ratio.value,
-            metric=cosine if found is None else found.metric,
-            dense_metric=(None if agreed is None else 1.0) if found is None else found.dense,
-            pruned_metric=(None if agreed is None else agreed.cosine) if found is None else found.kept,
+            speed=_speed(report),
+            outputs=_outputs(report),
             failed_gates=tuple(gate.name for gate in report.gates if not gate.passed),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
-        return dict(self.__dict__)
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The texts below `HEADING`."""
-        measured, p50, speed = "not measured", "—", "—"
-        if self.runtime is not None and self.dense_p50_ms is not None and self.pruned_p50_ms is not None:
-            measured = f"{wording.runtime_name(self.runtime)}, batch {self.batch_size}"
-            p50 = f"{numbers.milliseconds(self.dense_p50_ms)} → {numbers.milliseconds(self.pruned_p50_ms)}"
-        if self.speedup is not None and self.speedup_interval is not None:
-            low, high = self.speedup_interval
-            speed = f"{numbers.times(self.speedup)} [{low:.2f}–{high:.2f}]{'' if self.significant else ' ~noise'}"
         return (
             self.run,
             f"{self.flops_ratio:.3f}",
             f"{self.parameters_ratio:.3f}",
-            measured,
-            p50,
-            speed,
-            "—" if self.realised_ratio is None else f"{self.realised_ratio:.2f}",
-            self._outputs,
+            *(("not measured", "—", "—", "—") if self.speed is None else _speed_cells(self.speed)),
+            self.outputs,
             f"FAILED: {', '.join(self.failed_gates)}" if self.failed_gates else "passed",
         )
 
-    @property
-    def _outputs(self) -> str:
-        if self.metric is None or self.dense_metric is None or self.pruned_metric is None:
-            return "—"
-        if self.metric.startswith("cosine"):
-            return f"{self.metric} {self.pruned_metric:.4f}"
-        return f"{self.metric} {self.dense_metric:.2f} → {self.pruned_metric:.2f}"
+
+def _speed(report: Report) -> Speed | None:
+    item = wording.headline(report)
+    if item is None:
+        return None
+    ratio = report.realised_ratio(item)
+    return Speed(
+        device=wording.device_name(report, item.runtime),
+        runtime=item.runtime,
+        batch_size=item.batch_size,
+        dense_p50_ms=item.summary.dense.p50_ms,
+        pruned_p50_ms=item.summary.pruned.p50_ms,
+        speedup=item.speedup.value,
+        speedup_interval=(item.speedup.low, item.speedup.high),
+        significant=item.significant,
+        realised_ratio=None if ratio is None else ratio.value,
+    )
+
+
+def _speed_cells(speed: Speed) -> tuple[str, str, str, str]:
+    low, high = speed.speedup_interval
+    return (
+        f"{wording.runtime_name(speed.runtime)}, batch {speed.batch_size}",
+        f"{numbers.milliseconds(speed.dense_p50_ms)} → {numbers.milliseconds(speed.pruned_p50_ms)}",
+        f"{numbers.times(speed.speedup)} [{low:.2f}–{high:.2f}]{'' if speed.significant else ' ~noise'}",
+        "—" if speed.realised_ratio is None else f"{speed.realised_ratio:.2f}",
+    )
+
+
+def _outputs(report: Report) -> str:
+    found = report.evaluation
+    if found is not None:
+        return f"{found.metric} {found.dense:.2f} → {found.kept:.2f}"
+    return f"cosine of {report.agreement[0].output} {report.agreement[0].cosine:.4f}" if report.agreement else "—"
 
 
 def lines(reports: Mapping[str, Report]) -> list[Line]:
@@ -107,11 +110,12 @@ def lines(reports: Mapping[str, Report]) -> list[Line]:
 
 def notes(compared: list[Line]) -> list[str]:
     """What keeps the lines from being compared, a sentence each."""
+    measured = [line.speed for line in compared if line.speed is not None]
     found = []
     for what, values in (
         ("networks", {line.model for line in compared}),
-        ("devices", {line.device for line in compared if line.device is not None}),
-        ("runtimes or batch sizes", {(line.runtime, line.batch_size) for line in compared if line.runtime is not None}),
+        ("devices", {speed.device for speed in measured}),
+        ("runtimes or batch sizes", {(speed.runtime, speed.batch_size) for speed in measured}),
     ):
         if len(values) > 1:
             found.append(f"These runs are of different {what}: compare their ratios with care.")

@@ -130,14 +130,16 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_what_cannot_be_written_is_one_line(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_what_cannot_be_read_or_written_is_one_line(
+    here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "run/plan.json")
 
     monkeypatch.setattr(pipeline, "_pruned", fail)
     outcome = run(*RUN, "--output", "run")
     assert outcome.code == 2
-    assert re.fullmatch(r"error: run/plan.json cannot be written: [^\n]+; finished stages [^\n]+\n", outcome.err)
+    assert re.fullmatch(r"error: run/plan.json cannot be read or written: [^\n]+; mend [^\n]+\n", outcome.err)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from optin_deploy.evaluation import agreement
+from optin_deploy.evaluation import agreement, correlation
 from optin_deploy.network import Network, custom_network
-from optin_deploy.pictures import MOST, correlation, is_map, pictures
+from optin_deploy.pictures import MOST, is_map, pictures
 from optin_deploy.preprocessing import ImagePreprocessing
 
 
