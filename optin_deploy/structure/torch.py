@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.slicing import slimmed
 from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, StandIn, join
 from optin_deploy.structure.registry import adapter
 
@@ -116,9 +117,7 @@ def through_modules(module: nn.Module) -> nn.Module:
     for child in copied.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False
-        if type(child) in _SAMPLES_FIRST:
-            _put_samples_first(child)
-    return copied
+    return _with_samples_first(copied)
 
 
 class _Encoder(nn.TransformerEncoder):
@@ -141,13 +140,23 @@ _SAMPLES_FIRST: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _put_samples_first(stack: nn.Module) -> None:
-    """Let a stack of layers run with samples first, as all masks on units need them, where it does not."""
-    attentions = [m for m in stack.modules() if isinstance(m, Attention)]
-    if attentions and not any(m.batch_first for m in attentions):
-        stack.__class__ = _SAMPLES_FIRST[type(stack)]
-        for each in attentions:
-            each.batch_first = True
+def _with_samples_first(module: nn.Module) -> nn.Module:
+    """``module`` with stacks of layers that run with samples first, as all masks on units need them; in place, but for
+    a stack that is the module itself."""
+    made: dict[int, nn.Module] = {}
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        attentions = [m for m in child.modules() if isinstance(m, Attention)]
+        if id(child) not in made:
+            if type(child) not in _SAMPLES_FIRST or not attentions or any(m.batch_first for m in attentions):
+                continue
+            made[id(child)] = slimmed(child, _SAMPLES_FIRST[type(child)])
+            for each in attentions:
+                each.batch_first = True
+        if not name:
+            module = made[id(child)]
+        else:
+            module.set_submodule(name, made[id(child)])
+    return module
 
 
 def _is_plain(attention: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
