@@ -1,13 +1,12 @@
 """What ``gpu.py`` measures: networks, ways to run them, precisions and batch sizes, in the order of importance."""
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from gpu_networks import METHODS
 
 from exporters import EngineConfig, ExportError, Precision, check_builder
-from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES
+from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, ProfilingError, check_provider
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,11 @@ def _why_not(runtime: str) -> str:
             check_builder(EngineConfig(runtime))
         except ExportError as error:
             return str(error)
-    elif RUNTIMES[runtime] == "onnx":
-        if importlib.util.find_spec("onnxruntime") is None:
-            return "onnxruntime is not installed"
-        import onnxruntime
-
-        provider = ORT_PROVIDERS[runtime]
-        if provider not in onnxruntime.get_available_providers():
-            return f"onnxruntime {onnxruntime.__version__} has no {provider}"
+    elif provider := ORT_PROVIDERS.get(runtime):
+        try:
+            check_provider(provider)
+        except ProfilingError as error:
+            return str(error)
     return ""
 
 

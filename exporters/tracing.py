@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +34,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: Dynamic
     shapes = {name: dict.fromkeys(dynamic_axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in samples}
     module.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _named_parameters(module, samples):
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), kwargs=samples, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises a dozen unrelated types
@@ -40,6 +44,28 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: Dynamic
     # when it lowers the program; ONNX files have no such checks, and the dynamic dimensions are verified above.
     program._guards_code = []
     return program
+
+
+@contextmanager
+def _named_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Gives a forward that takes ``**kwargs`` parameters of these names: torch before 2.12 accepts no dynamic shapes
+    for ``**kwargs``."""
+    forward = module.forward
+    if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
+        yield
+        return
+
+    @wraps(forward)
+    def named(**inputs: Tensor) -> Any:
+        return forward(**inputs)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    named.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    module.forward = named
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:

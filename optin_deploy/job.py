@@ -22,7 +22,7 @@ from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
 from optin_deploy.sparsity import can_be_sparse
-from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, usable_cores
+from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, ProfilingError, check_provider, usable_cores
 
 VERSION = importlib.metadata.version("optin-deploy")
 
@@ -119,14 +119,13 @@ def check_runtimes(recipe: Recipe) -> None:
 
 
 def _check_providers(runtimes: Iterable[str]) -> None:
-    """Raise UserError unless onnxruntime has what ``runtimes`` run on."""
-    import onnxruntime
-
+    """Raise UserError unless onnxruntime can start what ``runtimes`` run on."""
     for runtime in runtimes:
-        provider = ORT_PROVIDERS.get(runtime)
-        if provider is not None and provider not in onnxruntime.get_available_providers():
-            extras = "gpu,tensorrt" if runtime == "ort-tensorrt" else "gpu"
-            raise UserError(f"{runtime}: this onnxruntime has no {provider}: pip install 'optin-deploy[{extras}]'")
+        if provider := ORT_PROVIDERS.get(runtime):
+            try:
+                check_provider(provider)
+            except ProfilingError as error:
+                raise UserError(f"{runtime}: {error}") from error
 
 
 def check_measurable(runtime: str) -> None:

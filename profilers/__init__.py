@@ -13,6 +13,7 @@ from .isolated import Case, loads_for, measure_each, measure_files
 from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
 from .runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, open_runner
+from .runners.onnxruntime import check_provider
 from .statistics import Interval, Summary
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ProfilingError",
     "Summary",
     "Variant",
+    "check_provider",
     "compare",
     "environment",
     "infer_file",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ProfilingError
 from ..runners.base import Feeds, first_line
-from ..runners.onnxruntime import OnnxRuntimeRunner
+from ..runners.onnxruntime import OnnxRuntimeRunner, provider_options
 from . import Operator, Record
 from .scopes import node_module, read_graph
 
@@ -53,7 +53,7 @@ class ProfiledSession(OnnxRuntimeRunner):
         # Weights in a file of their own, which nobody reads.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=self._providers)
+            self._session = ort.InferenceSession(str(path), options, providers=provider_options(provider, tf32))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ProfilingError(f"onnxruntime cannot profile {path}: {first_line(error)}") from error
         self.run = self.prepare(feeds)

@@ -1,6 +1,8 @@
 """ONNX files run by ONNX Runtime, on the CPU, through CUDA or through TensorRT."""
 
-from contextlib import suppress
+import io
+import warnings
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +17,7 @@ _PROVIDERS = {
     "CUDAExecutionProvider": ("cuda", "gpu"),
     "TensorrtExecutionProvider": ("cuda", "gpu,tensorrt"),
 }
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
 
 
 class OnnxRuntimeRunner:
@@ -41,36 +43,20 @@ class OnnxRuntimeRunner:
     def __init__(self, path: Path, provider: str, threads: int, *, tf32: bool = False) -> None:
         if provider not in _PROVIDERS:
             raise ProfilingError(f"unknown provider {provider!r}: choose one of {', '.join(_PROVIDERS)}")
-        self._device, extra = _PROVIDERS[provider]
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise MissingPackageError("onnxruntime", extra) from error
+        self._device, _ = _PROVIDERS[provider]
+        ort = _onnxruntime(provider)
         self._value_on_device = ort.OrtValue.ortvalue_from_numpy
-        if self._device == "cuda":
-            # CUDA libraries installed by pip are found only when they are loaded beforehand.
-            ort.preload_dlls()
         if provider == "TensorrtExecutionProvider":
             set_tensorrt_tf32(tf32)
-            # So are those of TensorRT, unless the system finds them without Python's package.
-            with suppress(ImportError):
-                import tensorrt  # noqa: F401
-        self._providers = provider_options(provider, tf32)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
         try:
-            session = ort.InferenceSession(str(path), options, providers=self._providers)
+            session = _session(ort, str(path), provider, options, tf32)
+        except ProfilingError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ProfilingError(f"onnxruntime cannot load {path}: {first_line(error)}") from error
-        got = session.get_providers()[0]
-        if got != provider:
-            # ONNX Runtime says nothing and carries on with what it has.
-            raise ProfilingError(
-                f"{provider} was asked for but onnxruntime fell back to {got}: "
-                f"install 'optin-deploy[{extra}]' (without onnxruntime beside it) and check the driver"
-            )
         self._session: Any = session
         self._inputs = [node.name for node in session.get_inputs()]
         self._outputs = [node.name for node in session.get_outputs()]
@@ -103,6 +89,62 @@ class OnnxRuntimeRunner:
             binding.synchronize_outputs()
 
         return run
+
+
+def check_provider(provider: str) -> None:
+    """Find out with a network of one node whether ``provider`` starts: that ONNX Runtime was built with it does not say
+    that its libraries and its device are there.
+
+    Raises:
+        ProfilingError: it does not, or is not in this ONNX Runtime; MissingPackageError: onnxruntime is absent.
+    """
+    ort = _onnxruntime(provider)
+    if provider not in ort.get_available_providers():
+        raise ProfilingError(
+            f"this onnxruntime has no {provider}: pip install 'optin-deploy[{_PROVIDERS[provider][1]}]'"
+        )
+    _session(ort, _one_node(), provider, ort.SessionOptions(), tf32=False)
+
+
+def _onnxruntime(provider: str) -> Any:
+    """The package, with the libraries that ``provider`` needs loaded: those installed by pip are not found else."""
+    device, extra = _PROVIDERS[provider]
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", extra) from error
+    if device == "cuda":
+        ort.preload_dlls()
+    if provider == "TensorrtExecutionProvider":
+        # The system may find TensorRT's without Python's package.
+        with suppress(ImportError):
+            import tensorrt  # noqa: F401
+    return ort
+
+
+def _session(ort: Any, network: str | bytes, provider: str, options: Any, tf32: bool) -> Any:
+    """A session on ``provider``; ONNX Runtime itself says nothing and carries on with what it has."""
+    options.log_severity_level = _FATAL_ONLY
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():  # where it tells that it falls back
+        warnings.simplefilter("ignore")
+        session = ort.InferenceSession(network, options, providers=provider_options(provider, tf32))
+    got = session.get_providers()[0]
+    if got != provider:
+        raise ProfilingError(
+            f"{provider} was asked for but onnxruntime fell back to {got}: "
+            f"install 'optin-deploy[{_PROVIDERS[provider][1]}]' (without onnxruntime beside it) and check the driver"
+        )
+    return session
+
+
+def _one_node() -> bytes:
+    from onnx import TensorProto, helper
+
+    shape = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "probe", *([value] for value in shape))
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    content: bytes = made.SerializeToString()
+    return content
 
 
 def provider_options(provider: str, tf32: bool) -> list[tuple[str, dict[str, str]]]:

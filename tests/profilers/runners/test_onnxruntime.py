@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from profilers import ORT_PROVIDERS, MissingPackageError, ProfilingError, open_runner
+from profilers import ORT_PROVIDERS, MissingPackageError, ProfilingError, check_provider, open_runner
 from profilers.runners.onnxruntime import OnnxRuntimeRunner, provider_options
 
 Feeds = dict[str, NDArray[np.float32]]
@@ -28,13 +29,10 @@ def test_outputs_are_those_of_the_reference(mlp_onnx: Callable[[int], Path], sam
     np.testing.assert_allclose(outputs["y"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
 @pytest.mark.parametrize(("runtime", "extras"), [("ort-cuda", "gpu"), ("ort-tensorrt", "gpu,tensorrt")])
 def test_a_silent_fallback_to_the_cpu_is_an_error(
     runtime: str, extras: str, mlp_onnx: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import onnxruntime
-
     if ORT_PROVIDERS[runtime] in onnxruntime.get_available_providers():
         pytest.skip(f"this onnxruntime has {ORT_PROVIDERS[runtime]}")
     # The runner changes it, for this process.
@@ -89,10 +87,22 @@ def test_unknown_runtime() -> None:
 
 
 def _needs(provider: str) -> None:
-    import onnxruntime
+    try:
+        check_provider(provider)
+    except ProfilingError as error:
+        pytest.skip(str(error))
 
-    if provider not in onnxruntime.get_available_providers():
-        pytest.skip(f"this onnxruntime has no {provider}")
+
+def test_a_provider_is_tried_before_it_is_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_provider("CPUExecutionProvider")
+    if torch.cuda.is_available():
+        pytest.skip("here it may start")
+    with pytest.raises(ProfilingError, match=r"optin-deploy\[gpu\]"):
+        check_provider("CUDAExecutionProvider")
+    everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
+    with pytest.raises(ProfilingError, match="TensorrtExecutionProvider was asked for but onnxruntime fell back to"):
+        check_provider("TensorrtExecutionProvider")
 
 
 @pytest.mark.gpu
