@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from gpu_networks import METHODS
 
 from exporters import EngineConfig, ExportError, Precision, check_builder
-from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, ProfilingError, check_provider
+from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, ProfilingError, check_provider, lacking_device
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def _why_not(runtime: str) -> str:
             check_builder(EngineConfig(runtime))
         except ExportError as error:
             return str(error)
-    elif provider := ORT_PROVIDERS.get(runtime):
+        return lacking_device(runtime)
+    if provider := ORT_PROVIDERS.get(runtime):
         try:
             check_provider(provider)
         except ProfilingError as error:

@@ -31,15 +31,17 @@ def main(arguments: list[str]) -> None:
 
     engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=spec["timing_cache"])()
     Path(spec["engine"]).write_bytes(engine)
-    if spec["layers"]:
-        Path(spec["layers"]).write_text(_layers(trt, engine), encoding="utf-8")
+    if spec["layers"] and (layers := _layers(trt, engine)):
+        Path(spec["layers"]).write_text(layers, encoding="utf-8")
 
 
 def _layers(trt: Any, engine: Any) -> str:
-    """What the engine says of its layers, as JSON."""
+    """What the engine says of its layers, as JSON; nothing where this GPU cannot load it, which may be another's."""
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    inspector = runtime.deserialize_cuda_engine(engine).create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    loaded = runtime.deserialize_cuda_engine(engine)
+    if loaded is None:
+        return ""
+    return str(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:

@@ -12,7 +12,7 @@ from exporters import BUILDERS, check_engine
 from optin_deploy.costs import count_flops
 from optin_deploy.engine_parity import unchecked
 from optin_deploy.engines import wanted_engines
-from optin_deploy.job import VERSION, Job, is_measurable
+from optin_deploy.job import VERSION, Job
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.recipe import Recipe
@@ -20,7 +20,7 @@ from optin_deploy.report import Report
 from optin_deploy.search import BUDGET_WINDOW
 from optin_deploy.sparsity import measure_sparsity
 from optin_deploy.unpruned import unpruned
-from profilers import environment
+from profilers import environment, lacking_device
 
 VARIANTS = ("dense", "pruned")
 
@@ -87,7 +87,7 @@ def assemble(
             "layers": [entry for entry in results["layers"] if "unprofiled" not in entry],
             "engines": _engine_rows(recipe, directory),
             "unmeasured": [
-                {"runtime": r, "reason": "no GPU is present"} for r in recipe.measured_runtimes if not is_measurable(r)
+                {"runtime": r, "reason": why} for r in recipe.measured_runtimes if (why := lacking_device(r))
             ],
             "gates": gates,
             "warnings": _warnings(recipe, results["layers"]),

@@ -12,7 +12,7 @@ from optin_deploy.engines import Wanted, wanted_engines
 from optin_deploy.job import is_measurable
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.recipe import Recipe
-from profilers import infer_file
+from profilers import infer_file, lacking_device
 
 Batch = dict[str, Tensor]
 
@@ -24,9 +24,11 @@ def checkable_engines(recipe: Recipe) -> list[Wanted]:
 
 def unchecked(recipe: Recipe) -> str | None:
     """Why engines were not checked here, in a sentence; None where all were."""
-    if len(checkable_engines(recipe)) == len(wanted_engines(recipe)):
+    left = [each.runtime for each in wanted_engines(recipe) if each not in checkable_engines(recipe)]
+    if not left:
         return None
-    reason = "they are saved without weights (--weight-stripped)" if recipe.weight_stripped else "no GPU is present"
+    without_weights = "they are saved without weights (--weight-stripped)"
+    reason = without_weights if recipe.weight_stripped else lacking_device(left[0])
     return f"Engines were not checked against PyTorch: {reason}."
 
 

@@ -22,7 +22,15 @@ from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
 from optin_deploy.sparsity import can_be_sparse
-from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, ProfilingError, check_provider, usable_cores
+from profilers import (
+    GPU_RUNTIMES,
+    ORT_PROVIDERS,
+    RUNTIMES,
+    ProfilingError,
+    check_provider,
+    lacking_device,
+    usable_cores,
+)
 
 VERSION = importlib.metadata.version("optin-deploy")
 
@@ -131,12 +139,12 @@ def _check_providers(runtimes: Iterable[str]) -> None:
 def check_measurable(runtime: str) -> None:
     """Raise UserError where engines can be built for ``runtime`` but nothing can run them."""
     if not is_measurable(runtime):
-        raise UserError(f"--runtime {runtime}: no GPU is present to measure it on; take ort-cpu or torch here")
+        raise UserError(f"--runtime {runtime}: {lacking_device(runtime)}; it cannot be measured here")
 
 
 def is_measurable(runtime: str) -> bool:
     """Whether there is a device for ``runtime``."""
-    return runtime not in GPU_RUNTIMES or torch.cuda.is_available()
+    return not lacking_device(runtime)
 
 
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:

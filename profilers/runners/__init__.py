@@ -39,6 +39,24 @@ ORT_PROVIDERS = {
 """Runtimes of ONNX Runtime, and the execution provider that each is."""
 
 
+# Compute capabilities of GPUs of data centres, which TensorRT for RTX is not made for (NVIDIA's support matrix; an H200
+# refuses its engines).
+_NOT_RTX = ((7, 0), (8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def lacking_device(runtime: str) -> str:
+    """Why there is no device here for ``runtime``, in a few words; empty where there is one."""
+    if runtime not in GPU_RUNTIMES:
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU is present"
+    if runtime == "rtx" and torch.cuda.get_device_capability(0) in _NOT_RTX:
+        return f"{torch.cuda.get_device_name(0)} cannot run TensorRT for RTX, take tensorrt there"
+    return ""
+
+
 def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False) -> Runner:
     """Loads a file into a runtime.
 

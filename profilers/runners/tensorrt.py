@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..errors import MissingPackageError, ProfilingError
+from . import lacking_device
 from .base import Feeds, Run, check_inputs, numpy_feeds
 from .cuda import captured, timed_by_events
 
@@ -37,9 +38,9 @@ class TensorRTRunner:
             trt = importlib.import_module(package)
         except ImportError as error:
             raise MissingPackageError(package, extra) from error
-        if not torch.cuda.is_available():
+        if lacking := lacking_device(runtime):
             # Without a device the next lines could end the process.
-            raise ProfilingError(f"no GPU is present to run {path.name}")
+            raise ProfilingError(f"{path.name} cannot run: {lacking}")
         self._trt, self._torch = trt, torch
         self._runtime: Any = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())

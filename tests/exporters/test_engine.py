@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runtimes import needs_device
 from torch import nn
 
 from exporters import EngineConfig, ExportError, build_engine, check_builder, check_engine, input_ranges, trace
@@ -182,5 +183,6 @@ def test_what_cannot_be_built_leaves_nothing_and_says_why(tmp_path: Path) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_an_engine_tells_of_its_layers(built: Built) -> None:
+    needs_device("rtx")
     _, engine, _ = built
     assert json.loads(engine.with_name(f"{engine.name}.layers.json").read_text())["Layers"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runtimes import needs_device
 from rich.console import Console
 from tiny_models import own_network
 
@@ -130,7 +131,7 @@ def test_a_run_checks_its_engines_once_and_again_when_they_are_others(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("runtime", ["rtx", "tensorrt"])
 def test_a_real_engine_passes(tmp_path: Path, runtime: str) -> None:
-    pytest.importorskip({"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}[runtime])
+    needs_device(runtime)
     network = own_network()
     engine = tmp_path / "net.engine"
     build_engine(exported(network, tmp_path), engine, ranges(network), EngineConfig(runtime))

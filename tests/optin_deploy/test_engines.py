@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runtimes import needs_device
 from tiny_models import own_batches, own_network
 
 from exporters import (
@@ -231,6 +232,7 @@ def test_only_engines_that_can_be_measured_are_built_again(tmp_path: Path, monke
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_run_on_a_gpu_tells_how_builds_differ(built: Result) -> None:
+    needs_device("rtx")
     report = built.report
     engines_run = [m for m in report.profile if m.runtime == "rtx"]
     assert engines_run and all(len(m.builds["dense"].p50_ms) == 3 for m in engines_run)

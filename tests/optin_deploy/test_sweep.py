@@ -262,7 +262,10 @@ def test_a_module_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["--latency", "0.8,0"], "--latency 0"),
         (["--latency-ms", "4,-1"], "--latency-ms -1"),
         (["--flops", "0.8", "--batch-size", "4"], "--batch-size 4: it has an effect only with"),
-        (["--flops", "0.8", "--runtimes", "ort-cpu,rtx"], "--runtime rtx: no GPU is present to measure it on"),
+        (
+            ["--flops", "0.8", "--runtimes", "ort-cpu,rtx"],
+            "--runtime rtx: no GPU is present; it cannot be measured here",
+        ),
         (["--flops", "0.8", "--latency", "0.8", "--rounds", "2"], "--rounds 2: a latency budget is met in one round"),
         (["--flops", "0.8,0.7", "--evaluate", "none"], "evaluation data none does not exist"),
         (["--flops", "0.8", "--recipe", "none.yaml"], "recipe none.yaml cannot be read"),

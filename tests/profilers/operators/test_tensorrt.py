@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_runtimes import needs_device
 from tiny_models import classifier
 
 from exporters import EngineConfig, build_engine, input_ranges, onnx_from_program, trace
@@ -163,7 +164,7 @@ def test_nodes_of_a_real_file_have_their_modules(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("runtime", ["rtx", "tensorrt"])
 def test_the_layers_of_a_real_engine_add_up(tmp_path: Path, runtime: str) -> None:
-    pytest.importorskip({"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}[runtime])
+    needs_device(runtime)
     network = classifier(10, depth=1)
     onnx, path = exported(network, tmp_path / "net.onnx"), tmp_path / "net.engine"
     shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}

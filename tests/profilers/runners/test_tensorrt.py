@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engine_runtimes import needs_device
 from numpy.typing import NDArray
 
-from exporters import BUILDERS, EngineConfig, build_engine, input_ranges
-from profilers import MissingPackageError, ProfilingError, open_runner
+from exporters import EngineConfig, build_engine, input_ranges
+from profilers import MissingPackageError, ProfilingError, lacking_device, open_runner
 from profilers.runners import tensorrt
 from profilers.runners.tensorrt import TensorRTRunner
 
@@ -23,7 +24,7 @@ def test_without_a_gpu_nothing_is_constructed(tmp_path: Path, monkeypatch: pytes
     # Constructing these without a device can end the process.
     for name in ("Logger", "Runtime"):
         monkeypatch.setattr(trt, name, None)
-    with pytest.raises(ProfilingError, match=r"^no GPU is present to run net\.engine$"):
+    with pytest.raises(ProfilingError, match=r"^net\.engine cannot run: no GPU is present$"):
         open_runner("rtx", tmp_path / "net.engine", threads=1)
 
 
@@ -69,9 +70,8 @@ def test_an_engine_that_cannot_be_captured_has_no_graph(
 
 
 def build(runtime: str, onnx: Path, engine: Path, sample: Feeds) -> None:
-    """An engine for up to 4 samples; skips where the product is not installed."""
-    for package in (BUILDERS[runtime].package, "polygraphy"):
-        pytest.importorskip(package)
+    """An engine for up to 4 samples; skips where it cannot be run."""
+    needs_device(runtime)
     shapes = {name: array.shape for name, array in sample.items()}
     inputs = input_ranges(shapes, {"x": {0: "batch"}}, (1, 4), 4, static=False)
     build_engine(onnx, engine, inputs, EngineConfig(runtime))
@@ -115,3 +115,15 @@ def test_a_replayed_graph_fills_the_same_outputs(
         np.testing.assert_array_equal(tensors["y"].cpu().numpy(), expected)
         runner.prepare(sample)()
         assert runner.cuda_graph
+
+
+def test_gpus_of_data_centres_do_not_run_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    for capability, expected in (
+        ((9, 0), "NVIDIA H200 cannot run TensorRT for RTX, take tensorrt there"),
+        ((8, 9), ""),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert lacking_device("rtx") == expected
+        assert lacking_device("tensorrt") == lacking_device("ort-cpu") == ""
