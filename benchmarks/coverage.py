@@ -46,7 +46,7 @@ Named = tuple[str, dict[str, Any]]
 class Limits:
     """Of one process: seconds of the processor, and by the clock, where a machine has other things to do; memory."""
 
-    seconds: float = 120.0
+    seconds: float = 240.0
     clock_seconds: float = 1200.0
     memory_bytes: int = 8 * 2**30
 
