@@ -346,6 +346,9 @@ _DENSE = [
         "DetrForObjectDetection",
         transformers.DetrConfig(
             **{k: v for k, v in _layers().items() if k not in ("vocab_size", "max_position_embeddings", "use_cache")},
+            # The first releases of transformers 5 have a backbone by name unless told otherwise.
+            backbone=None,
+            use_timm_backbone=False,
             backbone_config=transformers.ResNetConfig(
                 embedding_size=32, hidden_sizes=[64, 128], depths=[1, 1], layer_type="basic", out_features=["stage2"]
             ),
