@@ -69,12 +69,7 @@ def assemble(
             "latency_budget": results["latency_budget"],
             "settings": recipe.model_dump(mode="json"),
             **figures,
-            "plan": [
-                {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
-                for g in structure.groups
-                # Heads that have all left have no width.
-                if plan.kept.get(g.outer or "") != ()
-            ],
+            "plan": _plan_rows(job, plan),
             "left_dense": [asdict(each) for each in unpruned(network.module, structure, network.inputs)],
             "sparsity": _sparsity(job, small),
             "agreement": results["agreement"],
@@ -95,6 +90,23 @@ def assemble(
             "environment": {**environment(), "pruned on": str(job.device)},
         }
     )
+
+
+def _plan_rows(job: Job, plan: Plan) -> list[dict[str, Any]]:
+    """What is left of every group, and of the tokens of every block where they merge."""
+    rows = [
+        {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
+        for g in job.anatomy.structure.groups
+        # Heads that have all left have no width.
+        if plan.kept.get(g.outer or "") != ()
+    ]
+    stack = job.anatomy.stack
+    if stack is not None:
+        rows += [
+            {"group": block, "kind": "token", "layer": layer, "units": stack.tokens, "kept": tokens}
+            for layer, (block, tokens) in enumerate(zip(stack.blocks, plan.tokens, strict=True))
+        ]
+    return rows
 
 
 def _warnings(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """Pruned networks on disk: safetensors, and one JSON that says how to build the network again. Nothing is unpickled.
 
-optin.json           format version, source, units kept per group, preprocessing, sample inputs' shapes, versions
+optin.json           format version, source, units kept per group and tokens per block, preprocessing, sample inputs'
+                     shapes, versions
 model.safetensors    the sliced weights
 tokenizer*           for text, as transformers writes it
 """
@@ -28,6 +29,7 @@ from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPr
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.intake import prunable_form
+from optin_deploy.structure.token_stack import token_stack, with_merging
 
 JSON_NAME = "optin.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -68,6 +70,7 @@ class _Description(_Strict):
     format: Literal[1]
     source: _Source
     kept: dict[str, tuple[int, ...]]
+    tokens: tuple[int, ...] = ()
     weights: str
     inputs: dict[str, _Input]
     outputs: dict[str, str]
@@ -96,6 +99,7 @@ def save(network: Network, plan: Plan, path: Path) -> None:
             library=network.source.library, name=network.source.name, arguments=dict(network.source.arguments)
         ),
         kept=dict(plan.kept),
+        tokens=plan.tokens,
         weights=network.weights,
         inputs={n: _Input(shape=tuple(t.shape), dtype=_dtype_name(t)) for n, t in network.inputs.items()},
         outputs=dict(network.outputs),
@@ -152,7 +156,8 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
 
 def read_plan(path: Path) -> Plan:
     """The plan of the checkpoint at ``path``, in the dense network's indices."""
-    return Plan(_read(path).kept)
+    description = _read(path)
+    return Plan(description.kept, description.tokens)
 
 
 def _read(path: Path) -> _Description:
@@ -172,7 +177,11 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
     description = _read(path)
     try:
         dense = prunable_form(build(_source(description)) if module is None else module)
-        small = sliced(dense, describe(dense, _sample_inputs(description)), Plan(description.kept))
+        inputs, plan = _sample_inputs(description), Plan(description.kept, description.tokens)
+        structure = describe(dense, inputs)
+        small = sliced(dense, structure, plan)
+        if plan.tokens:
+            with_merging(small, structure, token_stack(dense, inputs, structure), plan)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     except UNFIT as error:

@@ -22,6 +22,7 @@ from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
 from optin_deploy.sparsity import can_be_sparse
+from optin_deploy.structure.token_stack import MergingBlocks
 from profilers import (
     GPU_RUNTIMES,
     ORT_PROVIDERS,
@@ -84,7 +85,11 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         )
         if checkpoint.is_checkpoint(recipe.model):
             earlier = checkpoint.read_plan(Path(recipe.model))
-    anatomy = examine(network, narrow=recipe.narrows_heads and recipe.has_budget)
+    if recipe.has_budget and any(isinstance(part, MergingBlocks) for part in network.module.modules()):
+        raise UserError(f"--model {recipe.model}: its tokens merge already; prune the network that it was made of")
+    anatomy = examine(network, narrow=recipe.narrows_heads and recipe.has_budget, tokens=recipe.tokens != "off")
+    if anatomy.stack is not None and not isinstance(recipe.tokens, str):
+        anatomy.stack.check(recipe.tokens)
     if recipe.sparsity is not None and not can_be_sparse(network.module, anatomy.structure):
         raise UserError(
             f"--sparsity {recipe.sparsity}: no linear layer or convolution in the blocks of {network.source.name} has "

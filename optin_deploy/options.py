@@ -99,6 +99,13 @@ RUN_OPTIONS: dict[str, Any] = {
             show_default=False,
         ),
     ],
+    "tokens": Annotated[
+        str | None,
+        option("vision: merge tokens; auto, off, or how many enter each block, like 197,197,160,… [off]", PRUNE),
+    ],
+    "tokens_share": Annotated[
+        float | None, option("part of the FLOPs removed that tokens are to remove [what auto finds]", PRUNE)
+    ],
     "rounds": Annotated[int | None, option("steps in which the budget is approached, scored anew each [1]", PRUNE)],
     "sparsity": Annotated[
         str | None,

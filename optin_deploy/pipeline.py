@@ -26,11 +26,11 @@ from optin_deploy.network import Network
 from optin_deploy.pictures import pictures
 from optin_deploy.plan import Plan
 from optin_deploy.progress import Stages
-from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds
+from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, token_schedule
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, write_report
 from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps
+from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_steps
 from optin_deploy.slicing import sliced
 
 
@@ -123,11 +123,12 @@ def _pruned(
     recipe, structure, path = job.recipe, job.anatomy.structure, directory / "checkpoint"
     ridge: Ridge = recipe.ridge if recipe.compensate else None
     met = plan_for_latency(job, dense, scores, measured, directory, stages) if recipe.has_latency and measured else None
+    schedule = () if path.exists() else _schedule(job, dense, scores, stages)
     rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
     with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
         if path.exists():
             plan = _read_plan(directory)
-            small = remove(job.network, structure, plan, [], None)
+            small = remove(job.network, structure, plan, [], None, stack=job.anatomy.stack)
             checkpoint.load_weights(small, path)
         else:
             batches = _batches(job.calibration.batches, job.device)
@@ -150,12 +151,14 @@ def _pruned(
                     ridge=ridge,
                     rounds=recipe.rounds,
                     edges=edges_of(structure, measured) if measured else None,
+                    schedule=schedule,
                     advance=advance,
                 )
             if recipe.sparsity is not None:
                 make_sparse(dense, module, structure, plan, batches, ridge, advance)
             small = module
-            write_text(directory / "plan.json", json.dumps({"flops": recipe.flops, "kept": dict(plan.kept)}) + "\n")
+            written = {"flops": recipe.flops, "kept": dict(plan.kept), "tokens": plan.tokens}
+            write_text(directory / "plan.json", json.dumps(written) + "\n")
         pruned = job.network.with_module(small.cpu())
         job.network.module.cpu()
         if not path.exists():
@@ -163,12 +166,35 @@ def _pruned(
     return plan, pruned
 
 
+def _schedule(job: Job, dense: Network, scores: Mapping[str, Tensor], stages: Stages) -> tuple[int, ...]:
+    """How many tokens enter each block; empty where none merge."""
+    recipe, anatomy = job.recipe, job.anatomy
+    if anatomy.stack is None or recipe.flops is None:
+        return ()
+    steps = token_steps(anatomy.stack, job.calibration.batches) if recipe.tokens == "auto" else 1
+    with stages.stage("merge tokens", steps) as advance:
+        batches = _batches(job.calibration.batches, job.device)
+        return token_schedule(
+            dense,
+            anatomy,
+            scores,
+            batches,
+            recipe.flops,
+            _scoring(recipe),
+            recipe.alignment or 64,
+            recipe.tokens,
+            recipe.tokens_share,
+            advance,
+        )
+
+
 def _read_plan(directory: Path) -> Plan:
     path = directory / "plan.json"
     if not path.is_file():
         raise UserError(f"{path} is gone: remove {directory / 'checkpoint'} too, to prune again")
-    kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
-    return Plan({name: tuple(units) for name, units in kept.items()})
+    written = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: tuple(units) for name, units in written["kept"].items()}
+    return Plan(kept, tuple(written["tokens"]))
 
 
 def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:

@@ -9,9 +9,13 @@ from optin_deploy.structure.groups import Structure
 
 @dataclass(frozen=True)
 class Plan:
-    """Group name -> indices of the units kept, ascending. A group that is not named keeps all of its units."""
+    """Group name -> indices of the units kept, ascending. A group that is not named keeps all of its units.
+
+    ``tokens`` says how many tokens enter each block of the network's `TokenStack`; where it is empty, all of them do.
+    """
 
     kept: Mapping[str, tuple[int, ...]]
+    tokens: tuple[int, ...] = ()
 
     def after(self, earlier: "Plan") -> "Plan":
         """This plan, made for a network already pruned by ``earlier``, in the dense network's indices."""
@@ -19,7 +23,7 @@ class Plan:
         for name, indices in self.kept.items():
             before = kept.get(name)
             kept[name] = indices if before is None else tuple(before[i] for i in indices)
-        return Plan(kept)
+        return Plan(kept, self.tokens or earlier.tokens)
 
     def check(self, structure: Structure) -> None:
         """Raise UserError unless every group exists in ``structure`` and every index is in range and ascending."""

@@ -1,41 +1,48 @@
 """The pruning stage: from a network and calibration data to a smaller network, in memory."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from optin_deploy.classifier import refit_classifier
 from optin_deploy.compensation import compensate
-from optin_deploy.costs import Costs, flop_costs
+from optin_deploy.costs import CostModel, Costs, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.ridge import STRENGTHS
 from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring, score
+from optin_deploy.schedule import best_schedule, share_schedule
+from optin_deploy.scoring import Scoring, score, token_damages
 from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
 from optin_deploy.sparsity import sparsify
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.token_stack import TokenStack, token_stack, with_merging
+from optin_deploy.token_costs import token_costs
 from optin_deploy.unpruned import unpruned
 
 Batches = Sequence[Mapping[str, Tensor]]
 Advance = Callable[[float], None]
 # Strength of the ridge: chosen on held-out batches, fixed, or None for no repair.
 Ridge = float | Literal["auto"] | None
+# Tokens that enter each block: as the search finds it, all of them, or so many.
+Tokens = Literal["auto", "off"] | Sequence[int]
 # Modules that are named where nothing is prunable.
 _LARGEST = 3
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What can be removed from a network and what it costs, in FLOPs."""
+    """What can be removed from a network and what it costs, in FLOPs; the blocks between which tokens may merge, where
+    they may."""
 
     structure: Structure
     costs: Costs
+    stack: TokenStack | None = None
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,20 @@ class Pruned:
     anatomy: Anatomy
 
 
-def examine(network: Network, *, narrow: bool = True) -> Anatomy:
+def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> Anatomy:
     """Find and count the prunable groups; UserError when there are none.
 
     Args:
         narrow: whether heads may also get narrower.
+        tokens: whether tokens are to merge; UserError where they cannot.
     """
     structure = describe(network.module, network.inputs)
     if not narrow:
         structure = structure.without_widths()
     if not structure.groups:
         raise UserError(_nothing_prunable(network, structure))
-    return Anatomy(structure, flop_costs(network.module, structure, network.inputs))
+    stack = token_stack(network.module, network.inputs, structure) if tokens else None
+    return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
 
 
 def _nothing_prunable(network: Network, structure: Structure) -> str:
@@ -83,6 +92,8 @@ def prune(
     ridge: Ridge = "auto",
     rounds: int = 1,
     narrow: bool | None = None,
+    tokens: Tokens = "off",
+    tokens_share: float | None = None,
 ) -> Pruned:
     """Score, search, slice and repair in one call.
 
@@ -96,23 +107,69 @@ def prune(
             no repair.
         rounds: in how many steps the budget is approached; each scores what the one before has left.
         narrow: whether heads may also get narrower; None leaves it to the criterion.
+        tokens: how many tokens enter each block; "auto" finds it together with the units.
+        tokens_share: the part of the FLOPs removed that merging tokens is to remove alone, in place of what "auto"
+            finds.
 
     Raises:
-        UserError: nothing is prunable, or the budget is out of range or below the floor.
+        UserError: nothing is prunable, tokens cannot merge, or the budget is out of range or below the floor.
     """
     if not 0 < flops < 1:
         raise UserError(f"flops={flops:g}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5")
     if rounds < 1:
         raise UserError(f"rounds={rounds}: at least 1 is needed")
     scoring = scoring or Scoring()
-    anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
+    if rounds > 1 and tokens != "off":
+        raise UserError(f"rounds={rounds}: tokens merge in one round")
+    anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow, tokens=tokens != "off")
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
+    schedule = token_schedule(dense, anatomy, scores, batches, flops, scoring, align, tokens, tokens_share)
     plan, small = remove_in_rounds(
-        dense, anatomy, scores, batches, flops, scoring=scoring, labels=labels, align=align, ridge=ridge, rounds=rounds
+        dense,
+        anatomy,
+        scores,
+        batches,
+        flops,
+        scoring=scoring,
+        labels=labels,
+        align=align,
+        ridge=ridge,
+        rounds=rounds,
+        schedule=schedule,
     )
     return Pruned(network.with_module(small), plan, scores, anatomy)
+
+
+def token_schedule(
+    dense: Network,
+    anatomy: Anatomy,
+    scores: Mapping[str, Tensor],
+    batches: Batches,
+    flops: float,
+    scoring: Scoring,
+    align: int,
+    tokens: Tokens,
+    share: float | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[int, ...]:
+    """How many tokens enter each block, for `remove_in_rounds`; empty where none merge.
+
+    Arguments are those of `prune`; ``advance`` is that of `scoring.token_damages`.
+    """
+    stack, structure = anatomy.stack, anatomy.structure
+    if tokens == "off" or stack is None:
+        return ()
+    if tokens != "auto":
+        schedule = tuple(int(n) for n in tokens)
+        stack.check(schedule)
+        return schedule
+    costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
+    damage = token_damages(dense, structure, stack, batches, scoring, advance)
+    if share is not None:
+        return share_schedule(structure, costs, 1 - share * (1 - flops), damage)
+    return best_schedule(structure, scores, costs, flops, align, damage)
 
 
 def remove_in_rounds(
@@ -128,19 +185,24 @@ def remove_in_rounds(
     ridge: Ridge,
     rounds: int,
     edges: Mapping[str, Sequence[int]] | None = None,
+    schedule: tuple[int, ...] = (),
     advance: Advance = lambda _: None,
 ) -> tuple[Plan, nn.Module]:
     """Search, slice and repair, as `prune` does once there are ``scores``; ``advance`` is called per round and block.
 
     Args:
         edges: numbers of units worth keeping, see `search.search_all`.
+        schedule: tokens that enter each block, in one round only; empty where all do.
 
     Returns:
         the plan, in the dense network's units, and the module.
     """
-    first = [Budget(anatomy.costs, flops ** (1 / rounds))]
-    plan = search_all(anatomy.structure, scores, first, align, edges)
-    small = remove(dense, anatomy.structure, plan, batches, ridge, advance)
+    costs: CostModel = anatomy.costs
+    if schedule and anatomy.stack is not None:
+        costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
+    plan = search_all(anatomy.structure, scores, [Budget(costs, flops ** (1 / rounds))], align, edges)
+    plan = replace(plan, tokens=schedule)
+    small = remove(dense, anatomy.structure, plan, batches, ridge, advance, anatomy.stack)
     for number in range(2, rounds + 1):
         budget = flops ** (number / rounds)
         step = next_step(dense.with_module(small), anatomy, budget, batches, scoring, labels, align)
@@ -178,10 +240,17 @@ def remove(
     batches: Batches,
     ridge: Ridge,
     advance: Advance = lambda _: None,
+    stack: TokenStack | None = None,
 ) -> nn.Module:
-    """Slice by ``plan`` and, unless ``ridge`` is None, repair; ``advance`` is called once per block."""
+    """Slice by ``plan`` and, unless ``ridge`` is None, repair; ``advance`` is called once per block.
+
+    Tokens merge from then on, where the plan says so: what they are merged into has no counterpart in the dense
+    network that it could be refitted to.
+    """
     small = sliced(dense.module, structure, plan)
     _repair(dense, small, structure, plan, batches, ridge, advance)
+    if plan.tokens and stack is not None:
+        with_merging(small, structure, stack, plan)
     return small
 
 

@@ -52,7 +52,7 @@ _OF_ENGINES = (
 )
 _OF_REMOVAL = (
     *("criterion", "scorer", "probes", "task_weight", "calibration_labels"),
-    *("align", "narrow_heads", "rounds", "batch_size", "table_seconds"),
+    *("align", "narrow_heads", "tokens", "tokens_share", "rounds", "batch_size", "table_seconds"),
 )
 
 
@@ -83,6 +83,8 @@ class Recipe(BaseModel):
     task_weight: Annotated[float, Field(ge=0)] | None = None
     align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     narrow_heads: bool | None = None
+    tokens: Literal["auto", "off"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = "off"
+    tokens_share: Annotated[float | None, Field(gt=0, lt=1)] = None
     rounds: Annotated[int, Field(ge=1, le=16)] = 1
     sparsity: Literal["2:4"] | None = None
     compensate: bool = True
@@ -118,6 +120,16 @@ class Recipe(BaseModel):
     def _pattern(cls, given: Any) -> Any:
         # What YAML makes of 2:4 without quotes, a number to the base of 60.
         return "2:4" if given == 2 * 60 + 4 else given
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _counts(cls, given: Any) -> Any:
+        if not isinstance(given, str) or given in ("auto", "off"):
+            return given
+        try:
+            return [int(part) for part in given.split(",")]
+        except ValueError:
+            raise ValueError("give auto, off, or how many enter each block, like 197,197,160") from None
 
     @property
     def has_budget(self) -> bool:
@@ -222,10 +234,29 @@ def check_options(recipe: Recipe) -> None:
             raise UserError(f"--{name} {value}: it has an effect only with {needed}")
     if recipe.latency is not None and recipe.latency_ms is not None:
         raise UserError("--latency and --latency-ms: give one of them")
+    _check_tokens(recipe)
     if recipe.rounds > 1 and recipe.has_latency:
         raise UserError(f"--rounds {recipe.rounds}: a latency budget is met in one round; give a FLOP budget instead")
     if recipe.scorer == "forward" and recipe.probes == 1:
         raise UserError("--probes 1: --scorer forward compares draws and needs 2 at least")
+
+
+def _check_tokens(recipe: Recipe) -> None:
+    """Raise UserError for what does not go with merging tokens."""
+    if recipe.tokens_share is not None and recipe.tokens != "auto":
+        raise UserError(f"--tokens-share {recipe.tokens_share:g}: it has an effect only with --tokens auto")
+    if recipe.tokens == "off":
+        return
+    given = recipe.tokens if isinstance(recipe.tokens, str) else ",".join(map(str, recipe.tokens))
+    others = (
+        ("latency budgets know the time of units only; give --flops", recipe.has_latency),
+        (f"tokens merge in one round, not in --rounds {recipe.rounds}", recipe.rounds > 1),
+        (f"--sparsity {recipe.sparsity} follows the dense network token by token", recipe.sparsity is not None),
+        ("it needs --criterion trajectory-obs; give numbers of tokens", recipe.criterion != "trajectory-obs"),
+    )
+    for reason, found in others if recipe.tokens == "auto" else others[:-1]:
+        if found:
+            raise UserError(f"--tokens {given}: {reason}")
 
 
 def check_precision(recipe: Recipe) -> None:

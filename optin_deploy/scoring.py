@@ -19,7 +19,9 @@ from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_tensors
 from optin_deploy.network import Network
+from optin_deploy.schedule import Damages, damage_steps, damages
 from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.token_stack import TokenStack
 
 Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
 Scorer = Literal["sketch", "exact", "forward"]
@@ -31,6 +33,8 @@ _EXACT_TOKENS = 3_000
 _CHUNKS = 4
 _CHUNK_TOKENS = 512
 _LONG, _LONG_TOKENS = 128, 256
+# Merging is tried on so many samples: it is run once for each block and number of tokens.
+_MERGED_SAMPLES = 32
 # Forward passes are many: the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
 
@@ -134,6 +138,42 @@ def score(
     if bad:
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
     return scores
+
+
+def token_damages(
+    network: Network,
+    structure: Structure,
+    stack: TokenStack,
+    batches: Batches,
+    scoring: Scoring,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Damages:
+    """What merging tokens before each block costs, in the unit of the scores of trajectory-OBS on the same batches.
+
+    Only outputs are compared, since Gram matrices need all tokens; where scores have a manifold part as well, that is
+    as large over all units (`task_factors`), and is taken to be as large here.
+    """
+    samples = _samples_at_once(network, structure, batches)
+    factors = _factors(network, structure, chunks(batches[:1], samples)[0], scoring)
+    some = _merged_batches(batches)
+    found = damages(network, structure, stack, some, factors, advance)
+    part = sum(map(_size, batches)) / sum(map(_size, some))
+    manifold, task = scoring.weights(network, structure)
+    return Damages(found.tokens, found.loss * part * (1 + (manifold / task if task else 0.0)))
+
+
+def token_steps(stack: TokenStack, batches: Batches) -> int:
+    """How often `token_damages` will advance its progress."""
+    return damage_steps(stack, len(_merged_batches(batches)))
+
+
+def _merged_batches(batches: Batches) -> Batches:
+    samples = 0
+    for index, batch in enumerate(batches):
+        samples += _size(batch)
+        if samples >= _MERGED_SAMPLES:
+            return batches[: index + 1]
+    return batches
 
 
 def _obs(

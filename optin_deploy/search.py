@@ -124,17 +124,17 @@ def search_all(
     for budget in budgets:
         check_budget(structure, budget.costs, budget.fraction, budget.what)
     if edges is not None:
-        plan = _best_plan(structure, scores, budgets, {**_sizes(structure, align), **edges})
+        plan = _best_plan(structure, scores, budgets, {**sizes_of(structure, align), **edges})
         if _is_near(plan, budgets):
             return plan
     while True:
-        plan = _best_plan(structure, scores, budgets, _sizes(structure, align))
+        plan = _best_plan(structure, scores, budgets, sizes_of(structure, align))
         if align == 1 or _is_near(plan, budgets):
             return plan
         align //= 2
 
 
-def _sizes(structure: Structure, align: int) -> dict[str, Sequence[int]]:
+def sizes_of(structure: Structure, align: int) -> dict[str, Sequence[int]]:
     return {group.name: candidate_sizes(group, align) for group in structure.groups}
 
 
@@ -143,34 +143,62 @@ def _is_near(plan: Plan, budgets: Sequence[Budget]) -> bool:
     return any(b.costs.of(plan) >= (b.fraction - b.window) * b.costs.total for b in budgets)
 
 
-def _best_plan(
-    structure: Structure, scores: Mapping[str, Tensor], budgets: Sequence[Budget], sizes: Mapping[str, Sequence[int]]
-) -> Plan:
+@dataclass(frozen=True)
+class Offers:
+    """What may be kept of each group that is not inner to another, and what that is worth.
+
+    Attributes:
+        choices: of each group, pairs of units kept of it and of its inner group, None where it has none.
+        values: the score that each choice keeps, as a part of all scores.
+        scale: the sum of all scores.
+        best: group name -> its units from the best on.
+    """
+
+    groups: tuple[Group, ...]
+    choices: tuple[tuple[tuple[int, int | None], ...], ...]
+    values: tuple[NDArray[np.float64], ...]
+    scale: float
+    best: Mapping[str, NDArray[np.int64]]
+
+    def plan(self, structure: Structure, taken: Sequence[int]) -> Plan:
+        """The plan of one choice of each group."""
+        kept = {}
+        for group, choices, option in zip(self.groups, self.choices, taken, strict=True):
+            for of, units in zip((group, structure.inner(group.name)), choices[option], strict=True):
+                if of is not None and units is not None:
+                    kept[of.name] = tuple(sorted(int(i) for i in self.best[of.name][:units]))
+        return Plan(kept)
+
+
+def offers(structure: Structure, scores: Mapping[str, Tensor], sizes: Mapping[str, Sequence[int]]) -> Offers:
+    """What may be kept when groups come in ``sizes``."""
     values = {g.name: scores[g.name].double().cpu().numpy() for g in structure.groups}
     # Scores of different networks differ by orders of magnitude; the small constant prefers more units among equals.
     scale = max(sum(float(v.sum()) for v in values.values()), 1e-300)
     best = {g.name: _ranked(g, values[g.name]) for g in structure.groups}
     gained = {n: np.concatenate([[0.0], np.cumsum(values[n][order] / scale + 1e-12)]) for n, order in best.items()}
-    groups = [g for g in structure.groups if g.outer is None]
-    choices: list[list[tuple[int, int | None]]] = []
-    kept_values: list[list[float]] = []
+    groups = tuple(g for g in structure.groups if g.outer is None)
+    choices: list[tuple[tuple[int, int | None], ...]] = []
+    kept_values: list[NDArray[np.float64]] = []
     for group in groups:
         inner = structure.inner(group.name)
         if inner is None:
-            choices.append([(n, None) for n in sizes[group.name]])
-            kept_values.append([gained[group.name][n] for n in sizes[group.name]])
+            choices.append(tuple((n, None) for n in sizes[group.name]))
+            kept_values.append(gained[group.name][list(sizes[group.name])])
             continue
         # Where all units leave there is no inner group.
         narrowed = sizes[inner.name]
         pairs = [(n, w) for n in sizes[group.name] for w in narrowed if n or w == narrowed[-1]]
-        choices.append([*pairs])
-        kept_values.append(_values_of_pairs(group, inner, gained, pairs))
-    kept = {}
-    for group, choice, option in zip(groups, choices, _chosen(groups, choices, kept_values, budgets), strict=True):
-        for of, units in zip((group, structure.inner(group.name)), choice[option], strict=True):
-            if of is not None and units is not None:
-                kept[of.name] = tuple(sorted(int(i) for i in best[of.name][:units]))
-    return Plan(kept)
+        choices.append((*pairs,))
+        kept_values.append(np.array(_values_of_pairs(group, inner, gained, pairs)))
+    return Offers(groups, tuple(choices), tuple(kept_values), scale, best)
+
+
+def _best_plan(
+    structure: Structure, scores: Mapping[str, Tensor], budgets: Sequence[Budget], sizes: Mapping[str, Sequence[int]]
+) -> Plan:
+    offered = offers(structure, scores, sizes)
+    return offered.plan(structure, _chosen(offered.groups, offered.choices, offered.values, budgets))
 
 
 def _values_of_pairs(
@@ -187,7 +215,7 @@ def _values_of_pairs(
 def _chosen(
     groups: Sequence[Group],
     choices: Sequence[Sequence[tuple[int, int | None]]],
-    values: Sequence[Sequence[float]],
+    values: Sequence[NDArray[np.float64]],
     budgets: Sequence[Budget],
 ) -> list[int]:
     """For each group the index of the choice taken."""
@@ -199,7 +227,7 @@ def _chosen(
         split = [list(zip(*pair, strict=True)) for pair in zip(_split(worth, ends), _split(cost, ends), strict=True)]
         return starts + np.array(knapsack(split, 1.0))
 
-    value = np.concatenate([np.asarray(v) for v in values])
+    value = np.concatenate(values)
     taken = solve(value, parts[0]) if len(budgets) == 1 else _under_both(solve, value, parts[0], parts[1])
     return [int(i) for i in taken - starts]
 

@@ -20,6 +20,7 @@ _KINDS = {
     "width": "Head width kept",
     "neuron": "FFN neurons kept",
     "channel": "Channels kept",
+    "token": "Tokens that enter each block",
 }
 
 

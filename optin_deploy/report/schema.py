@@ -179,10 +179,10 @@ class Variant(_Value):
 
 
 class PlanEntry(_Value):
-    """How many units of one group stay."""
+    """How many units of one group stay; of the kind "token", how many tokens enter a block."""
 
     group: str
-    kind: Literal["head", "width", "neuron", "channel"]
+    kind: Literal["head", "width", "neuron", "channel", "token"]
     layer: int
     units: int
     kept: int

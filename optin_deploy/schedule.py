@@ -1,0 +1,235 @@
+"""How many tokens enter each block: what merging them costs the outputs, and the best schedule under a FLOP budget.
+
+Damage of merging to n tokens before block l is the trajectory loss (``criteria.loss``) of the network in which nothing
+else happens, measured by running it. Tokens that merge before an earlier block are those that would merge first here,
+so a schedule n₁ ≥ n₂ ≥ … is charged Σ_l D_l(n_l) − D_l(n_{l−1}).
+
+The schedule and the units are found together: at a price of λ per FLOP every block's best units are known for every
+number of tokens, the best schedule is a shortest path through the blocks, and λ is bisected until the budget is met.
+With that schedule, the units are then found exactly (``search``).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optin_deploy.criteria.loss import Trajectory
+from optin_deploy.network import Network
+from optin_deploy.plan import Plan
+from optin_deploy.replay import resumed
+from optin_deploy.search import Offers, offers, sizes_of
+from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.token_stack import TokenStack, with_merging
+from optin_deploy.token_costs import TokenCosts
+
+# Parts of the tokens behind the prefix that are left where damage is measured.
+_MEASURED = (0.9, 0.75, 0.6, 0.5)
+# Numbers of tokens that a block may get: so many steps from all to an eighth.
+_LEVELS, _LEAST = 24, 1 / 8
+_BISECTIONS = 40
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Damages:
+    """What merging costs: ``loss[l, i]`` of going on with ``tokens[i]`` tokens (descending) from block l."""
+
+    tokens: tuple[int, ...]
+    loss: NDArray[np.float64]
+
+    def at(self, block: int, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Between the measured numbers linear; beyond the fewest it goes on as it came there."""
+        known, loss = np.array(self.tokens[::-1], dtype=float), self.loss[block][::-1]
+        inside = np.interp(tokens, known, loss)
+        slope = (loss[0] - loss[1]) / (known[1] - known[0])
+        return np.where(tokens < known[0], loss[0] + slope * (known[0] - tokens), inside)
+
+
+@torch.no_grad()
+def damages(
+    network: Network,
+    structure: Structure,
+    stack: TokenStack,
+    batches: Sequence[Mapping[str, Tensor]],
+    factors: Mapping[str, float],
+    advance: Advance = lambda _: None,
+) -> Damages:
+    """Measure the damage of merging before each block, summed over ``batches``, the running maximum over tokens.
+
+    Args:
+        factors: weights of the outputs' task terms, by output name.
+        advance: called with 1 after every schedule that was run, `damage_steps` in all.
+    """
+    counts = _measured_counts(stack)
+    loss = np.zeros((len(stack.blocks), 1 + len(counts)))
+    for inputs in batches:
+        trajectory = Trajectory(network, structure, inputs, 0)
+        blocks, dense = trajectory.run()
+        for block in range(len(stack.blocks)):
+            # Blocks before the first that merges give what they give in the dense network.
+            known = {name: blocks[name] for name in stack.blocks[:block] if name in blocks}
+            for column, tokens in enumerate(counts, 1):
+                schedule = (stack.tokens,) * block + (tokens,) * (len(stack.blocks) - block)
+                changed = _merging_outputs(network, structure, stack, schedule, inputs, known)
+                for name, factor in factors.items():
+                    if factor:
+                        loss[block, column] += factor * float(
+                            trajectory.task_change(name, dense[name], changed[name], 1)[0]
+                        )
+                advance(1)
+    return Damages((stack.tokens, *counts), np.maximum.accumulate(np.maximum(loss, 0), axis=1))
+
+
+def damage_steps(stack: TokenStack, batches: int) -> int:
+    """How often `damages` will advance its progress."""
+    return len(_measured_counts(stack)) * len(stack.blocks) * batches
+
+
+def _measured_counts(stack: TokenStack) -> list[int]:
+    patches = stack.tokens - stack.prefix
+    wanted = {max(stack.least_behind(stack.tokens), stack.prefix + round(part * patches)) for part in _MEASURED}
+    return sorted(wanted - {stack.tokens}, reverse=True)
+
+
+def _merging_outputs(
+    network: Network,
+    structure: Structure,
+    stack: TokenStack,
+    schedule: tuple[int, ...],
+    inputs: Mapping[str, Tensor],
+    known: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Outputs of the network with the tokens of a schedule; its list of blocks is put back afterwards."""
+    parent, _, name = stack.name.rpartition(".")
+    holder, blocks = network.module.get_submodule(parent), network.module.get_submodule(stack.name)
+    try:
+        with_merging(network.module, structure, stack, Plan({}, schedule))
+        with resumed(network.module, known):
+            return network.forward(inputs)
+    finally:
+        setattr(holder, name, blocks)
+
+
+def best_schedule(
+    structure: Structure,
+    scores: Mapping[str, Tensor],
+    costs: TokenCosts,
+    fraction: float,
+    align: int,
+    damage: Damages,
+) -> tuple[int, ...]:
+    """The schedule that, with the best units for it, loses least at ``fraction`` of the dense FLOPs.
+
+    Args:
+        costs: at any schedule.
+        damage: in the unit of ``scores``.
+    """
+    offered = offers(structure, scores, sizes_of(structure, align))
+    return _within(_Path(offered, costs, damage), fraction * costs.total)
+
+
+def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, damage: Damages) -> tuple[int, ...]:
+    """The schedule of the least damage that alone, with all units, comes down to ``fraction`` of the dense FLOPs."""
+    whole = {g.name: [g.units] for g in structure.groups}
+    # With one choice for each group, what it is worth does not matter.
+    alike = {g.name: torch.ones(g.units) for g in structure.groups}
+    return _within(_Path(offers(structure, alike, whole), costs, damage), fraction * costs.total)
+
+
+def _within(path: "_Path", limit: float) -> tuple[int, ...]:
+    """The schedule at the lowest price per FLOP at which the budget is met."""
+    low, high = 0.0, 1.0
+    best = path.at_price(high / limit)
+    while best[1] > limit and high < 1e30:
+        high *= 4
+        best = path.at_price(high / limit)
+    for _ in range(_BISECTIONS):
+        price = (low + high) / 2
+        found = path.at_price(price / limit)
+        low, high, best = (price, high, best) if found[1] > limit else (low, price, found)
+    return best[0]
+
+
+class _Path:
+    """Schedules as paths through the blocks; values and damage are parts of the sum of all scores."""
+
+    def __init__(self, offered: Offers, costs: TokenCosts, damage: Damages) -> None:
+        self.costs, self.offered = costs, offered
+        stack = costs.stack
+        least = stack.prefix + max(1, round(_LEAST * (stack.tokens - stack.prefix)))
+        levels = np.unique(np.linspace(least, stack.tokens, _LEVELS).round().astype(int))[::-1]
+        self.levels = levels
+        # before[i, j]: going from level i to level j is possible.
+        self.possible = np.array([[stack.least_behind(int(a)) <= b <= a for b in levels] for a in levels])
+        scale = offered.scale
+        self.damage = np.stack([damage.at(i, levels.astype(float)) for i in range(len(stack.blocks))]) / scale
+        # Wherever tokens merge they are compared by whole heads here; the units then found may have narrower ones.
+        features = [costs.widths[key.group] if key else 0 for key in stack.keys]
+        self.merging = np.zeros((len(stack.blocks), len(levels), len(levels)))
+        for block, (i, a), (j, b) in product(range(len(stack.blocks)), enumerate(levels), enumerate(levels)):
+            if b < a:
+                step = int(a), int(b)
+                keyed = costs.comparing(block, *step, features[block]) if stack.keys[block] else 0.0
+                self.merging[block, i, j] = costs.merging(block, *step) + keyed
+        self.option_costs = [
+            np.array([costs.base.option(g.name, n, w) for n, w in choices])
+            for g, choices in zip(offered.groups, offered.choices, strict=True)
+        ]
+
+    def at_price(self, price: float) -> tuple[tuple[int, ...], float]:
+        """The best schedule at a price per FLOP, and what the network then costs."""
+        gain, cost = self._blocks(price)
+        start = int(np.argmax(self.levels))
+        value = np.full(len(self.levels), -np.inf)
+        value[start] = 0.0
+        came: list[NDArray[np.int64]] = []
+        for block in range(len(gain)):
+            lost = np.maximum(self.damage[block][None, :] - self.damage[block][:, None], 0)
+            step = value[:, None] - lost - price * self.merging[block] + gain[block][None, :]
+            step[~self.possible] = -np.inf
+            came.append(step.argmax(axis=0))
+            value = step.max(axis=0)
+        levels = [int(value.argmax())]
+        for block in reversed(range(1, len(gain))):
+            levels.append(int(came[block][levels[-1]]))
+        levels.reverse()
+        schedule = tuple(int(self.levels[i]) for i in levels)
+        merging = sum(self.merging[b][i][j] for b, (i, j) in enumerate(pairwise([start, *levels])))
+        inside = sum(cost[b][i] for b, i in enumerate(levels))
+        return schedule, float(self._outside(price) + merging + inside)
+
+    def _blocks(self, price: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of every block at every number of tokens: the most that its units are worth less their price, and their
+        FLOPs together with those that belong to no unit."""
+        shape = (len(self.costs.stack.blocks), len(self.levels))
+        gain, cost = np.zeros(shape), np.zeros(shape)
+        for block in range(shape[0]):
+            for column, tokens in enumerate(self.levels):
+                rest = self.costs.rest_at(block, int(tokens))
+                gain[block, column] -= price * rest
+                cost[block, column] += rest
+        for group, values, flops in zip(self.offered.groups, self.offered.values, self.option_costs, strict=True):
+            inside = self.costs.block_of.get(group.name)
+            if inside is None:
+                continue
+            for column, tokens in enumerate(self.levels):
+                factor = self.costs.at((int(tokens),) * shape[0]).factor(group.name)
+                taken = int(np.argmax(values - price * factor * flops))
+                gain[inside, column] += values[taken] - price * factor * flops[taken]
+                cost[inside, column] += factor * flops[taken]
+        return gain, cost
+
+    def _outside(self, price: float) -> float:
+        """FLOPs outside the stack: those that nothing changes, and those of the best units there."""
+        full = self.costs.stack.tokens
+        fixed = self.costs.base.floor - sum(self.costs.rest_at(b, full) for b in range(len(self.costs.stack.blocks)))
+        for group, values, flops in zip(self.offered.groups, self.offered.values, self.option_costs, strict=True):
+            if group.name not in self.costs.block_of:
+                fixed += float(flops[int(np.argmax(values - price * flops))])
+        return float(fixed)

@@ -1,0 +1,114 @@
+"""Runs with --tokens, from the recipe to the checkpoint, the ONNX file and the report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from tiny_models import classifier
+from torch import Tensor
+
+from optin_deploy import checkpoint, pipeline
+from optin_deploy.calibration import from_batches
+from optin_deploy.errors import UserError
+from optin_deploy.pipeline import Result, prune_export
+from optin_deploy.recipe import Recipe, check_options, make_recipe
+from optin_deploy.report import read_report
+from optin_deploy.report.html import render
+from optin_deploy.structure.token_stack import MergingBlocks
+
+QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
+SCHEDULE = (17, 14, 11)
+
+
+def batches() -> list[dict[str, Tensor]]:
+    made = torch.Generator().manual_seed(0)
+    network = classifier(10, depth=3, patch_size=8)
+    name, sample = next(iter(network.inputs.items()))
+    return [{name: torch.randn(4, *sample.shape[1:], generator=made)} for _ in range(6)]
+
+
+def run(output: Path, **options: Any) -> Result:
+    recipe = Recipe(model="mine", flops=0.5, **QUICK, **options)
+    network = classifier(10, depth=3, patch_size=8)
+    return prune_export(recipe, output=output, network=network, calibration=from_batches(batches()), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return run(tmp_path_factory.mktemp("run") / "run", tokens=SCHEDULE)
+
+
+def test_the_checkpoint_merges_and_the_onnx_file_too(result: Result) -> None:
+    module = checkpoint.load(result.directory / "checkpoint")
+    merging = [part for part in module.modules() if isinstance(part, MergingBlocks)]
+    assert [part.schedule for part in merging] == [SCHEDULE]
+    batch = batches()[-1]
+    name, image = next(iter(batch.items()))
+    expected = result.network.forward(batch)["logits"].detach()
+    torch.testing.assert_close(result.network.forward(batch, module)["logits"].detach(), expected)
+    session = onnxruntime.InferenceSession(result.directory / "pruned.onnx")
+    for size in (1, 3):
+        (found,) = session.run(None, {name: image[:size].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected[:size], atol=1e-4, rtol=1e-4)
+
+
+def test_the_report_tells_of_tokens(result: Result) -> None:
+    report = read_report(result.directory / "report.json")
+    tokens = [(entry.group, entry.units, entry.kept) for entry in report.plan if entry.kind == "token"]
+    assert tokens == [(f"blocks.{i}", 17, kept) for i, kept in enumerate(SCHEDULE)]
+    assert all(gate.passed for gate in report.gates) and {gate.name for gate in report.gates} == {"budget", "parity"}
+    assert "Tokens that enter each block" in render(report)
+
+
+def test_a_run_goes_on_with_its_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "export_and_measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", tokens="auto", tokens_share=0.5)
+    written = json.loads((tmp_path / "run" / "plan.json").read_text())["tokens"]
+    monkeypatch.setattr(pipeline, "token_schedule", interrupt)
+    again = run(tmp_path / "run", tokens="auto", tokens_share=0.5)
+    merging = next(part for part in again.network.module.modules() if isinstance(part, MergingBlocks))
+    assert list(merging.schedule) == written and written[-1] < 17
+    expected = checkpoint.load(tmp_path / "run" / "checkpoint")
+    batch = batches()[0]
+    got, wanted = (again.network.forward(batch, m)["logits"].detach() for m in (again.network.module, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_what_merges_is_not_pruned_again(result: Result, tmp_path: Path) -> None:
+    recipe = Recipe(model=str(result.directory / "checkpoint"), flops=0.5, **QUICK)
+    with pytest.raises(UserError, match="its tokens merge already; prune the network that it was made of"):
+        prune_export(recipe, output=tmp_path / "run", calibration=from_batches(batches()), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tokens": "some"}, "--tokens some: .*give auto, off, or how many enter each block"),
+        ({"tokens": "197,a"}, "--tokens 197,a: "),
+        ({"tokens": "0"}, "--tokens"),
+        ({"tokens_share": 0.5}, "--tokens-share 0.5: it has an effect only with --tokens auto"),
+        ({"tokens": "auto", "tokens_share": 1.5}, "--tokens-share 1.5"),
+        ({"tokens": "auto", "rounds": 2}, "--tokens auto: tokens merge in one round, not in --rounds 2"),
+        ({"tokens": "9,8", "sparsity": "2:4"}, "--tokens 9,8: --sparsity 2:4 follows the dense network token by token"),
+        ({"tokens": "auto", "criterion": "magnitude"}, "--tokens auto: it needs --criterion trajectory-obs"),
+        ({"tokens": "auto", "latency": 0.5}, "--tokens auto: latency budgets know the time of units only"),
+    ],
+)
+def test_what_does_not_go_together_is_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        check_options(make_recipe({"model": "mine", "flops": 0.5, **options}))
+
+
+def test_numbers_of_tokens_go_with_any_criterion() -> None:
+    recipe = make_recipe({"model": "mine", "flops": 0.5, "tokens": "197, 180", "criterion": "magnitude"})
+    check_options(recipe)
+    assert recipe.tokens == (197, 180)
