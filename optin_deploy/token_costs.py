@@ -83,7 +83,8 @@ class TokenCosts:
     def merging(self, block: int, before: int, tokens: int) -> float:
         """What merging before a block costs, comparing by keys left out."""
         key, width = self.stack.keys[block], self.stack.width
-        found = merging_flops(before, self.stack.prefix, before - tokens, width)
+        places = sum(features for _, features in self.stack.places)
+        found = merging_flops(before, self.stack.prefix, before - tokens, width, places)
         return found + (self.comparing(block, before, tokens, 0) if key is None else 0.0)
 
     def comparing(self, block: int, before: int, tokens: int, features: int) -> float:

@@ -77,6 +77,12 @@ def merged(x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([sizes[:, :p], match.staying @ size_a, size_joined], dim=1)
 
 
+def placed(places: Tensor, match: Matching) -> Tensor:
+    """What belongs to the places of patches, ``(batch, patches, features)``, after merging: a token is where that of B
+    was that others merged into."""
+    return torch.cat([match.staying @ places[:, 1::2], places[:, 0::2]], dim=1)
+
+
 def unmerged(x: Tensor, where: Tensor) -> Tensor:
     """Every token of the beginning gets what it was merged into: ``(batch, tokens, width)``.
 
@@ -92,10 +98,11 @@ def comparing_flops(tokens: int, prefix: int, features: int) -> float:
     return 2.0 * a * b * features
 
 
-def merging_flops(tokens: int, prefix: int, count: int, width: int) -> float:
-    """FLOPs of `merged` for one sample: those that stay are picked, with their sizes, and those that leave added up."""
+def merging_flops(tokens: int, prefix: int, count: int, width: int, places: int = 0) -> float:
+    """FLOPs of `merged` for one sample, and of `placed` for so many features: those that stay are picked, with their
+    sizes, and those that leave added up."""
     a, b = _sides(tokens, prefix)
-    return 2.0 * ((a - count) * a + a * b) * (width + 1) if count else 0.0
+    return 2.0 * ((a - count) * a * (width + 1 + places) + a * b * (width + 1)) if count else 0.0
 
 
 def _sides(tokens: int, prefix: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.plan import Plan
 from optin_deploy.structure.groups import Rows, Structure
 from optin_deploy.structure.residual import Call, trial_forward
-from optin_deploy.tokens import matching, merged, most_mergeable, unmerged
+from optin_deploy.tokens import matching, merged, most_mergeable, placed, unmerged
 
 # What blocks call a mask that is added to the attention's logits.
 _MASKS = ("attn_mask", "attention_mask")
@@ -40,6 +40,7 @@ class TokenStack:
         mask: the argument of every block that is added to the attention's logits.
         prefix: tokens at the beginning that are no patches: class, distillation and register tokens.
         keys: of every block; None where its keys are not known.
+        places: arguments of the blocks that belong to the places of patches, like rotary positions, and their features.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TokenStack:
     width: int
     blocks: tuple[str, ...]
     keys: tuple[KeySource | None, ...]
+    places: tuple[tuple[str, int], ...] = ()
 
     def least_behind(self, tokens: int) -> int:
         """The fewest tokens that a block can get when so many come to it."""
@@ -96,6 +98,7 @@ class MergingBlocks(nn.Sequential):
             raise UserError(f"tokens merge among {self.stack.tokens}, and here are {x.shape[1]}: keep the input's size")
         sizes: Tensor | None = None
         where: Tensor | None = None
+        places: dict[str, Tensor] = {}
         for index, block in enumerate(self._modules.values()):
             assert block is not None
             count = x.shape[1] - self.schedule[index]
@@ -103,7 +106,10 @@ class MergingBlocks(nn.Sequential):
                 match = matching(self._metric(index, block, x), self.stack.prefix, count)
                 x, sizes = merged(x, x.new_ones((*x.shape[:2], 1)) if sizes is None else sizes, match)
                 where = match.moved if where is None else match.moved.gather(1, where)
-            called = inspect.signature(block.forward).bind(x, *args, **kwargs)
+                for name, _ in self.stack.places:
+                    place = places[name] if name in places else kwargs[name].expand(x.shape[0], -1, -1)
+                    places[name] = placed(place, match)
+            called = inspect.signature(block.forward).bind(x, *args, **{**kwargs, **places})
             if sizes is not None:
                 given = called.arguments.get(self.stack.mask)
                 called.arguments[self.stack.mask] = _added(given, sizes.log()[:, None, None, :, 0])
@@ -156,16 +162,11 @@ def token_stack(module: nn.Module, inputs: Mapping[str, Tensor], structure: Stru
         raise _refused("not every block of its list runs")
     found = [calls[block] for block in blocks]
     shape = _common_shape(found)
+    prefix, mask = _prefix(calls, shape[1]), _mask_of(module, blocks)
     arguments = _arguments(module, inputs, blocks)
-    return TokenStack(
-        name,
-        _mask_of(module, blocks, arguments),
-        _prefix(calls, found[0], shape[1]),
-        shape[1],
-        shape[2],
-        blocks,
-        tuple(_key_source(structure, calls, block) for block in blocks),
-    )
+    arguments.pop(mask, None)
+    keys = tuple(_key_source(structure, calls, block) for block in blocks)
+    return TokenStack(name, mask, prefix, shape[1], shape[2], blocks, keys, _places(arguments, shape[1] - prefix))
 
 
 def _refused(reason: str) -> UserError:
@@ -184,14 +185,16 @@ def _common_shape(blocks: Sequence[Call]) -> torch.Size:
     return shape
 
 
-def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence[str]) -> set[str]:
-    """Names of the tensors that blocks are given beside the tokens."""
-    seen: set[str] = set()
+def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence[str]) -> dict[str, list[Tensor]]:
+    """The tensors that blocks are given beside the tokens, by name, of every block that is given one."""
+    seen: dict[str, list[Tensor]] = {}
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(block.forward).bind(*args, **kwargs)
         flat = {**given.arguments, **given.arguments.get("kwargs", {})}
-        seen.update(name for name, value in list(flat.items())[1:] if isinstance(value, Tensor))
+        for name, value in list(flat.items())[1:]:
+            if isinstance(value, Tensor):
+                seen.setdefault(name, []).append(value)
 
     handles = [module.get_submodule(b).register_forward_pre_hook(hook, with_kwargs=True) for b in blocks]
     try:
@@ -203,17 +206,23 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
     return seen
 
 
-def _mask_of(module: nn.Module, blocks: Sequence[str], arguments: set[str]) -> str:
+def _places(arguments: Mapping[str, list[Tensor]], patches: int) -> tuple[tuple[str, int], ...]:
+    """Arguments ``(patches, features)`` that are the same for all blocks; what is neither cannot follow the tokens."""
+    for name, given in arguments.items():
+        if given[0].dim() != 2 or given[0].shape[0] != patches or any(each is not given[0] for each in given):
+            raise _refused(f"its blocks are also given {name}, which cannot follow the tokens")
+    return tuple((name, given[0].shape[1]) for name, given in arguments.items())
+
+
+def _mask_of(module: nn.Module, blocks: Sequence[str]) -> str:
     taken = [set(inspect.signature(module.get_submodule(block).forward).parameters) for block in blocks]
     mask = next((name for name in _MASKS if all(name in each for each in taken)), None)
     if mask is None:
         raise _refused("its blocks take no attention mask, by which merged tokens would count for several")
-    if others := sorted(arguments - {mask}):
-        raise _refused(f"its blocks are also given {others[0]}, which belongs to the places of tokens")
     return mask
 
 
-def _prefix(calls: Mapping[str, Call], first: Call, tokens: int) -> int:
+def _prefix(calls: Mapping[str, Call], tokens: int) -> int:
     """Tokens before the patches, which the last map before the blocks has as pixels."""
     maps = [call.returned for call in calls.values() if call.returned is not None and call.returned.dim() == 4]
     pixels = [m.shape[2:].numel() for m in maps if m.shape[2:].numel() <= tokens]

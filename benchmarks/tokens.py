@@ -1,0 +1,255 @@
+"""What merging tokens gives: heads and neurons alone (β), with tokens (τ), tokens alone; and what merging itself costs.
+
+    python benchmarks/tokens.py --part maps --data-root ../shared/data --threads 1
+    python benchmarks/tokens.py --part overhead --threads 1
+    python benchmarks/tokens.py --part tome --tome ../ToMe --threads 1
+
+- maps: vit_small_saliency pruned in the three ways; its maps on photographs that were not calibrated on against the
+  dense ones, and its ONNX files in turns with the dense one.
+- overhead: deit_small with random weights, at batch 8: dense, merging 13 tokens a block, leaving out as many instead,
+  and τ at half of the FLOPs (half of what is removed by tokens) take turns. What merging takes beyond leaving out,
+  against the dense time, is its overhead.
+- tome: deit_small merging 13 tokens a block by the code of Token Merging (Bolya et al.; give its repository, whose
+  licence is not commercial and of which nothing is here) and by ours at the same FLOPs, in torch, interleaved, batch 8.
+
+Rows are kept in ``results/DEVICE/tokens.json``; those of a part are replaced. ``--table`` only prints them.
+"""
+
+import copy
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import common
+import torch
+from cases import saliency_maps
+from realised_ratio import export
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import optin_deploy
+from optin_deploy import Network
+from optin_deploy.costs import count_flops
+from optin_deploy.plan import Plan
+from optin_deploy.pruning import examine, remove_in_rounds
+from optin_deploy.rotation import in_principal_bases
+from optin_deploy.schedule import best_schedule, share_schedule
+from optin_deploy.scoring import Scoring, score, token_damages
+from optin_deploy.structure.token_stack import MergingBlocks, TokenStack, with_merging
+from optin_deploy.token_costs import token_costs
+from profilers.isolated import Case, loads_for, measure_files
+from profilers.statistics import ratio_interval
+
+NAME = "tokens"
+PARTS = ("maps", "overhead", "tome")
+Row = dict[str, Any]
+_RATE = 13
+_TURNS = 40
+
+
+class DroppingBlocks(MergingBlocks):
+    """Leaves out the last tokens, as many as would merge."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        for index, block in enumerate(self._modules.values()):
+            assert block is not None
+            x = block(x[:, : self.schedule[index]], *args, **kwargs)
+        return torch.cat([x, x[:, -1:].expand(-1, self.stack.tokens - x.shape[1], -1)], dim=1)
+
+
+def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float]) -> Iterator[tuple[Row, nn.Module]]:
+    """The network pruned in all ways to all budgets, from one scoring; ways that do not reach one are left out."""
+    scoring = Scoring()
+    anatomy = examine(network, tokens=True)
+    structure, stack = anatomy.structure, anatomy.stack
+    assert stack is not None
+    dense = in_principal_bases(network, structure, batches)
+    scores = score(dense, structure, anatomy.costs, batches, scoring)
+    damage = token_damages(dense, structure, stack, batches, scoring)
+    costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
+    for asked in budgets:
+        alone = share_schedule(structure, costs, asked, damage)
+        together = best_schedule(structure, scores, costs, asked, 64, damage)
+        for way, schedule in (("β", ()), ("τ", together), ("tokens", alone)):
+            if way == "tokens":
+                module = copy.deepcopy(network.module)
+                with_merging(module, structure, stack, Plan({}, schedule))
+            else:
+                _, module = remove_in_rounds(
+                    dense,
+                    anatomy,
+                    scores,
+                    batches,
+                    asked,
+                    scoring=scoring,
+                    labels=None,
+                    align=64,
+                    ridge="auto",
+                    rounds=1,
+                    schedule=schedule,
+                )
+            flops = count_flops(module, network.inputs) / anatomy.costs.total
+            if flops <= asked:
+                yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
+
+
+def maps(given: Namespace) -> list[Row]:
+    """See the module's first lines."""
+    case = saliency_maps(given.data_root, 0, given.samples)
+    budgets = [float(part) for part in given.flops.split(",")]
+    rows = []
+    for row, module in ways(case.network, [dict(batch) for batch in case.batches], budgets):
+        speed = timed(case.network, {"pruned": module}, given, (1, 8))
+        rows.append({"part": "maps", **row, **case.measure(module), "speed": speed["pruned"]})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def timed(network: Network, modules: Mapping[str, nn.Module], given: Namespace, sizes: tuple[int, ...]) -> Row:
+    """Name -> batch size -> dense ÷ module with its interval and the module's median, ONNX files in turns."""
+    found: Row = {name: {} for name in modules}
+    with TemporaryDirectory(prefix="optin-benchmark-") as folder:
+        files = {}
+        for name, module in {"dense": network.module, **modules}.items():
+            export(network.with_module(module), Path(folder, name), ({n: t[:2] for n, t in network.inputs.items()},))
+            files[name] = Path(folder, f"{name}.onnx")
+        sample = {name: tensor[:1].numpy() for name, tensor in network.inputs.items()}
+        for size in sizes:
+            measured = Case("ort-cpu", size, given.threads, given.seconds, loads=loads_for("ort-cpu", files.values()))
+            samples = measure_files(files, sample, measured, [("dense", name) for name in modules]).samples_ms
+            for name in modules:
+                found[name][str(size)] = asdict(ratio_interval(samples["dense"], samples[name]))
+    return found
+
+
+def deit_small(given: Namespace) -> tuple[Network, TokenStack, Any]:
+    """With random weights, which make no difference to its speed."""
+    network = optin_deploy.load_network("deit_small", weights="random")
+    anatomy = examine(network, tokens=True)
+    assert anatomy.stack is not None
+    return network, anatomy.stack, anatomy
+
+
+def overhead(given: Namespace) -> list[Row]:
+    """See the module's first lines."""
+    network, stack, anatomy = deit_small(given)
+    schedule = tuple(stack.tokens - _RATE * block for block in range(len(stack.blocks)))
+    merging = copy.deepcopy(network.module)
+    with_merging(merging, anatomy.structure, stack, Plan({}, schedule))
+    dropping = copy.deepcopy(network.module)
+    dropping.blocks = DroppingBlocks(dict(dropping.blocks.named_children()), stack, schedule, (0,) * len(schedule))
+    calibration = optin_deploy.load_calibration(network, None, samples=32)
+    pruned = optin_deploy.prune(network, calibration.batches, flops=0.5, tokens="auto", tokens_share=0.5)
+    modules = {"merging": merging, "leaving out": dropping.eval(), "τ": pruned.network.module}
+    rows = []
+    for name, speed in timed(network, modules, given, (8,)).items():
+        flops = count_flops(modules[name], network.inputs) / anatomy.costs.total
+        rows.append({"part": "overhead", "way": name, "flops": flops, "speed": speed})
+    times = [1 / row["speed"]["8"]["value"] for row in rows]
+    rows[0]["overhead"] = times[0] - times[1]
+    rows[2]["realised"] = rows[2]["speed"]["8"]["value"] * rows[2]["flops"]
+    return rows
+
+
+def tome(given: Namespace) -> list[Row]:
+    """See the module's first lines."""
+    if given.tome is None or not (given.tome / "tome" / "patch" / "timm.py").is_file():
+        sys.exit("--part tome needs --tome DIR, a copy of Token Merging's repository")
+    sys.path.insert(0, str(given.tome))
+    from tome.patch import timm as patched  # type: ignore[import-not-found]
+
+    network, stack, anatomy = deit_small(given)
+    theirs = copy.deepcopy(network.module)
+    patched(theirs)
+    theirs.r = _RATE
+    # It merges in the middle of a block: two thirds of what a block costs are behind that.
+    shift = round(_RATE * 2 / 3)
+    schedule = tuple(stack.tokens - shift - _RATE * block for block in range(len(stack.blocks)))
+    ours = copy.deepcopy(network.module)
+    with_merging(ours, anatomy.structure, stack, Plan({}, schedule))
+    modules = {"dense": network.module, "ToMe": theirs, "ours": ours}
+    image = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    samples = _in_turns(modules, image)
+    inputs = {next(iter(network.inputs)): image[:1]}
+    return [
+        {
+            "part": "tome",
+            "way": name,
+            "flops": count_flops(module, inputs) / anatomy.costs.total,
+            "speed": {"8": asdict(ratio_interval(samples["dense"], samples[name]))},
+            "ours": asdict(ratio_interval(samples[name], samples["ours"])),
+        }
+        for name, module in modules.items()
+    ]
+
+
+@torch.inference_mode()
+def _in_turns(modules: Mapping[str, nn.Module], image: Tensor) -> dict[str, list[list[float]]]:
+    """Milliseconds of each module, turn by turn."""
+    samples: dict[str, list[list[float]]] = {name: [] for name in modules}
+    for turn in range(_TURNS + 2):
+        for name, module in modules.items():
+            start = perf_counter()
+            module(image)
+            if turn >= 2:
+                samples[name].append([1000 * (perf_counter() - start)])
+    return samples
+
+
+def read_rows() -> list[Row]:
+    """What was measured so far."""
+    path = common.RESULTS / common.device_name() / f"{NAME}.json"
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["figures"]["rows"] if path.is_file() else []
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """All rows, a line each."""
+    made = Table(*("part", "way", "FLOPs", "speed-up, batch 1", "batch 8", "correlation", ""), box=None)
+    for row in rows:
+        speed = [_interval(row["speed"][size]) if size in row["speed"] else "" for size in ("1", "8")]
+        extra = {"overhead": "of the dense time is merging", "realised": "realised", "ours": "× as fast is ours"}
+        told = [f"{_value(row[key])} {words}" for key, words in extra.items() if key in row]
+        correlation = f"{row['correlation']:.4f}" if "correlation" in row else ""
+        made.add_row(row["part"], row["way"], f"{row['flops']:.3f}", *speed, correlation, "; ".join(told))
+    return made
+
+
+def _value(found: Any) -> str:
+    return _interval(found) if isinstance(found, Mapping) else f"{found:.3f}"
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.2f} [{found['low']:.2f}–{found['high']:.2f}]"
+
+
+def main() -> None:
+    """Measure one part, keep its rows, print all."""
+    made = common.parser(__doc__ or "")
+    made.add_argument("--part", choices=PARTS)
+    made.add_argument("--tome", type=Path)
+    made.add_argument("--flops", default="0.8,0.7,0.6,0.5")
+    made.add_argument("--samples", type=int, default=64, help="photographs to calibrate on")
+    made.add_argument("--seconds", type=float, default=20.0, help="of the rounds of one measurement")
+    made.add_argument("--table", action="store_true")
+    given = made.parse_args()
+    rows = read_rows()
+    if not given.table:
+        if given.part is None:
+            made.error("give --part or --table")
+        torch.set_num_threads(given.threads)
+        found = {"maps": maps, "overhead": overhead, "tome": tome}[given.part](given)
+        rows = [row for row in rows if row["part"] != given.part] + found
+        common.write_results(NAME, {"rows": rows})
+    Console(width=160).print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
