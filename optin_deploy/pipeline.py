@@ -20,7 +20,7 @@ from optin_deploy.files import write_text
 from optin_deploy.job import Job, prepare
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Measured
-from optin_deploy.latency.stage import latency_tables, plan_for_latency, read_latency
+from optin_deploy.latency.stage import latency_fraction, latency_tables, plan_for_latency, read_latency
 from optin_deploy.measuring import export_and_measure
 from optin_deploy.network import Network
 from optin_deploy.pictures import pictures
@@ -122,8 +122,10 @@ def _pruned(
     """Search, slice and repair, or read the checkpoint of an earlier try; writes plan.json and the checkpoint."""
     recipe, structure, path = job.recipe, job.anatomy.structure, directory / "checkpoint"
     ridge: Ridge = recipe.ridge if recipe.compensate else None
-    met = plan_for_latency(job, dense, scores, measured, directory, stages) if recipe.has_latency and measured else None
-    schedule = () if path.exists() else _schedule(job, dense, scores, stages)
+    schedule = () if path.exists() else _schedule(job, dense, scores, measured, stages)
+    met = None
+    if recipe.has_latency and measured:
+        met = plan_for_latency(job, dense, scores, measured, schedule, directory, stages)
     rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
     with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
         if path.exists():
@@ -136,7 +138,7 @@ def _pruned(
                 plan = Plan({g.name: tuple(range(g.units)) for g in structure.groups})
                 module = sliced(dense.module, structure, plan)
             elif met is not None:
-                plan, module = met, remove(dense, structure, met, batches, ridge, advance)
+                plan, module = met, remove(dense, structure, met, batches, ridge, advance, job.anatomy.stack)
             else:
                 assert recipe.flops is not None
                 plan, module = remove_in_rounds(
@@ -166,11 +168,18 @@ def _pruned(
     return plan, pruned
 
 
-def _schedule(job: Job, dense: Network, scores: Mapping[str, Tensor], stages: Stages) -> tuple[int, ...]:
-    """How many tokens enter each block; empty where none merge."""
+def _schedule(
+    job: Job, dense: Network, scores: Mapping[str, Tensor], measured: Measured | None, stages: Stages
+) -> tuple[int, ...]:
+    """How many tokens enter each block; empty where none merge. Under a latency budget alone, what is best for as
+    many FLOPs."""
     recipe, anatomy = job.recipe, job.anatomy
-    if anatomy.stack is None or recipe.flops is None:
+    if anatomy.stack is None:
         return ()
+    flops = recipe.flops
+    if flops is None:
+        assert measured is not None
+        flops = latency_fraction(recipe, measured)
     steps = token_steps(anatomy.stack, job.calibration.batches) if recipe.tokens == "auto" else 1
     with stages.stage("merge tokens", steps) as advance:
         batches = _batches(job.calibration.batches, job.device)
@@ -179,7 +188,7 @@ def _schedule(job: Job, dense: Network, scores: Mapping[str, Tensor], stages: St
             anatomy,
             scores,
             batches,
-            recipe.flops,
+            flops,
             _scoring(recipe),
             recipe.alignment or 64,
             recipe.tokens,

@@ -249,7 +249,6 @@ def _check_tokens(recipe: Recipe) -> None:
         return
     given = recipe.tokens if isinstance(recipe.tokens, str) else ",".join(map(str, recipe.tokens))
     others = (
-        ("latency budgets know the time of units only; give --flops", recipe.has_latency),
         (f"tokens merge in one round, not in --rounds {recipe.rounds}", recipe.rounds > 1),
         (f"--sparsity {recipe.sparsity} follows the dense network token by token", recipe.sparsity is not None),
         ("it needs --criterion trajectory-obs; give numbers of tokens", recipe.criterion != "trajectory-obs"),

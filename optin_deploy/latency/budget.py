@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from optin_deploy.costs import Costs
+from optin_deploy.costs import CostModel, Costs
 from optin_deploy.latency.costs import LatencyCosts
 from optin_deploy.latency.measure import Measured, Target, export_network
 from optin_deploy.network import Network
@@ -24,6 +24,8 @@ from optin_deploy.search import (
 )
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.token_stack import with_merging
+from optin_deploy.token_costs import TokenCosts
 from profilers import measure_files
 from profilers.statistics import paired_ratio
 
@@ -86,7 +88,7 @@ class _Search:
 
     structure: Structure
     scores: Mapping[str, Tensor]
-    flop_costs: Costs
+    flop_costs: CostModel
     limit: float
     flops: float | None
     align: int
@@ -137,6 +139,7 @@ def meet(
     *,
     flops: float | None = None,
     align: int | None = None,
+    tokens: TokenCosts | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Met:
     """Find the plan whose network takes at most ``fraction`` of the dense latency, and hardly less.
@@ -151,16 +154,21 @@ def meet(
         flop_costs: of the dense network.
         flops: part of the dense FLOPs that is not exceeded either.
         align: neurons in multiples of this number; None takes the edges that the tables found, and by FLOPs 64.
+        tokens: the FLOPs at the schedule by which tokens merge; None where they do not.
 
     Raises:
         UserError: the budget is below the floor of the table.
     """
-    check_budget(structure, measured.costs, fraction, "latency")
+    first = measured.costs
+    if tokens is not None:
+        first = replace(first, parts={name: tokens.factor(name) for name in first.curves})
+    check_budget(structure, first, fraction, "latency")
     edges = edges_of(structure, measured) if align is None else None
-    by_latency = _Search(structure, scores, flop_costs, fraction, flops, align or _FINE, edges)
+    all_flops: CostModel = flop_costs if tokens is None else tokens
+    by_latency = _Search(structure, scores, all_flops, fraction, flops, align or _FINE, edges)
     by_flops = replace(by_latency, align=align or _ALIGN)
     ways: dict[Way, Callable[[LatencyCosts], Plan]] = {"latency": by_latency.by_latency, "FLOPs": by_flops.by_flops}
-    costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, measured.costs)
+    costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, first)
     tried: list[tuple[Plan, Round]] = []
     with TemporaryDirectory(prefix="optin-budget-") as name:
         folder = Path(name)
@@ -170,9 +178,9 @@ def meet(
             plans = {way: plan for way, plan in plans.items() if plan not in [p for p, _ in tried]}
             if plans.get("FLOPs") == plans.get("latency"):
                 plans.pop("FLOPs", None)
-            for way, ms in _built(dense, structure, plans, dense_file, target).items():
+            for way, ms in _built(dense, structure, plans, dense_file, target, tokens).items():
                 plan, on_scale = plans[way], ms * costs[way].total
-                part = flop_costs.of(plan) / flop_costs.total
+                part = all_flops.of(plan) / all_flops.total
                 kept = kept_score(structure, scores, plan)
                 tried.append((plan, Round(way, costs[way].of(plan), on_scale, part, kept)))
                 relative = on_scale / (fraction * costs[way].total)
@@ -185,11 +193,17 @@ def meet(
             if not ways:
                 break
     taken = _best([r for _, r in tried], fraction * measured.costs.total)
-    return Met(tried[taken][0], tuple(r for _, r in tried), taken)
+    plan = replace(tried[taken][0], tokens=tokens.schedule if tokens is not None else ())
+    return Met(plan, tuple(r for _, r in tried), taken)
 
 
 def _built(
-    dense: Network, structure: Structure, plans: Mapping[Way, Plan], dense_file: Path, target: Target
+    dense: Network,
+    structure: Structure,
+    plans: Mapping[Way, Plan],
+    dense_file: Path,
+    target: Target,
+    tokens: TokenCosts | None,
 ) -> dict[Way, float]:
     """Latency of the network of each plan, as a part of the dense one's; all in one interleaved run."""
     if not plans:
@@ -197,6 +211,8 @@ def _built(
     files = {"dense": dense_file}
     for way, plan in plans.items():
         small = sliced(dense.module, structure, plan)
+        if tokens is not None:
+            with_merging(small, structure, tokens.stack, replace(plan, tokens=tokens.schedule))
         files[way] = export_network(dense, small, target, dense_file.parent / way.lower())
     sample = {n: t[:1].numpy(force=True) for n, t in dense.inputs.items()}
     pairs = [("dense", way) for way in plans]

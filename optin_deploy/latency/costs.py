@@ -1,7 +1,7 @@
 """Milliseconds as a cost: what every group saves at every size, by latency tables, on the scale of the network."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -39,7 +39,8 @@ class LatencyCosts:
     """The latency of a network in one runtime, in milliseconds: `costs.CostModel`.
 
     The dense network's, less what the groups' sizes save. ``factor`` corrects all savings alike, after a real network
-    has been measured.
+    has been measured. ``parts`` say which part of its time a group takes where tokens have merged; all of it where it
+    is not named. Time between groups, like that of norms, is taken to stay; what has been measured corrects that too.
     """
 
     total: float
@@ -47,6 +48,7 @@ class LatencyCosts:
     widths: Mapping[str, str]
     curves: Mapping[str, Curve]
     factor: float = 1.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def floor(self) -> float:
@@ -56,7 +58,7 @@ class LatencyCosts:
     def option(self, group: str, units: int, width: int | None) -> float:
         """What a size costs above the floor."""
         curve = self.curves[group]
-        return self.factor * (curve.at(units, width) - curve.at(0, None))
+        return self.factor * self.parts.get(group, 1.0) * (curve.at(units, width) - curve.at(0, None))
 
     def of(self, plan: Plan) -> float:
         """The latency of the network that ``plan`` leaves."""

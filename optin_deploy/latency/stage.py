@@ -19,6 +19,7 @@ from optin_deploy.progress import Stages, as_steps
 from optin_deploy.recipe import Recipe
 from optin_deploy.search import check_budget
 from optin_deploy.structure.groups import Structure
+from optin_deploy.token_costs import token_costs
 
 
 def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None:
@@ -35,10 +36,10 @@ def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None
 
 def check_latency(structure: Structure, recipe: Recipe, measured: Measured) -> None:
     """Raise UserError when the latency that ``recipe`` asks for cannot be reached, or is no less than the dense one."""
-    check_budget(structure, measured.costs, _fraction(recipe, measured), "latency")
+    check_budget(structure, measured.costs, latency_fraction(recipe, measured), "latency")
 
 
-def _fraction(recipe: Recipe, measured: Measured) -> float:
+def latency_fraction(recipe: Recipe, measured: Measured) -> float:
     """The latency asked for, as a part of the dense network's."""
     if recipe.latency is not None:
         return recipe.latency
@@ -50,11 +51,25 @@ def _fraction(recipe: Recipe, measured: Measured) -> float:
 
 
 def plan_for_latency(
-    job: Job, dense: Network, scores: Mapping[str, Tensor], measured: Measured, directory: Path, stages: Stages
+    job: Job,
+    dense: Network,
+    scores: Mapping[str, Tensor],
+    measured: Measured,
+    schedule: tuple[int, ...],
+    directory: Path,
+    stages: Stages,
 ) -> Plan:
-    """The plan that meets the latency budget, by building and measuring; how is kept in latency.json."""
-    recipe = job.recipe
-    fraction = _fraction(recipe, measured)
+    """The plan that meets the latency budget, by building and measuring; how is kept in latency.json.
+
+    Args:
+        schedule: tokens that enter each block; empty where none merge.
+    """
+    recipe, anatomy = job.recipe, job.anatomy
+    fraction = latency_fraction(recipe, measured)
+    tokens = None
+    if anatomy.stack is not None and schedule:
+        costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs)
+        tokens = costs.at(schedule)
     on_cpu = dense if job.device.type == "cpu" else dense.with_module(copy.deepcopy(dense.module).cpu())
     with stages.stage("meet the latency") as advance:
         met = meet(
@@ -67,6 +82,7 @@ def plan_for_latency(
             job.target,
             flops=recipe.flops,
             align=recipe.alignment,
+            tokens=tokens,
             progress=as_steps(advance),
         )
     write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")

@@ -100,7 +100,6 @@ def test_what_merges_is_not_pruned_again(result: Result, tmp_path: Path) -> None
         ({"tokens": "auto", "rounds": 2}, "--tokens auto: tokens merge in one round, not in --rounds 2"),
         ({"tokens": "9,8", "sparsity": "2:4"}, "--tokens 9,8: --sparsity 2:4 follows the dense network token by token"),
         ({"tokens": "auto", "criterion": "magnitude"}, "--tokens auto: it needs --criterion trajectory-obs"),
-        ({"tokens": "auto", "latency": 0.5}, "--tokens auto: latency budgets know the time of units only"),
     ],
 )
 def test_what_does_not_go_together_is_told(options: dict[str, Any], told: str) -> None:

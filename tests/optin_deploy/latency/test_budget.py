@@ -19,6 +19,8 @@ from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.search import kept_score
 from optin_deploy.slicing import sliced
+from optin_deploy.structure.token_stack import token_stack
+from optin_deploy.token_costs import token_costs
 from profilers.isolated import Measured as Sampled
 
 TARGET = Target("ort-cpu", 1, 1)
@@ -120,6 +122,31 @@ def test_of_networks_within_the_budget_the_one_that_keeps_most_is_taken(fake_lab
     for round_, plan in zip(met.rounds, fake_lab, strict=True):
         assert round_.score == pytest.approx(kept_score(STRUCTURE, SCORES, plan))
         assert round_.flops == pytest.approx(FLOPS.of(plan) / FLOPS.total)
+
+
+def test_merged_tokens_count_in_the_tables_and_in_what_is_built(
+    fake_lab: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = token_stack(NETWORK.module, NETWORK.inputs, STRUCTURE)
+    schedule = (stack.tokens, stack.tokens - 1, stack.tokens - 2)
+    tokens = token_costs(NETWORK.module, STRUCTURE, FLOPS, stack, NETWORK.inputs).at(schedule)
+    parts = {name: tokens.factor(name) for name in costs(1.0).curves}
+    merging: list[Plan] = []
+    monkeypatch.setattr(budget, "with_merging", lambda *args: merging.append(args[-1]))
+
+    def measure(files: Mapping[str, Path], *_: Any) -> Sampled:
+        plans = fake_lab[len(fake_lab) - len(files) + 1 :]
+        true_ms = [DENSE_MS, *(replace(costs(1.0), parts=parts).of(plan) for plan in plans)]
+        return Sampled({n: [[ms] * 3] * 3 for n, ms in zip(files, true_ms, strict=True)}, True, 1.0, 1)
+
+    monkeypatch.setattr(budget, "measure_files", measure)
+    measured = Measured(costs(1.0), (), (), ())
+    met = meet(NETWORK, STRUCTURE, SCORES, measured, FLOPS, 0.6, TARGET, align=8, tokens=tokens)
+    assert met.plan.tokens == schedule and [plan.tokens for plan in merging] == [schedule] * len(fake_lab)
+    assert all(abs(r.error) < 1e-9 for r in met.rounds)
+    # Tokens that have merged leave more units for the same time.
+    without = run(costs(1.0), 0.6)
+    assert kept_score(STRUCTURE, SCORES, met.plan) > kept_score(STRUCTURE, SCORES, without.plan)
 
 
 def test_another_budget_holds_beside(fake_lab: list[Plan]) -> None:
