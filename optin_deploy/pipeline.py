@@ -30,8 +30,10 @@ from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, t
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, write_report
 from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_steps
+from optin_deploy.schedule import Damages
+from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_damages, token_steps
 from optin_deploy.slicing import sliced
+from optin_deploy.structure.token_stack import TokenStack
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _pruned(
     """Search, slice and repair, or read the checkpoint of an earlier try; writes plan.json and the checkpoint."""
     recipe, structure, path = job.recipe, job.anatomy.structure, directory / "checkpoint"
     ridge: Ridge = recipe.ridge if recipe.compensate else None
-    schedule = () if path.exists() else _schedule(job, dense, scores, measured, stages)
+    schedule = () if path.exists() else _schedule(job, dense, scores, measured, directory, stages)
     met = None
     if recipe.has_latency and measured:
         met = plan_for_latency(job, dense, scores, measured, schedule, directory, stages)
@@ -169,7 +171,12 @@ def _pruned(
 
 
 def _schedule(
-    job: Job, dense: Network, scores: Mapping[str, Tensor], measured: Measured | None, stages: Stages
+    job: Job,
+    dense: Network,
+    scores: Mapping[str, Tensor],
+    measured: Measured | None,
+    directory: Path,
+    stages: Stages,
 ) -> tuple[int, ...]:
     """How many tokens enter each block; empty where none merge. Under a latency budget alone, what is best for as
     many FLOPs."""
@@ -180,21 +187,21 @@ def _schedule(
     if flops is None:
         assert measured is not None
         flops = latency_fraction(recipe, measured)
-    steps = token_steps(anatomy.stack, job.calibration.batches) if recipe.tokens == "auto" else 1
-    with stages.stage("merge tokens", steps) as advance:
-        batches = _batches(job.calibration.batches, job.device)
-        return token_schedule(
-            dense,
-            anatomy,
-            scores,
-            batches,
-            flops,
-            _scoring(recipe),
-            recipe.alignment or 64,
-            recipe.tokens,
-            recipe.tokens_share,
-            advance,
-        )
+    damage = _damages(job, dense, anatomy.stack, directory, stages) if recipe.tokens == "auto" else None
+    align = recipe.alignment or 64
+    return token_schedule(dense, anatomy, scores, flops, align, recipe.tokens, recipe.tokens_share, damage)
+
+
+def _damages(job: Job, dense: Network, stack: TokenStack, directory: Path, stages: Stages) -> Damages:
+    """What merging tokens costs, measured once for all budgets."""
+    calibration, scoring = job.calibration, _scoring(job.recipe)
+    with stages.stage("try merging", token_steps(stack, calibration.batches)) as advance:
+
+        def measure() -> dict[str, Any]:
+            batches = _batches(calibration.batches, job.device)
+            return token_damages(dense, job.anatomy.structure, stack, batches, scoring, advance).to_dict()
+
+        return Damages.from_dict(rundir.kept_json(directory / "merging.json", measure))
 
 
 def _read_plan(directory: Path) -> Plan:

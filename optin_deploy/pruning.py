@@ -14,7 +14,7 @@ from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.ridge import STRENGTHS
 from optin_deploy.rotation import in_principal_bases
-from optin_deploy.schedule import best_schedule, share_schedule
+from optin_deploy.schedule import Damages, best_schedule, share_schedule
 from optin_deploy.scoring import Scoring, score, token_damages
 from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
@@ -125,7 +125,10 @@ def prune(
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
-    schedule = token_schedule(dense, anatomy, scores, batches, flops, scoring, align, tokens, tokens_share)
+    damage = None
+    if anatomy.stack is not None and tokens == "auto":
+        damage = token_damages(dense, anatomy.structure, anatomy.stack, batches, scoring)
+    schedule = token_schedule(dense, anatomy, scores, flops, align, tokens, tokens_share, damage)
     plan, small = remove_in_rounds(
         dense,
         anatomy,
@@ -146,17 +149,15 @@ def token_schedule(
     dense: Network,
     anatomy: Anatomy,
     scores: Mapping[str, Tensor],
-    batches: Batches,
     flops: float,
-    scoring: Scoring,
     align: int,
     tokens: Tokens,
     share: float | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    damage: Damages | None = None,
 ) -> tuple[int, ...]:
     """How many tokens enter each block, for `remove_in_rounds`; empty where none merge.
 
-    Arguments are those of `prune`; ``advance`` is that of `scoring.token_damages`.
+    Arguments are those of `prune`; ``damage`` is what `scoring.token_damages` gives, needed where tokens are "auto".
     """
     stack, structure = anatomy.stack, anatomy.structure
     if tokens == "off" or stack is None:
@@ -165,8 +166,8 @@ def token_schedule(
         schedule = tuple(int(n) for n in tokens)
         stack.check(schedule)
         return schedule
+    assert damage is not None
     costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
-    damage = token_damages(dense, structure, stack, batches, scoring, advance)
     if share is not None:
         return share_schedule(structure, costs, 1 - share * (1 - flops), damage)
     return best_schedule(structure, scores, costs, flops, align, damage)

@@ -12,6 +12,7 @@ With that schedule, the units are then found exactly (``search``).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,15 @@ class Damages:
 
     tokens: tuple[int, ...]
     loss: NDArray[np.float64]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"tokens": list(self.tokens), "loss": self.loss.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Damages":
+        """What `to_dict` gave."""
+        return cls(tuple(data["tokens"]), np.array(data["loss"], dtype=np.float64))
 
     def at(self, block: int, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
         """Between the measured numbers linear; beyond the fewest it goes on as it came there."""

@@ -158,7 +158,8 @@ def _finished(place: Path) -> Report | None:
 
 
 def _share(checked: _Checked, place: Path) -> None:
-    """Give a run what others have made that depends on no budget: scores, and the dense network's ONNX file.
+    """Give a run what others have made that depends on no budget: scores, what merging tokens costs, and the dense
+    network's ONNX file.
 
     The sweep's directory keeps them too, for budgets that come later.
     """
@@ -171,6 +172,6 @@ def _link(source: Path, target: Path) -> None:
     # The weights of a large ONNX file lie beside it; it comes last, since it is what tells that all are there.
     dense = source / "dense.onnx"
     files = [*sorted(source.glob("dense.onnx?*")), dense] if dense.is_file() else []
-    scores = source / "scores.safetensors"
-    for file in [*files, scores] if scores.is_file() else files:
+    scores = [source / name for name in ("scores.safetensors", "merging.json")]
+    for file in [*files, *(each for each in scores if each.is_file())]:
         link_or_copy(file, target / file.name)
