@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from optin_deploy.batchnorm import reestimate
 from optin_deploy.classifier import refit_classifier
 from optin_deploy.compensation import compensate
 from optin_deploy.costs import CostModel, Costs, flop_costs
@@ -104,7 +105,7 @@ def prune(
         labels: class numbers for each batch, for the criterion "fisher".
         align: see `search.search`.
         ridge: strength of the repair's ridge (see ``compensation``), "auto" to choose it on held-out batches, None for
-            no repair.
+            no repair but new statistics of batch norms.
         rounds: in how many steps the budget is approached; each scores what the one before has left.
         narrow: whether heads may also get narrower; None leaves it to the criterion.
         tokens: how many tokens enter each block; "auto" finds it together with the units.
@@ -243,7 +244,8 @@ def remove(
     advance: Advance = lambda _: None,
     stack: TokenStack | None = None,
 ) -> nn.Module:
-    """Slice by ``plan`` and, unless ``ridge`` is None, repair; ``advance`` is called once per block.
+    """Slice by ``plan`` and repair; ``advance`` is called once per block. With ``ridge`` None, statistics of batch
+    norms are taken anew instead.
 
     Tokens merge from then on, where the plan says so: what they are merged into has no counterpart in the dense
     network that it could be refitted to.
@@ -304,9 +306,11 @@ def _repair(
     ridge: Ridge,
     advance: Advance,
 ) -> None:
-    if ridge == "auto":
+    if ridge is None:
+        reestimate(small, batches)
+    elif ridge == "auto":
         compensate(dense, small, structure, plan, batches, advance=advance)
-    elif ridge is not None:
+    else:
         compensate(dense, small, structure, plan, batches, (ridge,), advance)
     _refit_classifier(dense, small, batches, ridge)
 

@@ -1,0 +1,31 @@
+"""Statistics of batch norms, taken anew."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def reestimate(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Give every batch norm of ``module`` the mean and variance of what reaches it on ``batches``, in place.
+
+    Units that are gone without repair leave the maps behind them with other means and variances than the batch norms
+    there have seen. All batches count alike; nothing is done without batches.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or not batches:
+        return
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            # The mean over all batches, in place of one that forgets.
+            norm.momentum = None
+            norm.train()
+        for batch in batches:
+            module(**batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

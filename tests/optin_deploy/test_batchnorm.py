@@ -1,0 +1,39 @@
+import pytest
+import torch
+from tiny_models import resnet_network
+from torch import nn
+
+from optin_deploy.batchnorm import reestimate
+from optin_deploy.pruning import prune
+
+
+def batches(count: int) -> list[dict[str, torch.Tensor]]:
+    network, made = resnet_network(), torch.Generator().manual_seed(0)
+    name, sample = next(iter(network.inputs.items()))
+    return [{name: torch.randn(8, *sample.shape[1:], generator=made)} for _ in range(count)]
+
+
+def test_statistics_are_those_of_all_batches_together() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    given = [torch.randn(6, 3, 5, 5) for _ in range(3)]
+    reestimate(module, [{"input": x} for x in given])
+    with torch.no_grad():
+        seen = [module[0](x) for x in given]
+    torch.testing.assert_close(module[1].running_mean, torch.cat(seen).mean((0, 2, 3)))
+    torch.testing.assert_close(module[1].running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    assert not any(part.training for part in module.modules()) and module[1].momentum == 0.1
+
+
+def test_without_batches_or_norms_nothing_happens() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3)).eval()
+    reestimate(module, [])
+    assert module[0].num_batches_tracked == 0
+    reestimate(nn.Linear(2, 2), [{"input": torch.ones(1, 2)}])
+
+
+@pytest.mark.parametrize("ridge", [None, 0.01])
+def test_only_without_repair_statistics_are_new(ridge: float | None) -> None:
+    network = resnet_network()
+    small = prune(network, batches(2), 0.6, align=8, ridge=ridge).network.module
+    tracked = {int(m.num_batches_tracked) for m in small.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert tracked == ({2} if ridge is None else {0})
