@@ -163,6 +163,8 @@ def token_stack(module: nn.Module, inputs: Mapping[str, Tensor], structure: Stru
     found = [calls[block] for block in blocks]
     shape = _common_shape(found)
     prefix, mask = _prefix(calls, shape[1]), _mask_of(module, blocks)
+    if not most_mergeable(shape[1], prefix):
+        raise _refused("it has no two patches")
     arguments = _arguments(module, inputs, blocks)
     arguments.pop(mask, None)
     keys = tuple(_key_source(structure, calls, block) for block in blocks)

@@ -124,6 +124,7 @@ def test_where_heads_are_gone_tokens_are_compared_as_they_come() -> None:
     ("make", "reason"),
     [
         (lambda: vit("vit_base_patch16_rope_mixed_224", img_size=64), "also given rope"),
+        (lambda: vit("vit_tiny_patch16_224", img_size=16), "no two patches"),
         (lambda: vit("beit_base_patch16_224", img_size=64), "take no attention mask"),
         (lambda: (timm.create_model("test_resnet").eval(), {"x": torch.randn(2, 3, 64, 64)}), "all of one shape|list"),
     ],
