@@ -10,7 +10,7 @@ MIN_VENV ?= .venv-min
 MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/test_models.py tests/optin_deploy/test_slicing.py \
 	tests/optin_deploy/test_checkpoint.py tests/optin_deploy/test_unpruned.py tests/benchmarks/test_coverage.py
 
-.PHONY: install test test-min lint types demo clean
+.PHONY: install test test-min lint types docs demo clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh

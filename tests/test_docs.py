@@ -1,0 +1,46 @@
+"""The examples of the documentation, run as they stand, and the pages that are filled in."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from optin_deploy.options import RUN_OPTIONS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def examples(page: str) -> str:
+    """All Python of a page, one piece behind the other."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL))
+
+
+def test_the_python_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(examples("how-to/python.md"), "python.md", "exec"), {"__name__": "example"})
+    told = capsys.readouterr().out
+    assert "blocks.0.attn" in told and "batch_size=1" in told
+    assert (tmp_path / "half" / "optin.json").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_command_page_lists_every_option() -> None:
+    found = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert found is not None and found.loader is not None
+    hooks = importlib.util.module_from_spec(found)
+    found.loader.exec_module(hooks)
+    page = hooks.on_page_markdown((DOCS / "reference" / "cli.md").read_text(encoding="utf-8"))
+    assert all(f"--{name.replace('_', '-')}" in page for name in RUN_OPTIONS)
+    assert all(
+        f"## {name}\n" in page for name in ("prune-export", "sweep", "export", "profile", "report", "models", "env")
+    )
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in DOCS.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#:]+\.md)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).is_file(), f"{page.relative_to(DOCS)}: {link}"
