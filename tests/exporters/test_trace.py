@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,19 @@ def test_a_forward_of_keywords_with_guards_is_lowered(tmp_path: Path) -> None:
     program = trace(KeywordsOnly(), {"a": torch.ones(2, 8), "b": torch.ones(2, 8)}, axes)
     onnx_from_program(program, tmp_path / "m.onnx", output_names=("y",), dynamic_axes=axes)
     assert (tmp_path / "m.onnx").is_file()
+
+
+def test_a_forward_of_keywords_has_named_parameters_while_it_is_traced() -> None:
+    seen: list[list[str]] = []
+
+    class Keywords(nn.Module):
+        def forward(self, **inputs: Tensor) -> Tensor:
+            seen.append(list(inspect.signature(self.forward).parameters))
+            return inputs["a"] + inputs["b"]
+
+    module = Keywords()
+    sample = {"a": torch.randn(2, 3), "b": torch.randn(2, 3)}
+    program = trace(module, sample, {"a": {0: "batch"}, "b": {0: "batch"}})
+    assert seen[0] == ["a", "b"] and "forward" not in vars(module)
+    larger = {name: torch.randn(5, 3) for name in sample}
+    torch.testing.assert_close(program.module()(**larger), larger["a"] + larger["b"])
