@@ -20,6 +20,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,9 +76,10 @@ def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float
     damage = token_damages(dense, structure, stack, batches, scoring)
     costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
     for asked in budgets:
-        alone = share_schedule(structure, costs, asked, damage)
-        together = best_schedule(structure, scores, costs, asked, 64, damage)
-        for way, schedule in (("β", ()), ("τ", together), ("tokens", alone)):
+        schedules = {"β": (), "τ": best_schedule(structure, scores, costs, asked, 64, damage)}
+        with suppress(optin_deploy.UserError):
+            schedules["tokens"] = share_schedule(structure, costs, asked, damage)
+        for way, schedule in schedules.items():
             if way == "tokens":
                 module = copy.deepcopy(network.module)
                 with_merging(module, structure, stack, Plan({}, schedule))
@@ -96,8 +98,7 @@ def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float
                     schedule=schedule,
                 )
             flops = count_flops(module, network.inputs) / anatomy.costs.total
-            if flops <= asked:
-                yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
+            yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
 
 
 def maps(given: Namespace) -> list[Row]:

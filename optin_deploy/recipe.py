@@ -251,9 +251,12 @@ def _check_tokens(recipe: Recipe) -> None:
     others = (
         (f"tokens merge in one round, not in --rounds {recipe.rounds}", recipe.rounds > 1),
         (f"--sparsity {recipe.sparsity} follows the dense network token by token", recipe.sparsity is not None),
-        ("it needs --criterion trajectory-obs; give numbers of tokens", recipe.criterion != "trajectory-obs"),
     )
-    for reason, found in others if recipe.tokens == "auto" else others[:-1]:
+    of_auto = (
+        ("it needs --criterion trajectory-obs; give numbers of tokens", recipe.criterion != "trajectory-obs"),
+        ("with --task-weight 0 no output counts; give numbers of tokens", recipe.task_weight == 0),
+    )
+    for reason, found in (*others, *of_auto) if recipe.tokens == "auto" else others:
         if found:
             raise UserError(f"--tokens {given}: {reason}")
 

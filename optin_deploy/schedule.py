@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optin_deploy.criteria.loss import Trajectory
+from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.replay import resumed
@@ -145,11 +146,23 @@ def best_schedule(
 
 
 def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, damage: Damages) -> tuple[int, ...]:
-    """The schedule of the least damage that alone, with all units, comes down to ``fraction`` of the dense FLOPs."""
+    """The schedule of the least damage that alone, with all units, comes down to ``fraction`` of the dense FLOPs.
+
+    Raises:
+        UserError: merging alone does not come down so far.
+    """
     whole = {g.name: [g.units] for g in structure.groups}
     # With one choice for each group, what it is worth does not matter.
     alike = {g.name: torch.ones(g.units) for g in structure.groups}
-    return _within(_Path(offers(structure, alike, whole), costs, damage), fraction * costs.total)
+    path = _Path(offers(structure, alike, whole), costs, damage)
+    schedule = _within(path, fraction * costs.total)
+    least = costs.at(schedule).of(Plan({})) / costs.total
+    if least > fraction:
+        raise UserError(
+            f"merging tokens alone comes down to {least:.3f} of the FLOPs, not to {fraction:.3f}: give a smaller "
+            "--tokens-share"
+        )
+    return schedule
 
 
 def _within(path: "_Path", limit: float) -> tuple[int, ...]:
@@ -175,7 +188,7 @@ class _Path:
         least = stack.prefix + max(1, round(_LEAST * (stack.tokens - stack.prefix)))
         levels = np.unique(np.linspace(least, stack.tokens, _LEVELS).round().astype(int))[::-1]
         self.levels = levels
-        # before[i, j]: going from level i to level j is possible.
+        # [i, j]: going from level i to level j.
         self.possible = np.array([[stack.least_behind(int(a)) <= b <= a for b in levels] for a in levels])
         scale = offered.scale
         self.damage = np.stack([damage.at(i, levels.astype(float)) for i in range(len(stack.blocks))]) / scale

@@ -152,14 +152,19 @@ def token_damages(
 
     Only outputs are compared, since Gram matrices need all tokens; where scores have a manifold part as well, that is
     as large over all units (`task_factors`), and is taken to be as large here.
+
+    Raises:
+        UserError: outputs do not count in these scores.
     """
+    manifold, task = scoring.weights(network, structure)
+    if not task:
+        raise UserError("--task-weight 0: what merging tokens costs is measured at the outputs; give --tokens numbers")
     samples = _samples_at_once(network, structure, batches)
     factors = _factors(network, structure, chunks(batches[:1], samples)[0], scoring)
     some = _merged_batches(batches)
     found = damages(network, structure, stack, some, factors, advance)
     part = sum(map(_size, batches)) / sum(map(_size, some))
-    manifold, task = scoring.weights(network, structure)
-    return Damages(found.tokens, found.loss * part * (1 + (manifold / task if task else 0.0)))
+    return Damages(found.tokens, found.loss * part * (1 + manifold / task))
 
 
 def token_steps(stack: TokenStack, batches: Batches) -> int:

@@ -99,6 +99,7 @@ def test_what_merges_is_not_pruned_again(result: Result, tmp_path: Path) -> None
         ({"tokens": "auto", "tokens_share": 1.5}, "--tokens-share 1.5"),
         ({"tokens": "auto", "rounds": 2}, "--tokens auto: tokens merge in one round, not in --rounds 2"),
         ({"tokens": "9,8", "sparsity": "2:4"}, "--tokens 9,8: --sparsity 2:4 follows the dense network token by token"),
+        ({"tokens": "auto", "task_weight": 0}, "--tokens auto: with --task-weight 0 no output counts"),
         ({"tokens": "auto", "criterion": "magnitude"}, "--tokens auto: it needs --criterion trajectory-obs"),
     ],
 )

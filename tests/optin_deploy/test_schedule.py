@@ -11,11 +11,13 @@ from tiny_models import classifier
 from torch import Tensor
 
 from optin_deploy import schedule
+from optin_deploy.costs import count_flops
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plan import Plan
 from optin_deploy.pruning import Anatomy, examine, prune
 from optin_deploy.schedule import Damages, best_schedule, damages, share_schedule
+from optin_deploy.scoring import Scoring
 from optin_deploy.search import Budget, kept_score, search_all
 from optin_deploy.structure.token_stack import with_merging
 from optin_deploy.token_costs import TokenCosts, token_costs
@@ -128,11 +130,23 @@ def test_a_share_of_the_flops_is_left_to_tokens(anatomy: Anatomy, costs: TokenCo
     assert 0.6 < costs.at(found).of(whole) / costs.total <= 0.8
 
 
+def test_what_merging_alone_cannot_reach_is_told(anatomy: Anatomy, costs: TokenCosts) -> None:
+    with pytest.raises(UserError, match=r"comes down to 0\.\d+ of the FLOPs, not to 0\.050: .*--tokens-share"):
+        share_schedule(anatomy.structure, costs, 0.05, made_up(costs.stack.tokens, 3, 1.0))
+
+
+def test_scores_without_outputs_do_not_make_merging_free(network: Network) -> None:
+    with pytest.raises(UserError, match="--task-weight 0: what merging tokens costs is measured at the outputs"):
+        prune(network, [inputs_of(network)], 0.5, tokens="auto", scoring=Scoring(task_weight=0))
+
+
 def test_pruning_meets_the_budget_with_tokens(network: Network) -> None:
     for tokens in ("auto", (17, 14, 11)):
         pruned = prune(network, [inputs_of(network)], 0.5, align=8, tokens=tokens)
         if tokens != "auto":
             assert pruned.plan.tokens == tokens
+        left = count_flops(pruned.network.module, network.inputs) / count_flops(network.module, network.inputs)
+        assert 0.49 <= left <= 0.5
         assert network.forward(inputs_of(network), pruned.network.module)["logits"].shape == (4, 10)
     with pytest.raises(UserError, match="tokens merge in one round"):
         prune(network, [inputs_of(network)], 0.5, tokens="auto", rounds=2)
