@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from optin_deploy.files import write_text
 from profilers import environment
+from profilers.environment import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,7 +20,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with ``--data-root`` and ``--threads``."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--data-root", type=Path, default=Path("../shared/data"), help="real models and data")
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+    made.add_argument("--threads", type=int, default=usable_cores().physical, help="torch's threads, one a core")
     return made
 
 

@@ -113,7 +113,8 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
 
 
 def check_runtimes(recipe: Recipe) -> None:
-    """Raise UserError unless all runtimes of ``recipe`` are installed and their devices present."""
+    """Raise UserError unless what ``recipe`` measures with is here: runtimes, their devices, cores for its threads."""
+    _check_threads(recipe.threads)
     if importlib.util.find_spec("onnxruntime") is None:
         raise UserError("onnxruntime is not installed: pip install 'optin-deploy[cpu]' (or [gpu] for a CUDA machine)")
     runtimes = recipe.measured_runtimes
@@ -129,6 +130,16 @@ def check_runtimes(recipe: Recipe) -> None:
     if recipe.needs_table:
         check_measurable(recipe.target_runtime)
     _check_providers(runtimes)
+
+
+def _check_threads(threads: int | None) -> None:
+    """Raise UserError for more threads than this process has cores: they take turns, and runs come out bimodal."""
+    cores = usable_cores().logical
+    if threads is not None and threads > cores:
+        raise UserError(
+            f"--threads {threads}: this process may use only {cores} of the cores (affinity or container limit), and "
+            f"threads that wait for one spoil every latency; give {cores} or less"
+        )
 
 
 def _check_providers(runtimes: Iterable[str]) -> None:

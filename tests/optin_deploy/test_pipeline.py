@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import TinyModule, own_batches, own_network, save_bert, save_lines, texts
 
 from exporters import check_parity, onnx_from_program, trace
-from optin_deploy import checkpoint, measuring, pipeline
+from optin_deploy import checkpoint, job, measuring, pipeline
 from optin_deploy.calibration import from_batches, load_calibration
 from optin_deploy.costs import count_flops
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
@@ -27,6 +27,7 @@ from optin_deploy.report import read_report
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring
 from optin_deploy.slicing import sliced
+from profilers.environment import Cores
 
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
 FILES = {
@@ -483,3 +484,12 @@ def test_refusals_leave_nothing(
         prune_export(recipe, network=network(), calibration=from_batches(own_batches()), quiet=True)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_threads_than_this_process_has_cores_are_refused(
+    shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "usable_cores", lambda: Cores(physical=1, logical=1))
+    with pytest.raises(UserError, match=r"^--threads 2: this process may use only 1 of the cores .*; give 1 or less$"):
+        prune_export(vision_recipe(shallow, threads=2), output=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
