@@ -1,15 +1,20 @@
-"""What pages are filled with when the site is built: the command line's own help."""
+"""What pages are filled with when the site is built: the command line's own help, and the recipes beside them."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.main import get_command
 
 MARK = "<!-- commands -->"
+RECIPE = re.compile(r"<!-- recipe (\S+) -->")
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the options of every command in the place of the mark."""
+    """Put the options of every command, and recipes, in the places of their marks."""
+    markdown = RECIPE.sub(lambda found: (RECIPES / found[1]).read_text(encoding="utf-8").rstrip(), markdown)
     return markdown.replace(MARK, commands()) if MARK in markdown else markdown
 
 
