@@ -100,7 +100,7 @@ def export_network(
 
 def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Calibration]:
     """The network, and inputs to calibrate 8 bits on and to check it on."""
-    with stages.stage("load and check"):
+    with stages.checks():
         network = load_network(
             recipe.model,
             weights=recipe.weights,

@@ -70,7 +70,7 @@ def prune_export(
     """
     console = console or Console(stderr=True)
     with Stages(console, quiet=quiet) as stages:
-        with stages.stage("load and check"):
+        with stages.checks():
             job = prepare(recipe, network, calibration)
             directory = output or rundir.default_directory(recipe, job.fingerprint)
             rundir.check(directory, job.fingerprint)

@@ -122,7 +122,7 @@ def run_tables(recipe: Recipe, *, quiet: bool = False) -> TableView:
 
 
 def _load(recipe: Recipe, stages: Stages) -> Network:
-    with stages.stage("load and check"):
+    with stages.checks():
         check_runtimes(recipe)
         check_measurable(recipe.target_runtime)
         return load_network(

@@ -1,4 +1,4 @@
-"""One progress display for a run: a line per stage with time left; nothing when not on a terminal."""
+"""One progress display for a run: a bar per stage with time left; off a terminal a line per stage that is done."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ class Stages:
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self._lines = None if quiet or console.is_terminal else console
         columns = (SpinnerColumn(), TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn())
         self._progress = Progress(
             *columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal
@@ -28,8 +29,23 @@ class Stages:
         self._progress.stop()
 
     @contextmanager
+    def checks(self) -> Iterator[None]:
+        """The stage in which bad input is found: no line tells of it, so that an error stands alone."""
+        with self._bar("load and check", 1):
+            yield
+
+    @contextmanager
     def stage(self, name: str, total: float = 1) -> Iterator[Advance]:
         """Show and time a stage of ``total`` steps; the value is called with the number of steps just done."""
+        start = perf_counter()
+        with self._bar(name, total) as advance:
+            yield advance
+        if self._lines is not None:
+            spent = perf_counter() - start
+            self._lines.print(f"{name}: {spent:.1f} s", markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _bar(self, name: str, total: float) -> Iterator[Advance]:
         task = self._progress.add_task(name, total=total)
         start = perf_counter()
         yield lambda steps: self._progress.advance(task, steps)

@@ -111,7 +111,7 @@ def _check(
     stages: Stages,
 ) -> _Checked:
     """All that can be wrong with any of the runs is told here; writes nothing."""
-    with stages.stage("load and check"):
+    with stages.checks():
         for runtime in recipe.measured_runtimes:
             check_measurable(runtime)
         # Where the smallest budget of FLOPs is above the floor, all are.
