@@ -37,11 +37,11 @@ class Stages:
     @contextmanager
     def stage(self, name: str, total: float = 1) -> Iterator[Advance]:
         """Show and time a stage of ``total`` steps; the value is called with the number of steps just done."""
-        start = perf_counter()
+        before = self.seconds.get(name, 0.0)
         with self._bar(name, total) as advance:
             yield advance
         if self._lines is not None:
-            spent = perf_counter() - start
+            spent = self.seconds[name] - before
             self._lines.print(f"{name}: {spent:.1f} s", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
