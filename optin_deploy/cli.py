@@ -6,7 +6,8 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from optin_deploy.options import (
     RUN_OPTIONS,
     Quiet,
     RecipeFile,
+    Verbose,
     listed,
     option,
     takes_options,
@@ -55,8 +57,10 @@ def prune_export(
     recipe: RecipeFile = None,
     json_output: Annotated[bool, typer.Option("--json", help="print report.json instead of tables")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Prune a network to a budget of FLOPs or latency, export to ONNX, measure both here, and write a report."""
+    _check_not_both(quiet, verbose)
     from optin_deploy.recipe import make_recipe
 
     # Wrong options are told before torch is loaded, which takes seconds.
@@ -65,7 +69,8 @@ def prune_export(
     from optin_deploy.pipeline import prune_export as run
     from optin_deploy.report.terminal import summary
 
-    result = run(resolved, output=output, command=_command(), quiet=quiet)
+    with _progress(quiet, verbose) as progress:
+        result = run(resolved, output=output, command=_command(), **progress)
     _show(result.report, summary, result.directory, "report.html, report.md, checkpoint, ONNX files", json_output)
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
@@ -90,8 +95,10 @@ def sweep(
     recipe: RecipeFile = None,
     json_output: Annotated[bool, typer.Option("--json", help="print sweep.json instead of tables")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run prune-export at several budgets, scored once, and show which of the networks none of the others beats."""
+    _check_not_both(quiet, verbose)
     from optin_deploy.sweeps.plan import plan, read_sweep
 
     budgets = {name: listed(text) for name, text in _given(flops=flops, latency=latency, latency_ms=latency_ms).items()}
@@ -102,11 +109,33 @@ def sweep(
     from optin_deploy.sweeps.run import sweep as run
     from optin_deploy.sweeps.terminal import summary
 
-    result = run(resolved, asked, output=output, command=_command(), quiet=quiet)
+    with _progress(quiet, verbose) as progress:
+        result = run(resolved, asked, output=output, command=_command(), **progress)
     _show(result.report, summary, result.directory, "sweep.html, sweep.json, a run directory per budget", json_output)
     failed = [(run.name, gate) for run in result.report.runs for gate in run.gates if not gate.passed]
     if failed:
         raise GateError("; ".join(f"{name}, {gate.name}: {gate.detail}" for name, gate in failed))
+
+
+def _check_not_both(quiet: bool, verbose: bool) -> None:
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose: give one of them")
+
+
+@contextmanager
+def _progress(quiet: bool, verbose: bool) -> Iterator[dict[str, Any]]:
+    """Where progress goes, and whether there is any, as arguments of a run; with ``verbose``, log records go there too.
+
+    These tell of every stage, so that off a terminal they take the place of its other lines.
+    """
+    console = Console(stderr=True)
+    if not verbose:
+        yield {"console": console, "quiet": quiet}
+        return
+    from optin_deploy.logs import logs_shown
+
+    with logs_shown(console):
+        yield {"console": console, "quiet": not console.is_terminal}
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -132,8 +161,10 @@ def export(
     output: Annotated[Path | None, option("new folder, or the repository [exports/MODEL]")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Export one network as it is: ONNX checked against torch, and an engine for each of --runtimes that takes one."""
+    _check_not_both(quiet, verbose)
     from optin_deploy.recipe import check_layout, make_recipe
 
     # Wrong options are told before torch is loaded, which takes seconds.
@@ -144,7 +175,8 @@ def export(
     from optin_deploy.report.terminal import exported_view
 
     place = output or Path("exports") / default_name(resolved.model)
-    made = export_network(resolved, place, kind, name, quiet=quiet)
+    with _progress(quiet, verbose) as progress:
+        made = export_network(resolved, place, kind, name, **progress)
     if json_output:
         sys.stdout.write(json.dumps(made.to_dict(), indent=1) + "\n")
     else:
@@ -168,8 +200,10 @@ def profile(
     table_seconds: Annotated[float | None, option("time limit of one table, if it is not kept [60]", MEASURE)] = None,
     json_output: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure one network as it is: latency, and where the time goes; or, with --table, its latency tables."""
+    _check_not_both(quiet, verbose)
     given = _given(
         model=model,
         weights=weights,
@@ -190,14 +224,15 @@ def profile(
     if profile_seconds is not None and table:
         raise UserError(f"--profile-seconds {profile_seconds:g}: it has an effect only without --table")
 
-    shown, data = _profiled(given, quiet) if not table else _tables(given, quiet)
+    with _progress(quiet, verbose) as progress:
+        shown, data = _profiled(given, progress) if not table else _tables(given, progress)
     if json_output:
         sys.stdout.write(json.dumps(data, indent=1) + "\n")
     else:
         (Console() if sys.stdout.isatty() else Console(width=100)).print(shown)
 
 
-def _profiled(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
+def _profiled(given: dict[str, Any], progress: dict[str, Any]) -> tuple[RenderableType, Any]:
     from optin_deploy.recipe import make_recipe
 
     # Wrong options are told before torch is loaded, which takes seconds.
@@ -206,11 +241,11 @@ def _profiled(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
     from optin_deploy.profiling import run_profile
     from optin_deploy.report.profile import profile_view
 
-    found = run_profile(recipe, quiet=quiet)
+    found = run_profile(recipe, **progress)
     return profile_view(recipe.model, found), found.to_dict()
 
 
-def _tables(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
+def _tables(given: dict[str, Any], progress: dict[str, Any]) -> tuple[RenderableType, Any]:
     from optin_deploy.recipe import make_recipe
 
     recipe = make_recipe(given) if given else None
@@ -222,7 +257,7 @@ def _tables(given: dict[str, Any], quiet: bool) -> tuple[RenderableType, Any]:
     if recipe is None:
         settings = cached_settings()
         return cache_view(settings, str(cache_folder())), settings
-    found = run_tables(recipe, quiet=quiet)
+    found = run_tables(recipe, **progress)
     return table_view(recipe.model, found), found.to_dict()
 
 

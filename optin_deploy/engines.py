@@ -6,8 +6,10 @@ from pathlib import Path
 
 from exporters import BUILDERS, EngineConfig, ExportError, build_engine, check_engine, input_ranges
 from exporters.engine import Range, builder_version
+from optin_deploy.files import tell_written
 from optin_deploy.network import Network
 from optin_deploy.recipe import Recipe
+from optin_deploy.rundir import tell_kept
 from profilers.tables import cache_folder
 
 
@@ -69,6 +71,9 @@ def build_engines(
             ranges = input_ranges(shapes, network.dynamic_axes, each.batch_sizes, each.best, static=each.static)
             if not _is_built(file, onnx, config, ranges):
                 build_engine(onnx, file, ranges, config, timing_cache(each.runtime))
+                tell_written(file)
+            else:
+                tell_kept(file)
             engines[name] |= {(each.runtime, size): file for size in each.batch_sizes}
             advance(1)
     return engines

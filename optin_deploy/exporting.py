@@ -58,7 +58,13 @@ class Exported:
 
 
 def export_network(
-    recipe: Recipe, output: Path, layout: Layout = "plain", name: str | None = None, *, quiet: bool = False
+    recipe: Recipe,
+    output: Path,
+    layout: Layout = "plain",
+    name: str | None = None,
+    *,
+    console: Console | None = None,
+    quiet: bool = False,
 ) -> Exported:
     """Write the network that ``recipe`` names: one ONNX file, and an engine for each of its runtimes that takes one.
 
@@ -66,6 +72,7 @@ def export_network(
         output: "plain": a new folder for `model.onnx` and `model.RUNTIME.engine`; "triton": a model repository, new or
             not, that gets the models `NAME_onnx` and `NAME_tensorrt`.
         name: of the models in a repository; made of the model's when None.
+        console: where progress goes; the standard error stream when None.
 
     Raises:
         UserError: something to be fixed by the user; GateError: ONNX, or an engine that can be run here, does not
@@ -84,7 +91,7 @@ def export_network(
     for folder in folders.values() or [output]:
         if folder.exists():
             raise UserError(f"{folder} exists already: choose another --output{' or --name' if folders else ''}")
-    with Stages(Console(stderr=True), quiet=quiet) as stages:
+    with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network, samples = _load(recipe, stages)
         with ExitStack() as whole:
             if layout == "plain":

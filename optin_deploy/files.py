@@ -1,5 +1,6 @@
 """Files and directories that appear whole or not at all."""
 
+import logging
 import os
 import re
 import shutil
@@ -9,10 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.filesize import decimal
+
 from optin_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -23,6 +28,7 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
+        tell_written(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -39,6 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)
         temporary.replace(path)
+        tell_written(path)
     except SafetensorError as error:
         temporary.unlink(missing_ok=True)
         # It tells the system's error in words only.
@@ -74,6 +81,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         temporary.rename(path)
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                tell_written(file)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def tell_written(path: Path) -> None:
+    """Log a file's size; not of one in a directory that is not whole yet, which `whole_directory` tells of."""
+    if not path.parent.name.startswith("."):
+        logger.info("wrote %s, %s", path, decimal(path.stat().st_size))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from profilers import (
 )
 
 VERSION = importlib.metadata.version("optin-deploy")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,32 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
-    return Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)
+    job = Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)
+    _tell(job)
+    return job
+
+
+def _tell(job: Job) -> None:
+    """Log what was found."""
+    recipe, source, structure, data = job.recipe, job.network.source, job.anatomy.structure, job.calibration
+    inputs = ", ".join(f"{name} {tuple(t.shape)}" for name, t in job.network.inputs.items())
+    logger.info("network: %s %s, weights: %s, inputs: %s", source.library, source.name, job.network.weights, inputs)
+    for group in structure.groups:
+        logger.info("prunable: %s, %s, %d units", group.name, group.kind, group.units)
+    for left in structure.left_dense:
+        logger.info("left dense: %s, %s", left.module, left.reason)
+    logger.info("dense network: %.4g FLOPs a sample", job.anatomy.costs.total)
+    drawn, held_out = len(data.batches), sum(len(next(iter(batch.values()))) for batch in data.held_out)
+    logger.info("calibration: %s, %d samples in %d batches, %d held out", data.source, data.samples, drawn, held_out)
+    if job.dataset is not None:
+        logger.info("evaluation: %s, %d samples, %s", job.dataset.name, job.dataset.samples, job.dataset.metric)
+    logger.info("pruning on %s", job.device)
+    logger.info(
+        "measuring: %s, batch sizes %s, %d CPU threads",
+        ", ".join(recipe.measured_runtimes),
+        ", ".join(map(str, recipe.measured_batch_sizes)),
+        recipe.threads or usable_cores().physical,
+    )
 
 
 def check_runtimes(recipe: Recipe) -> None:

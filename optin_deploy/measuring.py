@@ -31,6 +31,7 @@ from optin_deploy.assembly import VARIANTS
 from optin_deploy.causes import told
 from optin_deploy.engine_parity import check_engine_parity, checkable_engines
 from optin_deploy.engines import build_engines, more_builds, wanted_engines
+from optin_deploy.files import tell_written
 from optin_deploy.job import Job, is_measurable
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.parts import narrow_widths, own_flops, places
@@ -76,11 +77,14 @@ def _export(network: Network, onnx: Path, program: Path, recipe: Recipe, batches
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
-    if not onnx.is_file():
+    if onnx.is_file():
+        rundir.tell_kept(onnx)
+    else:
         names, axes = tuple(network.outputs), network.dynamic_axes
         onnx_in_precision(
             traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
         )
+        tell_written(onnx)
 
 
 def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> Parity:

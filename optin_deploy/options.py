@@ -30,6 +30,12 @@ def _engine_flag(name: str, help_text: str) -> Any:
 
 RecipeFile = Annotated[Path | None, option("YAML file with any of these options; the command line wins")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress: no bars, nor lines where there is no terminal")]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", help="tell what is found, kept, measured and written, when stages start and end, and all warnings"
+    ),
+]
 
 # Every option of a run but its budget: name -> type and help. What is not given is left to `Recipe`'s defaults.
 RUN_OPTIONS: dict[str, Any] = {

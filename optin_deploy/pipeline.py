@@ -1,6 +1,7 @@
 """The main job: prune, export, measure, report. Everything that the user can get wrong is checked before any work."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import Damages
 from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_damages, token_steps
 from optin_deploy.slicing import sliced
+from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.token_stack import TokenStack
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,12 @@ def _scored(job: Job, directory: Path, stages: Stages) -> tuple[Network, dict[st
     calibration = job.calibration
     with stages.stage("score", scoring_steps(structure, calibration.batches, scoring)) as advance:
         if (directory / "checkpoint").exists() and path.is_file():
+            rundir.tell_kept(path)
             return job.network, load_file(path)
         batches = _batches(calibration.batches, job.device)
         dense = in_principal_bases(job.network, structure, batches)
         if path.is_file():
+            rundir.tell_kept(path)
             return dense, load_file(path)
         scores = score(
             dense, structure, job.anatomy.costs, batches, scoring, labels=calibration.labels, advance=advance
@@ -131,6 +137,7 @@ def _pruned(
     rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
     with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
         if path.exists():
+            rundir.tell_kept(path)
             plan = _read_plan(directory)
             small = remove(job.network, structure, plan, [], None, stack=job.anatomy.stack)
             checkpoint.load_weights(small, path)
@@ -167,7 +174,18 @@ def _pruned(
         job.network.module.cpu()
         if not path.exists():
             checkpoint.save(pruned, plan.after(job.earlier), path)
+    logger.info("units kept: %s", ", ".join(_kept(structure, plan)))
     return plan, pruned
+
+
+def _kept(structure: Structure, plan: Plan) -> list[str]:
+    """How many units of each kind are left of how many."""
+    kinds = dict.fromkeys(group.kind for group in structure.groups)
+    of = {kind: [group for group in structure.groups if group.kind == kind] for kind in kinds}
+    return [
+        f"{kind} {sum(len(plan.kept[g.name]) for g in groups)} of {sum(g.units for g in groups)}"
+        for kind, groups in of.items()
+    ]
 
 
 def _schedule(

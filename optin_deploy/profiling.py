@@ -100,22 +100,23 @@ class TableView:
         return asdict(self)
 
 
-def run_profile(recipe: Recipe, *, quiet: bool = False) -> NetworkProfile:
-    """Measure the network that ``recipe`` names, at its runtime and batch size.
+def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> NetworkProfile:
+    """Measure the network that ``recipe`` names, at its runtime and batch size; progress goes to ``console``, the
+    standard error stream when None.
 
     Raises:
         UserError: the network cannot be had, the runtime is not here, or nothing in the network is known by its parts.
         ProfilingError: the runtime failed.
     """
-    with Stages(Console(stderr=True), quiet=quiet) as stages:
+    with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
         with stages.stage("measure") as advance:
             return profile_network(network, target_of(recipe), recipe.profile_seconds, as_steps(advance))
 
 
-def run_tables(recipe: Recipe, *, quiet: bool = False) -> TableView:
+def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> TableView:
     """The latency tables of the network that ``recipe`` names, at its runtime and batch size; errors as above."""
-    with Stages(Console(stderr=True), quiet=quiet) as stages:
+    with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
         with stages.stage("latency tables") as advance:
             return network_tables(network, target_of(recipe), as_steps(advance))

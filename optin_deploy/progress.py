@@ -1,5 +1,6 @@
 """One progress display for a run: a bar per stage with time left; off a terminal a line per stage that is done."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 Advance = Callable[[float], None]
+logger = logging.getLogger(__name__)
 
 
 class Stages:
@@ -47,10 +49,13 @@ class Stages:
     @contextmanager
     def _bar(self, name: str, total: float) -> Iterator[Advance]:
         task = self._progress.add_task(name, total=total)
+        logger.info("%s: started", name)
         start = perf_counter()
         yield lambda steps: self._progress.advance(task, steps)
         self._progress.update(task, completed=total)
-        self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
+        spent = perf_counter() - start
+        logger.info("%s: done in %.1f s", name, spent)
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 def as_steps(advance: Advance) -> Advance:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _RUN_NAME = "run.json"
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, version: str) -> str:
@@ -110,7 +113,14 @@ def _writable(directory: Path) -> Iterator[None]:
 def kept_json(path: Path, make: Callable[[], Any]) -> Any:
     """The JSON at ``path``, or what ``make`` gives, written there."""
     if path.is_file():
+        tell_kept(path)
         return json.loads(path.read_text(encoding="utf-8"))
     value = make()
     write_text(path, json.dumps(value, indent=1) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def tell_kept(path: Path) -> None:
+    """Log that what an earlier run of the same directory has made is taken, and when that was."""
+    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
+    logger.info("%s is kept from an earlier run, of %s", path, made)

@@ -1,5 +1,6 @@
 """Measures a pruned network against its dense original, each case in a process of its own."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from .runners.base import Feeds
 from .statistics import STABLE_ROUNDS, TOLERANCE
 
 Progress = Callable[[float, str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,21 +114,34 @@ def compare(
         case = Case(runtime, batch_size, threads, config.seconds, config.seed, loads=loads, tf32=config.tf32)
         report = partial(_report, progress, index, len(cases), case.name)
         result = measure_files(files, sample, case, [("dense", "pruned"), ("dense", "dense_again")], report)
-        measurements.append(
-            Measurement.from_samples(
-                runtime,
-                batch_size,
-                result.samples_ms,
-                result.converged,
-                result.peak_rss_mib,
-                seed=config.seed,
-                builds={name: len(of) for name, of in files.items()},
-                device_ms=result.device_ms,
-                cuda_graph=result.cuda_graph,
-                gpu=GpuWatch.from_dict(result.gpu) if result.gpu else None,
-            )
+        measured = Measurement.from_samples(
+            runtime,
+            batch_size,
+            result.samples_ms,
+            result.converged,
+            result.peak_rss_mib,
+            seed=config.seed,
+            builds={name: len(of) for name, of in files.items()},
+            device_ms=result.device_ms,
+            cuda_graph=result.cuda_graph,
+            gpu=GpuWatch.from_dict(result.gpu) if result.gpu else None,
         )
+        _tell(measured)
+        measurements.append(measured)
     return Comparison(tuple(measurements), environment(), _protocol(config, threads))
+
+
+def _tell(found: Measurement) -> None:
+    dense, pruned = (found.summary[name].p50_ms for name in ("dense", "pruned"))
+    logger.info(
+        "%s, batch %d: p50 %.4g ms dense, %.4g ms pruned, %d rounds, %s",
+        found.runtime,
+        found.batch_size,
+        dense,
+        pruned,
+        len(found.samples_ms["dense"]),
+        "settled" if found.converged else "not settled in the time given",
+    )
 
 
 def _report(progress: Progress | None, index: int, cases: int, name: str, fraction: float) -> None:

@@ -1,5 +1,6 @@
 """A plan that meets a latency on the real artefact: search by the table, build, measure, correct, search again."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from optin_deploy.token_costs import TokenCosts
 from profilers import measure_files
 from profilers.statistics import paired_ratio
 
+logger = logging.getLogger(__name__)
 MOST_ROUNDS = 3
 # A plan is taken when its network takes between these parts of the latency asked for; the search aims between them.
 LOWEST, AIM = 0.98, 0.99
@@ -183,6 +185,7 @@ def meet(
                 part = all_flops.of(plan) / all_flops.total
                 kept = kept_score(structure, scores, plan)
                 tried.append((plan, Round(way, costs[way].of(plan), on_scale, part, kept)))
+                logger.info("built by %s: predicted %.4g ms, measured %.4g ms", way, costs[way].of(plan), on_scale)
                 relative = on_scale / (fraction * costs[way].total)
                 # The FLOPs may be what holds the latency down.
                 held_down = flops is not None and part > flops - BUDGET_WINDOW

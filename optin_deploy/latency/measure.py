@@ -1,5 +1,6 @@
 """Measuring latency tables of a network's blocks, and the dense network on the same scale."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.groups import Group, Structure
 from profilers import GPU_RUNTIMES, RUNTIMES, Case, environment, loads_for, measure_each, measure_files
 from profilers.statistics import paired_ratio
-from profilers.tables import LatencyTable, Row, read_table, save_table
+from profilers.tables import LatencyTable, Row, read_table, save_table, table_file
 
 _SHALLOW, _DEPTH = 1, 3
 # Sizes measured per part: enough to see a staircase, few enough for a minute.
@@ -43,6 +44,7 @@ _HEAD_SIZES, _WIDTHS = 3, 4
 _WITHIN = (16, 32, 48, 64, 96)
 _ANCHOR_SECONDS = 10.0
 Progress = Callable[[float], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,19 @@ def measure_network(network: Network, structure: Structure, target: Target, prog
         if table is None:
             part = _part_of(progress, number / (len(types) + 1), 1 / (len(types) + 1))
             table = _measure_table(module, structure, kind, target, setting, part)
-            save_table(table)
+            logger.info("latency table of %d × %s: measured, kept as %s", *_counted(kind), save_table(table))
+        else:
+            logger.info("latency table of %d × %s: from the cache, %s", *_counted(kind), table_file(setting))
         tables.append(table)
     with TemporaryDirectory(prefix="optin-anchor-") as folder:
         dense_ms, scales = _anchor(network, structure, types, tables, target, Path(folder))
     progress(1.0)
     costs = latency_costs(structure, list(zip(types, tables, strict=True)), dense_ms, scales)
     return Measured(costs, tuple(tables), tuple(types), tuple(cached))
+
+
+def _counted(kind: BlockType) -> tuple[int, str]:
+    return len(kind.blocks), kind.class_name
 
 
 def _part_of(progress: Progress, start: float, share: float) -> Progress:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from optin_deploy.errors import UserError
+from optin_deploy.files import tell_written
 from optin_deploy.report.schema import Report
 
 __all__ = ["Report", "read_report", "write_report"]
@@ -33,6 +34,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
             file = Path(temporary) / name
             file.write_text(text, encoding="utf-8")
             file.replace(folder / name)
+            tell_written(folder / name)
     return folder / "report.json", folder / "report.html"
 
 

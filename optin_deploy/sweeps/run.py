@@ -1,5 +1,6 @@
 """A sweep: prune-export at several budgets in one directory, everything that they have in common done once."""
 
+import logging
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from optin_deploy.sweeps.assembly import assemble
 from optin_deploy.sweeps.html import render
 from optin_deploy.sweeps.plan import Budgets, Planned, as_yaml, plan
 from optin_deploy.sweeps.schema import SweepReport
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ def sweep(
         for number, (run, fingerprint) in enumerate(checked.runs, 1):
             place = checked.place(run)
             report = _finished(place)
+            standing = f"{number} of {len(checked.runs)}: {run.name}{', done before' if report else ''}"
+            logger.info(standing)
             if console.is_terminal and not quiet:
-                console.print(
-                    f"{number} of {len(checked.runs)}: {run.name}{', done before' if report else ''}", style="bold"
-                )
+                console.print(standing, style="bold")
             if report is None:
                 with rundir.held(place, fingerprint, run.recipe):
                     _share(checked, place)

@@ -105,6 +105,47 @@ def test_json_on_stdout_only(tmp_path: Path) -> None:
     assert again.startswith("optin-deploy prune-export --model shallow")
 
 
+def test_verbose_tells_on_stderr_what_is_found_written_and_kept(here: Path, run: Run) -> None:
+    save_shallow(here / "shallow")
+    arguments = [
+        "prune-export",
+        "--model",
+        "shallow",
+        *QUICK,
+        "--flops",
+        "0.6",
+        "--json",
+        "--output",
+        "run",
+        "--verbose",
+    ]
+    first = run(*arguments)
+    assert json.loads(first.out) == json.loads((here / "run" / "report.json").read_text())
+    for told in (
+        "load and check: started",
+        "prunable: blocks.0.mlp, neuron, 192 units",
+        "calibration: built-in samples, 128 samples in",
+        "measuring: ort-cpu, batch sizes 1, 1 CPU threads",
+        "score: done in",
+        "units kept: head",
+        "wrote run/checkpoint/model.safetensors, ",
+        "wrote run/dense.onnx, ",
+        "ort-cpu, batch 1: p50",
+        "wrote run/report.html, ",
+    ):
+        assert first.err.count(told) == 1, told
+    # The lines of a run without it would say the same again.
+    assert not re.search(r"^[a-z ]+: \d+\.\d s$", first.err, re.MULTILINE)
+    second = run(*arguments)
+    for name in ("scores.safetensors", "checkpoint", "agreement.json", "pruned.onnx", "profile.json"):
+        assert re.search(rf"INFO +run/{name} is kept from an earlier run, of \d", second.err), name
+
+
+@pytest.mark.parametrize("command", ["prune-export", "sweep", "export", "profile"])
+def test_quiet_and_verbose_are_one_too_many(refusal: Callable[..., str], command: str) -> None:
+    assert refusal(command, "--quiet", "--verbose") == "error: --quiet and --verbose: give one of them\n"
+
+
 def test_failed_gate(here: Path, tmp_path: Path, run: Run) -> None:
     save_shallow(tmp_path / "shallow")
     arguments = ["--model", tmp_path / "shallow", *QUICK, "--flops", "0.6", "--calibration-samples", "8"]
