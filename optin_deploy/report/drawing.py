@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -47,8 +48,13 @@ def panel(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def svg(figure: Figure, name: str) -> str:
-    """The figure without prologue and metadata, its ids made the page's only ones by the plot's name."""
+def svg(figure: Figure, name: str, what: str) -> str:
+    """The figure without prologue and metadata, its ids made the page's only ones by the plot's name.
+
+    Args:
+        what: is shown, for those who are told of it; the titles of the axes follow.
+    """
+    label = escape("; ".join([what, *(axes.get_title(loc="left") for axes in figure.axes)]), quote=True)
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -56,7 +62,7 @@ def svg(figure: Figure, name: str) -> str:
     text = buffer.getvalue()
     prefix = re.sub(r"[^\w-]", "_", name)
     text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = text.replace("<svg", f'<svg role="img" aria-label="{prefix}"', 1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     # A style element inside an SVG would restyle the whole page.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)

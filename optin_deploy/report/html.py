@@ -62,7 +62,7 @@ def render(report: Report) -> str:
         colors={"dense": plots.DENSE, "pruned": plots.PRUNED},
         latency=[Markup(plots.latency(entry)) for entry in report.profile],
         throughput=[Markup(picture) for picture in _throughputs(report)],
-        layers=[(entry, Markup(plots.parts(entry))) for entry in report.layers],
+        layers=[(entry, Markup(plots.parts(entry)), Markup(plots.blocks(entry))) for entry in report.layers],
         architecture=[Markup(picture) for picture in _architectures(report.plan)],
         model=_rows({"library": report.model.library, "weights": report.model.weights, "inputs": report.model.inputs}),
         settings=_rows(report.settings),

@@ -48,7 +48,8 @@ def latency(measurement: Measurement) -> str:
         axes.set_xlabel("latency, ms")
         axes.set_title(f"{runtime_name(measurement.runtime)}, batch {measurement.batch_size}")
         axes.grid(True)
-        return svg(figure, f"latency-{measurement.runtime}-{measurement.batch_size}")
+        case = f"{measurement.runtime}-{measurement.batch_size}"
+        return svg(figure, f"latency-{case}", "Latency of every run, dense, dense again and pruned")
 
 
 def throughput(measurements: Sequence[Measurement]) -> str:
@@ -71,7 +72,7 @@ def throughput(measurements: Sequence[Measurement]) -> str:
         axes.set_title(runtime_name(ordered[0].runtime))
         axes.grid(True, axis="y")
         axes.set_axisbelow(True)
-        return svg(figure, f"throughput-{ordered[0].runtime}")
+        return svg(figure, f"throughput-{ordered[0].runtime}", "Throughput over batch size, dense and pruned")
 
 
 def parts(account: LayerAccount) -> str:
@@ -94,7 +95,34 @@ def parts(account: LayerAccount) -> str:
         axes.set_title(f"{runtime_name(account.runtime)}, batch {account.batch_size}")
         axes.grid(True, axis="x")
         axes.set_axisbelow(True)
-        return svg(figure, f"parts-{account.runtime}-{account.batch_size}")
+        return svg(figure, f"parts-{account.runtime}-{account.batch_size}", "Time by part, dense and pruned")
+
+
+def blocks(account: LayerAccount) -> str:
+    """Milliseconds of one run by block, in the order they run, dense beside pruned, as SVG; "" for one block or none.
+
+    What lies outside the blocks comes last.
+    """
+    rows = [row for row in account.blocks if row.dense_ms or row.pruned_ms]
+    if sum(bool(row.name) for row in rows) < 2:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = panel(2.1)
+        positions = np.arange(len(rows))
+        axes.bar(positions - 0.19, [row.dense_ms for row in rows], width=0.36, color=DENSE)
+        axes.bar(positions + 0.19, [row.pruned_ms for row in rows], width=0.36, color=PRUNED)
+        names = [str(number) if row.name else "other" for number, row in enumerate(rows)]
+        # "other" is wide, and always shown.
+        shown = [i for i, row in enumerate(rows) if not row.name or i % -(-len(rows) // 12) == 0]
+        axes.set_xticks(shown, [names[i] for i in shown])
+        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlabel("block")
+        axes.set_ylabel("ms")
+        axes.set_title(f"{runtime_name(account.runtime)}, batch {account.batch_size}")
+        axes.grid(True, axis="y")
+        axes.set_axisbelow(True)
+        return svg(figure, f"blocks-{account.runtime}-{account.batch_size}", "Time by block, dense and pruned")
 
 
 def architecture(entries: Sequence[PlanEntry], title: str) -> str:
@@ -114,7 +142,7 @@ def architecture(entries: Sequence[PlanEntry], title: str) -> str:
         axes.margins(y=0.12)
         axes.set_xlabel("layer")
         axes.set_title(title)
-        return svg(figure, f"architecture-{entries[0].kind}")
+        return svg(figure, f"architecture-{entries[0].kind}", "Kept layer by layer")
 
 
 def _distribution(samples: Sequence[float]) -> tuple[Any, Any]:

@@ -36,4 +36,4 @@ def front(drawn: schema.Front, quality: schema.Quality) -> str:
         axes.set_ylabel(f"{quality.name}, %" if quality.kind == "top1" else quality.name)
         axes.set_title(wording.title(drawn))
         axes.grid(True)
-        return svg(figure, f"front-{wording.title(drawn)}")
+        return svg(figure, f"front-{wording.title(drawn)}", "Quality over cost, dense and pruned")

@@ -74,6 +74,16 @@ def test_the_page_has_tables_pictures_and_sentences(told: dict[str, Any], data: 
     assert "no single cause costs 2 % of the dense time" in page
 
 
+def test_several_blocks_have_a_picture_of_their_own(told: dict[str, Any]) -> None:
+    assert plots.blocks(Report.model_validate(told).layers[0]) == ""
+    blocks = [row(f"blocks.{i}", 3.0, 1.5 + 0.1 * i) for i in range(30)]
+    told["layers"] = [told["layers"][0] | {"blocks": [*blocks, row("", 1.5, 1.5)]}]
+    picture = plots.blocks(Report.model_validate(told).layers[0])
+    ET.fromstring(picture)
+    assert picture.count("clip-path=") >= 2 * 31 and ">other<" in picture
+    assert "By block" in render(Report.model_validate(told))
+
+
 def test_a_time_that_fell_by_more_than_the_flops_is_told_as_such(told: dict[str, Any]) -> None:
     told["layers"] = [told["layers"][0] | {"lost_ms": -1.5}]
     page = render(Report.model_validate(told))
