@@ -10,7 +10,7 @@ MIN_VENV ?= .venv-min
 MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/test_models.py tests/optin_deploy/test_slicing.py \
 	tests/optin_deploy/test_checkpoint.py tests/optin_deploy/test_unpruned.py tests/benchmarks/test_coverage.py
 
-.PHONY: install test test-min lint types docs demo clean
+.PHONY: install test test-min lint types docs browser package demo clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,20 @@ types: install
 
 docs: install
 	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The pages of small real runs in headless Chromium, which has to be there, and npm; what it writes is in build/browser.
+BROWSER := build/browser
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+PAGES ?= $(addprefix $(BROWSER)/runs/,sweep/sweep.html sweep/flops-0.5/report.html text/report.html maps/report.html)
+
+$(BROWSER)/node_modules/.installed:
+	npm install --prefix $(BROWSER) --no-audit --no-fund axe-core@4 puppeteer-core@25
+	touch $@
+
+browser: install $(BROWSER)/node_modules/.installed
+	PYTHONPATH=. $(BIN)/python tests/browser/runs.py $(BROWSER)/runs
+	node tests/browser/check.mjs --modules $(BROWSER)/node_modules --chromium "$(CHROMIUM)" \
+		--pictures $(BROWSER)/pictures $(PAGES)
 
 demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh

@@ -65,7 +65,7 @@ def render(report: Report) -> str:
         layers=[(entry, Markup(plots.parts(entry)), Markup(plots.blocks(entry))) for entry in report.layers],
         architecture=[Markup(picture) for picture in _architectures(report.plan)],
         model=_rows({"library": report.model.library, "weights": report.model.weights, "inputs": report.model.inputs}),
-        settings=_rows(report.settings),
+        settings=_rows({name: value for name, value in report.settings.items() if value is not None}),
         calibration=_rows(report.calibration.model_dump()),
         protocol=_rows(report.protocol),
         environment=_rows(report.environment),

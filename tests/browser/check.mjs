@@ -40,9 +40,13 @@ async function check(browser, file, view, number) {
     if (request.url() !== url && !request.url().startsWith("data:")) tell(`request: ${request.url()}`);
   });
   await page.setViewport({ width: view.width, height: view.height, deviceScaleFactor: view.width < 700 ? 2 : 1 });
-  await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: view.scheme }]);
-  await page.emulateMediaType(view.media);
+  // In one call: of two, each forgets what the other asked for.
+  const session = await page.createCDPSession();
+  const features = [{ name: "prefers-color-scheme", value: view.scheme }];
+  await session.send("Emulation.setEmulatedMedia", { media: view.media, features });
   await page.goto(url, { waitUntil: "load" });
+  const query = `${view.media} and (prefers-color-scheme: ${view.scheme})`;
+  if (!(await page.evaluate((text) => matchMedia(text).matches, query))) tell(`view: not shown as ${query}`);
   if (view.media === "screen") await page.$$eval("details", (all) => all.forEach((each) => (each.open = true)));
 
   const width = await page.evaluate(() => document.documentElement.scrollWidth);
