@@ -61,6 +61,9 @@ browser: install $(BROWSER)/node_modules/.installed
 	node tests/browser/check.mjs --modules $(BROWSER)/node_modules --chromium "$(CHROMIUM)" \
 		--pictures $(BROWSER)/pictures $(PAGES)
 
+package: install
+	PYTHON=$(PYTHON) BIN=$(BIN) sh benchmarks/package.sh
+
 demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh
 

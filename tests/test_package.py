@@ -1,0 +1,43 @@
+"""What comes with the package, and what its command line does without torch. `make package` builds and installs it."""
+
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+
+HEAVY = ("torch", "timm", "transformers", "onnx", "onnxruntime", "matplotlib")
+
+
+def loaded(code: str) -> set[str]:
+    """Which of the `HEAVY` packages a new process has loaded after ``code``."""
+    told = f"{code}\nimport sys\nsys.stderr.write(' '.join(n for n in {HEAVY!r} if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune-export", "--help"], ["env"]])
+def test_the_command_line_does_without_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["optin-deploy", *{arguments!r}]
+from optin_deploy.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code
+"""
+    assert loaded(code) == set()
+
+
+def test_files_that_are_no_modules_come_along() -> None:
+    for package, name in (
+        ("optin_deploy", "py.typed"),
+        ("exporters", "py.typed"),
+        ("profilers", "py.typed"),
+        ("optin_deploy.data", "sentences.txt"),
+        ("optin_deploy.report", "template.html.j2"),
+        ("optin_deploy.report", "style.css"),
+        ("optin_deploy.sweeps", "template.html.j2"),
+    ):
+        assert resources.files(package).joinpath(name).is_file(), f"{package}/{name}"
