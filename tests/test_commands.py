@@ -131,7 +131,8 @@ def arguments(command: str) -> list[str]:
     given = shlex.split(f"{command} {COMPLETED.get(command, '')}".replace("$MINILM", "minilm"))[1:]
     if "--help" in given or given[0] not in ("prune-export", "sweep"):
         return given
-    return given + SHORT + (FINE if "--tokens" not in given else [])
+    without = "--tokens" in given or "--sparsity" in given
+    return given + SHORT + ([] if without else FINE)
 
 
 @pytest.mark.parametrize("command", OURS)
