@@ -31,7 +31,7 @@ from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe

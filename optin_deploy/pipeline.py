@@ -26,7 +26,7 @@ from optin_deploy.libraries.hub import CARD_NAME
 from optin_deploy.measuring import export_and_measure
 from optin_deploy.network import Network
 from optin_deploy.pictures import pictures
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.progress import Stages
 from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, token_schedule
 from optin_deploy.recipe import Recipe
@@ -47,6 +47,12 @@ class Result:
     report: Report
     network: Network
     directory: Path
+
+    def __repr__(self) -> str:
+        return f"<Result in {self.directory}: {self.report!r}>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def prune_export(

@@ -14,7 +14,7 @@ from optin_deploy import checkpoint
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, custom_network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 
