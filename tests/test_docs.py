@@ -31,7 +31,7 @@ def test_the_python_page_runs(
     torch.manual_seed(0)
     exec(compile(examples("how-to/python.md"), "python.md", "exec"), {"__name__": "example"})
     told = capsys.readouterr().out
-    assert "blocks.0.attn" in told and "batch_size=1" in told
+    assert "blocks.0.attn" in told and "ONNX Runtime, batch 1: " in told and "<Result in run: " in told
     assert (tmp_path / "half" / "optin.json").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
