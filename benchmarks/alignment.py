@@ -23,7 +23,7 @@ from rich.table import Table
 
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Target, export_network, measure_network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine
 from optin_deploy.search import Budget, search_all
 from optin_deploy.slicing import sliced

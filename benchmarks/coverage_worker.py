@@ -22,7 +22,7 @@ from optin_deploy.costs import count_flops
 from optin_deploy.masking import masked
 from optin_deploy.measuring import parity_batches
 from optin_deploy.network import TensorOutputs, named_outputs
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, Pruned, examine
 from optin_deploy.search import BUDGET_WINDOW, lowest
 from optin_deploy.slicing import sliced

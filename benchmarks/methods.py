@@ -10,7 +10,7 @@ from torch import nn
 
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
 from optin_deploy.errors import UserError
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, Ridge, examine, remove, remove_in_rounds
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Criterion, Scoring, score

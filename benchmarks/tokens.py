@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import optin_deploy
 from optin_deploy import Network
 from optin_deploy.costs import count_flops
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, remove_in_rounds
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import best_schedule, share_schedule

@@ -5,7 +5,10 @@
     network = optin_deploy.load_network("deit_small")
     calibration = optin_deploy.load_calibration(network, Path("photos"))
     pruned = optin_deploy.prune(network, calibration.batches, flops=0.5)
-    module = optin_deploy.load("runs/…/checkpoint")       # a plain nn.Module
+    optin_deploy.save(pruned.network, pruned.plan, Path("half"))
+    module = optin_deploy.load("half")                      # a plain nn.Module
+    optin_deploy.export_onnx(pruned.network, "half.onnx")   # checked against torch
+    optin_deploy.compare(network, pruned.network)           # measured here
 
 The names below are imported when they are first used, so that ``import optin_deploy`` is quick.
 """
@@ -14,6 +17,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optin_deploy.api import Compared as Compared
+    from optin_deploy.api import EngineConfig as EngineConfig
+    from optin_deploy.api import EngineFile as EngineFile
+    from optin_deploy.api import OnnxFile as OnnxFile
+    from optin_deploy.api import Scores as Scores
+    from optin_deploy.api import build_engine as build_engine
+    from optin_deploy.api import compare as compare
+    from optin_deploy.api import export_onnx as export_onnx
+    from optin_deploy.api import plan as plan
+    from optin_deploy.api import profile as profile
+    from optin_deploy.api import prune as prune
+    from optin_deploy.api import score as score
     from optin_deploy.calibration import Calibration as Calibration
     from optin_deploy.calibration import from_batches as from_batches
     from optin_deploy.calibration import load_calibration as load_calibration
@@ -25,9 +40,10 @@ if TYPE_CHECKING:
     from optin_deploy.network import Network as Network
     from optin_deploy.network import custom_network as custom_network
     from optin_deploy.pipeline import prune_export as prune_export
+    from optin_deploy.plans import Plan as Plan
     from optin_deploy.preprocessing import ImagePreprocessing as ImagePreprocessing
     from optin_deploy.preprocessing import TextPreprocessing as TextPreprocessing
-    from optin_deploy.pruning import prune as prune
+    from optin_deploy.pruning import Pruned as Pruned
     from optin_deploy.recipe import Recipe as Recipe
     from optin_deploy.report import Report as Report
     from optin_deploy.scoring import Scoring as Scoring
@@ -36,23 +52,36 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Calibration": "calibration",
+    "Compared": "api",
+    "EngineConfig": "api",
+    "EngineFile": "api",
     "GateError": "errors",
     "ImagePreprocessing": "preprocessing",
     "Network": "network",
+    "OnnxFile": "api",
+    "Plan": "plans",
+    "Pruned": "pruning",
     "Recipe": "recipe",
     "Report": "report",
+    "Scores": "api",
     "Scoring": "scoring",
     "SweepReport": "sweeps.schema",
     "TextPreprocessing": "preprocessing",
     "UserError": "errors",
+    "build_engine": "api",
+    "compare": "api",
     "custom_network": "network",
+    "export_onnx": "api",
     "from_batches": "calibration",
     "load": "checkpoint",
     "load_calibration": "calibration",
     "load_network": "models",
-    "prune": "pruning",
+    "plan": "api",
+    "profile": "api",
+    "prune": "api",
     "prune_export": "pipeline",
     "save": "checkpoint",
+    "score": "api",
     "sweep": "sweeps.run",
 }
 __all__ = sorted(_HOMES)

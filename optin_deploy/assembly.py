@@ -14,7 +14,7 @@ from optin_deploy.engine_parity import unchecked
 from optin_deploy.engines import wanted_engines
 from optin_deploy.job import VERSION, Job
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report
 from optin_deploy.search import BUDGET_WINDOW

@@ -40,6 +40,11 @@ class Calibration:
     digest: str
     labels: tuple[Tensor, ...] | None = None
 
+    def __repr__(self) -> str:
+        held_out = sum(len(next(iter(batch.values()))) for batch in self.held_out)
+        count = f"{self.samples} samples in {len(self.batches)} batches"
+        return f"<Calibration on {self.source}: {count}, {held_out} held out>"
+
 
 def load_calibration(
     network: Network,

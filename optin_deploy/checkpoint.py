@@ -3,7 +3,12 @@
 optin.json           format version, source, units kept per group and tokens per block, preprocessing, sample inputs'
                      shapes, versions
 model.safetensors    the sliced weights
-tokenizer*           for text, as transformers writes it
+
+Networks of transformers have more of what `save_pretrained` writes beside weights, none of which is needed to load:
+
+config.json, generation_config.json     of the dense network; `AutoModel.from_pretrained` refuses the weights
+tokenizer*, preprocessor_config.json    what makes inputs out of texts and images
+README.md                               a model card, which a run writes at its end
 """
 
 import importlib.metadata
@@ -22,9 +27,11 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.files import whole_directory, write_tensors
 from optin_deploy.libraries import UNFIT, build, reason
+from optin_deploy.libraries import transformers as transformers_models
+from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
@@ -122,6 +129,10 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         write_tensors(directory / WEIGHTS_NAME, state)
         if isinstance(preprocessing, TextPreprocessing):
             preprocessing.tokenizer.save_pretrained(directory)
+        if network.source.library == "transformers":
+            transformers_models.write_configs(network.module, network.source, directory)
+        for name, content in network.origin.files.items():
+            (directory / name).write_bytes(content)
         (directory / JSON_NAME).write_text(description.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -141,6 +152,8 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
     """Like `load`, with inputs, outputs and preprocessing; its weights are named "checkpoint PATH"."""
     small, description = _load(path, module)
     inputs = _sample_inputs(description)
+    # A tokenizer that preprocessing holds is written by itself.
+    has_files = description.source.library == "transformers" and description.text is None
     return Network(
         module=small,
         inputs=inputs,
@@ -151,6 +164,7 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
         token_mask=description.token_mask,
         logits=description.logits,
         preprocessing=_preprocessing(description, path),
+        origin=read_origin(str(path), PROCESSOR_FILES + TOKENIZER_FILES if has_files else ()),
     )
 
 
@@ -187,6 +201,7 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
     except UNFIT as error:
         raise UserError(f"checkpoint {path} does not fit {description.source.name}: {reason(error)}") from error
     load_weights(small, path)
+    transformers_models.read_generation(small, path)
     return small.eval(), description
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from optin_deploy.maps import LinearMap, is_inside, linear_maps
 from optin_deploy.network import Network, named_outputs
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.projections import (
     Conv,
     design_rows,

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from optin_deploy.masking import frozen
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Structure
 
 

@@ -127,7 +127,7 @@ def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Calibration]:
 
 def _plain(network: Network, place: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Checked:
     onnx = place / "model.onnx"
-    parity, engines = _onnx(network, onnx, recipe, samples, stages), {}
+    parity, engines = write_onnx(network, onnx, recipe, samples, stages), {}
     for each in wanted_engines(recipe):
         engine = each.file(place, "model")
         engines[engine.name] = _engine(network, onnx, engine, each, recipe, samples, stages)
@@ -143,7 +143,7 @@ def _triton(
     stages: Stages,
 ) -> Checked:
     onnx = model_file(places["onnxruntime"], "onnxruntime")
-    parity, engines = _onnx(network, onnx, recipe, samples, stages), {}
+    parity, engines = write_onnx(network, onnx, recipe, samples, stages), {}
     for each in wanted_engines(recipe):
         engine = model_file(places["tensorrt"], "tensorrt")
         engines[folders["tensorrt"].name] = _engine(network, onnx, engine, each, recipe, samples, stages)
@@ -153,7 +153,7 @@ def _triton(
     return parity, {name: found for name, found in engines.items() if found}
 
 
-def _onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
+def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     names, axes = tuple(network.outputs), network.dynamic_axes

@@ -18,7 +18,7 @@ from optin_deploy.evaluation import Dataset, load_dataset
 from optin_deploy.latency.measure import Target
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget

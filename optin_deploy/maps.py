@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.projections import Conv, feature_dim
 from optin_deploy.slicing import features_of, query_gain
 from optin_deploy.structure.groups import Group, Structure

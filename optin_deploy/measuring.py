@@ -55,7 +55,7 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
             for name, network in zip(VARIANTS, (job.network, small), strict=True):
                 program = Path(temporary) / f"{name}.pt2"
                 variants[name] = Variant(directory / f"{name}.onnx", program)
-                _export(network, variants[name].onnx, program, recipe, job.calibration.batches)
+                export_files(network, variants[name].onnx, program, recipe, job.calibration.batches)
                 advance(1)
         with stages.stage("check parity", 2) as advance:
             parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
@@ -73,7 +73,8 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
     return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
 
 
-def _export(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
+def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
+    """Write the program and, where it is not there, the ONNX file, in the recipe's precision, calibrated on batches."""
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)

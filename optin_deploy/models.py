@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from optin_deploy.errors import UserError
 from optin_deploy.libraries import UNFIT, initialised, ready, reason
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
-from optin_deploy.libraries.hub import cached_if_unreachable
-from optin_deploy.network import Network, Source
+from optin_deploy.libraries.hub import cached_if_unreachable, read_origin
+from optin_deploy.network import Network, Origin, Source
 
 DEFAULT_SEQUENCE_LENGTH = 128
 _CHOICES = "use --weights random (for speed only), --weights FILE.safetensors, or --model DIRECTORY"
@@ -87,8 +88,12 @@ def _transformers_network(model: str, weights: str, image_size: int | None, sequ
         except UNFIT as error:
             raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
         preprocessing = transformers_models.read_preprocessing(model, module, sequence_length)
+        origin = read_origin(model, transformers_models.companions(module))
+    if weights != "pretrained":
+        origin = Origin(files=origin.files)
     try:
-        return transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
+        network = transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
+        return replace(network, origin=origin)
     except UNFIT as error:
         raise UserError(f"{model} does not take what its own preprocessing gives: {reason(error)}") from error
 

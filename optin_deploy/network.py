@@ -24,6 +24,22 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What is known of where a network came from, for what is published of it.
+
+    Attributes:
+        base_model: its id on the Hugging Face hub, where its weights are from there.
+        license: as its model card or timm says it.
+        files: name -> content of what goes with the weights: configurations of processors, and of tokenizers that no
+            preprocessing holds.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Network:
     """A module with sample inputs and the names of its outputs.
 
@@ -37,6 +53,7 @@ class Network:
         token_mask: the input that is 0 at padding tokens, if there is one.
         logits: the output that holds class logits, if there is one; scores then have a KL term.
         preprocessing: what makes inputs out of images or texts (see ``calibration``).
+        origin: see `Origin`.
     """
 
     module: nn.Module
@@ -48,6 +65,15 @@ class Network:
     token_mask: str | None = None
     logits: str | None = None
     preprocessing: Any = None
+    origin: Origin = field(default_factory=Origin)
+
+    def __repr__(self) -> str:
+        parameters = sum(p.numel() for p in self.module.parameters())
+        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
+        return (
+            f"<Network {self.source.name} ({self.source.library}, weights: {self.weights}): {given} -> "
+            f"{', '.join(self.outputs)}; {parameters:,} parameters>"
+        )
 
     def with_module(self, module: nn.Module) -> "Network":
         """The same network around another (pruned) module."""

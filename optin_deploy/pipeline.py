@@ -22,14 +22,18 @@ from optin_deploy.job import Job, prepare
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Measured
 from optin_deploy.latency.stage import latency_fraction, latency_tables, plan_for_latency, read_latency
+from optin_deploy.libraries import task
+from optin_deploy.libraries.hub import CARD_NAME
 from optin_deploy.measuring import export_and_measure
 from optin_deploy.network import Network
 from optin_deploy.pictures import pictures
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.progress import Stages
 from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, token_schedule
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, write_report
+from optin_deploy.report.card import Facts
+from optin_deploy.report.card import render as render_card
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import Damages
 from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_damages, token_steps
@@ -47,6 +51,12 @@ class Result:
     report: Report
     network: Network
     directory: Path
+
+    def __repr__(self) -> str:
+        return f"<Result in {self.directory}: {self.report!r}>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def prune_export(
@@ -88,7 +98,19 @@ def prune_export(
             results["latency_budget"] = read_latency(directory) if recipe.has_latency else None
             report = assemble(job, plan, small, results, directory, stages.seconds, command)
             write_report(report, directory)
+            _write_card(report, job.network, directory / "checkpoint")
     return Result(report, small, directory)
+
+
+def _write_card(report: Report, network: Network, checkpoint: Path) -> None:
+    """Write the model card into the checkpoint, in the place of that of an earlier try."""
+    facts = Facts(
+        files={file.name for file in checkpoint.iterdir()},
+        base_model=network.origin.base_model,
+        license=network.origin.license,
+        task=task(network),
+    )
+    write_text(checkpoint / CARD_NAME, render_card(report, facts))
 
 
 def _batches(batches: tuple[dict[str, Tensor], ...], device: torch.device) -> list[Mapping[str, Tensor]]:

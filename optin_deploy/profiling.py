@@ -1,10 +1,12 @@
 """One network measured as it is: its latency, the part of it that each kind of layer takes, and its latency tables."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from numpy.typing import NDArray
 from rich.console import Console
 
 from optin_deploy.job import check_measurable, check_runtimes, target_of
@@ -18,8 +20,10 @@ from optin_deploy.progress import Advance, Stages, as_steps
 from optin_deploy.pruning import examine
 from optin_deploy.recipe import Recipe
 from profilers import LAYER_RUNTIMES, layer_profile, measure_files
-from profilers.layers import OTHER
+from profilers.layers import OTHER, LayerRow
 from profilers.statistics import Summary, summarise
+
+BETWEEN = "between operators"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ class NetworkProfile:
     def throughput_per_s(self) -> float:
         """Samples per second at the median latency."""
         return 1000 * self.batch_size / self.summary.p50_ms
+
+    def __repr__(self) -> str:
+        from optin_deploy.report.profile import profile_line
+
+        return f"<NetworkProfile {profile_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        from optin_deploy.report.notebook import html_of
+        from optin_deploy.report.profile import profile_view
+
+        return html_of(profile_view("network", self))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict whose keys are the attributes."""
@@ -144,31 +159,63 @@ def profile_network(network: Network, target: Target, seconds: float, progress: 
     """
     sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
     where = places(network.module, examine(network).structure)
+
+    def part_of(row: LayerRow) -> str:
+        return where[row.module].part if row.module in where else OTHER
+
     with TemporaryDirectory(prefix="optin-profile-") as folder:
         file = export_network(network, network.module, target, Path(folder, "network"))
-        samples = measure_files({"network": file}, sample, target.case(seconds), (), lambda part: progress(part / 2))
-        summary = summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
-        parts: dict[str, float] = {}
-        if target.runtime in LAYER_RUNTIMES:
-            layers = layer_profile(
-                target.runtime,
-                file,
-                sample,
-                list(where),
-                batch_size=target.batch_size,
-                threads=target.threads,
-                seconds=seconds,
-                seed=target.seed,
-                onnx=file.with_suffix(".onnx"),
-                tf32=target.precision == "tf32",
-                progress=lambda part: progress(0.5 + part / 2),
-            )
-            for row in layers.rows:
-                name = OTHER if row.module not in where else where[row.module].part
-                parts[name] = parts.get(name, 0.0) + row.ms
-            parts["between operators"] = layers.overhead_ms
+        return _profiled(file, sample, target, seconds, progress, list(where), part_of)
+
+
+def profile_onnx(
+    file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float, progress: Advance
+) -> NetworkProfile:
+    """The same of an ONNX file, by types of operators.
+
+    Args:
+        sample: input name to array of one sample, leading dimension 1.
+
+    Raises:
+        ProfilingError: the file is missing, the sample does not fit, or the runtime failed.
+    """
+    return _profiled(file, dict(sample), target, seconds, progress, [], lambda row: row.operator)
+
+
+def _profiled(
+    file: Path,
+    sample: dict[str, NDArray[Any]],
+    target: Target,
+    seconds: float,
+    progress: Advance,
+    modules: list[str],
+    part_of: Callable[[LayerRow], str],
+) -> NetworkProfile:
+    samples = measure_files({"network": file}, sample, target.case(seconds), (), lambda part: progress(part / 2))
+    summary = summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
+    parts: dict[str, float] = {}
+    if target.runtime in LAYER_RUNTIMES:
+        layers = layer_profile(
+            target.runtime,
+            file,
+            sample,
+            modules,
+            batch_size=target.batch_size,
+            threads=target.threads,
+            seconds=seconds,
+            seed=target.seed,
+            onnx=file.with_suffix(".onnx"),
+            tf32=target.precision == "tf32",
+            progress=lambda part: progress(0.5 + part / 2),
+        )
+        for row in layers.rows:
+            name = part_of(row)
+            parts[name] = parts.get(name, 0.0) + row.ms
+        parts[BETWEEN] = layers.overhead_ms
     factor = summary.p50_ms / sum(parts.values()) if parts else 1.0
-    order = [name for name in (*PARTS, OTHER, *parts) if name in parts]
+    # Parts in their own order, operators by their time.
+    rest = sorted(parts.keys() - {*PARTS, OTHER, BETWEEN}, key=lambda name: -parts[name])
+    order = [name for name in (*PARTS, OTHER, *rest, BETWEEN) if name in parts]
     times = tuple(PartTime(name, factor * parts[name]) for name in dict.fromkeys(order))
     return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
 

@@ -1,8 +1,10 @@
-"""One progress display for a run: a bar per stage with time left; off a terminal a line per stage that is done."""
+"""One progress display for a run: a bar per stage with time left, on a terminal and in a notebook; elsewhere a line per
+stage that is done."""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from time import perf_counter
 
 from rich.console import Console
@@ -17,11 +19,11 @@ class Stages:
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
-        self._lines = None if quiet or console.is_terminal else console
+        # Without ipywidgets a notebook shows no bars, and rich says so each time that it would draw one.
+        bars = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+        self._lines = None if quiet or bars else console
         columns = (SpinnerColumn(), TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn())
-        self._progress = Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal
-        )
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet or not bars)
 
     def __enter__(self) -> "Stages":
         self._progress.start()

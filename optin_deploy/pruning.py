@@ -1,6 +1,6 @@
 """The pruning stage: from a network and calibration data to a smaller network, in memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from optin_deploy.batchnorm import reestimate
 from optin_deploy.classifier import refit_classifier
 from optin_deploy.compensation import compensate
-from optin_deploy.costs import CostModel, Costs, flop_costs
+from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.ridge import STRENGTHS
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import Damages, best_schedule, share_schedule
@@ -21,7 +21,7 @@ from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
 from optin_deploy.sparsity import sparsify
 from optin_deploy.structure.describe import describe, prunable
-from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.token_stack import TokenStack, token_stack, with_merging
 from optin_deploy.token_costs import token_costs
 from optin_deploy.unpruned import unpruned
@@ -48,12 +48,31 @@ class Anatomy:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller network, and how it came about. ``plan`` counts units of the network that was pruned."""
+    """A smaller network, and how it came about.
+
+    ``plan`` counts units of the network that was pruned, ``scores`` is empty where the plan was given.
+    """
 
     network: Network
     plan: Plan
     scores: Mapping[str, Tensor]
     anatomy: Anatomy
+
+    def __repr__(self) -> str:
+        share = count_flops(self.network.module, self.network.inputs) / self.anatomy.costs.total
+        parameters = sum(p.numel() for p in self.network.module.parameters())
+        return f"<Pruned {self.network.source.name}: {share:.3f} of its FLOPs, {parameters:,} parameters>"
+
+    def _repr_html_(self) -> str:
+        from optin_deploy.report.notebook import html_of
+        from optin_deploy.report.values import kept_view
+
+        kept = {group.name: len(self.plan.kept.get(group.name, range(group.units))) for group in self._groups}
+        return html_of(kept_view(repr(self)[1:-1], [(g.name, g.kind, g.units, kept[g.name]) for g in self._groups]))
+
+    @property
+    def _groups(self) -> tuple[Group, ...]:
+        return self.anatomy.structure.groups
 
 
 def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> Anatomy:
@@ -70,6 +89,21 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
         raise UserError(_nothing_prunable(network, structure))
     stack = token_stack(network.module, network.inputs, structure) if tokens else None
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
+
+
+def examine_as(network: Network, groups: Collection[str], *, tokens: bool = False) -> Anatomy:
+    """`examine`, narrow where ``groups``, by their names, are those of a network whose heads may get narrower."""
+    anatomy = examine(network, tokens=tokens)
+    if any(group.kind == "width" and group.name in groups for group in anatomy.structure.groups):
+        return anatomy
+    structure = anatomy.structure.without_widths()
+    return replace(anatomy, structure=structure, costs=flop_costs(network.module, structure, network.inputs))
+
+
+def check_share(flops: float) -> None:
+    """Raise UserError unless ``flops`` is a part of the FLOPs."""
+    if not 0 < flops < 1:
+        raise UserError(f"flops={flops:g}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5")
 
 
 def _nothing_prunable(network: Network, structure: Structure) -> str:
@@ -115,8 +149,7 @@ def prune(
     Raises:
         UserError: nothing is prunable, tokens cannot merge, or the budget is out of range or below the floor.
     """
-    if not 0 < flops < 1:
-        raise UserError(f"flops={flops:g}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5")
+    check_share(flops)
     if rounds < 1:
         raise UserError(f"rounds={rounds}: at least 1 is needed")
     scoring = scoring or Scoring()
@@ -144,6 +177,21 @@ def prune(
         schedule=schedule,
     )
     return Pruned(network.with_module(small), plan, scores, anatomy)
+
+
+def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "auto") -> Pruned:
+    """Slice by ``plan`` and repair, as `prune` does once there is one; there are no scores then.
+
+    Raises:
+        UserError: the plan does not fit the network.
+    """
+    anatomy = examine_as(network, plan.kept, tokens=bool(plan.tokens))
+    plan.check(anatomy.structure)
+    if anatomy.stack is not None:
+        anatomy.stack.check(plan.tokens)
+    dense = in_principal_bases(network, anatomy.structure, batches)
+    small = remove(dense, anatomy.structure, plan, batches, ridge, stack=anatomy.stack)
+    return Pruned(network.with_module(small), plan, {}, anatomy)
 
 
 def token_schedule(

@@ -22,7 +22,7 @@ from torch import Tensor
 from optin_deploy.criteria.loss import Trajectory
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.replay import resumed
 from optin_deploy.search import Offers, offers, sizes_of
 from optin_deploy.structure.groups import Structure

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optin_deploy.costs import CostModel
 from optin_deploy.errors import UserError
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Group, Structure
 
 # A budget is met when the cost is at most the budget and no further below it than this part of the dense cost.

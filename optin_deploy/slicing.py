@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.projections import Conv, Geometry, feature_dim
 from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
 from optin_deploy.structure.norms import shrunk

@@ -24,7 +24,7 @@ from optin_deploy.compensation import refit_maps
 from optin_deploy.costs import flops_by_module
 from optin_deploy.maps import is_inside
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.ridge import Moments, fit, penalised, solve
 from optin_deploy.structure.groups import Structure
 

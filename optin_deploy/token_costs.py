@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from optin_deploy.costs import Costs, flops_by_module, kept_size
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.tokens import comparing_flops, merging_flops

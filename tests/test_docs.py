@@ -2,19 +2,26 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import save_bert, save_lines, texts
 
+from optin_deploy.cli import app
 from optin_deploy.options import RUN_OPTIONS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+def text_of(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
 def examples(page: str) -> str:
     """All Python of a page, one piece behind the other."""
-    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL))
+    return "\n".join(re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL))
 
 
 def test_the_python_page_runs(
@@ -24,8 +31,23 @@ def test_the_python_page_runs(
     torch.manual_seed(0)
     exec(compile(examples("how-to/python.md"), "python.md", "exec"), {"__name__": "example"})
     told = capsys.readouterr().out
-    assert "blocks.0.attn" in told and "batch_size=1" in told
+    assert "blocks.0.attn" in told and "ONNX Runtime, batch 1: " in told and "<Result in run: " in told
     assert (tmp_path / "half" / "optin.json").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_hugging_face_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_bert(tmp_path / "bert", num_hidden_layers=1)
+    save_lines(tmp_path / "texts.txt", texts(40))
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"```sh\noptin-deploy (.*?)```", text_of("how-to/hugging-face.md"), re.DOTALL)
+    quick = "--runtimes ort-cpu --batch-sizes 1 --profile-seconds 0.2 --threads 1 --sequence-length 16 --quiet"
+    app(shlex.split(f"{command} {quick}"), standalone_mode=False)
+    exec(compile(examples("how-to/hugging-face.md"), "hugging-face.md", "exec"), {"__name__": "example"})
+    told = capsys.readouterr().out
+    assert "BertForSequenceClassification" in told and "load it with optin_deploy.load" in told
+    assert (tmp_path / "run" / "checkpoint" / "README.md").is_file()
 
 
 def test_the_command_page_lists_every_option() -> None:

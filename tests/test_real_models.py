@@ -11,7 +11,7 @@ from optin_deploy import load_calibration, load_network, prune
 from optin_deploy.evaluation import agreement, load_dataset
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine
 from optin_deploy.slicing import sliced
 

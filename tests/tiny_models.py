@@ -20,7 +20,7 @@ from optin_deploy import checkpoint
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, Source, custom_network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 
 VISION = {"model": "test_vit", "weights": "random", "image_size": 32}
 POSITIONS = 24

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy
 from optin_deploy.search import BUDGET_WINDOW, candidate_sizes, check_budget
 from optin_deploy.slicing import features_of, sliced

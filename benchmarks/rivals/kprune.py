@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from optin_deploy.costs import Costs
 from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.projections import valid_rows
 from optin_deploy.pruning import Anatomy
 from optin_deploy.replay import recorded_inputs

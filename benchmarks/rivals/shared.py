@@ -10,7 +10,7 @@ from optin_deploy.costs import Costs
 from optin_deploy.criteria.fisher import ends_linear
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.projections import valid_rows
 from optin_deploy.pruning import Anatomy
 from optin_deploy.replay import recorded_inputs

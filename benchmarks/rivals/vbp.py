@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy
 from optin_deploy.search import search
 from optin_deploy.slicing import sliced

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.masking import frozen, masked
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.projections import valid_rows
 from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.structure.groups import Group, Structure

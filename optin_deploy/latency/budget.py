@@ -13,7 +13,7 @@ from optin_deploy.costs import CostModel, Costs
 from optin_deploy.latency.costs import LatencyCosts
 from optin_deploy.latency.measure import Measured, Target, export_network
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.search import (
     BUDGET_WINDOW,
     Budget,

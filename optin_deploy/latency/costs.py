@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from optin_deploy.costs import kept_size
 from optin_deploy.latency.stacks import BlockType, part_name
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Structure
 from profilers.tables import LatencyTable
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from optin_deploy.errors import UserError
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Group, Structure
 

@@ -14,7 +14,7 @@ from optin_deploy.job import Job
 from optin_deploy.latency.budget import Met, meet
 from optin_deploy.latency.measure import Measured, measure_network
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.progress import Stages, as_steps
 from optin_deploy.recipe import Recipe
 from optin_deploy.search import check_budget

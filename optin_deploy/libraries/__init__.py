@@ -6,7 +6,7 @@ from torch import nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import timm, transformers
-from optin_deploy.network import Source
+from optin_deploy.network import Network, Source
 
 # What libraries raise for a configuration, weights or inputs that do not fit.
 UNFIT = (
@@ -46,3 +46,10 @@ def initialised(source: Source) -> nn.Module:
     raise UserError(
         f"{source.name} is a module of your own: give the dense module, as in load(path, module=MyModule())"
     )
+
+
+def task(network: Network) -> str | None:
+    """What the network is for, in the words of the Hugging Face hub; None where that is not known."""
+    if network.source.library == "timm":
+        return "image-classification" if network.logits else "image-feature-extraction"
+    return transformers.task(network.source.name, network.inputs) if network.source.library == "transformers" else None

@@ -1,13 +1,34 @@
-"""The model hub, which may be out of reach."""
+"""The model hub, which may be out of reach, and its conventions for what is in a model's folder."""
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from yaml import YAMLError
 
+from optin_deploy.network import Origin
+
+CARD_NAME = "README.md"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "normalizer.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 _CONNECT_SECONDS = 5.0
 
 
@@ -33,3 +54,43 @@ def _reachable() -> bool:
             return True
     except OSError:
         return False
+
+
+def read_file(model: str, name: str) -> bytes | None:
+    """A file of a local directory or model id; None where there is none or it cannot be had."""
+    try:
+        path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
+        return path.read_bytes()
+    except (EntryNotFoundError, OSError):
+        return None
+
+
+def read_files(model: str, names: Iterable[str]) -> dict[str, bytes]:
+    """Those of the named files of a local directory or model id that there are."""
+    found = {name: read_file(model, name) for name in names}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def read_origin(model: str, names: Iterable[str]) -> Origin:
+    """The origin of the weights of a local directory or model id, with those of the named files that there are.
+
+    What a local directory was made of is told by its card where that is ours; other cards name what was trained on.
+    """
+    told = _card_header(read_file(model, CARD_NAME))
+    base_model = str(told.get("base_model", "")) if "optin-deploy" in told.get("tags", []) else ""
+    license_name = told.get("license")
+    return Origin(
+        base_model=(base_model or None) if Path(model).is_dir() else model,
+        license=license_name if isinstance(license_name, str) else None,
+        files=read_files(model, names),
+    )
+
+
+def _card_header(card: bytes | None) -> dict[str, Any]:
+    """What the header of a model card says; nothing where it has none that can be read."""
+    if card is None:
+        return {}
+    try:
+        return ModelCard(card.decode("utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, YAMLError):
+        return {}

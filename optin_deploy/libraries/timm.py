@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.network import Network, Source
+from optin_deploy.network import Network, Origin, Source
 from optin_deploy.preprocessing import ImagePreprocessing
 from optin_deploy.structure.intake import prunable_form
 
@@ -100,4 +100,10 @@ def network_of(module: nn.Module, source: Source, weights: str) -> Network:
         weights=weights,
         logits="logits" if classifies else None,
         preprocessing=preprocessing,
+        origin=_origin(module) if weights == "pretrained" else Origin(),
     )
+
+
+def _origin(module: nn.Module) -> Origin:
+    known: Any = getattr(module, "pretrained_cfg", None) or {}
+    return Origin(base_model=known.get("hf_hub_id"), license=known.get("license"))

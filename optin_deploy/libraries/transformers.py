@@ -1,7 +1,8 @@
 """Networks from transformers: a local directory or a model id. Remote code is never run."""
 
 import inspect
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import timm.data
 import torch
 import transformers
 from torch import nn
+from transformers.modelcard import TASK_MAPPING
 
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import transformers_inputs as inputs_of
+from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.network import Network, Source
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
@@ -19,6 +22,10 @@ from optin_deploy.structure.intake import prunable_form
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
 
+CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
+# transformers takes "transformers_weights" for the name of the weights' file, and ends with an error that tells the
+# value where it cannot be one. It would else give layers that a pruned network does not have random weights.
+_REFUSAL = "pruned by optin-deploy, load it with optin_deploy.load(path)"
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -93,6 +100,40 @@ def ready(module: nn.Module) -> nn.Module:
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
     return _without_pooler(with_linear_layers(module)).eval()
+
+
+def write_configs(module: nn.Module, source: Source, directory: Path) -> None:
+    """Write what transformers has beside weights: the source's configuration, so that it finds the right tokenizer and
+    knows the labels, but builds no network of it; and how texts are generated, where the module can do that."""
+    config = {**source.arguments, "architectures": [source.name], "dtype": "float32", "transformers_weights": _REFUSAL}
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation = getattr(module, "generation_config", None)
+    if generation is not None:
+        generation.to_json_file(directory / GENERATION_NAME)
+
+
+def read_generation(module: nn.Module, directory: Path) -> None:
+    """Have the module generate texts as `write_configs` says it does; nothing where it did not say."""
+    if (directory / GENERATION_NAME).is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+
+
+def task(class_name: str, inputs: Iterable[str]) -> str | None:
+    """What networks of that class are for, in the words of the hub; plain encoders give features."""
+    for name, classes in TASK_MAPPING.items():
+        if any(class_name in (each if isinstance(each, tuple | list) else (each,)) for each in classes.values()):
+            return str(name)
+    features = {inputs_of.IMAGE_INPUT: "image-feature-extraction", inputs_of.TEXT_INPUT: "feature-extraction"}
+    found = [features[name] for name in inputs if name in features]
+    return found[0] if len(found) == 1 else None
+
+
+def companions(module: nn.Module) -> tuple[str, ...]:
+    """Names of the files beside the weights that no preprocessing of the network holds."""
+    kinds = inputs_of.input_kinds(module)
+    if kinds == [inputs_of.TEXT_INPUT]:
+        return ()
+    return PROCESSOR_FILES if kinds == [inputs_of.IMAGE_INPUT] else PROCESSOR_FILES + TOKENIZER_FILES
 
 
 def with_linear_layers(module: nn.Module) -> nn.Module:

@@ -16,15 +16,7 @@ def render(report: Report) -> str:
     title = f"{report.model.name}: {numbers.percent(report.flops_ratio)} of its FLOPs"
     parts = [f"## {escaped(title)}", f"**{escaped(wording.verdict(report))}**"]
     parts += [f"> **{banner.level}:** {escaped(banner.text)}" for banner in wording.banners(report)]
-    parts.append(table(["", "FLOPs", "parameters", "ONNX"], _sizes(report)))
-    if report.profile:
-        parts.append(table(_SPEED, [row for item in report.profile for row in _speed(report, item)]))
-        parts.append("Brackets: 95 % interval. Realised: speed-up ÷ FLOP reduction.")
-    sentences = (wording.latency_budget(report), wording.sparsity(report), wording.precision(report))
-    parts += [escaped(sentence) for sentence in sentences if sentence]
-    outputs = _outputs(report)
-    if outputs:
-        parts.append(table(["output", "dense → pruned"], outputs))
+    parts += figures(report)
     entry = wording.headline_layers(report)
     if entry is not None and entry.causes:
         where = f"{wording.runtime_name(entry.runtime)}, batch {entry.batch_size}"
@@ -34,8 +26,22 @@ def render(report: Report) -> str:
         parts.append("**Left dense**")
         parts.append(table(["", "FLOPs", "why"], _left_dense(report)))
     parts.append(table(["gate", "", ""], _gates(report)))
-    parts.append(f"{_machine(report)}\n\n{fenced(report.command)}")
+    parts.append(f"{machine(report)}\n\n{fenced(report.command)}")
     return "\n\n".join(parts) + "\n"
+
+
+def figures(report: Report) -> list[str]:
+    """Size, speed and outputs of both networks: tables, and what is to be said of them."""
+    parts = [table(["", "FLOPs", "parameters", "ONNX"], _sizes(report))]
+    if report.profile:
+        parts.append(table(_SPEED, [row for item in report.profile for row in _speed(report, item)]))
+        parts.append("Brackets: 95 % interval. Realised: speed-up ÷ FLOP reduction.")
+    sentences = (wording.latency_budget(report), wording.sparsity(report), wording.precision(report))
+    parts += [escaped(sentence) for sentence in sentences if sentence]
+    outputs = _outputs(report)
+    if outputs:
+        parts.append(table(["output", "dense → pruned"], outputs))
+    return parts
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -53,12 +59,12 @@ def escaped(text: str) -> str:
     return one_line.replace("@", "@\u200b")
 
 
-def fenced(text: str) -> str:
+def fenced(text: str, language: str = "") -> str:
     """``text`` as a block of code, in a fence longer than any in it."""
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _sizes(report: Report) -> list[list[str]]:
@@ -126,7 +132,8 @@ def _gates(report: Report) -> list[list[str]]:
     return [[gate.name, "passed" if gate.passed else "FAILED", gate.detail] for gate in report.gates]
 
 
-def _machine(report: Report) -> str:
+def machine(report: Report) -> str:
+    """Devices, date and version, on one line."""
     devices = dict.fromkeys(wording.device_name(report, item.runtime) for item in report.profile)
     where = ", ".join(devices) or str(report.environment.get("cpu") or "")
     parts = [where, f"{report.created:%Y-%m-%d}", f"optin-deploy {report.version}"]

@@ -31,6 +31,16 @@ def profile_view(name: str, profile: NetworkProfile) -> Group:
     return Group(title, head, Text("\nwhere the time goes", style="bold"), parts)
 
 
+def profile_line(profile: NetworkProfile) -> str:
+    """The same on one line, with what takes most of the time."""
+    summary = profile.summary
+    figures = {"p50": summary.p50_ms, "p90": summary.p90_ms, "p99": summary.p99_ms}
+    told = ", ".join(f"{name} {numbers.milliseconds(ms)} ms" for name, ms in figures.items())
+    most = max(profile.parts, key=lambda part: part.ms, default=None)
+    where = f"; most of it {most.name}, {numbers.percent(most.ms / summary.p50_ms)}" if most else ""
+    return f"{_where(profile)}: {told}{where}"
+
+
 def table_view(name: str, view: TableView) -> Group:
     """Dense latency, floor, and every part's sizes."""
     head = Text.assemble(

@@ -376,6 +376,20 @@ class Report(_Value):
             return data
         return {key: value for key, value in data.items() if key not in cls.model_computed_fields}
 
+    def __repr__(self) -> str:
+        from optin_deploy.report import wording
+
+        return f"<Report {self.model.name}: {wording.verdict(self)}>"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def _repr_html_(self) -> str:
+        from optin_deploy.report.html import render
+        from optin_deploy.report.notebook import framed
+
+        return framed(render(self))
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def flops_ratio(self) -> float:

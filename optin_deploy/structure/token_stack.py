@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Rows, Structure
 from optin_deploy.structure.residual import Call, trial_forward
 from optin_deploy.tokens import matching, merged, most_mergeable, placed, unmerged

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.masking import masked
 from optin_deploy.network import named_outputs
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.residual import same_tensor

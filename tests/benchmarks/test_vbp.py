@@ -9,7 +9,7 @@ from benchmarks.rivals import vbp
 from optin_deploy.costs import count_flops
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine
 from optin_deploy.replay import recorded_inputs
 from optin_deploy.slicing import output_bias

@@ -2,19 +2,21 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import TinyModule, own_network, resnet_network, save_bert, texts, vision_network
+from tiny_models import TinyModule, own_network, resnet_network, save_bert, save_tokenizer, texts, vision_network
 from torch import Tensor, nn
 
 from optin_deploy import checkpoint
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, custom_network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 
@@ -248,3 +250,84 @@ def test_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
     assert not list(tmp_path.iterdir())
+
+
+# Conventions of the Hugging Face hub
+
+
+@pytest.mark.parametrize("cls", [transformers.AutoModel, transformers.BertForSequenceClassification])
+@pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}])
+def test_transformers_refuses_the_weights(tmp_path: Path, cls: Any, options: dict[str, bool]) -> None:
+    _, path = saved(tmp_path, "classifier")
+    with pytest.raises(ValueError, match=r"load it with optin_deploy\.load"):
+        cls.from_pretrained(path, **options)
+
+
+def test_tokenizer_and_configuration_are_read_by_transformers(tmp_path: Path) -> None:
+    small, path = saved(tmp_path, "classifier")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    encoded = tokenizer(texts(3), padding=True, return_tensors="pt")
+    loaded = checkpoint.load(path)
+    assert isinstance(loaded, transformers.PreTrainedModel)
+    assert loaded.config.id2label == transformers.AutoConfig.from_pretrained(path).id2label
+    with torch.no_grad():
+        assert torch.equal(loaded(**encoded).logits, small.module(**encoded).logits)
+
+
+def save_vit(path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(path)
+    size = {"height": 16, "width": 16}
+    processor = {"image_processor_type": "ViTImageProcessor", "size": size, "image_mean": [0.4] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    (path / "README.md").write_text("---\nlicense: mit\nbase_model: someone/other\n---\n# A card\n")
+
+
+def test_image_processor_travels_twice(tmp_path: Path) -> None:
+    save_vit(tmp_path / "vit")
+    network = load_network(str(tmp_path / "vit"))
+    assert (network.origin.license, network.origin.base_model) == ("mit", None)
+    plan = some_plan(network)
+    checkpoint.save(pruned(network, plan), plan, tmp_path / "once")
+    checkpoint.save(checkpoint.load_network(tmp_path / "once"), plan, tmp_path / "twice")
+    before = (tmp_path / "vit" / "preprocessor_config.json").read_bytes()
+    for path in (tmp_path / "once", tmp_path / "twice"):
+        assert (path / "preprocessor_config.json").read_bytes() == before
+    assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path / "twice").image_mean) == [0.4] * 3
+
+
+def test_what_was_pruned_is_told_by_our_own_cards(tmp_path: Path) -> None:
+    _, path = saved(tmp_path, "timm")
+    (path / "README.md").write_text("---\nbase_model: timm/test_vit\nlicense: mit\ntags: [optin-deploy]\n---\n")
+    origin = checkpoint.load_network(path).origin
+    assert (origin.base_model, origin.license, origin.files) == ("timm/test_vit", "mit", {})
+    (path / "README.md").write_text("---\n: [\n---\n")
+    assert checkpoint.load_network(path).origin.license is None
+
+
+def test_a_decoder_still_generates_as_it_did(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=44, n_positions=24, n_embd=32, n_layer=2, n_head=4, bos_token_id=2)
+    module = transformers.GPT2LMHeadModel(config)
+    module.generation_config.max_new_tokens = 5
+    module.save_pretrained(tmp_path / "gpt")
+    save_tokenizer(tmp_path / "gpt")
+    network = load_network(str(tmp_path / "gpt"), sequence_length=12)
+    plan = Plan({g.name: tuple(range(g.units // 2)) for g in describe(network.module, network.inputs).groups})
+    small = pruned(network, plan)
+    checkpoint.save(small, plan, tmp_path / "checkpoint")
+    loaded = checkpoint.load(tmp_path / "checkpoint")
+    assert loaded.generation_config.max_new_tokens == 5
+    given = torch.tensor([[2, 5, 6]])
+    ours, theirs = (m.generate(given, do_sample=False, pad_token_id=0) for m in (small.module, loaded))
+    assert torch.equal(ours, theirs) and theirs.shape == (1, 8)
+
+
+def test_without_what_is_for_others_it_loads_all_the_same(tmp_path: Path) -> None:
+    small, path = saved(tmp_path, "classifier")
+    (path / "config.json").unlink()
+    for ours, theirs in zip(outputs(small), outputs(small, checkpoint.load(path)), strict=True):
+        assert torch.equal(ours, theirs)

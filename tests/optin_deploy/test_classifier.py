@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.classifier import fit, logits_map, refit_classifier
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, remove
 
 NONE = torch.zeros(40, dtype=torch.bool)

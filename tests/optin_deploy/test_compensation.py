@@ -13,7 +13,7 @@ from torch import nn
 
 from optin_deploy.compensation import compensate
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.replay import recorded_inputs, recorded_outputs
 from optin_deploy.slicing import output_bias, sliced
 from optin_deploy.structure.describe import describe

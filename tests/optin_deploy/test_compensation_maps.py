@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from optin_deploy.compensation import compensate
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.ridge import STRENGTHS
 from optin_deploy.slicing import output_bias, sliced
 from optin_deploy.structure.describe import describe

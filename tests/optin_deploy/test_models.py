@@ -14,7 +14,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.libraries import hub
 from optin_deploy.libraries.timm import full_name, prunable_names
 from optin_deploy.models import load_network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.structure.describe import describe
 
 

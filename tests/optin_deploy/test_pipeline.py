@@ -20,7 +20,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.pipeline import Result, prune_export
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, prune
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report

@@ -4,6 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
+from optin_deploy import progress
 from optin_deploy.progress import Stages
 
 
@@ -32,3 +33,11 @@ def test_a_terminal_gets_bars() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quiet_is_quiet(terminal: bool) -> None:
     assert shown(terminal=terminal, quiet=True) == ""
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_gets_bars_where_it_can_show_them(widgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "find_spec", lambda _: object() if widgets else None)
+    stages = Stages(Console(file=io.StringIO(), force_jupyter=True))
+    assert stages._progress.disable != widgets
+    assert (stages._lines is None) == widgets

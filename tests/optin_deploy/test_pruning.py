@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optin_deploy.costs import count_flops
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Pruned, examine, next_step, prune, remove, remove_more
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Criterion, Scorer, Scoring

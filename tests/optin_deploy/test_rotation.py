@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.replay import recorded_inputs, recorded_outputs
 from optin_deploy.rotation import in_principal_bases, query_key_bases, value_bases
 from optin_deploy.slicing import sliced

@@ -14,7 +14,7 @@ from optin_deploy import schedule
 from optin_deploy.costs import count_flops
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine, prune
 from optin_deploy.schedule import Damages, best_schedule, damages, share_schedule
 from optin_deploy.scoring import Scoring

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optin_deploy.costs import Costs, count_flops, flop_costs
 from optin_deploy.errors import UserError
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.search import (
     BUDGET_WINDOW,
     Budget,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import features_of, output_bias, query_gain, sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure

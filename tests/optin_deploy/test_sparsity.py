@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optin_deploy.maps import is_inside
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.ridge import Moments, penalised
 from optin_deploy.slicing import sliced
 from optin_deploy.sparsity import (

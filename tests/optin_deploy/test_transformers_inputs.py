@@ -18,7 +18,7 @@ from optin_deploy.libraries.transformers import with_linear_layers
 from optin_deploy.libraries.transformers_inputs import end_of_text
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 
 
 def saved(name: str, path: Path, *, tokenizer: bool = False) -> nn.Module:

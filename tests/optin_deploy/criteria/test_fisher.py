@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.replay import recorded_inputs, recorded_outputs
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe

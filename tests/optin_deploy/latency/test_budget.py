@@ -16,7 +16,7 @@ from optin_deploy.latency.budget import AIM, LOWEST, Met, Round, edges_of, meet
 from optin_deploy.latency.costs import Curve, LatencyCosts
 from optin_deploy.latency.measure import Measured, Target
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.search import kept_score
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.token_stack import token_stack

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from optin_deploy.latency.costs import Curve, LatencyCosts, latency_costs
 from optin_deploy.latency.stacks import block_types
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from profilers.tables import LatencyTable, Row
 
 HEADS = Curve((0, 2, 4), (8, 16), np.array([[-2.0, -2.0], [-1.5, -1.0], [-0.5, 0.0]]))

@@ -21,7 +21,7 @@ from optin_deploy.latency.measure import _points
 from optin_deploy.latency.stacks import block_types, stack
 from optin_deploy.masking import masked
 from optin_deploy.network import Network, TensorOutputs
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, prune
 from optin_deploy.search import BUDGET_WINDOW
 from optin_deploy.slicing import sliced

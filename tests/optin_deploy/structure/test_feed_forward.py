@@ -23,7 +23,7 @@ from transformers.models.modernbert.modeling_modernbert import ModernBertMLP
 from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
 
 from optin_deploy.masking import masked
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.feed_forward import feed_forward

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.masking import masked
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure import registry
 from optin_deploy.structure.describe import describe

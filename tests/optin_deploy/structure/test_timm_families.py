@@ -18,7 +18,7 @@ import optin_deploy
 from optin_deploy.costs import count_flops, flop_costs
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.scoring import Scoring
 from optin_deploy.slicing import sliced

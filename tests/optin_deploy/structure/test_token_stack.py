@@ -14,7 +14,7 @@ from transformers.models.vit import modeling_vit
 from optin_deploy.costs import count_flops, flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.network import named_outputs
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure

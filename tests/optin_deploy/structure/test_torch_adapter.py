@@ -15,7 +15,7 @@ from optin_deploy import checkpoint
 from optin_deploy.costs import count_flops
 from optin_deploy.masking import masked
 from optin_deploy.network import Network, TensorOutputs, custom_network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, prune
 from optin_deploy.search import BUDGET_WINDOW
 from optin_deploy.slicing import sliced

@@ -14,7 +14,7 @@ from optin_deploy import checkpoint
 from optin_deploy.costs import count_flops, flop_costs
 from optin_deploy.masking import masked
 from optin_deploy.network import Network, TensorOutputs
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.pruning import prune
 from optin_deploy.scoring import Scoring
 from optin_deploy.slicing import sliced

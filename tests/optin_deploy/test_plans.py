@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optin_deploy.errors import UserError
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 

@@ -17,6 +17,10 @@ class Plan:
     kept: Mapping[str, tuple[int, ...]]
     tokens: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        parts = [f"{name}: {len(units)}" for name, units in self.kept.items()]
+        return f"Plan({', '.join([*parts, f'tokens {self.tokens}'] if self.tokens else parts)})"
+
     def after(self, earlier: "Plan") -> "Plan":
         """This plan, made for a network already pruned by ``earlier``, in the dense network's indices."""
         kept = dict(earlier.kept)
