@@ -32,7 +32,7 @@ def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int | torch
     moved = torch.where(leaves, staying.gather(1, nearest), staying)
     # Padding adds nothing wherever it goes.
     moved = torch.where(leaves & ~real, 0, moved + prefix)
-    before = torch.arange(prefix, device=metric.device).expand(len(moved), -1)
+    before = torch.arange(prefix, device=metric.device).expand(moved.shape[0], -1)
     return torch.cat([before, moved], dim=1)
 
 

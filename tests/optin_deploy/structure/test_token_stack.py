@@ -238,7 +238,7 @@ def test_what_padding_holds_is_nowhere_to_be_seen() -> None:
 @pytest.mark.parametrize(
     ("model", "config", "arguments", "reason"),
     [
-        (transformers.BertModel, transformers.BertConfig, {"is_decoder": True}, "says more than where padding is"),
+        (transformers.BertModel, transformers.BertConfig, {"is_decoder": True}, "the mask of its blocks"),
         (transformers.LlamaModel, transformers.LlamaConfig, {}, "position_embeddings"),
     ],
 )
