@@ -13,7 +13,7 @@ from torch import Tensor
 _BEYOND = 2.0
 
 
-def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int | torch.SymInt) -> Tensor:
+def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Tensor:
     """Where each token is when ``count`` are gone: int64 ``(batch, tokens)``, by the cosine of their ``metric``.
 
     Args:
@@ -36,7 +36,7 @@ def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int | torch
     return torch.cat([before, moved], dim=1)
 
 
-def words_merged(x: Tensor, sizes: Tensor, moved: Tensor, left: int | torch.SymInt) -> tuple[Tensor, Tensor]:
+def words_merged(x: Tensor, sizes: Tensor, moved: Tensor, left: int) -> tuple[Tensor, Tensor]:
     """Tokens ``(batch, left, width)`` after merging, and how many words each stands for.
 
     Args:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import torch
@@ -60,9 +61,15 @@ class TokenStack:
         """The fewest tokens that a block can get when so many come to it."""
         return tokens - most_mergeable(tokens, self.prefix)
 
-    def leaving(self, before: int, tokens: int, now: int | torch.SymInt) -> int | torch.SymInt:
-        """How many of ``now`` words leave where of ``before`` in the sample ``tokens`` are left; rounded down."""
-        return torch.sym_min(now * (before - tokens) // before, (now - self.prefix) // 2)
+    def leaving(self, before: int, tokens: int, now: int) -> int:
+        """How many of ``now`` words (symbolic ones, too) leave where of ``before`` in the sample ``tokens`` are left;
+        rounded down, and so at most half of those behind the prefix, as there."""
+        common = gcd(before, before - tokens)
+        return now * ((before - tokens) // common) // (before // common)
+
+    def possible(self, schedule: Sequence[int]) -> bool:
+        """Whether so many tokens can enter each block."""
+        return all(self.least_behind(a) <= b <= a for a, b in pairwise((self.tokens, *schedule)))
 
     def check(self, schedule: Sequence[int]) -> None:
         """Raise UserError unless ``schedule`` says how many tokens enter each block, and can be merged to."""
