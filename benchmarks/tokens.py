@@ -1,11 +1,16 @@
 """What merging tokens gives: heads and neurons alone (β), with tokens (τ), tokens alone; and what merging itself costs.
 
     python benchmarks/tokens.py --part maps --data-root ../shared/data --threads 1
+    python benchmarks/tokens.py --part texts --data-root ../shared/data --threads 1
+    python benchmarks/tokens.py --part schedules --data-root ../shared/data --threads 1
     python benchmarks/tokens.py --part overhead --threads 1
     python benchmarks/tokens.py --part tome --tome ../ToMe --threads 1
 
 - maps: vit_small_saliency pruned in the three ways; its maps on photographs that were not calibrated on against the
   dense ones, and its ONNX files in turns with the dense one.
+- texts: MiniLM in the three ways, judged on STS-B dev.
+- schedules: vit_small_saliency with all units and fewer tokens: merging as the search has it, before every block alike,
+  before three blocks (those behind a quarter, half and three quarters), and leaving out what would merge.
 - overhead: deit_small with random weights, at batch 8: dense, merging 13 tokens a block, leaving out as many instead,
   and τ at half of the FLOPs (half of what is removed by tokens) take turns. What merging takes beyond leaving out,
   against the dense time, is its overhead.
@@ -19,9 +24,9 @@ import copy
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -29,7 +34,7 @@ from typing import Any
 
 import common
 import torch
-from cases import saliency_maps
+from cases import saliency_maps, stsb
 from realised_ratio import export
 from rich.console import Console
 from rich.table import Table
@@ -44,15 +49,23 @@ from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import best_schedule, share_schedule
 from optin_deploy.scoring import Scoring, score, token_damages
 from optin_deploy.structure.token_stack import MergingBlocks, TokenStack, with_merging
-from optin_deploy.token_costs import token_costs
+from optin_deploy.token_costs import TokenCosts, token_costs
+from optin_deploy.tokens import Matching, merged
 from profilers.isolated import Case, loads_for, measure_files
 from profilers.statistics import ratio_interval
 
 NAME = "tokens"
-PARTS = ("maps", "overhead", "tome")
+PARTS = ("maps", "texts", "schedules", "overhead", "tome")
 Row = dict[str, Any]
 _RATE = 13
 _TURNS = 40
+
+
+class LeavingOut(MergingBlocks):
+    """What would merge into another token is left out."""
+
+    def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
+        return merged(x, sizes, replace(match, joining=torch.zeros_like(match.joining)))
 
 
 class DroppingBlocks(MergingBlocks):
@@ -111,6 +124,72 @@ def maps(given: Namespace) -> list[Row]:
         rows.append({"part": "maps", **row, **case.measure(module), "speed": speed["pruned"]})
         print(rows[-1], flush=True)
     return rows
+
+
+def texts(given: Namespace) -> list[Row]:
+    """See the module's first lines."""
+    case = stsb(given.data_root, 0, None)
+    budgets = [float(part) for part in given.flops.split(",")]
+    rows = []
+    for row, module in ways(case.network, [dict(batch) for batch in case.batches], budgets):
+        speed = timed(case.network, {"pruned": module}, given, (1, 8))
+        rows.append({"part": "texts", **row, **case.measure(module), "speed": speed["pruned"]})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def schedules(given: Namespace) -> list[Row]:
+    """See the module's first lines."""
+    case = saliency_maps(given.data_root, 0, given.samples)
+    network = case.network
+    anatomy = examine(network, tokens=True)
+    structure, stack = anatomy.structure, anatomy.stack
+    assert stack is not None
+    batches = [dict(batch) for batch in case.batches]
+    costs = token_costs(network.module, structure, anatomy.costs, stack, network.inputs)
+    damage = token_damages(network, structure, stack, batches, Scoring())
+    rows = []
+    for asked in (float(part) for part in given.flops.split(",")):
+        searched = share_schedule(structure, costs, asked, damage)
+        depth = len(stack.blocks)
+        found = {
+            "merging, as searched": (MergingBlocks, searched),
+            "leaving out, as searched": (LeavingOut, searched),
+            "merging, every block alike": (MergingBlocks, alike(costs, asked, range(1, depth))),
+            "merging, three blocks": (MergingBlocks, alike(costs, asked, [depth // 4, depth // 2, 3 * depth // 4])),
+        }
+        for way, (kind, schedule) in found.items():
+            module = copy.deepcopy(network.module)
+            with_merging(module, structure, stack, Plan({}, schedule))
+            made = module.get_submodule(stack.name)
+            assert isinstance(made, MergingBlocks)
+            parent, _, name = stack.name.rpartition(".")
+            blocks = dict(made.named_children())
+            setattr(module.get_submodule(parent), name, kind(blocks, stack, schedule, made.heads).eval())
+            flops = count_flops(module, network.inputs) / anatomy.costs.total
+            row = {"part": "schedules", "way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}
+            rows.append({**row, **case.measure(module), "speed": {}})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def alike(costs: TokenCosts, asked: float, blocks: Iterable[int]) -> tuple[int, ...]:
+    """The schedule that keeps the same part of the patches before each of these ``blocks``, and of the FLOPs what is
+    ``asked`` for or a little less."""
+    stack, merging = costs.stack, set(blocks)
+
+    def schedule(part: float) -> tuple[int, ...]:
+        left, made = float(stack.tokens - stack.prefix), []
+        for block in range(len(stack.blocks)):
+            left *= part if block in merging else 1.0
+            made.append(stack.prefix + round(left))
+        return tuple(made)
+
+    low, high = 0.5, 1.0
+    for _ in range(30):
+        part = (low + high) / 2
+        low, high = (low, part) if costs.at(schedule(part)).of(Plan({})) > asked * costs.total else (part, high)
+    return schedule(low)
 
 
 def timed(network: Network, modules: Mapping[str, nn.Module], given: Namespace, sizes: tuple[int, ...]) -> Row:
@@ -218,7 +297,7 @@ def table(rows: list[Row]) -> Table:
         speed = [_interval(row["speed"][size]) if size in row["speed"] else "" for size in ("1", "8")]
         extra = {"overhead": "of the dense time is merging", "realised": "realised", "ours": "× as fast is ours"}
         told = [f"{_value(row[key])} {words}" for key, words in extra.items() if key in row]
-        correlation = f"{row['correlation']:.4f}" if "correlation" in row else ""
+        correlation = next((f"{row[k]:.4f}" for k in ("correlation", "similarity correlation") if k in row), "")
         made.add_row(row["part"], row["way"], f"{row['flops']:.3f}", *speed, correlation, "; ".join(told))
     return made
 
@@ -246,7 +325,8 @@ def main() -> None:
         if given.part is None:
             made.error("give --part or --table")
         torch.set_num_threads(given.threads)
-        found = {"maps": maps, "overhead": overhead, "tome": tome}[given.part](given)
+        parts = {"maps": maps, "texts": texts, "schedules": schedules, "overhead": overhead, "tome": tome}
+        found = parts[given.part](given)
         rows = [row for row in rows if row["part"] != given.part] + found
         common.write_results(NAME, {"rows": rows})
     Console(width=160).print(table(rows))

@@ -195,7 +195,7 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
         structure = describe(dense, inputs)
         small = sliced(dense, structure, plan)
         if plan.tokens:
-            with_merging(small, structure, token_stack(dense, inputs, structure), plan)
+            with_merging(small, structure, token_stack(dense, inputs, structure, description.token_mask), plan)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     except UNFIT as error:

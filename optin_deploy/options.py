@@ -107,7 +107,7 @@ RUN_OPTIONS: dict[str, Any] = {
     ],
     "tokens": Annotated[
         str | None,
-        option("vision: merge tokens; auto, off, or how many enter each block, like 197,197,160,… [off]", PRUNE),
+        option("merge tokens between blocks; auto, off, or how many enter each block, like 197,197,160,… [off]", PRUNE),
     ],
     "tokens_share": Annotated[
         float | None, option("part of the FLOPs removed that tokens are to remove [what auto finds]", PRUNE)

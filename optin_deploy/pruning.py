@@ -87,7 +87,7 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
         structure = structure.without_widths()
     if not structure.groups:
         raise UserError(_nothing_prunable(network, structure))
-    stack = token_stack(network.module, network.inputs, structure) if tokens else None
+    stack = token_stack(network.module, network.inputs, structure, network.token_mask) if tokens else None
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
 
 

@@ -12,6 +12,7 @@ With that schedule, the units are then found exactly (``search``).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.replay import resumed
-from optin_deploy.search import Offers, offers, sizes_of
+from optin_deploy.search import BUDGET_WINDOW, Offers, offers, sizes_of
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.token_stack import TokenStack, with_merging
 from optin_deploy.token_costs import TokenCosts
@@ -33,7 +34,11 @@ from optin_deploy.token_costs import TokenCosts
 _MEASURED = (0.9, 0.75, 0.6, 0.5)
 # Numbers of tokens that a block may get: so many steps from all to an eighth.
 _LEVELS, _LEAST = 24, 1 / 8
-_BISECTIONS = 40
+_BISECTIONS = 60
+# Between two schedules it is looked for one in so many steps.
+_BETWEEN = 64
+# Of the sum of all scores, what leaving no token would cost without damage.
+_SPARED = 1e-6
 
 Advance = Callable[[int], None]
 
@@ -142,7 +147,7 @@ def best_schedule(
         damage: in the unit of ``scores``.
     """
     offered = offers(structure, scores, sizes_of(structure, align))
-    return _within(_Path(offered, costs, damage), fraction * costs.total)
+    return _used_up(costs, fraction, *_around(_Path(offered, costs, damage), fraction * costs.total))
 
 
 def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, damage: Damages) -> tuple[int, ...]:
@@ -155,7 +160,7 @@ def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, dam
     # With one choice for each group, what it is worth does not matter.
     alike = {g.name: torch.ones(g.units) for g in structure.groups}
     path = _Path(offers(structure, alike, whole), costs, damage)
-    schedule = _within(path, fraction * costs.total)
+    schedule = _used_up(costs, fraction, *_around(path, fraction * costs.total))
     least = costs.at(schedule).of(Plan({})) / costs.total
     if least > fraction:
         raise UserError(
@@ -165,18 +170,37 @@ def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, dam
     return schedule
 
 
-def _within(path: "_Path", limit: float) -> tuple[int, ...]:
-    """The schedule at the lowest price per FLOP at which the budget is met."""
+def _around(path: "_Path", limit: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The schedule at the lowest price per FLOP at which the budget is met, and that at the highest at which it is
+    not."""
     low, high = 0.0, 1.0
-    best = path.at_price(high / limit)
-    while best[1] > limit and high < 1e30:
+    within, above = path.at_price(high / limit), path.at_price(0.0)
+    while within[1] > limit and high < 1e30:
         high *= 4
-        best = path.at_price(high / limit)
+        within = path.at_price(high / limit)
     for _ in range(_BISECTIONS):
         price = (low + high) / 2
         found = path.at_price(price / limit)
-        low, high, best = (price, high, best) if found[1] > limit else (low, price, found)
-    return best[0]
+        if found[1] > limit:
+            low, above = price, found
+        else:
+            high, within = price, found
+    return within[0], above[0]
+
+
+def _used_up(costs: TokenCosts, fraction: float, within: tuple[int, ...], above: tuple[int, ...]) -> tuple[int, ...]:
+    """``within``, or where it leaves much of the budget unused with all units, the schedule between it and ``above``
+    that does not: where the first tokens cost most, none between them is the best at any price."""
+    limit, before = fraction * costs.total, None
+    for step in range(_BETWEEN, -1, -1):
+        part = step / _BETWEEN
+        schedule = tuple(ceil(part * low + (1 - part) * high) for low, high in zip(within, above, strict=True))
+        if not costs.stack.possible(schedule) or costs.at(schedule).of(Plan({})) > limit:
+            continue
+        before = schedule
+        if costs.at(schedule).of(Plan({})) >= limit - BUDGET_WINDOW * costs.total:
+            break
+    return within if before is None else before
 
 
 class _Path:
@@ -191,7 +215,10 @@ class _Path:
         # [i, j]: going from level i to level j.
         self.possible = np.array([[stack.least_behind(int(a)) <= b <= a for b in levels] for a in levels])
         scale = offered.scale
-        self.damage = np.stack([damage.at(i, levels.astype(float)) for i in range(len(stack.blocks))]) / scale
+        # Merging what is padding only costs nothing: of schedules without damage more tokens are a little better, the
+        # more so the fewer there are, for all of them to be the best at some price.
+        spared = _SPARED * (1 - levels / stack.tokens) ** 2
+        self.damage = np.stack([damage.at(i, levels.astype(float)) for i in range(len(stack.blocks))]) / scale + spared
         # Wherever tokens merge they are compared by whole heads here; the units then found may have narrower ones.
         features = [costs.widths[key.group] if key else 0 for key in stack.keys]
         self.merging = np.zeros((len(stack.blocks), len(levels), len(levels)))

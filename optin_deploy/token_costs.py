@@ -11,6 +11,7 @@ from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.tokens import comparing_flops, merging_flops
+from optin_deploy.words import word_comparing_flops, word_merging_flops
 
 # Products of two activations: in an attention their cost grows with the square of the tokens, that of all else with
 # the tokens.
@@ -84,7 +85,10 @@ class TokenCosts:
         """What merging before a block costs, comparing by keys left out."""
         key, width = self.stack.keys[block], self.stack.width
         places = sum(features for _, features in self.stack.places)
-        found = merging_flops(before, self.stack.prefix, before - tokens, width, places)
+        if self.stack.text:
+            found = word_merging_flops(before, before - tokens, width)
+        else:
+            found = merging_flops(before, self.stack.prefix, before - tokens, width, places)
         return found + (self.comparing(block, before, tokens, 0) if key is None else 0.0)
 
     def comparing(self, block: int, before: int, tokens: int, features: int) -> float:
@@ -92,7 +96,8 @@ class TokenCosts:
         if before == tokens:
             return 0.0
         keys = 2.0 * before * self.stack.width * features
-        return keys + comparing_flops(before, self.stack.prefix, features or self.stack.width)
+        compared = word_comparing_flops if self.stack.text else comparing_flops
+        return keys + compared(before, self.stack.prefix, features or self.stack.width)
 
     def _step(self, block: int) -> tuple[int, int]:
         """Tokens before and behind the merging before a block."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from optin_deploy.errors import UserError
 from optin_deploy.plans import Plan
 from optin_deploy.structure.groups import Rows, Structure
 from optin_deploy.structure.residual import Call, trial_forward
-from optin_deploy.tokens import matching, merged, most_mergeable, placed, unmerged
+from optin_deploy.tokens import Matching, matching, merged, most_mergeable, placed, unmerged
+from optin_deploy.words import word_matching, words_merged
 
 # What blocks call a mask that is added to the attention's logits.
 _MASKS = ("attn_mask", "attention_mask")
@@ -41,6 +43,8 @@ class TokenStack:
         prefix: tokens at the beginning that are no patches: class, distillation and register tokens.
         keys: of every block; None where its keys are not known.
         places: arguments of the blocks that belong to the places of patches, like rotary positions, and their features.
+        text: whether the tokens are words: inputs have any length, numbers of tokens are those of the sample input and
+            stand for parts of it, and the mask tells of padding.
     """
 
     name: str
@@ -51,10 +55,21 @@ class TokenStack:
     blocks: tuple[str, ...]
     keys: tuple[KeySource | None, ...]
     places: tuple[tuple[str, int], ...] = ()
+    text: bool = False
 
     def least_behind(self, tokens: int) -> int:
         """The fewest tokens that a block can get when so many come to it."""
         return tokens - most_mergeable(tokens, self.prefix)
+
+    def leaving(self, before: int, tokens: int, now: int) -> int:
+        """How many of ``now`` words (symbolic ones, too) leave where of ``before`` in the sample ``tokens`` are left;
+        rounded down, and so at most half of those behind the prefix, as there."""
+        common = gcd(before, before - tokens)
+        return now * ((before - tokens) // common) // (before // common)
+
+    def possible(self, schedule: Sequence[int]) -> bool:
+        """Whether so many tokens can enter each block."""
+        return all(self.least_behind(a) <= b <= a for a, b in pairwise((self.tokens, *schedule)))
 
     def check(self, schedule: Sequence[int]) -> None:
         """Raise UserError unless ``schedule`` says how many tokens enter each block, and can be merged to."""
@@ -94,27 +109,49 @@ class MergingBlocks(nn.Sequential):
         return iter((self,))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        if x.shape[1] != self.stack.tokens:
-            raise UserError(f"tokens merge among {self.stack.tokens}, and here are {x.shape[1]}: keep the input's size")
+        stack = self.stack
+        if not stack.text and x.shape[1] != stack.tokens:
+            raise UserError(f"tokens merge among {stack.tokens}, and here are {x.shape[1]}: keep the input's size")
         sizes: Tensor | None = None
         where: Tensor | None = None
         places: dict[str, Tensor] = {}
-        for index, block in enumerate(self._modules.values()):
+        steps = pairwise((stack.tokens, *self.schedule))
+        for index, (block, (before, after)) in enumerate(zip(self._modules.values(), steps, strict=True)):
             assert block is not None
-            count = x.shape[1] - self.schedule[index]
-            if count:
-                match = matching(self._metric(index, block, x), self.stack.prefix, count)
-                x, sizes = merged(x, x.new_ones((*x.shape[:2], 1)) if sizes is None else sizes, match)
-                where = match.moved if where is None else match.moved.gather(1, where)
-                for name, _ in self.stack.places:
-                    place = places[name] if name in places else kwargs[name].expand(x.shape[0], -1, -1)
-                    places[name] = placed(place, match)
+            if after < before:
+                sizes = self._sizes(block, x, args, kwargs) if sizes is None else sizes
+                metric = self._metric(index, block, x)
+                if stack.text:
+                    left = x.shape[1] - stack.leaving(before, after, x.shape[1])
+                    moved = word_matching(metric, sizes, stack.prefix, x.shape[1] - left)
+                    x, sizes = words_merged(x, sizes, moved, left)
+                else:
+                    match = matching(metric, stack.prefix, before - after)
+                    moved = match.moved
+                    x, sizes = self.join(x, sizes, match)
+                    for name, _ in stack.places:
+                        place = places[name] if name in places else kwargs[name].expand(x.shape[0], -1, -1)
+                        places[name] = placed(place, match)
+                where = moved if where is None else moved.gather(1, where)
             called = inspect.signature(block.forward).bind(x, *args, **{**kwargs, **places})
             if sizes is not None:
-                given = called.arguments.get(self.stack.mask)
-                called.arguments[self.stack.mask] = _added(given, sizes.log()[:, None, None, :, 0])
+                # The mask of a text says no more than the sizes: padding has none.
+                given = None if stack.text else called.arguments.get(stack.mask)
+                called.arguments[stack.mask] = _added(given, _counting(sizes))
             x = block(*called.args, **called.kwargs)
         return x if where is None else unmerged(x, where)
+
+    def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
+        """Patches and their sizes after merging."""
+        return merged(x, sizes, match)
+
+    def _sizes(self, block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Of tokens that have not merged yet: 1, and 0 for padding."""
+        called = inspect.signature(block.forward).bind(x, *args, **kwargs)
+        mask = called.arguments.get(self.stack.mask) if self.stack.text else None
+        if mask is None:
+            return x.new_ones((*x.shape[:2], 1))
+        return _real(mask).expand(x.shape[0], -1)[:, :, None].to(x.dtype)
 
     def _metric(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
         """What tokens are compared by: the mean over heads of their keys."""
@@ -127,6 +164,18 @@ class MergingBlocks(nn.Sequential):
         weight = layer.weight[rows].unflatten(0, (heads, -1)).mean(0)
         bias = None if layer.bias is None else layer.bias[rows].unflatten(0, (heads, -1)).mean(0)
         return F.linear(block.get_submodule(source.norm)(x), weight, bias)
+
+
+def _counting(sizes: Tensor) -> Tensor:
+    """What is added to logits for tokens to count as often as their sizes say."""
+    return sizes.log().clamp_min(torch.finfo(sizes.dtype).min)[:, None, None, :, 0]
+
+
+def _real(mask: Tensor) -> Tensor:
+    """Bool ``(batch or 1, tokens)``, False where a mask ``(batch, 1, queries or 1, tokens)``, alike for all queries, is
+    False or far below 0."""
+    row = mask[:, 0, 0, :]
+    return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
 
 
 def _added(given: Tensor | None, bias: Tensor) -> Tensor:
@@ -143,8 +192,13 @@ def with_merging(module: nn.Module, structure: Structure, stack: TokenStack, pla
     setattr(module.get_submodule(parent), name, MergingBlocks(blocks, stack, plan.tokens, heads).train(module.training))
 
 
-def token_stack(module: nn.Module, inputs: Mapping[str, Tensor], structure: Structure) -> TokenStack:
+def token_stack(
+    module: nn.Module, inputs: Mapping[str, Tensor], structure: Structure, token_mask: str | None = None
+) -> TokenStack:
     """The blocks of ``module`` between which tokens can merge.
+
+    Args:
+        token_mask: the input that is 0 at padding tokens, of a text network.
 
     Raises:
         UserError: there are none, with the reason.
@@ -162,13 +216,41 @@ def token_stack(module: nn.Module, inputs: Mapping[str, Tensor], structure: Stru
         raise _refused("not every block of its list runs")
     found = [calls[block] for block in blocks]
     shape = _common_shape(found)
-    prefix, mask = _prefix(calls, shape[1]), _mask_of(module, blocks)
+    text = token_mask is not None
+    # Of a text the first token stands for all of it.
+    prefix, mask = 1 if text else _prefix(calls, shape[1]), _mask_of(module, blocks)
     if not most_mergeable(shape[1], prefix):
         raise _refused("it has no two patches")
-    arguments = _arguments(module, inputs, blocks)
-    arguments.pop(mask, None)
+    arguments = _arguments(module, _padded(inputs, token_mask) if token_mask else inputs, blocks)
+    given = arguments.pop(mask, None)
+    if text:
+        _check_padding(given, shape)
     keys = tuple(_key_source(structure, calls, block) for block in blocks)
-    return TokenStack(name, mask, prefix, shape[1], shape[2], blocks, keys, _places(arguments, shape[1] - prefix))
+    places = _places(arguments, shape[1] - prefix)
+    if text and places:
+        raise _refused(f"its blocks are also given {places[0][0]}, which cannot follow words")
+    return TokenStack(name, mask, prefix, shape[1], shape[2], blocks, keys, places, text)
+
+
+def _padded(inputs: Mapping[str, Tensor], token_mask: str) -> dict[str, Tensor]:
+    """The inputs with the second half of every text masked."""
+    mask = inputs[token_mask].clone()
+    mask[:, mask.shape[1] // 2 :] = 0
+    return {**inputs, token_mask: mask}
+
+
+def _check_padding(given: Sequence[Tensor] | None, shape: torch.Size) -> None:
+    """Refuse masks that say more than where padding is: what comes after, how far away a word is."""
+    if not given:
+        raise _refused("its blocks are not told of padding by their mask")
+    first = given[0]
+    real = torch.arange(shape[1]) < shape[1] // 2
+    if first.dim() != 4 or first.shape[1] != 1 or not bool((_real(first).cpu() == real).all()):
+        raise _refused("the mask of its blocks is not one of padding")
+    alike = (first == first[:, :, :1]).all()
+    plain = first.dtype == torch.bool or bool((first[..., : shape[1] // 2] == 0).all())
+    if not alike or not plain:
+        raise _refused("the mask of its blocks says more than where padding is, like what comes after a word")
 
 
 def _refused(reason: str) -> UserError:
@@ -197,6 +279,8 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
         for name, value in list(flat.items())[1:]:
             if isinstance(value, Tensor):
                 seen.setdefault(name, []).append(value)
+            elif isinstance(value, tuple | list) and any(isinstance(each, Tensor) for each in value):
+                raise _refused(f"its blocks are also given {name}, which cannot follow the tokens")
 
     handles = [module.get_submodule(b).register_forward_pre_hook(hook, with_kwargs=True) for b in blocks]
     try:

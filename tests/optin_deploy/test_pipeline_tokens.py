@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from tiny_models import classifier
+from tiny_models import POSITIONS, classifier, save_bert, save_lines, texts
 from torch import Tensor
 
 from optin_deploy import checkpoint, pipeline
@@ -80,6 +80,28 @@ def test_a_run_goes_on_with_its_schedule(tmp_path: Path, monkeypatch: pytest.Mon
     batch = batches()[0]
     got, wanted = (again.network.forward(batch, m)["logits"].detach() for m in (again.network.module, expected))
     torch.testing.assert_close(got, wanted)
+
+
+def test_texts_merge_at_any_length(tmp_path: Path) -> None:
+    save_bert(tmp_path / "bert")
+    save_lines(tmp_path / "sentences.txt", texts(60))
+    recipe = Recipe(
+        model=str(tmp_path / "bert"), flops=0.7, sequence_length=POSITIONS, calibration=tmp_path / "sentences.txt",
+        calibration_samples=48, tokens="auto", tokens_share=0.5, **QUICK,
+    )  # fmt: skip
+    made = prune_export(recipe, output=tmp_path / "run", quiet=True)
+    assert all(gate.passed for gate in made.report.gates), made.report.gates
+    merging = next(part for part in made.network.module.modules() if isinstance(part, MergingBlocks))
+    assert merging.stack.text and merging.schedule[-1] < merging.stack.tokens == POSITIONS
+    again = checkpoint.load(tmp_path / "run" / "checkpoint")
+    session = onnxruntime.InferenceSession(tmp_path / "run" / "pruned.onnx")
+    for length in (POSITIONS, 5, 2):
+        batch = {name: tensor[:, :length] for name, tensor in made.network.inputs.items()}
+        expected = made.network.forward(batch)
+        got = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        for value, name in zip(got, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), expected[name].detach(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(made.network.forward(batch, again)[name], expected[name])
 
 
 def test_what_merges_is_not_pruned_again(result: Result, tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import copy
 import inspect
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -11,9 +14,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.vit import modeling_vit
 
+from exporters import onnx_from_program, trace
 from optin_deploy.costs import count_flops, flop_costs
 from optin_deploy.errors import UserError
-from optin_deploy.network import named_outputs
+from optin_deploy.network import TensorOutputs, named_outputs
 from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
@@ -167,3 +171,98 @@ def test_schedules_are_checked(schedule: tuple[int, ...], told: str) -> None:
     _, stack = found(vit("vit_tiny_patch16_224", img_size=64))
     with pytest.raises(UserError, match=told):
         stack.check(schedule)
+
+
+TEXTS: dict[str, Callable[[], nn.Module]] = {
+    "BERT": lambda: text_model(transformers.BertModel, transformers.BertConfig, intermediate_size=64),
+    "RoBERTa": lambda: text_model(
+        transformers.RobertaModel, transformers.RobertaConfig, intermediate_size=64, max_position_embeddings=34
+    ),
+    "DistilBERT": lambda: text_model(
+        transformers.DistilBertModel, transformers.DistilBertConfig, dim=32, hidden_dim=64, n_layers=3, n_heads=4
+    ),
+    "ELECTRA": lambda: text_model(
+        transformers.ElectraModel, transformers.ElectraConfig, intermediate_size=64, embedding_size=32
+    ),
+}
+
+
+def text_model(model: type, config: type, **arguments: object) -> nn.Module:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 60}
+    own = {name: value for name, value in small.items() if "dim" not in arguments or name == "vocab_size"}
+    return model(config(**own, **arguments)).eval()
+
+
+def words(length: int, *lengths: int) -> dict[str, Tensor]:
+    """Texts of these lengths, padded."""
+    made = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 60, (len(lengths), length), generator=made)
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_words_merge_by_parts_and_padding_is_none_of_them(family: str) -> None:
+    module = TEXTS[family]()
+    inputs = words(16, 16, 16)
+    structure = describe(module, inputs)
+    stack = token_stack(module, inputs, structure, "attention_mask")
+    assert stack.text and stack.prefix == 1 and stack.tokens == 16
+    small = copy.deepcopy(module)
+    plan = Plan({}, (16, 12, 8))
+    with_merging(small, structure, stack, plan)
+    costs = token_costs(module, structure, flop_costs(module, structure, inputs), stack, inputs)
+    assert costs.at(plan.tokens).of(plan) == pytest.approx(count_flops(small, inputs), rel=1e-6)
+    # A quarter of the words before the second block, then a third of the rest: of 6 real ones in 16 none has to leave.
+    padded = words(16, 6)
+    torch.testing.assert_close(output(small, padded)[:, :6], output(module, padded)[:, :6], atol=1e-5, rtol=1e-5)
+    entered: list[int] = []
+    for block in stack.blocks:
+        small.get_submodule(block).register_forward_pre_hook(lambda _, args: entered.append(args[0].shape[1]))
+    got = output(small, words(10, 10, 7))
+    assert entered == [10, 8, 6] and got.shape[1] == 10 and got.isfinite().all()
+
+
+def test_what_padding_holds_is_nowhere_to_be_seen() -> None:
+    module = TEXTS["BERT"]()
+    inputs = words(16, 16, 16)
+    structure = describe(module, inputs)
+    stack = token_stack(module, inputs, structure, "attention_mask")
+    with_merging(module, structure, stack, Plan({}, (16, 16, 9)))
+    both = words(12, 12, 4)
+    changed = {**both, "input_ids": torch.where(both["attention_mask"].bool(), both["input_ids"], 33)}
+    torch.testing.assert_close(output(module, both)[1, :4], output(module, changed)[1, :4], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "arguments", "reason"),
+    [
+        (transformers.BertModel, transformers.BertConfig, {"is_decoder": True}, "the mask of its blocks"),
+        (transformers.LlamaModel, transformers.LlamaConfig, {}, "position_embeddings"),
+    ],
+)
+def test_texts_that_cannot_merge_say_why(model: type, config: type, arguments: dict[str, bool], reason: str) -> None:
+    module, inputs = text_model(model, config, intermediate_size=64, use_cache=False, **arguments), words(16, 16, 16)
+    with pytest.raises(UserError, match=f"tokens cannot merge in this network: .*{reason}"):
+        token_stack(module, inputs, describe(module, inputs), "attention_mask")
+
+
+def test_merging_texts_export_with_any_length() -> None:
+    module = TEXTS["BERT"]()
+    inputs = words(16, 16, 16)
+    structure = describe(module, inputs)
+    stack = token_stack(module, inputs, structure, "attention_mask")
+    with_merging(module, structure, stack, Plan({}, (16, 12, 8)))
+    tensors = TensorOutputs(module, {"tokens": "last_hidden_state"})
+    axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "text.onnx")
+        onnx_from_program(trace(tensors, inputs, axes), file, output_names=("tokens",), dynamic_axes=axes)
+        session = onnxruntime.InferenceSession(file)
+    for lengths in ((16, 16), (9, 5, 7), (3,), (2, 2)):
+        batch = words(max(lengths), *lengths)
+        (got,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+        valid = batch["attention_mask"].bool()
+        expected = output(module, batch)
+        torch.testing.assert_close(torch.from_numpy(got)[valid], expected[valid], atol=1e-4, rtol=1e-4)

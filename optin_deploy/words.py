@@ -1,0 +1,66 @@
+"""Merging the words of texts, of any length and padded: bipartite soft matching (see ``tokens``) that minds padding.
+
+Padding stands for no token: its size is 0, it leaves before any word does, and no word merges with it. The words behind
+the protected prefix are dealt in turn into sets A and B, and those of A that are most similar to a word of B merge into
+it, averages being weighted by how many words each stands for. What is left keeps its order.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Further than any cosine.
+_BEYOND = 2.0
+
+
+def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Tensor:
+    """Where each token is when ``count`` are gone: int64 ``(batch, tokens)``, by the cosine of their ``metric``.
+
+    Args:
+        metric: ``(batch, tokens, features)``; there are two tokens behind the prefix at least.
+        sizes: ``(batch, tokens, 1)``, how many words each token stands for; 0 at padding, which the prefix has none of.
+        prefix: so many tokens at the beginning are protected.
+        count: at most half of those behind the prefix.
+    """
+    directions, real = F.normalize(metric[:, prefix:], dim=-1), sizes[:, prefix:, 0] > 0
+    index = torch.arange(directions.shape[1], device=metric.device)
+    in_a = index % 2 == 1
+    possible = in_a[:, None] & ~in_a & real[:, None, :]
+    similarity, nearest = (directions @ directions.transpose(1, 2)).masked_fill(~possible, -_BEYOND).max(dim=-1)
+    leaves = _ranks(similarity.masked_fill(~real, _BEYOND)) < count
+    staying = (~leaves[:, None, :] & (index < index[:, None])).sum(-1)
+    moved = torch.where(leaves, staying.gather(1, nearest), staying)
+    # Padding adds nothing wherever it goes.
+    moved = torch.where(leaves & ~real, 0, moved + prefix)
+    before = torch.arange(prefix, device=metric.device).expand(moved.shape[0], -1)
+    return torch.cat([before, moved], dim=1)
+
+
+def words_merged(x: Tensor, sizes: Tensor, moved: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``(batch, left, width)`` after merging, and how many words each stands for.
+
+    Args:
+        x: ``(batch, tokens, width)``.
+        sizes: ``(batch, tokens, 1)``.
+        moved: what `word_matching` gave.
+    """
+    joining = (moved[:, None, :] == torch.arange(left, device=x.device)[:, None]).to(x.dtype)
+    together = joining @ sizes
+    return joining @ (x * sizes) / together.clamp_min(1), together
+
+
+def word_comparing_flops(tokens: int, prefix: int, features: int) -> float:
+    """FLOPs of `word_matching` for one sample: all similarities."""
+    return 2.0 * (tokens - prefix) ** 2 * features
+
+
+def word_merging_flops(tokens: int, count: int, width: int) -> float:
+    """FLOPs of `words_merged` for one sample."""
+    return 2.0 * (tokens - count) * tokens * (width + 1) if count else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """How many of a row's ``values`` come before each: larger ones, and equal ones that stand before it."""
+    index = torch.arange(values.shape[1], device=values.device)
+    mine, others = values[:, :, None], values[:, None, :]
+    return ((others > mine) | ((others == mine) & (index < index[:, None]))).sum(-1)
