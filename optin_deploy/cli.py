@@ -29,6 +29,7 @@ from optin_deploy.options import (
     option,
     takes_options,
 )
+from optin_deploy.torchrun import launched_ranks, quiet_unless_main, refuse_several
 
 # A full or failing disk, and files that this user may not write.
 _NO_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -62,10 +63,12 @@ def prune_export(
     # Wrong options are told before torch is loaded, which takes seconds.
     resolved = make_recipe(options | _given(flops=flops, latency=latency, latency_ms=latency_ms), recipe)
 
-    from optin_deploy.pipeline import prune_export as run
+    from optin_deploy.pipeline import prune_export_together
     from optin_deploy.report.terminal import summary
 
-    result = run(resolved, output=output, command=_command(), quiet=quiet)
+    result = prune_export_together(resolved, output=output, command=_command(), quiet=quiet)
+    if result is None:
+        return
     _show(result.report, summary, result.directory, "report.html, report.md, checkpoint, ONNX files", json_output)
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
@@ -94,6 +97,7 @@ def sweep(
     """Run prune-export at several budgets, scored once, and show which of the networks none of the others beats."""
     from optin_deploy.sweeps.plan import plan, read_sweep
 
+    refuse_several("sweep")
     budgets = {name: listed(text) for name, text in _given(flops=flops, latency=latency, latency_ms=latency_ms).items()}
     resolved, asked = read_sweep(options | budgets, recipe)
     # Wrong options are told before torch is loaded, which takes seconds.
@@ -134,6 +138,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export one network as it is: ONNX checked against torch, and an engine for each of --runtimes that takes one."""
+    refuse_several("export")
     from optin_deploy.recipe import check_layout, make_recipe
 
     # Wrong options are told before torch is loaded, which takes seconds.
@@ -170,6 +175,7 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Measure one network as it is: latency, and where the time goes; or, with --table, its latency tables."""
+    refuse_several("profile")
     given = _given(
         model=model,
         weights=weights,
@@ -311,7 +317,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        app(standalone_mode=True)
+        with quiet_unless_main():
+            app(standalone_mode=launched_ranks()[0] == 0)
     except GateError as error:
         _tell(errors, "gate failed:", error)
         sys.exit(3)
@@ -329,6 +336,8 @@ def main() -> None:
         # typer turns an interrupt into this exit code.
         if isinstance(error, SystemExit) and error.code != 130:
             raise
+        if launched_ranks()[0] > 0:
+            sys.exit(130)
         errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
         sys.exit(130)
 

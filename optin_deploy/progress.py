@@ -15,6 +15,7 @@ class Stages:
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self.current = ""
         self._lines = None if quiet or console.is_terminal else console
         columns = (SpinnerColumn(), TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn())
         self._progress = Progress(
@@ -47,7 +48,7 @@ class Stages:
     @contextmanager
     def _bar(self, name: str, total: float) -> Iterator[Advance]:
         task = self._progress.add_task(name, total=total)
-        start = perf_counter()
+        self.current, start = name, perf_counter()
         yield lambda steps: self._progress.advance(task, steps)
         self._progress.update(task, completed=total)
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start

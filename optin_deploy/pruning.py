@@ -204,7 +204,7 @@ def remove_in_rounds(
     if schedule and anatomy.stack is not None:
         costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
     budget = Budget(costs, flops ** (1 / rounds))
-    plan = _told(batches, lambda: search_all(anatomy.structure, scores, [budget], align, edges))
+    plan = told_plan(batches, lambda: search_all(anatomy.structure, scores, [budget], align, edges))
     plan = replace(plan, tokens=schedule)
     small = remove(dense, anatomy.structure, plan, batches, ridge, advance, anatomy.stack)
     for number in range(2, rounds + 1):
@@ -233,10 +233,10 @@ def next_step(
     rest = examine(small, narrow=narrow)
     scores = score(small, rest.structure, rest.costs, batches, scoring, labels=labels)
     part = flops * anatomy.costs.total / rest.costs.total
-    return rest.structure, _told(batches, lambda: search(rest.structure, scores, rest.costs, part, align))
+    return rest.structure, told_plan(batches, lambda: search(rest.structure, scores, rest.costs, part, align))
 
 
-def _told(batches: Batches, make: Callable[[], Plan]) -> Plan:
+def told_plan(batches: Batches, make: Callable[[], Plan]) -> Plan:
     """The plan that the main one of those who share ``batches`` makes, so that all have the same."""
     found = ranks_of(batches).told(lambda: asdict(make()))
     return Plan({name: tuple(units) for name, units in found["kept"].items()}, tuple(found["tokens"]))

@@ -293,7 +293,7 @@ def test_how_many_passes_are_taken() -> None:
     group = tiny.structure("vit").groups[-1]
 
     def passes(units: int, probes: int, set_size: int) -> int:
-        return forward_steps(Structure((), (of(group, units),), 0), probes, set_size)
+        return forward_steps([of(group, units)], probes, set_size)
 
     assert passes(1000, 2, 16) == 63 * 2 + 8
     assert passes(1000, 4, 10) == 100 * 4 + 8
