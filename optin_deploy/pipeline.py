@@ -143,8 +143,8 @@ def _on_own_device(job: Job, ranks: Ranks) -> Job:
     batches = len(job.calibration.batches)
     if ranks.world > batches:
         raise UserError(
-            f"{ranks.world} processes for {batches} calibration batches: start {batches} at most, or give more samples "
-            "with --calibration-samples"
+            f"--nproc-per-node: calibration data of {batches} batches cannot be shared by {ranks.world} processes; "
+            f"start {batches} at most, or give more samples"
         )
     if ranks.world == 1 or job.device.type != "cuda":
         return job
