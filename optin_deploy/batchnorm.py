@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.distributed import ranks_of
+
+Batches = Sequence[Mapping[str, Tensor]]
+
 
 @torch.no_grad()
-def reestimate(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+def reestimate(module: nn.Module, batches: Batches) -> None:
     """Give every batch norm of ``module`` the mean and variance of what reaches it on ``batches``, in place.
 
     Units that are gone without repair leave the maps behind them with other means and variances than the batch norms
@@ -16,6 +20,14 @@ def reestimate(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> No
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or not batches:
         return
+    if ranks_of(batches).main:
+        _run(module, norms, batches)
+    for norm in norms:
+        for buffer in norm.buffers(recurse=False):
+            buffer.copy_(ranks_of(batches).given(buffer.clone, buffer))
+
+
+def _run(module: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm], batches: Batches) -> None:
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:

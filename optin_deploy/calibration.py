@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,6 +21,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
+from optin_deploy.shelf import Shelf
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 DEFAULT_SAMPLES = {"image": 128, "text": 1024, "tensor": 1024}
@@ -30,9 +32,12 @@ _HELD_OUT = 32
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches by input name, others held out for comparison, where they came from, and a hash of their content."""
+    """Batches by input name, others held out for comparison, where they came from, and a hash of their content.
 
-    batches: tuple[dict[str, Tensor], ...]
+    Many batches are not all in memory (see ``shelf``): take one after the other.
+    """
+
+    batches: Sequence[dict[str, Tensor]]
     held_out: tuple[dict[str, Tensor], ...]
     source: str
     builtin: bool
@@ -134,14 +139,16 @@ def from_batches(batches: Sequence[Mapping[str, Tensor]], labels: Sequence[Tenso
         raise UserError(f"{len(batches)} calibration batches: at least 2 are needed, one of them to compare on")
     if labels is not None and len(labels) != len(batches):
         raise UserError(f"labels for {len(labels)} batches, {len(batches)} batches given")
-    own = [dict(batch) for batch in batches]
+    own, digest = [dict(batch) for batch in batches], hashlib.sha256()
+    for batch in (*own, *({"labels": each} for each in labels or ())):
+        _add(digest, batch)
     return Calibration(
         batches=tuple(own[:-1]),
         held_out=tuple(own[-1:]),
         source="tensors given by the caller",
         builtin=False,
         samples=sum(len(next(iter(batch.values()))) for batch in own[:-1]),
-        digest=_digest([*own, *({"labels": each} for each in labels or ())]),
+        digest=digest.hexdigest(),
         labels=None if labels is None else tuple(labels[: len(own) - 1]),
     )
 
@@ -164,27 +171,32 @@ def _calibration(
     plenty = len(items) >= count + _HELD_OUT
     held = _HELD_OUT if plenty else max(1, len(items) // 8)
     used = order[: min(count, len(items) - held)]
-    parts = _parts(items, used, kind, seed)
-    batches = [preprocess([items[i] for i in part]) for part in parts]
+    parts, digest = _parts(items, used, kind, seed), hashlib.sha256()
+    batches: Shelf[dict[str, Tensor]] = Shelf()
+    for part in parts:
+        batches.append(preprocess([items[i] for i in part]))
+        _add(digest, batches[-1])
     held_out = [
         preprocess([items[i] for i in part]) for part in _split(order[len(used) : len(used) + held], _BATCH_SIZE[kind])
     ]
     labels = None if classes is None else tuple(torch.tensor([classes[i] for i in part]) for part in parts)
+    for batch in (*held_out, *({"labels": each} for each in labels or ())):
+        _add(digest, batch)
     return Calibration(
-        batches=tuple(batches),
+        batches=batches,
         held_out=tuple(held_out),
         source="built-in samples" if path is None else str(path),
         builtin=path is None,
         samples=len(used),
-        digest=_digest([*batches, *held_out, *({"labels": each} for each in labels or ())]),
+        digest=digest.hexdigest(),
         labels=labels,
     )
 
 
 def _accepted(network: Network, calibration: Calibration) -> Calibration:
     """``calibration`` as it is; UserError when the network fails on the samples with the extremes of an input."""
-    batches = (*calibration.batches, *calibration.held_out)
     for name, sign in ((n, sign) for n, t in network.inputs.items() if not t.is_floating_point() for sign in (1, -1)):
+        batches = chain(calibration.batches, calibration.held_out)
         batch = max(batches, key=lambda b: int((sign * b[name]).max()))
         row = int((sign * batch[name]).flatten(1).amax(1).argmax())
         sample = {n: t[row : row + 1] for n, t in batch.items()}
@@ -385,10 +397,8 @@ def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) 
         )
 
 
-def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _add(digest: "hashlib._Hash", batch: Mapping[str, Tensor]) -> None:
+    """Let ``digest`` see the content of a batch."""
+    for name, tensor in sorted(batch.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())

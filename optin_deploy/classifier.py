@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.distributed import ranks_of
 from optin_deploy.network import Network
 from optin_deploy.projections import some_rows, valid_rows
 from optin_deploy.replay import recorded_inputs, recorded_outputs
@@ -51,8 +52,13 @@ def refit_classifier(
     old = torch.cat([layer.weight.T, last[None]]).double()
     if old.numel() > _MOST_WEIGHTS:
         return
-    x, p, held_out = _rows(network, pruned, name, batches, len(strengths) > 1)
-    solution = fit(x, p, held_out, old, strengths, bias=bias is not None)
+
+    def fitted() -> Tensor:
+        x, p, held_out = _rows(network, pruned, name, batches, len(strengths) > 1)
+        return fit(x, p, held_out, old, strengths, bias=bias is not None)
+
+    # It is short work for one process, and the rows of all batches are needed together.
+    solution = ranks_of(batches).given(fitted, old)
     layer.weight.copy_(solution[:-1].T)
     if bias is not None:
         bias.copy_(solution[-1])

@@ -31,6 +31,7 @@ from optin_deploy.options import (
     option,
     takes_options,
 )
+from optin_deploy.torchrun import launched_ranks, quiet_unless_main, refuse_several
 
 # A full or failing disk, and files that this user may not write.
 _NO_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -66,11 +67,13 @@ def prune_export(
     # Wrong options are told before torch is loaded, which takes seconds.
     resolved = make_recipe(options | _given(flops=flops, latency=latency, latency_ms=latency_ms), recipe)
 
-    from optin_deploy.pipeline import prune_export as run
+    from optin_deploy.pipeline import prune_export_together
     from optin_deploy.report.terminal import summary
 
     with _progress(quiet, verbose) as progress:
-        result = run(resolved, output=output, command=_command(), **progress)
+        result = prune_export_together(resolved, output=output, command=_command(), **progress)
+    if result is None:
+        return
     _show(result.report, summary, result.directory, "report.html, report.md, checkpoint, ONNX files", json_output)
     failed = [gate for gate in result.report.gates if not gate.passed]
     if failed:
@@ -101,6 +104,7 @@ def sweep(
     _check_not_both(quiet, verbose)
     from optin_deploy.sweeps.plan import plan, read_sweep
 
+    refuse_several("sweep")
     budgets = {name: listed(text) for name, text in _given(flops=flops, latency=latency, latency_ms=latency_ms).items()}
     resolved, asked = read_sweep(options | budgets, recipe)
     # Wrong options are told before torch is loaded, which takes seconds.
@@ -164,6 +168,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Export one network as it is: ONNX checked against torch, and an engine for each of --runtimes that takes one."""
+    refuse_several("export")
     _check_not_both(quiet, verbose)
     from optin_deploy.recipe import check_layout, make_recipe
 
@@ -203,6 +208,7 @@ def profile(
     verbose: Verbose = False,
 ) -> None:
     """Measure one network as it is: latency, and where the time goes; or, with --table, its latency tables."""
+    refuse_several("profile")
     _check_not_both(quiet, verbose)
     given = _given(
         model=model,
@@ -346,7 +352,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        app(standalone_mode=True)
+        with quiet_unless_main():
+            app(standalone_mode=launched_ranks()[0] == 0)
     except GateError as error:
         _tell(errors, "gate failed:", error)
         sys.exit(3)
@@ -364,6 +371,8 @@ def main() -> None:
         # typer turns an interrupt into this exit code.
         if isinstance(error, SystemExit) and error.code != 130:
             raise
+        if launched_ranks()[0] > 0:
+            sys.exit(130)
         errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
         sys.exit(130)
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.distributed import own_indices, ranks_of
 from optin_deploy.maps import LinearMap, is_inside, linear_maps
 from optin_deploy.network import Network, named_outputs
 from optin_deploy.plans import Plan
@@ -36,6 +37,7 @@ from optin_deploy.projections import (
 )
 from optin_deploy.replay import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.ridge import STRENGTHS, Moments, fit, is_held_out
+from optin_deploy.shelf import Shelf
 from optin_deploy.slicing import output_bias
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
@@ -122,9 +124,12 @@ class _Repair:
         hold_out: bool,
     ) -> None:
         self.network, self.pruned, self.structure, self.plan = network, pruned, structure, plan
-        self.batches, self.refit, self.hold_out = batches, refit, hold_out
-        self.dense_done: list[dict[str, Any]] = [{} for _ in batches]
-        self.pruned_done: list[dict[str, Any]] = [{} for _ in batches]
+        self.batches, self.refit = batches, refit
+        self.hold_out = hold_out and any(is_held_out(index, len(batches)) for index in range(len(batches)))
+        self.ranks, self.own = ranks_of(batches), own_indices(batches)
+        # Of this process's batches only; those of many do not fit in memory.
+        self.dense_done: Shelf[dict[str, Any]] = Shelf({} for _ in self.own)
+        self.pruned_done: Shelf[dict[str, Any]] = Shelf({} for _ in self.own)
         self.changed = False
         # Maps that have had their turn, also those that were left as they are.
         self.passed: set[str] = set()
@@ -148,16 +153,18 @@ class _Repair:
             self._pass(self.network.module, self.dense_done, block)
         self._pass(self.pruned, self.pruned_done, block)
 
-    def _pass(self, module: nn.Module, dones: list[dict[str, Any]], block: str) -> None:
-        for batch, done in zip(self.batches, dones, strict=True):
+    def _pass(self, module: nn.Module, dones: Shelf[dict[str, Any]], block: str) -> None:
+        for place, index in enumerate(self.own):
+            done = dones[place]
             with resumed(module, done):
-                self._remember(done, block, run_until(module, batch, block))
+                output = run_until(module, self.batches[index], block)
+            dones[place] = self._with(done, block, output)
 
-    def _remember(self, done: dict[str, Any], block: str, output: Any) -> None:
-        """Keep ``output``; of earlier blocks no more than the shapes, if they only have to be skipped."""
+    def _with(self, done: dict[str, Any], block: str, output: Any) -> dict[str, Any]:
+        """``done`` and ``output``; of earlier blocks no more than the shapes, if they only have to be skipped."""
         if not self.skips:
             hollow_out(done)
-        done[block] = output
+        return {**done, block: output}
 
     def tail(self) -> None:
         """Refit the maps behind the last block."""
@@ -185,9 +192,9 @@ class _Repair:
                 stack.callback(handle.remove)
             with resumed(self.pruned, self.pruned_done[0]):
                 if block is None:
-                    self.pruned(**self.batches[0])
+                    self.pruned(**self.batches[self.own[0]])
                 else:
-                    run_until(self.pruned, self.batches[0], block)
+                    run_until(self.pruned, self.batches[self.own[0]], block)
         self.passed.update(name for name, *_ in ran)
         shapes: dict[str, list[torch.Size | None]] = {}
         for name, given, _ in ran:
@@ -212,20 +219,25 @@ class _Repair:
         return _shortcuts_first(stages)
 
     def _targets(
-        self, stage: list[LinearMap], block: str | None, batch: Batch, done: dict[str, Any], closing: bool
+        self, stage: list[LinearMap], block: str | None, batch: Batch, place: int, closing: bool
     ) -> dict[str, Tensor]:
         """What the dense network gives in place of the maps of a stage, of a projection in units of the stream.
 
         It is run anew for every stage, and past the block for the last: keeping what all maps give for all batches
         would take far more memory.
+
+        Args:
+            place: of the batch among this process's.
         """
-        module = self.network.module
+        module, done = self.network.module, self.dense_done[place]
         groups = [m.group for m in stage if m.group is not None]
         with resumed(module, done), _streams(module, groups) as streams, _outputs(module, stage) as outputs:
             if closing and block is not None:
-                self._remember(done, block, run_until(module, batch, block))
+                output = run_until(module, batch, block)
             else:
                 self._run(module, batch, block, stage, stage[-1].dense)
+        if closing and block is not None:
+            self.dense_done[place] = self._with(done, block, output)
         targets = {}
         for found in stage:
             axis = _axis(module.get_submodule(found.dense))
@@ -252,16 +264,22 @@ class _Repair:
 
     def _refit(self, stage: list[LinearMap], block: str | None, *, closing: bool) -> None:
         sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
-        for index, batch in enumerate(self.batches):
-            held_out = self.hold_out and is_held_out(index, len(self.batches))
-            targets = self._targets(stage, block, batch, self.dense_done[index], closing)
-            for name, moments in self._moments(stage, block, batch, self.pruned_done[index], targets).items():
+        for place, index in enumerate(self.own):
+            held_out, batch = self.hold_out and is_held_out(index, len(self.batches)), self.batches[index]
+            targets = self._targets(stage, block, batch, place, closing)
+            for name, moments in self._moments(stage, block, batch, self.pruned_done[place], targets).items():
                 before = sums[name][held_out]
                 sums[name][held_out] = moments if before is None else before + moments
         for found in stage:
-            training, held_out_moments = sums[found.module]
-            assert training is not None
+            training, held_out_moments = self._total(*sums[found.module])
             self._write(found, training, held_out_moments)
+
+    def _total(self, training: Moments | None, held_out: Moments | None) -> tuple[Moments, Moments | None]:
+        """The sums over all processes, of which some may have no batch of one kind."""
+        some = training or held_out
+        assert some is not None
+        training = (training or some.of_nothing()).total(self.ranks)
+        return training, (held_out or some.of_nothing()).total(self.ranks) if self.hold_out else None
 
     def _moments(
         self, stage: list[LinearMap], block: str | None, batch: Batch, done: dict[str, Any], targets: dict[str, Tensor]
@@ -308,7 +326,7 @@ class _Repair:
             old[-1] = bias.double()
         free = isinstance(bias, Tensor) or norm_bias is not None
         name = None if found.vanished else found.module
-        solution = self.refit(name, training, held_out, old, bias=free)
+        solution = self.ranks.given(lambda: self.refit(name, training, held_out, old, bias=free), old)
         if not found.vanished:
             set_weight_matrix(module, solution[:-1].T)
         if isinstance(bias, Tensor):

@@ -1,7 +1,7 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +43,7 @@ from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, co
 # Time limit of one layer profile; averages over a hundred runs move little after it.
 _LAYER_SECONDS = 5.0
 Parity = tuple[OutputParity, ...]
-Batches = tuple[dict[str, Tensor], ...]
+Batches = Sequence[dict[str, Tensor]]
 
 
 def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from optin_deploy import checkpoint, rundir
 from optin_deploy.assembly import VARIANTS, assemble
 from optin_deploy.calibration import Calibration
+from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import agreement
 from optin_deploy.files import write_text
@@ -29,7 +31,7 @@ from optin_deploy.network import Network
 from optin_deploy.pictures import pictures
 from optin_deploy.plans import Plan
 from optin_deploy.progress import Stages
-from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, token_schedule
+from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, token_schedule, told_plan
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, write_report
 from optin_deploy.report.card import Facts
@@ -37,9 +39,11 @@ from optin_deploy.report.card import render as render_card
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import Damages
 from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_damages, token_steps
+from optin_deploy.shelf import Shelf
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.token_stack import TokenStack
+from optin_deploy.torchrun import joined, launched_ranks, local_device
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ def prune_export(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Result:
-    """Run ``recipe``: score, slice, repair, make sparse, export, check, measure and report.
+    """Run ``recipe`` in this process: score, slice, repair, make sparse, export, check, measure and report.
 
     Args:
         output: run directory; ``runs/MODEL-flopsF-HASH`` when None. A directory that holds the same run is continued.
@@ -82,23 +86,101 @@ def prune_export(
         UserError: something to be fixed by the user; nothing is left behind.
         ExportError, ProfilingError: the export or a runtime failed; what was done before is kept.
     """
-    console = console or Console(stderr=True)
-    with Stages(console, quiet=quiet) as stages:
-        with stages.checks():
-            job = prepare(recipe, network, calibration)
-            directory = output or rundir.default_directory(recipe, job.fingerprint)
+    with Stages(console or Console(stderr=True), quiet=quiet) as stages, ExitStack() as held:
+        job, directory, plan, small = _small(recipe, output, network, calibration, stages, ALONE, held)
+        return _finished(job, directory, plan, small, stages, command)
+
+
+def prune_export_together(
+    recipe: Recipe,
+    *,
+    output: Path | None = None,
+    command: str | None = None,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> Result | None:
+    """`prune_export` by all processes that torchrun has started: they prune together, and the main one does the rest.
+
+    Returns:
+        None in the other processes, when their part is done.
+
+    Raises:
+        RankLostError: a process has ended too early.
+    """
+    main = launched_ranks()[0] == 0
+    with Stages(console or Console(stderr=True), quiet=quiet or not main) as stages, ExitStack() as held:
+        on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+        with joined(lambda: stages.current, cuda=on_gpu) as ranks:
+            job, directory, plan, small = _small(recipe, output, None, None, stages, ranks, held)
+        return _finished(job, directory, plan, small, stages, command) if main else None
+
+
+def _small(
+    recipe: Recipe,
+    output: Path | None,
+    network: Network | None,
+    calibration: Calibration | None,
+    stages: Stages,
+    ranks: Ranks,
+    held: ExitStack,
+) -> tuple[Job, Path, Plan, Network]:
+    """Check everything and prune; ``held`` keeps the run's directory, which only the main process touches."""
+    found: list[tuple[Job, Path]] = []
+
+    def check() -> str:
+        job = _on_own_device(prepare(recipe, network, calibration), ranks)
+        directory = output or rundir.default_directory(recipe, job.fingerprint)
+        if ranks.main:
             rundir.check(directory, job.fingerprint)
+        found.append((job, directory))
+        return job.fingerprint
+
+    with stages.checks():
+        ranks.agreed(check)
+    job, directory = found[0]
+    if ranks.told((directory / "checkpoint").exists):
+        # Nothing is left to do together.
+        ranks = replace(ranks, world=1)
+        if not ranks.main:
+            return job, directory, Plan({}), job.network
+    measured: Measured | None = None
+
+    def prepare_directory() -> None:
+        nonlocal measured
         measured = latency_tables(job, directory, stages)
-        job.network.module.to(job.device)
-        with rundir.held(directory, job.fingerprint, recipe):
-            dense, scores = _scored(job, directory, stages) if recipe.has_budget else (job.network, {})
-            plan, small = _pruned(job, dense, scores, measured, directory, stages)
-            results = _compared(job, small, directory, stages)
-            results |= export_and_measure(job, small, directory, stages)
-            results["latency_budget"] = read_latency(directory) if recipe.has_latency else None
-            report = assemble(job, plan, small, results, directory, stages.seconds, command)
-            write_report(report, directory)
-            _write_card(report, job.network, directory / "checkpoint")
+        held.enter_context(rundir.held(directory, job.fingerprint, recipe))
+
+    ranks.told(prepare_directory)
+    job.network.module.to(job.device)
+    batches = Shared(_on_device(job), ranks)
+    dense, scores = _scored(job, batches, directory, stages) if recipe.has_budget else (job.network, {})
+    return job, directory, *_pruned(job, dense, scores, measured, batches, directory, stages)
+
+
+def _on_own_device(job: Job, ranks: Ranks) -> Job:
+    """The job, on a GPU of this process's own where there are several processes."""
+    batches = len(job.calibration.batches)
+    if ranks.world > batches:
+        raise UserError(
+            f"--nproc-per-node: calibration data of {batches} batches cannot be shared by {ranks.world} processes; "
+            f"start {batches} at most, or give more samples"
+        )
+    if ranks.world == 1 or job.device.type != "cuda":
+        return job
+    if local_device() >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node: process {local_device()} of this host has no GPU of its own; start fewer")
+    torch.cuda.set_device(local_device())
+    return replace(job, device=torch.device("cuda", local_device()))
+
+
+def _finished(job: Job, directory: Path, plan: Plan, small: Network, stages: Stages, command: str | None) -> Result:
+    """Export, measure and report."""
+    results = _compared(job, small, directory, stages)
+    results |= export_and_measure(job, small, directory, stages)
+    results["latency_budget"] = read_latency(directory) if job.recipe.has_latency else None
+    report = assemble(job, plan, small, results, directory, stages.seconds, command)
+    write_report(report, directory)
+    _write_card(report, job.network, directory / "checkpoint")
     return Result(report, small, directory)
 
 
@@ -113,31 +195,35 @@ def _write_card(report: Report, network: Network, checkpoint: Path) -> None:
     write_text(checkpoint / CARD_NAME, render_card(report, facts))
 
 
-def _batches(batches: tuple[dict[str, Tensor], ...], device: torch.device) -> list[Mapping[str, Tensor]]:
-    return [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+def _on_device(job: Job) -> Sequence[Mapping[str, Tensor]]:
+    """The calibration batches on the run's device; no more of them in its memory than a shelf keeps."""
+    if job.device.type == "cpu":
+        return job.calibration.batches
+    return Shelf({name: t.to(job.device) for name, t in batch.items()} for batch in job.calibration.batches)
 
 
 def _scoring(recipe: Recipe) -> Scoring:
     return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
 
 
-def _scored(job: Job, directory: Path, stages: Stages) -> tuple[Network, dict[str, Tensor]]:
-    """The network in the basis that it is scored and pruned in, on the run's device, and its scores."""
+def _scored(job: Job, batches: Shared, directory: Path, stages: Stages) -> tuple[Network, dict[str, Tensor]]:
+    """The network in the basis that it is scored and pruned in, on the run's device, and its scores.
+
+    Of several processes only the main one has scores that were kept; no other needs any.
+    """
     path, structure, scoring = directory / "scores.safetensors", job.anatomy.structure, _scoring(job.recipe)
-    calibration = job.calibration
-    with stages.stage("score", scoring_steps(structure, calibration.batches, scoring)) as advance:
+    labels, ranks = job.calibration.labels, batches.ranks
+    with stages.stage("score", scoring_steps(structure, batches, scoring) / ranks.world) as advance:
         if (directory / "checkpoint").exists() and path.is_file():
             rundir.tell_kept(path)
             return job.network, load_file(path)
-        batches = _batches(calibration.batches, job.device)
         dense = in_principal_bases(job.network, structure, batches)
-        if path.is_file():
+        if ranks.told(path.is_file):
             rundir.tell_kept(path)
-            return dense, load_file(path)
-        scores = score(
-            dense, structure, job.anatomy.costs, batches, scoring, labels=calibration.labels, advance=advance
-        )
-        save_scores(scores, path)
+            return dense, load_file(path) if ranks.main else {}
+        scores = score(dense, structure, job.anatomy.costs, batches, scoring, labels=labels, advance=advance)
+        if ranks.main:
+            save_scores(scores, path)
         return dense, scores
 
 
@@ -146,25 +232,32 @@ def _pruned(
     dense: Network,
     scores: Mapping[str, Tensor],
     measured: Measured | None,
+    batches: Shared,
     directory: Path,
     stages: Stages,
 ) -> tuple[Plan, Network]:
-    """Search, slice and repair, or read the checkpoint of an earlier try; writes plan.json and the checkpoint."""
+    """Search, slice and repair, or read the checkpoint of an earlier try; the main process writes plan.json and the
+    checkpoint, and only it has latencies ``measured``."""
     recipe, structure, path = job.recipe, job.anatomy.structure, directory / "checkpoint"
+    kept = batches.ranks.told(path.exists)
     ridge: Ridge = recipe.ridge if recipe.compensate else None
-    schedule = () if path.exists() else _schedule(job, dense, scores, measured, directory, stages)
-    met = None
-    if recipe.has_latency and measured:
-        met = plan_for_latency(job, dense, scores, measured, schedule, directory, stages)
+    schedule = () if kept else _schedule(job, dense, scores, measured, batches, directory, stages)
+    met: Plan | None = None
+    if recipe.has_latency and not kept:
+
+        def meet() -> Plan:
+            assert measured is not None
+            return plan_for_latency(job, dense, scores, measured, schedule, directory, stages)
+
+        met = told_plan(batches, meet)
     rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
     with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
-        if path.exists():
+        if kept:
             rundir.tell_kept(path)
             plan = _read_plan(directory)
             small = remove(job.network, structure, plan, [], None, stack=job.anatomy.stack)
             checkpoint.load_weights(small, path)
         else:
-            batches = _batches(job.calibration.batches, job.device)
             if not recipe.has_budget:
                 plan = Plan({g.name: tuple(range(g.units)) for g in structure.groups})
                 module = sliced(dense.module, structure, plan)
@@ -190,11 +283,13 @@ def _pruned(
             if recipe.sparsity is not None:
                 make_sparse(dense, module, structure, plan, batches, ridge, advance)
             small = module
+            if not batches.ranks.main:
+                return plan, job.network.with_module(small)
             written = {"flops": recipe.flops, "kept": dict(plan.kept), "tokens": plan.tokens}
             write_text(directory / "plan.json", json.dumps(written) + "\n")
         pruned = job.network.with_module(small.cpu())
         job.network.module.cpu()
-        if not path.exists():
+        if not kept:
             checkpoint.save(pruned, plan.after(job.earlier), path)
     logger.info("units kept: %s", ", ".join(_kept(structure, plan)))
     return plan, pruned
@@ -215,6 +310,7 @@ def _schedule(
     dense: Network,
     scores: Mapping[str, Tensor],
     measured: Measured | None,
+    batches: Shared,
     directory: Path,
     stages: Stages,
 ) -> tuple[int, ...]:
@@ -223,25 +319,27 @@ def _schedule(
     recipe, anatomy = job.recipe, job.anatomy
     if anatomy.stack is None:
         return ()
-    flops = recipe.flops
-    if flops is None:
-        assert measured is not None
-        flops = latency_fraction(recipe, measured)
-    damage = _damages(job, dense, anatomy.stack, directory, stages) if recipe.tokens == "auto" else None
+    damage = _damages(job, dense, anatomy.stack, batches, directory, stages) if recipe.tokens == "auto" else None
     align = recipe.alignment or 64
-    return token_schedule(dense, anatomy, scores, flops, align, recipe.tokens, recipe.tokens_share, damage)
+
+    def find() -> tuple[int, ...]:
+        flops = recipe.flops
+        if flops is None:
+            assert measured is not None
+            flops = latency_fraction(recipe, measured)
+        return token_schedule(dense, anatomy, scores, flops, align, recipe.tokens, recipe.tokens_share, damage)
+
+    return tuple(batches.ranks.told(find))
 
 
-def _damages(job: Job, dense: Network, stack: TokenStack, directory: Path, stages: Stages) -> Damages:
+def _damages(job: Job, dense: Network, stack: TokenStack, batches: Shared, directory: Path, stages: Stages) -> Damages:
     """What merging tokens costs, measured once for all budgets."""
-    calibration, scoring = job.calibration, _scoring(job.recipe)
-    with stages.stage("try merging", token_steps(stack, calibration.batches)) as advance:
-
-        def measure() -> dict[str, Any]:
-            batches = _batches(calibration.batches, job.device)
-            return token_damages(dense, job.anatomy.structure, stack, batches, scoring, advance).to_dict()
-
-        return Damages.from_dict(rundir.kept_json(directory / "merging.json", measure))
+    scoring, path, ranks = _scoring(job.recipe), directory / "merging.json", batches.ranks
+    with stages.stage("try merging", token_steps(stack, batches) / ranks.world) as advance:
+        found: dict[str, Any] = {}
+        if not ranks.told(path.is_file):
+            found = token_damages(dense, job.anatomy.structure, stack, batches, scoring, advance).to_dict()
+        return Damages.from_dict(ranks.told(lambda: rundir.kept_json(path, lambda: found)))
 
 
 def _read_plan(directory: Path) -> Plan:

@@ -19,6 +19,7 @@ class Stages:
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
+        self.current = ""
         # Without ipywidgets a notebook shows no bars, and rich says so each time that it would draw one.
         bars = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._lines = None if quiet or bars else console
@@ -52,7 +53,7 @@ class Stages:
     def _bar(self, name: str, total: float) -> Iterator[Advance]:
         task = self._progress.add_task(name, total=total)
         logger.info("%s: started", name)
-        start = perf_counter()
+        self.current, start = name, perf_counter()
         yield lambda steps: self._progress.advance(task, steps)
         self._progress.update(task, completed=total)
         spent = perf_counter() - start

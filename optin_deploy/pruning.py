@@ -1,7 +1,7 @@
 """The pruning stage: from a network and calibration data to a smaller network, in memory."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from optin_deploy.batchnorm import reestimate
 from optin_deploy.classifier import refit_classifier
 from optin_deploy.compensation import compensate
 from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
+from optin_deploy.distributed import ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
@@ -250,12 +251,13 @@ def remove_in_rounds(
     costs: CostModel = anatomy.costs
     if schedule and anatomy.stack is not None:
         costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
-    plan = search_all(anatomy.structure, scores, [Budget(costs, flops ** (1 / rounds))], align, edges)
+    budget = Budget(costs, flops ** (1 / rounds))
+    plan = told_plan(batches, lambda: search_all(anatomy.structure, scores, [budget], align, edges))
     plan = replace(plan, tokens=schedule)
     small = remove(dense, anatomy.structure, plan, batches, ridge, advance, anatomy.stack)
     for number in range(2, rounds + 1):
-        budget = flops ** (number / rounds)
-        step = next_step(dense.with_module(small), anatomy, budget, batches, scoring, labels, align)
+        part = flops ** (number / rounds)
+        step = next_step(dense.with_module(small), anatomy, part, batches, scoring, labels, align)
         plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge, advance)
     return plan, small
 
@@ -278,9 +280,14 @@ def next_step(
     narrow = any(g.kind == "width" for g in anatomy.structure.groups)
     rest = examine(small, narrow=narrow)
     scores = score(small, rest.structure, rest.costs, batches, scoring, labels=labels)
-    return rest.structure, search(
-        rest.structure, scores, rest.costs, flops * anatomy.costs.total / rest.costs.total, align
-    )
+    part = flops * anatomy.costs.total / rest.costs.total
+    return rest.structure, told_plan(batches, lambda: search(rest.structure, scores, rest.costs, part, align))
+
+
+def told_plan(batches: Batches, make: Callable[[], Plan]) -> Plan:
+    """The plan that the main one of those who share ``batches`` makes, so that all have the same."""
+    found = ranks_of(batches).told(lambda: asdict(make()))
+    return Plan({name: tuple(units) for name, units in found["kept"].items()}, tuple(found["tokens"]))
 
 
 def remove(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optin_deploy.distributed import Ranks
+
 # Relative to the mean squared feature.
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Every so many batches, one is held out to choose the strength.
@@ -37,6 +39,15 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram + other.gram, self.cross + other.cross, self.targets + other.targets)
+
+    def total(self, ranks: Ranks) -> "Moments":
+        """The sum over all processes."""
+        found = ranks.total({"gram": self.gram, "cross": self.cross, "targets": torch.tensor(self.targets).double()})
+        return Moments(found["gram"], found["cross"], float(found["targets"]))
+
+    def of_nothing(self) -> "Moments":
+        """Of no rows, of the same features and outputs."""
+        return Moments(torch.zeros_like(self.gram), torch.zeros_like(self.cross), 0.0)
 
     def error(self, solution: Tensor) -> float:
         """Sum of squared residuals of ``[x, 1] @ solution``."""

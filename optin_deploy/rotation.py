@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.distributed import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Rows, Structure
 from optin_deploy.structure.width import change_basis
@@ -42,6 +43,12 @@ class _Sums:
     given: Tensor = field(default_factory=lambda: torch.zeros(()))
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
     count: int = 0
+
+    def over(self, ranks: Ranks) -> "_Sums":
+        """The sum over all processes."""
+        own = {"q": self.queries, "k": self.keys, "given": self.given, "total": self.total}
+        found = ranks.total({**own, "count": torch.tensor(self.count)})
+        return _Sums(found["q"], found["k"], found["given"], found["total"], int(found["count"]))
 
 
 @torch.no_grad()
@@ -78,7 +85,8 @@ def _copied(module: nn.Module, groups: Sequence[Group]) -> nn.Module:
 
 def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, _Sums]:
     sums: dict[str, _Sums] = {}
-    for batch in batches:
+    for index in own_indices(batches):
+        batch = batches[index]
         valid = network.valid_tokens(batch)
         with ExitStack() as stack:
             for group in groups:
@@ -87,7 +95,7 @@ def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]
                     handle = network.module.get_submodule(name).register_forward_hook(hook)
                     stack.callback(handle.remove)
             network.forward(batch)
-    return sums
+    return {name: found.over(ranks_of(batches)) for name, found in sums.items()}
 
 
 def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, Callable[..., None]]]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optin_deploy.criteria.loss import Trajectory
+from optin_deploy.distributed import own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
@@ -83,8 +84,9 @@ def damages(
         advance: called with 1 after every schedule that was run, `damage_steps` in all.
     """
     counts = _measured_counts(stack)
-    loss = np.zeros((len(stack.blocks), 1 + len(counts)))
-    for inputs in batches:
+    loss = torch.zeros(len(stack.blocks), 1 + len(counts), dtype=torch.float64)
+    for index in own_indices(batches):
+        inputs = batches[index]
         trajectory = Trajectory(network, structure, inputs, 0)
         blocks, dense = trajectory.run()
         for block in range(len(stack.blocks)):
@@ -95,11 +97,10 @@ def damages(
                 changed = _merging_outputs(network, structure, stack, schedule, inputs, known)
                 for name, factor in factors.items():
                     if factor:
-                        loss[block, column] += factor * float(
-                            trajectory.task_change(name, dense[name], changed[name], 1)[0]
-                        )
+                        loss[block, column] += factor * trajectory.task_change(name, dense[name], changed[name], 1)[0]
                 advance(1)
-    return Damages((stack.tokens, *counts), np.maximum.accumulate(np.maximum(loss, 0), axis=1))
+    total = ranks_of(batches).total({"loss": loss})["loss"].numpy()
+    return Damages((stack.tokens, *counts), np.maximum.accumulate(np.maximum(total, 0), axis=1))
 
 
 def damage_steps(stack: TokenStack, batches: int) -> int:

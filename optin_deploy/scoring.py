@@ -1,9 +1,9 @@
 """Scores of every unit by the chosen criterion. A higher score matters more."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.criteria.random import random_scores
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
+from optin_deploy.distributed import ranks_of, shared_like
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_tensors
 from optin_deploy.network import Network
 from optin_deploy.schedule import Damages, damage_steps, damages
-from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.token_stack import TokenStack
 
 Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
@@ -92,7 +93,7 @@ def scoring_steps(structure: Structure, batches: Batches, scoring: Scoring) -> i
     if scoring.criterion == "trajectory-obs":
         return scoring.draws * samples + len(structure.groups)
     if scoring.criterion == "trajectory" and scoring.scorer == "forward":
-        return forward_steps(structure, scoring.draws) * len(batches)
+        return forward_steps(structure.groups, scoring.draws) * len(batches)
     if scoring.criterion == "trajectory":
         exact = sum(g.units for g in structure.groups if scoring.scorer == "exact" or g.kind == "head")
         return exact * len(batches) + (scoring.draws * len(batches) if scoring.scorer == "sketch" else 0)
@@ -129,7 +130,7 @@ def score(
     elif scoring.criterion == "fisher":
         if labels is None:
             raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
-        scores = fisher_scores(mask_gradients(network, structure, batches, labels, lambda n: advance(n)))
+        scores = _fisher(network, structure, batches, labels, advance)
     elif scoring.criterion == "magnitude":
         scores = magnitude_scores(network.module, structure)
     else:
@@ -160,7 +161,7 @@ def token_damages(
     if not task:
         raise UserError("--task-weight 0: what merging tokens costs is measured at the outputs; give --tokens numbers")
     samples = _samples_at_once(network, structure, batches)
-    factors = _factors(network, structure, chunks(batches[:1], samples)[0], scoring)
+    factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
     some = _merged_batches(batches)
     found = damages(network, structure, stack, some, factors, advance)
     part = sum(map(_size, batches)) / sum(map(_size, some))
@@ -185,7 +186,7 @@ def _obs(
     network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
 ) -> dict[str, Tensor]:
     samples = _samples_at_once(network, structure, batches)
-    factors = _factors(network, structure, chunks(batches[:1], samples)[0], scoring)
+    factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
     moments = probe_moments(
         network,
         structure,
@@ -197,7 +198,21 @@ def _obs(
         samples_at_once=samples,
         advance=advance,
     )
-    return obs_scores(network.module, structure, moments, advance)
+    own = _own_groups(batches, structure.groups, lambda g: (g.units * g.width) ** 3)
+    scores = obs_scores(network.module, replace(structure, groups=own), moments, advance)
+    return _together(batches, structure.groups, scores)
+
+
+def _fisher(
+    network: Network,
+    structure: Structure,
+    batches: Batches,
+    labels: Sequence[Tensor],
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    gradients = mask_gradients(network, structure, batches, labels, advance)
+    sums = {name: len(gradients[name]) * score for name, score in fisher_scores(gradients).items()}
+    return _per_sample(ranks_of(batches).total(sums), batches)
 
 
 def _samples_at_once(network: Network, structure: Structure, batches: Batches) -> int:
@@ -217,9 +232,10 @@ def _trajectory(
         return _forward(network, structure, batches, scoring, advance)
     exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
     some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
-    factors = _factors(network, structure, batches[0], scoring)
-    exact = exact_scores(network, structure, exactly, some, factors=factors, seed=scoring.seed, advance=advance)
-    scores = _per_sample(exact, some)
+    factors = _factors(network, structure, batches, batches[0], scoring)
+    own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
+    found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed, advance=advance)
+    scores = _per_sample(_together(batches, exactly, found), some)
     if scoring.scorer == "sketch":
         sketched = sketch_scores(
             network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed, advance=advance
@@ -234,16 +250,39 @@ def _forward(
     if scoring.draws < 2:
         raise UserError("the scorer forward compares draws: it needs 2 probes at least")
     some = chunks(batches[:1], _FACTOR_SAMPLES)[0]
-    factors = _factors(network, structure, some, scoring, forward_scores)
+    factors = _factors(network, structure, batches, some, scoring, forward_scores)
+
+    def cost(group: Group) -> float:
+        return forward_steps([group], scoring.draws) * (len(structure.blocks) - group.layer)
+
     found = forward_scores(
-        network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed, advance=advance
+        network,
+        structure,
+        batches,
+        probes=scoring.draws,
+        factors=factors,
+        seed=scoring.seed,
+        groups=_own_groups(batches, structure.groups, cost),
+        advance=advance,
     )
-    return _per_sample(found, batches)
+    return _per_sample(_together(batches, structure.groups, found), batches)
+
+
+def _own_groups(batches: Batches, groups: Sequence[Group], cost: Callable[[Group], float]) -> tuple[Group, ...]:
+    """Those of ``groups``, scored one by one at such a cost, that are this process's."""
+    return tuple(groups[index] for index in ranks_of(batches).weighed([cost(group) for group in groups]))
+
+
+def _together(batches: Batches, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of all ``groups`` out of those that each process has found."""
+    nothing = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
+    return ranks_of(batches).total(nothing | dict(scores))
 
 
 def _factors(
     network: Network,
     structure: Structure,
+    batches: Batches,
     batch: Mapping[str, Tensor],
     scoring: Scoring,
     sketch: Callable[..., dict[str, Tensor]] = sketch_scores,
@@ -251,7 +290,12 @@ def _factors(
     weight = scoring.weights(network, structure)[1]
     if not weight:
         return {}
-    return task_factors(network, structure.without_widths(), batch, weight, scoring.seed, sketch)
+
+    def shared(*given: Any, **options: Any) -> dict[str, Tensor]:
+        *first, some = given
+        return sketch(*first, shared_like(batches, some), **options)
+
+    return task_factors(network, structure.without_widths(), batch, weight, scoring.seed, shared)
 
 
 def _exact_batches(network: Network, structure: Structure, batches: Batches) -> int:

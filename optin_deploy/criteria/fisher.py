@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.distributed import own_indices
 from optin_deploy.errors import UserError
 from optin_deploy.masking import frozen, masked
 from optin_deploy.network import Network
@@ -43,7 +44,8 @@ def mask_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of each sample's cross entropy for the mask of every unit: name -> float64 ``(samples, units)``, CPU.
 
-    A sample's cross entropy is the mean over its labelled positions.
+    A sample's cross entropy is the mean over its labelled positions. Of batches that several processes share, each gets
+    the gradients of its own.
 
     Args:
         labels: for each batch the int64 classes, ``(batch,)``, or ``(batch, tokens)`` (any number of axes) where the
@@ -58,8 +60,8 @@ def mask_gradients(
     if len(labels) != len(batches):
         raise UserError(f"fisher needs labels for every batch: {len(labels)} given for {len(batches)} batches")
     gradients: dict[str, list[Tensor]] = {g.name: [] for g in structure.groups}
-    for batch, classes in zip(batches, labels, strict=True):
-        found = sample_gradients(network, structure, batch, partial(_cross_entropy, classes))
+    for index in own_indices(batches):
+        found = sample_gradients(network, structure, batches[index], partial(_cross_entropy, labels[index]))
         for name, gradient in found.items():
             gradients[name].append(gradient)
         advance(1)

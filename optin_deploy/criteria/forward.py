@@ -32,6 +32,7 @@ batch as in exact scoring, or ``probes`` where these are more; no graph is kept.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -64,6 +65,7 @@ def forward_scores(
     seed: int,
     manifold: float = 1.0,
     set_size: int = SET_SIZE,
+    groups: Sequence[Group] | None = None,
     advance: Advance = lambda _: None,
 ) -> dict[str, Tensor]:
     """Scores of all units to second order by forward passes only: group name -> float64 ``(units,)``.
@@ -75,19 +77,21 @@ def forward_scores(
         factors: weights of the outputs' task terms, by output name.
         manifold: weight of the manifold part.
         set_size: units whose masks have tangents in one pass.
+        groups: of ``structure``, where not all are wanted; what a group scores does not depend on the others.
         advance: called with the number of passes done, `forward_steps` per batch in all.
     """
     if set_size > 1 and probes < 2:
         raise ValueError("sets of several units need two probes at least")
     device = next(network.module.parameters()).device
-    scores = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}
+    groups = structure.groups if groups is None else groups
+    scores = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in groups}
     # Over the units of a group: with signs that the samples share, and with signs of their own.
     joint, single = (dict.fromkeys(scores, 0.0) for _ in range(2))
     for index, inputs in enumerate(batches):
         differential = _Differential(Trajectory(network, structure, inputs, seed + index), manifold, factors)
-        # On the CPU, so that draws are the same on every device.
-        generator = torch.Generator().manual_seed(seed + index)
-        for group in structure.groups:
+        for group in groups:
+            # On the CPU, so that draws are the same on every device.
+            generator = torch.Generator().manual_seed(seed + index + crc32(group.name.encode()))
             if _is_alone(group, probes, set_size):
                 for units, changes in differential.of(group, torch.eye(group.units)[:, None]):
                     scores[group.name][units] += changes.sizes()
@@ -102,15 +106,15 @@ def forward_scores(
             for units, changes in differential.of(group, shared):
                 joint[group.name] += float(changes.sizes().sum()) / _SHARED_DRAWS
                 advance(len(units))
-    for group in structure.groups:
+    for group in groups:
         if not _is_alone(group, probes, set_size):
             scores[group.name] *= joint[group.name] / max(single[group.name], 1e-300)
     return {name: each.clamp_min(0.0).cpu() for name, each in scores.items()}
 
 
-def forward_steps(structure: Structure, probes: int, set_size: int = SET_SIZE) -> int:
+def forward_steps(groups: Sequence[Group], probes: int, set_size: int = SET_SIZE) -> int:
     """How many forward passes `forward_scores` takes for a batch."""
-    return sum(_passes(g, probes, set_size) for g in structure.groups)
+    return sum(_passes(g, probes, set_size) for g in groups)
 
 
 def _is_alone(group: Group, probes: int, set_size: int) -> bool:

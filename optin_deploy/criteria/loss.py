@@ -14,12 +14,14 @@ information of the softmax, diag(p) − ppᵀ, whose root makes a probe of rando
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optin_deploy.distributed import shared_like
 from optin_deploy.masking import frozen
 from optin_deploy.network import Network
 from optin_deploy.replay import recorded_outputs, resumed
@@ -217,11 +219,33 @@ def differentiable(network: Network) -> Iterator[None]:
         yield
 
 
-def chunks(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """The batches cut into pieces of at most ``samples``: a backward pass keeps the activations of all layers."""
-    pieces: list[Batch] = []
-    for batch in batches:
-        size = next(iter(batch.values())).shape[0]
-        for start in range(0, size, samples):
-            pieces.append({name: t[start : start + samples] for name, t in batch.items()})
-    return pieces
+def chunks(batches: Sequence[Batch], samples: int) -> Sequence[Batch]:
+    """The batches cut into pieces of at most ``samples``: a backward pass keeps the activations of all layers. Those
+    who share the batches share the pieces."""
+    sizes = (next(iter(batch.values())).shape[0] for batch in batches)
+    places = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, samples)]
+    return shared_like(batches, _Pieces(batches, places, samples))
+
+
+@dataclass(frozen=True)
+class _Pieces(Sequence[Batch]):
+    """Parts of batches, cut out when they are asked for; ``places`` are batches and first samples."""
+
+    batches: Sequence[Batch]
+    places: Sequence[tuple[int, int]]
+    samples: int
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "_Pieces": ...
+
+    def __getitem__(self, index: int | slice) -> "Batch | _Pieces":
+        if isinstance(index, slice):
+            return replace(self, places=self.places[index])
+        batch, start = self.places[index]
+        return {name: t[start : start + self.samples] for name, t in self.batches[batch].items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from optin_deploy.criteria.loss import Batch, Trajectory, differentiable, gradients, probe_losses
+from optin_deploy.distributed import ranks_of
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure, channels_last
@@ -55,20 +56,26 @@ def sketch_scores(
     device = next(network.module.parameters()).device
     joint = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}
     single = {name: zeros.clone() for name, zeros in joint.items()}
-    for index, inputs in enumerate(batches):
-        trajectory = Trajectory(network, structure, inputs, seed + index)
+    ranks = ranks_of(batches)
+    own = ranks.share(len(batches) * probes)
+    for index in range(own.start // probes, -(-own.stop // probes)):
+        trajectory = Trajectory(network, structure, batches[index], seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
         masks = [torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in structure.groups]
         named = dict(zip(joint, masks, strict=True))
         with differentiable(network), masked(network.module, structure, named):
             blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
-            for _ in range(probes):
+            for probe in range(probes):
                 loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
+                if index * probes + probe not in own:
+                    # Drawn all the same, so that a probe is the same whoever takes it.
+                    continue
                 for name, gradient in zip(joint, gradients(loss, masks, keep=True), strict=True):
                     joint[name] += gradient.double().sum(0).square() / probes
                     single[name] += gradient.double().square().sum(0) / probes
                 advance(1)
+    joint, single = ranks.total(joint), ranks.total(single)
     return {n: (s * (joint[n].sum() / s.sum().clamp_min(1e-300))).cpu() for n, s in single.items()}
 
 

@@ -27,13 +27,14 @@ over samples.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
+from optin_deploy.distributed import Ranks, own_indices, ranks_of
 from optin_deploy.masking import masked_queries
 from optin_deploy.network import Network
 from optin_deploy.projections import (
@@ -61,8 +62,8 @@ _ROWS, _LEAST_ROWS = 2**17, 256
 
 @dataclass
 class Moments:
-    """Sums over positions: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ, both in the network's precision:
-    those of a wide layer take more memory than its weights.
+    """Sums over positions, in float64: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ. So precise they are
+    the same in whatever order pieces of the data are added up.
 
     ``queries`` are, for heads that can get narrower, the squared derivatives for each dimension, summed over samples.
     ``whole`` and ``apart`` are, for all channels of a map together, the squares of what a channel gives of a probe's
@@ -75,6 +76,10 @@ class Moments:
     whole: Tensor = field(default_factory=lambda: torch.zeros(()))
     apart: Tensor = field(default_factory=lambda: torch.zeros(()))
 
+    def total(self, ranks: Ranks) -> "Moments":
+        """The sum over all processes."""
+        return Moments(**ranks.total({each.name: getattr(self, each.name) for each in fields(self)}))
+
     @property
     def coherence(self) -> float:
         """How alike the errors at the pixels of a sample are, see above; 1 where there are no maps."""
@@ -82,7 +87,7 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """Weighted covariance of the activations, ``(features, features)``, float64."""
-        second = self.second.double()
+        second = self.second
         weight = second[-1, -1].clamp_min(1e-300)
         mean = second[:-1, -1] / weight
         return second[:-1, :-1] / weight - torch.outer(mean, mean)
@@ -114,9 +119,9 @@ def probe_moments(
     moments: dict[str, Moments] = {}
     groups = [g for g in structure.groups if g.kind != "width"]
     widths = [g for g in structure.groups if g.kind == "width"]
-    pieces = list(batches) if samples_at_once is None else chunks(batches, samples_at_once)
-    for index, inputs in enumerate(pieces):
-        trajectory = Trajectory(network, structure, inputs, seed + index)
+    pieces = batches if samples_at_once is None else chunks(batches, samples_at_once)
+    for index in own_indices(pieces):
+        trajectory = Trajectory(network, structure, pieces[index], seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
         with differentiable(network):
             masks = {g.outer: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
@@ -152,7 +157,7 @@ def probe_moments(
                 x = design_rows(network.module.get_submodule(group.output), torch.cat(runs), rows, valid)
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
                 _add(moments, group.name, "second", (x * weight[rows, None]).T @ x)
-    return moments
+    return {name: each.total(ranks_of(batches)) for name, each in moments.items()}
 
 
 @contextmanager
@@ -190,9 +195,10 @@ def _effects(module: nn.Module, group: Group, given: Tensor, gradient: Tensor) -
 
 def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> None:
     if name not in moments:
-        nothing = value.new_zeros(())
+        nothing = value.new_zeros((), dtype=torch.float64)
         moments[name] = Moments(nothing, nothing, nothing, nothing, nothing)
-    setattr(moments[name], field, getattr(moments[name], field) + value)
+    before: Tensor = getattr(moments[name], field)
+    setattr(moments[name], field, before.add_(value) if before.dim() else before + value.double())
 
 
 def obs_scores(
@@ -207,7 +213,7 @@ def obs_scores(
         projection = module.get_submodule(group.output)
         weight = weight_matrix(projection).detach().double()
         found = moments[(group.outer if group.kind == "width" else None) or group.name]
-        covariance, metric = found.covariance(), found.metric.double()
+        covariance, metric = found.covariance(), found.metric
         if group.kind == "width":
             order = torch.arange(group.units).flip(0)
             costs = _width_costs(weight, covariance, metric, group.units) + found.queries.cpu().flip(0)

@@ -282,7 +282,7 @@ def test_progress_and_what_is_left_behind(probes: int, set_size: int) -> None:
         set_size=set_size,
         advance=steps.append,
     )
-    assert sum(steps) == 2 * forward_steps(structure, probes, set_size)
+    assert sum(steps) == 2 * forward_steps(structure.groups, probes, set_size)
     assert all(bool((s >= 0).all()) for s in scores.values())
     assert all(torch.equal(before[k], v) for k, v in network.module.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in network.module.parameters())
@@ -293,7 +293,7 @@ def test_how_many_passes_are_taken() -> None:
     group = tiny.structure("vit").groups[-1]
 
     def passes(units: int, probes: int, set_size: int) -> int:
-        return forward_steps(Structure((), (of(group, units),), 0), probes, set_size)
+        return forward_steps([of(group, units)], probes, set_size)
 
     assert passes(1000, 2, 16) == 63 * 2 + 8
     assert passes(1000, 4, 10) == 100 * 4 + 8
