@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -311,6 +312,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     errors = Console(stderr=True, soft_wrap=True)
     try:
+        _check_arguments()
         app(standalone_mode=True)
     except GateError as error:
         _tell(errors, "gate failed:", error)
@@ -331,6 +333,13 @@ def main() -> None:
             raise
         errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
         sys.exit(130)
+
+
+def _check_arguments() -> None:
+    """Raise UserError for an argument that is not UTF-8, as a file's name may be: no report could name it."""
+    for argument in sys.argv[1:]:
+        if argument.encode("utf-8", "surrogateescape") != argument.encode("utf-8", "replace"):
+            raise UserError(f"{os.fsencode(argument)!r} is not UTF-8: rename the file")
 
 
 def _tell(console: Console, what: str, error: Exception | str) -> None:

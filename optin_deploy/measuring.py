@@ -1,6 +1,5 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -76,8 +75,11 @@ def _export(network: Network, onnx: Path, program: Path, recipe: Recipe, batches
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
-    if not onnx.is_file():
-        names, axes = tuple(network.outputs), network.dynamic_axes
+    if onnx.is_file():
+        rundir.record(onnx)
+        return
+    names, axes = tuple(network.outputs), network.dynamic_axes
+    with rundir.recorded(onnx):
         onnx_in_precision(
             traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
         )
@@ -174,7 +176,7 @@ def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) ->
     files = {each.file(directory, name): (each, name) for each in wanted for name in VARIANTS}
     hashes = {file.name: check_engine(file).engine_sha256 for file in files}
     path = directory / "engine_parity.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["engines"] != hashes:
+    if path.is_file() and rundir.read_json(path)["engines"] != hashes:
         path.unlink()
     with stages.stage("check engines", len(files)) as advance:
 

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import Damages
 from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_damages, token_steps
 from optin_deploy.slicing import sliced
+from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.token_stack import TokenStack
 
 
@@ -101,16 +104,29 @@ def _scored(job: Job, directory: Path, stages: Stages) -> tuple[Network, dict[st
     calibration = job.calibration
     with stages.stage("score", scoring_steps(structure, calibration.batches, scoring)) as advance:
         if (directory / "checkpoint").exists() and path.is_file():
-            return job.network, load_file(path)
+            return job.network, _kept_scores(path, structure)
         batches = _batches(calibration.batches, job.device)
         dense = in_principal_bases(job.network, structure, batches)
         if path.is_file():
-            return dense, load_file(path)
+            return dense, _kept_scores(path, structure)
         scores = score(
             dense, structure, job.anatomy.costs, batches, scoring, labels=calibration.labels, advance=advance
         )
-        save_scores(scores, path)
+        with rundir.recorded(path):
+            save_scores(scores, path)
         return dense, scores
+
+
+def _kept_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
+    """The scores at ``path``; UserError unless they are those of ``structure``."""
+    rundir.record(path)
+    try:
+        scores = load_file(path)
+    except (OSError, SafetensorError):
+        scores = {}
+    if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:
+        raise UserError(f"{path} is damaged or of another network: remove it, and it is made again")
+    return scores
 
 
 def _pruned(
@@ -132,6 +148,7 @@ def _pruned(
     with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
         if path.exists():
             plan = _read_plan(directory)
+            plan.check(structure)
             small = remove(job.network, structure, plan, [], None, stack=job.anatomy.stack)
             checkpoint.load_weights(small, path)
         else:
@@ -162,11 +179,15 @@ def _pruned(
                 make_sparse(dense, module, structure, plan, batches, ridge, advance)
             small = module
             written = {"flops": recipe.flops, "kept": dict(plan.kept), "tokens": plan.tokens}
-            write_text(directory / "plan.json", json.dumps(written) + "\n")
+            with rundir.recorded(directory / "plan.json"):
+                write_text(directory / "plan.json", json.dumps(written) + "\n")
         pruned = job.network.with_module(small.cpu())
         job.network.module.cpu()
-        if not path.exists():
-            checkpoint.save(pruned, plan.after(job.earlier), path)
+        if path.exists():
+            rundir.record(path)
+        else:
+            with rundir.recorded(path):
+                checkpoint.save(pruned, plan.after(job.earlier), path)
     return plan, pruned
 
 
@@ -208,9 +229,12 @@ def _read_plan(directory: Path) -> Plan:
     path = directory / "plan.json"
     if not path.is_file():
         raise UserError(f"{path} is gone: remove {directory / 'checkpoint'} too, to prune again")
-    written = json.loads(path.read_text(encoding="utf-8"))
-    kept = {name: tuple(units) for name, units in written["kept"].items()}
-    return Plan(kept, tuple(written["tokens"]))
+    try:
+        written = rundir.read_json(path)
+        kept = {name: tuple(map(index, units)) for name, units in written["kept"].items()}
+        return Plan(kept, tuple(map(index, written["tokens"])))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: remove it and {directory / 'checkpoint'}, to prune again") from error
 
 
 def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from optin_deploy.errors import UserError
+from optin_deploy.files import PARTIAL
 from optin_deploy.report.schema import Report
 
 __all__ = ["Report", "read_report", "write_report"]
@@ -28,7 +29,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
         "report.html": render(report),
         "report.md": markdown.render(report),
     }
-    with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".report.", suffix=PARTIAL, dir=folder) as temporary:
         for name, text in texts.items():
             file = Path(temporary) / name
             file.write_text(text, encoding="utf-8")
