@@ -10,7 +10,7 @@ MIN_VENV ?= .venv-min
 MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/test_models.py tests/optin_deploy/test_slicing.py \
 	tests/optin_deploy/test_checkpoint.py tests/optin_deploy/test_unpruned.py tests/benchmarks/test_coverage.py
 
-.PHONY: install test test-min lint types docs demo clean
+.PHONY: install test test-min lint types docs demo kills faults clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,13 @@ docs: install
 
 demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh
+
+# 30 runs killed at random moments; and, besides, full disks, a read-only place and two runs in one directory. Minutes.
+kills: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --part kills
+
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) $(MIN_VENV) $(DEMO)

@@ -41,6 +41,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_Positive = Annotated[float, Field(gt=0)]
 _Size = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
@@ -54,7 +55,7 @@ class _Image(_Strict):
     input_name: str
     size: tuple[_Size, _Size]
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[_Positive, _Positive, _Positive]
     interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
     crop_pct: Annotated[float, Field(gt=0, le=8)]
     crop_mode: Literal["center", "squash", "border"]

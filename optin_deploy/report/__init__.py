@@ -43,6 +43,9 @@ def read_report(path: str | Path) -> Report:
     Raises UserError when it is missing or of another layout.
     """
     path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    # A device may have no end.
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read the report {path}: it is no file")
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
