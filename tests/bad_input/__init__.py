@@ -14,5 +14,5 @@ ROWS: tuple[Row, ...] = (
     *runs.ROWS,
 )
 UNNOTED: tuple[Row, ...] = runs.UNNOTED
-ODD: tuple[Row, ...] = (*weights.ODD, *data.ODD, *runs.ODD)
+ODD: tuple[Row, ...] = (*weights.ODD, *transformers_directories.ODD, *data.ODD, *runs.ODD)
 """Rows that work."""

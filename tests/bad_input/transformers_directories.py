@@ -92,13 +92,6 @@ ROWS = (
         "bert",
         runs_code=True,
     ),
-    Row(
-        "tokenizer-code",
-        _made(_coded("tokenizer_config.json", auto_map=AUTO, tokenizer_class="Evil", vocab_size="x")),
-        "bert",
-        runs_code=True,
-    ),
-    Row("config-fetched-attention", _made(_edited("config.json", attn_implementation="evil/kernel")), "evil/kernel"),
     Row("config-unknown-model", _made(_edited("config.json", model_type="no-such")), CONFIG + ".*no-such"),
     Row("config-heads", _made(_edited("config.json", num_attention_heads=5)), "bert"),
     Row("config-negative-layers", _made(_edited("config.json", num_hidden_layers=-1)), "bert"),
@@ -114,5 +107,18 @@ ROWS = (
     Row("transformers-weights-nan", _made(_nan), "hold NaN or infinity in bert.embeddings.word_embeddings"),
     Row("adapter-of-a-model-elsewhere", _made(_adapter), "bert", runs_code=True),
     Row("tokenizer-truncated", _made(_written("tokenizer.json", lambda t: t[:99])), "the tokenizer of bert"),
-    Row("tokenizer-missing", _made(lambda: (BERT / "tokenizer.json").unlink()), "bert has no tokenizer"),
+    Row(
+        "tokenizer-missing",
+        _made(lambda: (BERT / "tokenizer.json").unlink()),
+        "tokenizer of bert cannot be read|bert has no tokenizer",
+    ),
+)
+# What these name is never fetched or run: the tokenizer's file and torch's attention are used.
+ODD = (
+    Row(
+        "a tokenizer with code",
+        _made(_coded("tokenizer_config.json", auto_map=AUTO, tokenizer_class="Evil", vocab_size="x")),
+        runs_code=True,
+    ),
+    Row("an attention to be fetched", _made(_edited("config.json", attn_implementation="evil/kernel"))),
 )
