@@ -308,12 +308,17 @@ def _command() -> str:
 
 def main() -> None:
     """Entry point: turns the errors that are not bugs into one line and an exit code."""
+    # Read when huggingface_hub is imported, which no command has done yet; workers inherit it.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     errors = Console(stderr=True, soft_wrap=True)
     try:
         _check_arguments()
-        app(standalone_mode=True)
+        try:
+            app(standalone_mode=True)
+        finally:
+            _flush_stdout()
     except GateError as error:
         _tell(errors, "gate failed:", error)
         sys.exit(3)
@@ -333,6 +338,18 @@ def main() -> None:
             raise
         errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
         sys.exit(130)
+
+
+def _flush_stdout() -> None:
+    """Write what stdout still holds while a failure can be told: at its end Python would only say it on the side."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What cannot be written is tried once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        raise OSError(error.errno, error.strerror, "stdout") from error
 
 
 def _check_arguments() -> None:
