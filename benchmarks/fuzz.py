@@ -64,7 +64,9 @@ def _supervised(target: str, folder: Path, seconds: int, seed: int) -> tuple[int
     runs = [int(number) for number in re.findall(r"^(?:Done |#)(\d+)", ended.stderr, re.MULTILINE)]
     if ended.returncode == 0:
         return max(runs, default=0), []
-    told = re.findall(r"^\s*(?:===.*|[\w.]+(?:Error|Exception)\b.*|.*Test unit written to.*)$", ended.stdout + ended.stderr, re.M)
+    told = re.findall(
+        r"^\s*(?:===.*|[\w.]+(?:Error|Exception)\b.*|.*Test unit written to.*)$", ended.stdout + ended.stderr, re.M
+    )
     return max(runs, default=0), [line.strip() for line in told] or [ended.stderr[-500:]]
 
 
@@ -165,8 +167,8 @@ def _tables(folder: Path) -> tuple[Target, list[bytes]]:
                     _check_line(error)
 
     return one, [
-        b"text,label\na good one,1\n\"bad, this\",0\nno,2\n",
-        b"text\tlabel\na good one\t1\nno \"good\t0\n",
+        b'text,label\na good one,1\n"bad, this",0\nno,2\n',
+        b'text\tlabel\na good one\t1\nno "good\t0\n',
         b"one sentence,another,0.5\nfirst,second,4.25\n",
         b"one\ttwo\t1\nthree\tfour\t2e-3\n",
     ]
@@ -203,7 +205,7 @@ def _check_line(error: Exception) -> None:
     assert str(error).strip(), "an error that says nothing"
 
 
-def _small_bert(path: Path):  # noqa: ANN202
+def _small_bert(path: Path):
     """A classifier of one layer and a tokenizer of few words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers

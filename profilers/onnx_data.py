@@ -25,7 +25,7 @@ def reading_elsewhere(path: Path) -> str:
     outside = sorted(location for location in locations if not _is_beside(path.parent, location))
     if not outside:
         return ""
-    return f"{path} has weights in {outside[0]!r}, which is no file in its own directory: save it with its data beside it"
+    return f"{path} has weights in {outside[0]!r}, which is no file in its own directory: save it with them beside it"
 
 
 def _names_files(path: Path) -> bool:
