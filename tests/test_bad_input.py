@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,14 +104,15 @@ def test_odd_input_works(here: Path, material: Material, run: Run, row: Row) -> 
     gates = json.loads((here / "out" / "report.json").read_text(encoding="utf-8"))["gates"]
     assert gates
     assert all(gate["passed"] for gate in gates)
+    assert not (here / bad_input.MARK).exists()
 
 
-def test_code_that_comes_with_a_model_is_never_run(here: Path, material: Material, run: Run) -> None:
-    for row in (row for row in (*bad_input.ROWS, *bad_input.ODD) if row.runs_code):
-        for path in here.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        run(*row.make(material))
-        assert not (here / bad_input.MARK).exists(), row.name
+def test_rows_that_bring_code_would_be_seen_to_run_it(here: Path, tmp_path: Path) -> None:
+    # The rows above compare all files before and after: this is what they would find.
+    bad_input.save_pickle(tmp_path / "w.pt")
+    torch.load(tmp_path / "w.pt", weights_only=False)
+    assert (here / bad_input.MARK).exists()
+    assert sum(row.runs_code for row in (*bad_input.ROWS, *bad_input.ODD)) >= 8
 
 
 def test_a_full_disk_behind_stdout_is_told(

@@ -149,15 +149,6 @@ ROWS = (
 )
 
 
-def _after_a_kill(material: Material) -> Sequence[str]:
-    """What a run leaves that is killed in its first moment."""
-    material.copy("shallow")
-    Path("out").mkdir()
-    Path("out", ".run.json.abc.partial").write_text('{"fing')
-    return pruning("shallow")
-
-
-ODD = (Row("a directory of a run killed at once", _after_a_kill),)
 UNNOTED = (
     Row("scores-truncated", _continued(_unnoted(_written("scores.safetensors", lambda t: t[:-5]))), r"scores\.safet"),
     Row("scores-of-other-units", _continued(_unnoted(_other_scores)), r"scores\.safetensors is damaged or of another"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from tiny_models import save_lines, texts
 
 from bad_input.common import MARK, Material, Row, pruning_text, save_pickle
 
@@ -77,6 +78,14 @@ def _adapter() -> None:
     save_pickle(BERT / "adapter_model.bin")
 
 
+def _odd_texts(material: Material) -> Sequence[str]:
+    material.copy("bert")
+    _edited("config.json", attn_implementation="evil/kernel")()
+    _coded("tokenizer_config.json", auto_map=AUTO, tokenizer_class="Evil", vocab_size="x")()
+    save_lines(Path("t.txt"), [f"{text}\0 \ufffd\u202e" for text in texts(16)])
+    return pruning_text("--calibration", "t.txt")
+
+
 AUTO = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CONFIG = r"bert/config\.json cannot be used: "
 ROWS = (
@@ -113,12 +122,5 @@ ROWS = (
         "tokenizer of bert cannot be read|bert has no tokenizer",
     ),
 )
-# What these name is never fetched or run: the tokenizer's file and torch's attention are used.
-ODD = (
-    Row(
-        "a tokenizer with code",
-        _made(_coded("tokenizer_config.json", auto_map=AUTO, tokenizer_class="Evil", vocab_size="x")),
-        runs_code=True,
-    ),
-    Row("an attention to be fetched", _made(_edited("config.json", attn_implementation="evil/kernel"))),
-)
+# What this names is never fetched or run: the tokenizer's file and torch's attention are used.
+ODD = (Row("an attention to be fetched, a tokenizer with code, texts with NUL bytes", _odd_texts, runs_code=True),)
