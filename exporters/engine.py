@@ -25,6 +25,7 @@ import torch
 from exporters.errors import ExportError
 from exporters.files import staged
 from exporters.tracing import DynamicAxes
+from profilers.onnx_data import reading_elsewhere
 
 Shape = tuple[int, ...]
 
@@ -161,8 +162,10 @@ def build_engine(
         timing_cache: measurements of earlier builds, read and added to.
 
     Raises:
-        ExportError: the builder is not there or cannot build it.
+        ExportError: the builder is not there or cannot build it, or ``onnx`` has weights outside its own directory.
     """
+    if elsewhere := reading_elsewhere(onnx.resolve()):
+        raise ExportError(elsewhere)
     check_builder(config)
     if timing_cache is not None:
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +209,9 @@ def read_info(engine: Path) -> EngineInfo:
 
 def check_engine(engine: Path, onnx: Path | None = None) -> EngineInfo:
     """`read_info`; ExportError says what differs from what is here: the product's version, the device, the file itself,
-    or the ONNX file that it should have been built of."""
+    or the ONNX file that it should have been built of. That is refused when it has weights outside its directory."""
+    if onnx is not None and (elsewhere := reading_elsewhere(onnx.resolve())):
+        raise ExportError(elsewhere)
     info = read_info(engine)
     builder = BUILDERS.get(info.builder)
     if builder is None:

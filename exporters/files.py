@@ -17,7 +17,7 @@ def staged(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as folder:
         temporary = Path(folder) / target.name
         yield temporary
         companions = sorted(file for file in Path(folder).iterdir() if file != temporary)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.errors import ExportError, first_line
+from profilers.onnx_data import reading_elsewhere
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,10 @@ def _worst(name: str, differences: Sequence[_Difference], tolerance: float) -> O
 
 
 def open_session(path: str | Path, threads: int | None = None) -> Any:
-    """The file under ONNX Runtime's CPU provider; ExportError when that is missing or cannot load it."""
+    """The file under ONNX Runtime's CPU provider; ExportError when that is missing or cannot load it, or the file has
+    weights outside its own directory."""
+    if elsewhere := reading_elsewhere(Path(path)):
+        raise ExportError(elsewhere)
     try:
         import onnxruntime
     except ImportError as error:

@@ -69,11 +69,17 @@ def _named_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[None]
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:
-    """Writes `program` as a .pt2 archive that torch.export.load reads. Raises ExportError for another suffix."""
+    """Writes `program` as a .pt2 archive that torch.export.load reads.
+
+    Raises ExportError for another suffix, and where it cannot be written: torch does not say why.
+    """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"an exported program is saved as .pt2, not as {Path(path).name}")
-    with staged(path) as temporary:
-        torch.export.save(program, temporary)
+    try:
+        with staged(path) as temporary:
+            torch.export.save(program, temporary)
+    except RuntimeError as error:
+        raise ExportError(f"{path} cannot be written (is the disk full?): {first_line(error)}") from error
 
 
 def input_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:

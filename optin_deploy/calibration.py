@@ -2,18 +2,17 @@
 
 import csv
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -236,7 +235,7 @@ def image_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path} is not a folder: a vision network calibrates on a folder of images, .npz or .safetensors"
         )
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
     if not files:
         raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -246,12 +245,29 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
     """The pictures in RGB; UserError for one that cannot be read."""
     images = []
     for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"image {file} cannot be read: remove it or repair it") from error
+        with _opened(file) as image:
+            images.append(image.convert("RGB"))
     return images
+
+
+def check_images(files: Sequence[Path]) -> None:
+    """Raise UserError for a file that is no picture by its first bytes, or one too large to be read."""
+    for file in files:
+        with _opened(file):
+            pass
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    try:
+        # Opening a pipe would wait for somebody to write to it.
+        if not file.is_file():
+            raise OSError("no file")
+        with Image.open(file) as image:
+            yield image
+    except Exception as error:  # of any type: whatever the parser of the format meets
+        told = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"image {file} cannot be read: remove it or repair it ({told})") from error
 
 
 def read_table(path: Path) -> list[list[str]]:
@@ -261,7 +277,8 @@ def read_table(path: Path) -> list[list[str]]:
             if path.suffix.lower() == ".tsv":
                 rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
             else:
-                rows = list(csv.reader(file))
+                # Not strict, a quote that is never closed would swallow all lines behind it.
+                rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a table in UTF-8: {error}") from error
     rows = [row for row in rows if any(cell.strip() for cell in row)]
@@ -365,8 +382,9 @@ def _read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             tensors = load_file(path)
-    except (OSError, ValueError, TypeError, BadZipFile, SafetensorError) as error:
-        raise UserError(f"calibration tensors {path} cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # zip files, numpy's headers and safetensors each have their own types
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"calibration tensors {path} cannot be read: {told}") from error
     _check_tensors(network, path, tensors)
     return {name: tensors[name].to(sample.dtype) for name, sample in network.inputs.items()}
 

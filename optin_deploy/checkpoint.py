@@ -12,15 +12,14 @@ README.md                               a model card, which a run writes at its 
 """
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-import transformers
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from optin_deploy.files import whole_directory, write_tensors
 from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
+from optin_deploy.libraries.transformers import read_tokenizer
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
 from optin_deploy.plans import Plan
@@ -38,12 +38,18 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.structure.token_stack import token_stack, with_merging
 
+# Two samples of any network are far smaller.
+_MOST_VALUES = 1 << 27
 JSON_NAME = "optin.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_Positive = Annotated[float, Field(gt=0)]
+_Size = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
 class _Source(_Strict):
@@ -54,22 +60,22 @@ class _Source(_Strict):
 
 class _Image(_Strict):
     input_name: str
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
+    size: tuple[_Size, _Size]
+    mean: tuple[float, float, float]
+    std: tuple[_Positive, _Positive, _Positive]
+    interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+    crop_pct: Annotated[float, Field(gt=0, le=8)]
+    crop_mode: Literal["center", "squash", "border"]
 
 
 class _Text(_Strict):
     input_names: tuple[str, ...]
-    max_length: int
+    max_length: Annotated[int, Field(ge=1)]
     decoder_start: int | None = None
 
 
 class _Input(_Strict):
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
     dtype: Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
@@ -87,6 +93,24 @@ class _Description(_Strict):
     image: _Image | None = None
     text: _Text | None = None
     versions: dict[str, str]
+
+    @field_validator("inputs")
+    @classmethod
+    def _small(cls, given: dict[str, _Input]) -> dict[str, _Input]:
+        if sum(math.prod(each.shape) for each in given.values()) > _MOST_VALUES:
+            raise ValueError(f"sample inputs of more than {_MOST_VALUES} values are none of a checkpoint")
+        return given
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        image = (self.image.input_name,) if self.image else ()
+        mask = (self.token_mask,) if self.token_mask else ()
+        for name in (*self.sequence_inputs, *mask, *image, *(self.text.input_names if self.text else ())):
+            if name not in self.inputs:
+                raise ValueError(f"there is no input {name!r}")
+        if not self.outputs or (self.logits is not None and self.logits not in self.outputs):
+            raise ValueError(f"there is no output {self.logits!r}")
+        return self
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -184,7 +208,7 @@ def _read(path: Path) -> _Description:
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path / JSON_NAME} is damaged or of another version: {where}: {first['msg']}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / JSON_NAME} cannot be read: {error}") from error
+        raise UserError(f"{path / JSON_NAME} cannot be read: {reason(error)}") from error
 
 
 def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
@@ -208,9 +232,19 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
 def load_weights(small: nn.Module, path: Path) -> None:
     """Load the weights of the checkpoint at ``path`` into a module sliced by its plan; UserError if they do not fit."""
     try:
-        small.load_state_dict(load_file(path / WEIGHTS_NAME))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        state = load_file(path / WEIGHTS_NAME)
+        check_kinds(small, state, path / WEIGHTS_NAME)
+        small.load_state_dict(state)
+    except (OSError, *UNFIT) as error:
         raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {reason(error)}") from error
+
+
+def check_kinds(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise UserError where ``state``, read from ``path``, holds integers for what ``module`` computes in, or such."""
+    for name, own in module.state_dict().items():
+        given = state.get(name, own)
+        if given.is_floating_point() != own.is_floating_point():
+            raise UserError(f"{path}: {name} holds {_dtype_name(given)}, the network takes {_dtype_name(own)}")
 
 
 def _source(description: _Description) -> Source:
@@ -239,10 +273,6 @@ def _preprocessing(description: _Description, path: Path) -> Preprocessing | Non
     if description.image:
         return ImagePreprocessing(**description.image.model_dump())
     if description.text:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"the tokenizer in {path} cannot be read: {reason(error)}") from error
         text = description.text
-        return TextPreprocessing(tokenizer, text.input_names, text.max_length, text.decoder_start)
+        return TextPreprocessing(read_tokenizer(str(path)), text.input_names, text.max_length, text.decoder_start)
     return None

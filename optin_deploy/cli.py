@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -348,12 +349,18 @@ def _command() -> str:
 
 def main() -> None:
     """Entry point: turns the errors that are not bugs into one line and an exit code."""
+    # Read when huggingface_hub is imported, which no command has done yet; workers inherit it.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        with quiet_unless_main():
-            app(standalone_mode=launched_ranks()[0] == 0)
+        _check_arguments()
+        try:
+            with quiet_unless_main():
+                app(standalone_mode=launched_ranks()[0] == 0)
+        finally:
+            _flush_stdout()
     except GateError as error:
         _tell(errors, "gate failed:", error)
         sys.exit(3)
@@ -375,6 +382,25 @@ def main() -> None:
             sys.exit(130)
         errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
         sys.exit(130)
+
+
+def _flush_stdout() -> None:
+    """Write what stdout still holds while a failure can be told: at its end Python would only say it on the side."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # What cannot be written is tried once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        raise OSError(error.errno, error.strerror, "stdout") from error
+
+
+def _check_arguments() -> None:
+    """Raise UserError for an argument that is not UTF-8, as a file's name may be: no report could name it."""
+    for argument in sys.argv[1:]:
+        if argument.encode("utf-8", "surrogateescape") != argument.encode("utf-8", "replace"):
+            raise UserError(f"{os.fsencode(argument)!r} is not UTF-8: rename the file")
 
 
 def _tell(console: Console, what: str, error: Exception | str) -> None:

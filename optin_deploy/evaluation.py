@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.calibration import image_files, read_images, read_table, table_columns
+from optin_deploy.calibration import check_images, image_files, read_images, read_table, table_columns
 from optin_deploy.criteria.loss import class_axis
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
@@ -143,6 +143,7 @@ def _images(network: Network, path: Path) -> Dataset:
     folders = [file.relative_to(path).parts[0] for file in labelled]
     numbers = class_numbers(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
+    check_images(labelled)
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
         def logits(part: list[Path]) -> Tensor:

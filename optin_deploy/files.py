@@ -1,4 +1,7 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all.
+
+What is being written stands beside its place as ``.NAME.….partial``: all that a writer that was killed leaves behind.
+"""
 
 import logging
 import os
@@ -19,10 +22,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PARTIAL = ".partial"
+
+
+def is_partial(path: Path) -> bool:
+    """Whether ``path`` is named like something that is being written, or that was when its writer was killed."""
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)
+
+
+def remove_partial(directory: Path) -> None:
+    """Remove what killed writers have left in ``directory``, in which nobody may be writing meanwhile."""
+    for path in filter(is_partial, list(directory.iterdir())):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to a temporary name beside ``path``, then rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -40,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)
@@ -65,9 +84,13 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        temporary = target.with_name(f".{target.name}")
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
+        temporary = target.with_name(f".{target.name}{PARTIAL}")
+        try:
+            shutil.copyfile(source, temporary)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -76,7 +99,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     if path.exists():
         raise UserError(f"{path} exists already; choose another path or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
     try:
         yield temporary
         temporary.chmod(0o755)

@@ -3,11 +3,12 @@
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from exporters import ExportError, check_builder
 from optin_deploy import checkpoint, rundir
@@ -16,7 +17,7 @@ from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
 from optin_deploy.latency.measure import Target
-from optin_deploy.models import load_network
+from optin_deploy.models import check_weights, load_network
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
@@ -77,7 +78,9 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     check_runtimes(recipe)
     device = _device(recipe.device)
     earlier = Plan({})
-    if network is None:
+    if network is not None:
+        check_weights(network)
+    else:
         network = load_network(
             recipe.model,
             weights=recipe.weights,
@@ -200,11 +203,19 @@ def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) ->
 
 
 def _check_finite(network: Network, calibration: Calibration) -> None:
-    with torch.inference_mode():
-        outputs = network.forward(calibration.held_out[0])
-    bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
-    if bad:
-        raise UserError(f"the network gives NaN or infinity in {bad} on {calibration.source}: check its weights")
+    """Raise UserError where the outputs for samples with the largest values, or some others, are not finite."""
+
+    def largest(batch: Mapping[str, Tensor]) -> float:
+        return max((float(t.abs().max()) for t in batch.values() if t.is_floating_point()), default=0.0)
+
+    for batch in (calibration.held_out[0], max(calibration.batches, key=largest)):
+        with torch.inference_mode():
+            outputs = network.forward(batch)
+        bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
+        if bad:
+            raise UserError(
+                f"the network gives NaN or infinity in {bad} on {calibration.source}: check its weights and the samples"
+            )
 
 
 def _device(name: str) -> torch.device:

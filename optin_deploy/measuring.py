@@ -79,9 +79,10 @@ def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, ba
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
     if onnx.is_file():
-        rundir.tell_kept(onnx)
-    else:
-        names, axes = tuple(network.outputs), network.dynamic_axes
+        rundir.keep(onnx)
+        return
+    names, axes = tuple(network.outputs), network.dynamic_axes
+    with rundir.recorded(onnx):
         onnx_in_precision(
             traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
         )
@@ -179,7 +180,7 @@ def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) ->
     files = {each.file(directory, name): (each, name) for each in wanted for name in VARIANTS}
     hashes = {file.name: check_engine(file).engine_sha256 for file in files}
     path = directory / "engine_parity.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["engines"] != hashes:
+    if path.is_file() and rundir.read_json(path)["engines"] != hashes:
         path.unlink()
     with stages.stage("check engines", len(files)) as advance:
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from optin_deploy import checkpoint
+from optin_deploy.checkpoint import check_kinds
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import UNFIT, initialised, ready, reason
 from optin_deploy.libraries import timm as timm_models
@@ -45,14 +45,25 @@ def load_network(
     if checkpoint.is_checkpoint(model):
         if weights != "pretrained" or image_size is not None:
             raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
-        return checkpoint.load_network(Path(model))
+        network = checkpoint.load_network(Path(model))
+        check_weights(network)
+        _check_forward(network)
+        return network
     timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
     if timm_name:
         network = _timm_network(timm_name, weights, image_size, seed)
     else:
         network = _transformers_network(model, weights, image_size, sequence_length, seed)
+    check_weights(network)
     _check_forward(network)
     return network
+
+
+def check_weights(network: Network) -> None:
+    """Raise UserError where a weight of the network is NaN or infinite."""
+    bad = next((name for name, p in network.module.named_parameters() if not p.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(f"the weights of {network.source.name} ({network.weights}) hold NaN or infinity in {bad}")
 
 
 def _timm_network(name: str, weights: str, image_size: int | None, seed: int) -> Network:
@@ -87,7 +98,10 @@ def _transformers_network(model: str, weights: str, image_size: int | None, sequ
             raise UserError(f"the weights of {model} cannot be fetched or found: {_CHOICES}") from error
         except UNFIT as error:
             raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
-        preprocessing = transformers_models.read_preprocessing(model, module, sequence_length)
+        try:
+            preprocessing = transformers_models.read_preprocessing(model, module, sequence_length)
+        except (OSError, *UNFIT) as error:
+            raise UserError(f"the preprocessing of {model} cannot be used: {reason(error)}") from error
         origin = read_origin(model, transformers_models.companions(module))
     if weights != "pretrained":
         origin = Origin(files=origin.files)
@@ -131,9 +145,12 @@ def load_weights(module: nn.Module, path: Path) -> None:
             f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
         )
     try:
-        module.load_state_dict(_with_tied(module, load_file(path)))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights file {path} cannot be read: {error}") from error
+        state = load_file(path)
+    except (OSError, *UNFIT) as error:
+        raise UserError(f"weights file {path} cannot be read: {reason(error)}") from error
+    check_kinds(module, state, path)
+    try:
+        module.load_state_dict(_with_tied(module, state))
     except RuntimeError as error:
         raise UserError(f"weights file {path} does not fit the model: {reason(error)}") from error
 

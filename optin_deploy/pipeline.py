@@ -5,11 +5,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import agreement
-from optin_deploy.files import write_text
+from optin_deploy.files import remove_partial, write_text
 from optin_deploy.job import Job, prepare
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Measured
@@ -186,13 +188,15 @@ def _finished(job: Job, directory: Path, plan: Plan, small: Network, stages: Sta
 
 def _write_card(report: Report, network: Network, checkpoint: Path) -> None:
     """Write the model card into the checkpoint, in the place of that of an earlier try."""
+    remove_partial(checkpoint)
     facts = Facts(
         files={file.name for file in checkpoint.iterdir()},
         base_model=network.origin.base_model,
         license=network.origin.license,
         task=task(network),
     )
-    write_text(checkpoint / CARD_NAME, render_card(report, facts))
+    with rundir.recorded(checkpoint):
+        write_text(checkpoint / CARD_NAME, render_card(report, facts))
 
 
 def _on_device(job: Job) -> Sequence[Mapping[str, Tensor]]:
@@ -215,16 +219,28 @@ def _scored(job: Job, batches: Shared, directory: Path, stages: Stages) -> tuple
     labels, ranks = job.calibration.labels, batches.ranks
     with stages.stage("score", scoring_steps(structure, batches, scoring) / ranks.world) as advance:
         if (directory / "checkpoint").exists() and path.is_file():
-            rundir.tell_kept(path)
-            return job.network, load_file(path)
+            return job.network, _kept_scores(path, structure)
         dense = in_principal_bases(job.network, structure, batches)
         if ranks.told(path.is_file):
-            rundir.tell_kept(path)
-            return dense, load_file(path) if ranks.main else {}
+            return dense, _kept_scores(path, structure) if ranks.main else {}
         scores = score(dense, structure, job.anatomy.costs, batches, scoring, labels=labels, advance=advance)
-        if ranks.main:
+        if not ranks.main:
+            return dense, scores
+        with rundir.recorded(path):
             save_scores(scores, path)
         return dense, scores
+
+
+def _kept_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
+    """The scores at ``path``; UserError unless they are those of ``structure``."""
+    rundir.keep(path)
+    try:
+        scores = load_file(path)
+    except (OSError, SafetensorError):
+        scores = {}
+    if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:
+        raise UserError(f"{path} is damaged or of another network: remove it, and it is made again")
+    return scores
 
 
 def _pruned(
@@ -253,8 +269,9 @@ def _pruned(
     rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
     with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
         if kept:
-            rundir.tell_kept(path)
+            rundir.keep(path)
             plan = _read_plan(directory)
+            plan.check(structure)
             small = remove(job.network, structure, plan, [], None, stack=job.anatomy.stack)
             checkpoint.load_weights(small, path)
         else:
@@ -286,11 +303,13 @@ def _pruned(
             if not batches.ranks.main:
                 return plan, job.network.with_module(small)
             written = {"flops": recipe.flops, "kept": dict(plan.kept), "tokens": plan.tokens}
-            write_text(directory / "plan.json", json.dumps(written) + "\n")
+            with rundir.recorded(directory / "plan.json"):
+                write_text(directory / "plan.json", json.dumps(written) + "\n")
         pruned = job.network.with_module(small.cpu())
         job.network.module.cpu()
         if not kept:
-            checkpoint.save(pruned, plan.after(job.earlier), path)
+            with rundir.recorded(path):
+                checkpoint.save(pruned, plan.after(job.earlier), path)
     logger.info("units kept: %s", ", ".join(_kept(structure, plan)))
     return plan, pruned
 
@@ -346,9 +365,12 @@ def _read_plan(directory: Path) -> Plan:
     path = directory / "plan.json"
     if not path.is_file():
         raise UserError(f"{path} is gone: remove {directory / 'checkpoint'} too, to prune again")
-    written = json.loads(path.read_text(encoding="utf-8"))
-    kept = {name: tuple(units) for name, units in written["kept"].items()}
-    return Plan(kept, tuple(written["tokens"]))
+    try:
+        written = rundir.read_json(path)
+        kept = {name: tuple(map(index, units)) for name, units in written["kept"].items()}
+        return Plan(kept, tuple(map(index, written["tokens"])))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: remove it and {directory / 'checkpoint'}, to prune again") from error
 
 
 def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from optin_deploy.errors import UserError
 
 # Far more than every option written out.
 _MOST_BYTES = 1 << 20
+_DEEPEST = 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ def read_options(file: Path) -> FileOptions:
     """
     text = _text(file)
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # The parser's time grows with the square of the depth.
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise UserError(f"recipe {file} cannot be read: it is nested too deeply")
             if isinstance(event, yaml.AliasEvent):
                 raise UserError(f"{_place(file, event)}: an alias (*{event.anchor}); write the value out")
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -1,4 +1,8 @@
-"""A run's directory: one run each and one at a time; stages are kept as they are done, so that a run can go on."""
+"""A run's directory: one run each and one at a time; stages are kept as they are done, so that a run can go on.
+
+``run.json`` holds the fingerprint of all that goes into the run, and the SHA-256 of what each stage has written: a run
+goes on only from what it wrote itself.
+"""
 
 import hashlib
 import json
@@ -8,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import write_text
+from optin_deploy.files import is_partial, remove_partial, write_text
 from optin_deploy.recipe import Recipe
 
 try:
@@ -48,20 +53,83 @@ def default_directory(recipe: Recipe, run: str) -> Path:
 
 
 def check(directory: Path, run: str) -> None:
-    """Raise UserError when ``directory`` holds something else than the (unfinished) run with that fingerprint."""
+    """Raise UserError when ``directory`` holds something else than the (unfinished) run with that fingerprint, or that
+    run's files have changed since it wrote them."""
     if directory.is_file():
         raise UserError(f"--output {directory} is a file: give a directory")
-    if not directory.is_dir() or not any(directory.iterdir()):
+    # A run that was killed in its first moments leaves no more than what it was writing.
+    if not directory.is_dir() or all(map(is_partial, directory.iterdir())):
         return
-    try:
-        held = json.loads((directory / _RUN_NAME).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--output {directory} is not empty and holds no run: choose another directory") from None
-    if held != run:
+    found = _read(directory)
+    if found.fingerprint != run:
         raise UserError(
             f"--output {directory} holds another run (other options, weights, data or version): choose another "
             "directory, or remove this one"
         )
+    for name, digest in found.files.items():
+        if (directory / name).exists() and _digest(directory / name) != digest:
+            raise UserError(
+                f"--output {directory}: {name} is not what the run wrote, but damaged or changed: remove it, and it is "
+                "made again"
+            )
+
+
+class _Run(BaseModel):
+    """``run.json``; ``files`` are SHA-256 by name, of files and of directories."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fingerprint: str
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], str] = {}
+
+
+def _read(directory: Path) -> _Run:
+    try:
+        return _Run.model_validate_json((directory / _RUN_NAME).read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(f"--output {directory} is not empty and holds no run: choose another directory") from None
+
+
+def _write(directory: Path, run: _Run) -> None:
+    write_text(directory / _RUN_NAME, run.model_dump_json(indent=1) + "\n")
+
+
+@contextmanager
+def recorded(path: Path) -> Iterator[None]:
+    """While a stage writes ``path``, a file or a directory in the run's directory, which is held; then it is noted."""
+    # A run that is killed in here has not noted what was there before.
+    run = _read(path.parent)
+    if path.name in run.files:
+        _write(path.parent, _noted(run, path.name, None))
+    yield
+    record(path)
+
+
+def record(path: Path) -> None:
+    """Note what stands at ``path`` in the run's directory, which is held."""
+    _write(path.parent, _noted(_read(path.parent), path.name, _digest(path)))
+
+
+def keep(path: Path) -> None:
+    """Note and tell that what stands at ``path`` is taken as it is."""
+    record(path)
+    tell_kept(path)
+
+
+def _noted(run: _Run, name: str, digest: str | None) -> _Run:
+    files = {**run.files, name: digest}
+    return run.model_copy(update={"files": {n: d for n, d in files.items() if d is not None}})
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files in a directory."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not is_partial(p)):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_digest(file)}\0".encode())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -79,7 +147,9 @@ def held(directory: Path, run: str, recipe: Recipe) -> Iterator[None]:
     with _locked(directory):
         check(directory, run)
         with _writable(directory):
-            write_text(directory / _RUN_NAME, json.dumps({"fingerprint": run}) + "\n")
+            remove_partial(directory)
+            files = _read(directory).files if (directory / _RUN_NAME).exists() else {}
+            _write(directory, _Run(fingerprint=run, files=files))
             recipe.save(directory / "recipe.yaml")
         yield
 
@@ -111,13 +181,22 @@ def _writable(directory: Path) -> Iterator[None]:
 
 
 def kept_json(path: Path, make: Callable[[], Any]) -> Any:
-    """The JSON at ``path``, or what ``make`` gives, written there."""
+    """The JSON at ``path`` in the run's directory, which is held, or what ``make`` gives, written there."""
     if path.is_file():
-        tell_kept(path)
+        keep(path)
+    else:
+        value = make()
+        with recorded(path):
+            write_text(path, json.dumps(value, indent=1) + "\n")
+    return read_json(path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON that a stage wrote at ``path``; UserError when it is none."""
+    try:
         return json.loads(path.read_text(encoding="utf-8"))
-    value = make()
-    write_text(path, json.dumps(value, indent=1) + "\n")
-    return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: remove it, and it is made again") from None
 
 
 def tell_kept(path: Path) -> None:

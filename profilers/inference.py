@@ -9,7 +9,7 @@ import numpy as np
 
 from .environment import usable_cores
 from .errors import ProfilingError
-from .isolated import run_worker
+from .isolated import check_onnx, run_worker
 from .runners import RUNTIMES
 from .runners.base import Feeds
 
@@ -24,12 +24,14 @@ def infer_file(runtime: str, file: Path, batches: Sequence[Feeds], threads: int 
         threads: CPU threads of one run; None takes all usable physical cores.
 
     Raises:
-        ProfilingError: the runtime is unknown, the file is missing, or the worker failed.
+        ProfilingError: the runtime is unknown, the file is missing or has weights outside its own directory, or the
+            worker failed.
     """
     if runtime not in RUNTIMES:
         raise ProfilingError(f"unknown runtime {runtime!r}: choose from {', '.join(RUNTIMES)}")
     if not file.is_file():
         raise ProfilingError(f"the file {file} does not exist")
+    check_onnx(runtime, file)
     threads = threads or usable_cores().physical
     with tempfile.TemporaryDirectory(prefix="optin-infer-") as name:
         folder = Path(name)

@@ -16,6 +16,7 @@ import numpy as np
 from .errors import ProfilingError
 from .gpu import cuda_uuid
 from .interleave import Samples
+from .onnx_data import reading_elsewhere
 from .runners import GPU_RUNTIMES, RUNTIMES
 from .runners.base import Feeds
 from .statistics import TOLERANCE
@@ -100,7 +101,8 @@ def measure_files(
         progress: called with the fraction done.
 
     Raises:
-        ProfilingError: a file is missing, the sample does not fit, or the worker failed.
+        ProfilingError: a file is missing or has weights outside its own directory, the sample does not fit, or the
+            worker failed.
     """
     return measure_each({name: (file, sample) for name, file in files.items()}, case, pairs, progress)
 
@@ -117,6 +119,7 @@ def measure_each(
         for file in _builds(given):
             if not file.is_file():
                 raise ProfilingError(f"the {name} network's file {file} does not exist")
+            check_onnx(case.runtime, file)
     with tempfile.TemporaryDirectory(prefix="optin-profile-") as folder:
         variants = {}
         for number, (name, (given, sample)) in enumerate(files.items()):
@@ -133,6 +136,15 @@ def measure_each(
 
 def _builds(files: Path | Sequence[Path]) -> Sequence[Path]:
     return [files] if isinstance(files, Path) else files
+
+
+def check_onnx(runtime: str, file: Path) -> None:
+    """ProfilingError where ``runtime`` takes ONNX files and this one has weights outside its own directory.
+
+    Told before a worker starts, in whose peak memory the check would show.
+    """
+    if RUNTIMES[runtime] == "onnx" and (elsewhere := reading_elsewhere(file.resolve())):
+        raise ProfilingError(elsewhere)
 
 
 def check_sample(sample: Feeds) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .environment import usable_cores
 from .errors import ProfilingError
-from .isolated import Case, check_sample, run_worker
+from .isolated import Case, check_onnx, check_sample, run_worker
 from .runners.base import Feeds
 
 LAYER_RUNTIMES = ("ort-cpu", "ort-cuda", "torch", "torch-cuda", "tensorrt", "rtx")
@@ -110,12 +110,14 @@ def layer_profile(
         progress: called with the fraction done.
 
     Raises:
-        ProfilingError: the runtime has no profile, the file is missing, the sample does not fit, or the worker failed.
+        ProfilingError: the runtime has no profile, the file is missing or has weights outside its own directory, the
+            sample does not fit, or the worker failed.
     """
     if runtime not in LAYER_RUNTIMES:
         raise ProfilingError(f"runtime {runtime!r} has no profile by layer: choose from {', '.join(LAYER_RUNTIMES)}")
     if not path.is_file():
         raise ProfilingError(f"the file {path} does not exist")
+    check_onnx(runtime, path)
     check_sample(sample)
     case = Case(runtime, batch_size, threads or usable_cores().physical, seconds, seed, tf32=tf32)
     with tempfile.TemporaryDirectory(prefix="optin-layers-") as folder:

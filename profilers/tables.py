@@ -5,6 +5,8 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from operator import index
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -17,6 +19,8 @@ from .statistics import paired_ratio
 
 # Counted up when what is measured, or how, changes: older tables are then not found.
 _LAYOUT = 3
+# What files that are no tables raise when they are read as such.
+_DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,18 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The table that `to_dict` wrote; KeyError or TypeError on anything else."""
-        rows = tuple(Row(**row) for row in data["rows"])
-        depths = {int(depth): turns for depth, turns in data["depths"].items()}
-        return cls(data["setting"], data["depth"], depths, rows, data["loads"])
+        """The table that `to_dict` wrote; KeyError, TypeError, ValueError or AttributeError on anything else."""
+        rows = tuple(Row(**{**row, "samples_ms": _samples(row["samples_ms"])}) for row in data["rows"])
+        depths = {int(depth): _samples(turns) for depth, turns in data["depths"].items()}
+        return cls(dict(data["setting"]), index(data["depth"]), depths, rows, index(data["loads"]))
+
+
+def _samples(given: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Latencies, rounds × repeats; ValueError or TypeError for what is none."""
+    turns = [[float(ms) for ms in turn] for turn in given]
+    if not all(turn and all(0 < ms < inf for ms in turn) for turn in turns):
+        raise ValueError("latencies are above 0 ms, one in a round at least")
+    return turns
 
 
 def log_error(samples_ms: Sequence[Sequence[Sequence[float]]], loads: int = 1) -> float:
@@ -185,8 +197,14 @@ def read_table(setting: Mapping[str, Any]) -> LatencyTable | None:
     if not path.is_file():
         return None
     try:
-        return LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        table = LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        # One that tells no costs is as damaged as one that is no JSON.
+        for part in {row.part for row in table.rows}:
+            table.grid(part)
+        if table_file(table.setting) != path or not isfinite(table.block_ms):
+            raise ValueError("it is another table")
+        return table
+    except (OSError, *_DAMAGED) as error:
         raise ProfilingError(f"the latency table {path} cannot be read: remove it to measure again") from error
 
 
@@ -196,8 +214,10 @@ def cached_settings() -> list[dict[str, Any]]:
     found = []
     for path in sorted(files, key=lambda path: -path.stat().st_mtime):
         try:
-            found.append(dict(json.loads(path.read_text(encoding="utf-8"))["setting"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            setting = dict(json.loads(path.read_text(encoding="utf-8"))["setting"])
+            if table_file(setting) == path:
+                found.append(setting)
+        except (OSError, *_DAMAGED):
             continue
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from optin_deploy import rundir
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
 from optin_deploy.job import Job
@@ -85,7 +86,8 @@ def plan_for_latency(
             tokens=tokens,
             progress=as_steps(advance),
         )
-    write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")
+    with rundir.recorded(directory / "latency.json"):
+        write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")
     return met.plan
 
 
@@ -107,4 +109,5 @@ def read_latency(directory: Path) -> dict[str, Any]:
     path = directory / "latency.json"
     if not path.is_file():
         raise UserError(f"{path} is gone: remove {directory / 'checkpoint'} too, to prune again")
-    return json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, Any] = rundir.read_json(path)
+    return found

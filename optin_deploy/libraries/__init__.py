@@ -10,10 +10,13 @@ from optin_deploy.network import Network, Source
 
 # What libraries raise for a configuration, weights or inputs that do not fit.
 UNFIT = (
+    ArithmeticError,
     AssertionError,
     AttributeError,
+    ImportError,
     IndexError,
     KeyError,
+    MemoryError,
     RuntimeError,
     SafetensorError,
     StrictDataclassError,

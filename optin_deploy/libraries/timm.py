@@ -16,6 +16,8 @@ from optin_deploy.structure.intake import prunable_form
 _ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
 # Plain ResNets and ResNeXts, with and without squeeze-and-excitation: others pool between the convolutions.
 _RESNETS = re.compile(r"(se)?resnet\d+[dst]?|(se)?resnext\d+_\d+x\d+d?")
+# Arguments of timm's that name files to be loaded, pickles too, or places to fetch from.
+_OF_WEIGHTS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _CNNS = ("vgg", "regnet", "efficientnet", "mobilenetv3")
 INPUT_NAME = "x"
 
@@ -50,7 +52,12 @@ def _build_arguments(source: Source) -> dict[str, Any]:
 
 
 def build(source: Source) -> nn.Module:
-    """The dense module with timm's initial weights; UserError when the arguments do not fit."""
+    """The dense module with timm's initial weights; UserError when the arguments do not fit, or name weights."""
+    if not timm.is_model(source.name):
+        raise UserError(f"timm {timm.__version__} has no model {source.name!r}: install the version it is from")
+    loading = next((name for name in _OF_WEIGHTS if name in source.arguments), None)
+    if loading:
+        raise UserError(f"{source.name} is not built with {loading}: weights come from safetensors beside it only")
     try:
         return timm.create_model(source.name, pretrained=False, **_build_arguments(source)).eval()
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:

@@ -31,7 +31,19 @@ _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 def read_config(name: str) -> Any:
     """The configuration of a local directory or model id; OSError when it cannot be had, ValueError when unknown."""
-    return transformers.AutoConfig.from_pretrained(name)
+    # Without being told, transformers would ask on the terminal whether to run code that comes with the model.
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    _check_code(config.to_dict())
+    return config
+
+
+def _check_code(config: Mapping[str, Any]) -> None:
+    """Raise UserError where an attention (or the like) is named that transformers would fetch, and run, from a hub."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_code(value)
+        elif str(key).endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise UserError(f"{key} {value!r} is code to be fetched, which is never run: remove it from config.json")
 
 
 def source_of(config: Any) -> Source:
@@ -59,6 +71,7 @@ def initialised(source: Source) -> nn.Module:
 
 
 def _config(source: Source) -> Any:
+    _check_code(source.arguments)
     config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
     config.dtype = torch.float32
     if getattr(config, "use_pretrained_backbone", False):
@@ -69,6 +82,7 @@ def _config(source: Source) -> Any:
 
 def load_pretrained(name: str, source: Source) -> nn.Module:
     """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had."""
+    _check_shards(Path(name))
     cls = getattr(transformers, source.name)
     module, info = cls.from_pretrained(
         name,
@@ -88,6 +102,20 @@ def load_pretrained(name: str, source: Source) -> nn.Module:
             f"{name} has no weights for {missing[0]} and {len(missing) - 1} more parameters of {source.name}"
         )
     return module
+
+
+def _check_shards(directory: Path) -> None:
+    """Raise UserError where the index of weights in several files is none, or names files outside of its directory."""
+    path = directory / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = next((file for file in files if Path(file).name != file), None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as an index of weights") from error
+    if outside is not None:
+        raise UserError(f"{path} names {outside}: weights are read from beside it only")
 
 
 def ready(module: nn.Module) -> nn.Module:
@@ -184,18 +212,25 @@ def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preproc
         return _image_preprocessing(name, module.config)
     if kinds != [inputs_of.TEXT_INPUT]:
         return None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} has no tokenizer that transformers can load: {str(error).splitlines()[0]}") from error
-    # Where the files are missing, transformers 5 makes a tokenizer that knows no words.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"{name} has no tokenizer: add tokenizer.json (or vocab.txt and the like) to it")
+    tokenizer = read_tokenizer(name)
     if tokenizer.pad_token is None:
         # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     arguments = inspect.signature(module.forward).parameters
     return text_preprocessing(tokenizer, arguments, module.config, max_length, inputs_of.decoder_start(module))
+
+
+def read_tokenizer(name: str) -> Any:
+    """The tokenizer of a local directory or model id; UserError when there is none, or when it is damaged."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises no other type
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"the tokenizer of {name} cannot be read: {told}") from error
+    # Where the files are missing, transformers 5 makes a tokenizer that knows no words.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{name} has no tokenizer: add tokenizer.json (or vocab.txt and the like) to it")
+    return tokenizer
 
 
 def text_preprocessing(

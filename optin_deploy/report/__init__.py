@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import tell_written
+from optin_deploy.files import PARTIAL, tell_written
 from optin_deploy.report.schema import Report
 
 __all__ = ["Report", "read_report", "write_report"]
@@ -29,7 +29,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
         "report.html": render(report),
         "report.md": markdown.render(report),
     }
-    with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".report.", suffix=PARTIAL, dir=folder) as temporary:
         for name, text in texts.items():
             file = Path(temporary) / name
             file.write_text(text, encoding="utf-8")
@@ -44,6 +44,9 @@ def read_report(path: str | Path) -> Report:
     Raises UserError when it is missing or of another layout.
     """
     path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    # A device may have no end.
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read the report {path}: it is no file")
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:

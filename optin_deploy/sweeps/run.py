@@ -177,4 +177,5 @@ def _link(source: Path, target: Path) -> None:
     files = [*sorted(source.glob("dense.onnx?*")), dense] if dense.is_file() else []
     scores = [source / name for name in ("scores.safetensors", "merging.json")]
     for file in [*files, *(each for each in scores if each.is_file())]:
-        link_or_copy(file, target / file.name)
+        with rundir.recorded(target / file.name):
+            link_or_copy(file, target / file.name)

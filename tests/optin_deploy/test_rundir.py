@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,56 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 
 def test_kept_json_is_made_once(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    assert rundir.kept_json(path, lambda: {"x": (1, 2)}) == {"x": [1, 2]}
-    assert rundir.kept_json(path, lambda: pytest.fail("made again")) == {"x": [1, 2]}
+    path = tmp_path / "run" / "a.json"
+    with rundir.held(tmp_path / "run", "a", recipe()):
+        assert rundir.kept_json(path, lambda: {"x": (1, 2)}) == {"x": [1, 2]}
+        assert rundir.kept_json(path, lambda: pytest.fail("made again")) == {"x": [1, 2]}
     assert json.loads(path.read_text()) == {"x": [1, 2]}
+
+
+def kept_run(directory: Path) -> None:
+    """A run that has kept a file and a directory."""
+    with rundir.held(directory, "a", recipe()):
+        rundir.kept_json(directory / "a.json", lambda: 1)
+        (directory / "checkpoint" / "deep").mkdir(parents=True)
+        (directory / "checkpoint" / "deep" / "file").write_text("one")
+        rundir.record(directory / "checkpoint")
+
+
+@pytest.mark.parametrize("name", ["a.json", "checkpoint/deep/file", "checkpoint/another"])
+def test_what_a_run_wrote_may_be_removed_but_not_changed(tmp_path: Path, name: str) -> None:
+    kept_run(tmp_path / "run")
+    rundir.check(tmp_path / "run", "a")
+    (tmp_path / "run" / name).write_text("2")
+    changed = Path(name).parts[0]
+    with pytest.raises(UserError, match=f"{changed} is not what the run wrote"):
+        rundir.check(tmp_path / "run", "a")
+    shutil.rmtree(tmp_path / "run" / changed) if changed == "checkpoint" else (tmp_path / "run" / changed).unlink()
+    with rundir.held(tmp_path / "run", "a", recipe()):
+        assert rundir.kept_json(tmp_path / "run" / "a.json", lambda: 1) == 1
+
+
+@pytest.mark.parametrize("name", ["../a.json", "/dev/zero", "a\0", ".."])
+def test_a_run_names_its_own_files_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"fingerprint": "a", "files": {name: "0"}}))
+    with pytest.raises(UserError, match="holds no run"):
+        rundir.check(tmp_path, "a")
+
+
+def test_json_that_is_none_is_told(tmp_path: Path) -> None:
+    for content in ("", "{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")):
+        path = tmp_path / "a.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=r"a\.json is damaged: remove it"):
+            rundir.read_json(path)
+
+
+def test_a_run_that_was_killed_while_it_wrote_goes_on(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / ".run.json.x.partial").touch()
+    (directory / ".checkpoint.y.partial").mkdir()
+    (directory / ".checkpoint.y.partial" / "model.safetensors").touch()
+    rundir.check(directory, "a")
+    with rundir.held(directory, "a", recipe()):
+        assert sorted(p.name for p in directory.iterdir()) == ["recipe.yaml", "run.json"]

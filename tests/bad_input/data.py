@@ -1,0 +1,231 @@
+"""Files given as --calibration and --evaluate."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tiny_models import save_images, save_lines, texts
+
+from bad_input.common import Marking, Material, Row, pruning, pruning_text
+
+
+def _pictures(spoil: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
+    """Pictures to calibrate on, of which one is spoiled."""
+
+    def make(material: Material) -> Sequence[str]:
+        material.copy("shallow")
+        spoil(save_images(Path("pictures"), 4)[2])
+        return pruning("shallow", "--calibration", "pictures")
+
+    return make
+
+
+def _written(content: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(content(file.read_bytes()))
+
+
+def _in_place(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def spoil(file: Path) -> None:
+        file.unlink()
+        make(file)
+
+    return spoil
+
+
+def _png(width: int, height: int) -> bytes:
+    """A picture by its header, of as many pixels as that says."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    whole = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + whole
+
+
+def _not_utf8(file: Path) -> None:
+    file.unlink()
+    Path(os.fsdecode(b"pictures/\xff\xfe.png")).write_bytes(b"no picture")
+
+
+def _vision(name: str, write: Callable[[Path], object], *more: str) -> Callable[[Material], Sequence[str]]:
+    """Calibration on the file (or folder) ``name``, which ``write`` makes."""
+
+    def make(material: Material) -> Sequence[str]:
+        material.copy("shallow")
+        write(Path(name))
+        return pruning("shallow", "--calibration", name, *more)
+
+    return make
+
+
+def _text(name: str, content: str | bytes, *more: str) -> Callable[[Material], Sequence[str]]:
+    def make(material: Material) -> Sequence[str]:
+        material.copy("bert")
+        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
+        return pruning_text("--calibration", name, *more)
+
+    return make
+
+
+def _table(content: str | bytes, name: str = "t.csv") -> Callable[[Material], Sequence[str]]:
+    return _text(name, content, "--calibration-column", "text")
+
+
+def _npz(**arrays: Any) -> Callable[[Path], object]:
+    return lambda path: np.savez(path, **arrays)
+
+
+def _pickled(path: Path) -> None:
+    np.savez(path, x=np.array([Marking()], dtype=object), allow_pickle=True)
+
+
+def _npy_of(shape: tuple[int, ...]) -> Callable[[Path], object]:
+    """An array whose header says that it has this shape, and nothing in it."""
+
+    def write(path: Path) -> None:
+        header = repr({"descr": "<f4", "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
+
+    return write
+
+
+def _tensors(**tensors: torch.Tensor) -> Callable[[Path], object]:
+    return lambda path: save_file(tensors, path)
+
+
+def _cut(write: Callable[[Path], object]) -> Callable[[Path], object]:
+    def cut(path: Path) -> None:
+        write(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+def _ids(*values: int) -> Callable[[Material], Sequence[str]]:
+    def make(material: Material) -> Sequence[str]:
+        material.copy("bert")
+        ids = torch.tensor(values).repeat(8, 1)
+        save_file({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "t.safetensors")
+        return pruning_text("--calibration", "t.safetensors")
+
+    return make
+
+
+def _scored(content: str | bytes, *more: str) -> Callable[[Material], Sequence[str]]:
+    """Evaluation on a table."""
+
+    def make(material: Material) -> Sequence[str]:
+        material.copy("bert")
+        Path("dev.tsv").write_bytes(content.encode() if isinstance(content, str) else content)
+        return pruning_text("--evaluate", "dev.tsv", *more)
+
+    return make
+
+
+def _class_folders(count: int, spoil: Callable[[Path], object] = lambda _: None) -> Callable[[Material], Sequence[str]]:
+    def make(material: Material) -> Sequence[str]:
+        material.copy("shallow")
+        files = [save_images(Path("classes", f"c{number}"), 1, number)[0] for number in range(count)]
+        spoil(files[1])
+        return pruning("shallow", "--evaluate", "classes")
+
+    return make
+
+
+def _in_folders(name: bytes) -> Callable[[Path], object]:
+    return lambda file: file.parent.rename(os.fsdecode(b"classes/" + name))
+
+
+def _odd_pictures(material: Material) -> Sequence[str]:
+    """Two pictures, of which one is left to calibrate on; their names and that of their folder are not UTF-8, and they
+    and the network are found through links."""
+    material.copy("shallow")
+    folder = Path(os.fsdecode(b"pictures/\xe9t\xe9"))
+    for number, file in enumerate(save_images(folder, 2)):
+        file.rename(folder / os.fsdecode(b"\xe9" + bytes([0x30 + number]) + b".png"))
+    Path("link").symlink_to(Path("pictures").resolve())
+    Path("model").symlink_to("shallow")
+    return pruning("model", "--calibration", "link")
+
+
+RANDOM = torch.rand(8, 3, 32, 32)
+PICTURE, TENSORS = r"image pictures/002\.png cannot be read", r"calibration tensors t\.{} cannot be read"
+ROWS = (
+    Row("images-none", _vision("pictures", Path.mkdir), "pictures holds no images"),
+    Row("images-of-a-file", _vision("p.png", lambda p: p.touch()), r"p\.png is not a folder"),
+    Row("images-not-one", _pictures(_written(lambda _: b"no picture")), PICTURE),
+    Row("images-empty-file", _pictures(_written(lambda _: b"")), PICTURE),
+    Row("images-truncated", _pictures(_written(lambda whole: whole[: len(whole) // 2])), PICTURE),
+    Row("images-bomb", _pictures(_written(lambda _: _png(60_000, 60_000))), PICTURE + ".*pixels"),
+    Row("images-without-pixels", _pictures(_written(lambda _: _png(0, 0))), PICTURE),
+    Row("images-link-to-itself", _pictures(_in_place(lambda file: file.symlink_to(file.name))), PICTURE),
+    Row("images-link-to-nothing", _pictures(_in_place(lambda file: file.symlink_to("gone.png"))), PICTURE),
+    Row("images-pipe", _pictures(_in_place(os.mkfifo)), PICTURE),
+    Row("images-name-not-utf8", _pictures(_not_utf8), "image pictures/.*cannot be read"),
+    Row("images-one", _vision("one", lambda p: save_images(p, 1)), "one holds 1 sample: at least 2"),
+    Row("text-for-a-vision-network", _vision("t.txt", lambda p: save_lines(p, texts(4))), r"t\.txt is not a folder"),
+    Row("texts-not-utf8", _text("t.txt", b"caf\xe9 au lait\nw1\n"), r"t\.txt cannot be read as text in UTF-8"),
+    Row("texts-utf16", _text("t.txt", "w1 w2\nw3\n".encode("utf-16")), r"t\.txt cannot be read as text in UTF-8"),
+    Row("texts-empty", _text("t.txt", "\n \n"), r"t\.txt holds no texts"),
+    Row("texts-one", _text("t.txt", "w1 w2\n"), r"t\.txt holds 1 sample"),
+    Row("table-quote-never-closed", _table('text,label\n"w1,1\nw2,1\nw3,1\n'), r"t\.csv cannot be read as a table"),
+    Row("table-text-behind-a-quote", _table('text,label\n"w1"w2,1\nw3,1\n'), r"t\.csv cannot be read as a table"),
+    Row("table-not-utf8", _table(b"text,label\nw\xe9,1\n"), r"t\.csv cannot be read as a table in UTF-8"),
+    Row("table-field-of-megabytes", _table(f"text,label\n{'w' * (4 << 20)},1\n"), r"t\.csv cannot be read as a table"),
+    Row("table-no-such-column", _table("texts,label\nw1,1\n"), r"t\.csv has no column 'text' in its header"),
+    Row("table-ragged", _table("label,text\n1,w1\n2\n"), r"t\.csv, row 3: too few columns"),
+    Row("table-header-only", _table("text,label\n"), r"t\.csv holds a header and no rows"),
+    Row("table-empty", _table(""), r"t\.csv holds no rows"),
+    Row("npz-pickled", _vision("t.npz", _pickled), TENSORS.format("npz") + ".*pickle", runs_code=True),
+    Row("npz-truncated", _vision("t.npz", _cut(_npz(x=RANDOM.numpy()))), TENSORS.format("npz")),
+    Row("npz-no-zip", _vision("t.npz", lambda p: p.write_bytes(b"PK\3\4")), TENSORS.format("npz")),
+    Row("npz-array-of-petabytes", _vision("t.npz", _npy_of((1 << 50,))), TENSORS.format("npz")),
+    Row("npz-negative-shape", _vision("t.npz", _npy_of((-3, 4))), TENSORS.format("npz")),
+    Row("npz-no-array", _vision("t.npz", lambda p: zipfile.ZipFile(p, "w").writestr("x", "no")), r"t\.npz"),
+    Row("npz-other-name", _vision("t.npz", _npz(y=RANDOM.numpy())), r"t\.npz has no tensor 'x'"),
+    Row("npz-other-shape", _vision("t.npz", _npz(x=RANDOM.numpy()[:, :1])), r"t\.npz: x has shape \(8, 1, 32, 32\)"),
+    Row("npz-nan", _vision("t.npz", _npz(x=np.full((8, 3, 32, 32), np.nan))), r"t\.npz: x holds NaN"),
+    Row("npz-text", _vision("t.npz", _npz(x=np.array(["a", "b"]))), TENSORS.format("npz")),
+    Row("tensors-truncated", _vision("t.safetensors", _cut(_tensors(x=RANDOM))), TENSORS.format("safetensors")),
+    Row("tensors-nan", _vision("t.safetensors", _tensors(x=RANDOM / 0 * 0)), r"t\.safetensors: x holds NaN"),
+    Row("tensors-none", _vision("t.safetensors", _tensors(x=RANDOM[:0])), r"t\.safetensors: .* at least one long"),
+    Row(
+        "tensors-that-overflow",
+        _vision("t.safetensors", _tensors(x=torch.cat([RANDOM, torch.full((1, 3, 32, 32), 3e38)]))),
+        r"NaN or infinity in logits on t\.safetensors",
+    ),
+    Row("tokens-out-of-range", _ids(2, 99, 3), "the network fails on input_ids .* to 99"),
+    Row("tokens-negative", _ids(2, -1, 3), "the network fails on input_ids .* from -1"),
+    Row("labels-out-of-range", _scored("w1\t0\nw2\t3\n"), r"dev\.tsv: label '3' is no class number from 0 to 2"),
+    Row("labels-unknown", _scored("w1\tbad\nw2\tgreat\n"), r"dev\.tsv: label 'great' is no class number"),
+    Row("labels-negative", _scored("w1\t0\nw2\t-1\n"), r"dev\.tsv: label '-1'"),
+    Row("labels-of-10000-digits", _scored(f"w1\t{'1' * 10_000}\n"), r"dev\.tsv: "),
+    Row("scores-no-numbers", _scored("w1\tw2\t1\nw1\tw3\tmuch\n"), r"dev\.tsv: the third column .*much"),
+    Row("scores-nan", _scored("w1\tw2\t1\nw1\tw3\tnan\n"), r"dev\.tsv: a correlation needs finite scores"),
+    Row("scores-all-alike", _scored("w1\tw2\t1\nw1\tw3\t1\n"), r"dev\.tsv: .* two different ones"),
+    Row("evaluation-ragged", _scored("w1\t0\nw2\n"), r"dev\.tsv has no column 2"),
+    Row("evaluation-four-columns", _scored("a\tb\tc\td\n"), r"dev\.tsv: 4 columns"),
+    Row("evaluation-not-utf8", _scored(b"caf\xe9\t0\n"), r"dev\.tsv cannot be read as a table in UTF-8"),
+    Row("evaluation-class-folders", _class_folders(3), "classes has 3 class folders, .* 10 classes"),
+    Row("evaluation-folder-not-utf8", _class_folders(3, _in_folders(b"\xff")), "classes has 3 class folders"),
+    Row(
+        "evaluation-image",
+        _class_folders(10, _written(lambda _: b"no picture")),
+        r"image classes/c1/000\.png cannot be read",
+    ),
+    Row(
+        "evaluation-bomb",
+        _class_folders(10, _written(lambda _: _png(60_000, 60_000))),
+        r"image classes/c1/000\.png cannot be read.*pixels",
+    ),
+)
+ODD = (Row("two pictures behind links, their names not UTF-8", _odd_pictures),)
