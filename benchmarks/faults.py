@@ -29,7 +29,7 @@ from rich.table import Table
 from optin_deploy import checkpoint
 from optin_deploy.libraries import timm
 from optin_deploy.network import Source
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 
 PARTS = ("kills", "disk", "read-only", "two")
 COMMAND = (

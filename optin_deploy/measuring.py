@@ -1,6 +1,5 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 
 from optin_deploy import checkpoint
 from optin_deploy.network import Network
-from optin_deploy.plan import Plan
+from optin_deploy.plans import Plan
 
 MARK = "it-ran"
 """A file that code which comes with a model would make."""
