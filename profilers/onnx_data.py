@@ -15,11 +15,10 @@ def reading_elsewhere(path: Path) -> str:
     if not path.is_file() or not _names_files(path):
         return ""
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except DecodeError:
+    except Exception:  # the parser's own types
         return f"{path} is no ONNX file"
     locations = {entry.value for tensor in _tensors(model) for entry in tensor.external_data if entry.key == "location"}
     outside = sorted(location for location in locations if not _is_beside(path.parent, location))
@@ -38,10 +37,8 @@ def _names_files(path: Path) -> bool:
 
 def _tensors(message: Any) -> Iterator[Any]:
     """All tensors of a model: in its graphs, their subgraphs, functions, attributes and sparse tensors."""
-    from google.protobuf.message import Message
-
     for _, value in message.ListFields():
-        for each in [value] if isinstance(value, Message) else value if _holds_messages(value) else ():
+        for each in [value] if hasattr(value, "ListFields") else value if _holds_messages(value) else ():
             if each.DESCRIPTOR.name == "TensorProto":
                 yield each
             else:
@@ -49,7 +46,7 @@ def _tensors(message: Any) -> Iterator[Any]:
 
 
 def _holds_messages(value: Any) -> bool:
-    return not isinstance(value, (str, bytes, int, float)) and len(value) > 0 and hasattr(value[0], "DESCRIPTOR")
+    return not isinstance(value, (str, bytes, int, float)) and len(value) > 0 and hasattr(value[0], "ListFields")
 
 
 def _is_beside(directory: Path, location: str) -> bool:
