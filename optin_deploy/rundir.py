@@ -127,13 +127,8 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-<<<<<<< HEAD
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not is_partial(p)):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{_digest(file)}\0".encode())
-=======
-    for part in sorted(p for p in path.rglob("*") if p.is_file()):
+    for part in sorted(p for p in path.rglob("*") if p.is_file() and not is_partial(p)):
         digest.update(f"{part.relative_to(path).as_posix()}\0{_digest(part)}\0".encode())
->>>>>>> trust
     return digest.hexdigest()
 
 
