@@ -404,8 +404,10 @@ def _check_arguments() -> None:
 
 
 def _tell(console: Console, what: str, error: Exception | str) -> None:
-    """One line. The message is no markup: `[cpu]` names an extra and not a style."""
-    console.print(Text.assemble((what, "red"), " ", " ".join(str(error).split())))
+    """One line. The message is no markup: `[cpu]` names an extra and not a style. What of a file's name is not UTF-8
+    is told by escapes."""
+    message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    console.print(Text.assemble((what, "red"), " ", message))
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
