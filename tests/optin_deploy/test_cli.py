@@ -211,7 +211,7 @@ def test_options_end_in_the_recipe(
         found.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prune_export", stop)
+    monkeypatch.setattr(pipeline, "prune_export_together", stop)
     assert run(*RUN, *options).code == 130
     given = found[0].model_dump()
     assert {name: given[name] for name in expected} == expected

@@ -144,7 +144,7 @@ def test_a_run_with_no_runtime_to_measure_is_complete_otherwise(built: Result, t
 def test_the_command_line_ends_with_2_and_says_what_is_there(
     built: Result, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("optin_deploy.pipeline.prune_export", lambda *_, **__: built)
+    monkeypatch.setattr("optin_deploy.pipeline.prune_export_together", lambda *_, **__: built)
     monkeypatch.setattr("sys.argv", ["optin-deploy", "prune-export", "--model", "mine", "--flops", "0.6"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
