@@ -89,4 +89,4 @@ audit: install
 	$(BIN)/pip-audit --strict --no-deps --disable-pip -r $(PINNED)
 
 clean:
-	rm -rf $(VENV) $(MIN_VENV) $(DEMO)
+	rm -rf $(VENV) $(MIN_VENV) $(DEMO) build dist

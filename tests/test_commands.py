@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import WORDS, classifier, save_bert, save_images, save_lines, texts
+from tiny_models import WORDS, classifier, save_bert, save_images, save_lines, save_shallow, texts
 
 from optin_deploy import cli, job, measuring
 from optin_deploy.latency import stage
@@ -81,6 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model in ("path/or/name", "data/minilm_sst2"):
         save_bert(folder / model, num_hidden_layers=1)
     save_bert(folder / "minilm", head=False, num_hidden_layers=1)
+    save_shallow(folder / "my-vit")
     save_lines(folder / "sentences.txt", texts(60))
     rows = [f"{text}\t{i % 3}" for i, text in enumerate(texts(60))]
     (folder / "data" / "sst2").mkdir()
