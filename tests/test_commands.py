@@ -24,6 +24,7 @@ from optin_deploy import cli, job, measuring
 from optin_deploy.latency import stage
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
+from optin_deploy.options import RUN_OPTIONS
 from profilers import Comparison, Measurement, environment
 
 ROOT = Path(__file__).parents[1]
@@ -206,12 +207,21 @@ def in_the_demo(command: str) -> bool:
     return bool(substituted) and substituted in (ROOT / "benchmarks" / "demo.sh").read_text(encoding="utf-8")
 
 
+def as_one_process(command: str) -> bool:
+    """What follows the module is a command of ours with options that exist; what several processes do has tests of its
+    own."""
+    options = re.findall(r"--[\w-]+", command.partition("-m optin_deploy prune-export")[2])
+    known = {f"--{name.replace('_', '-')}" for name in (*RUN_OPTIONS, "flops", "latency", "latency_ms", "output")}
+    return bool(options) and set(options) <= known
+
+
 # A pattern of commands -> what has to hold for one.
 COVERED: dict[str, Callable[[str], bool]] = {
     r"make [\w -]+": targets,
     r"pip install .+": installable,
     r"python (benchmarks|tests)/\S+\.py.*": script,
     r"sh benchmarks/\w+\.sh": shell_script,
+    r"torchrun .+ -m optin_deploy .+": as_one_process,
     r"MINILM=\$\(python -c .+\)": in_the_demo,
 }
 
