@@ -235,7 +235,7 @@ def image_files(path: Path) -> list[Path]:
         raise UserError(
             f"{path} is not a folder: a vision network calibrates on a folder of images, .npz or .safetensors"
         )
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
