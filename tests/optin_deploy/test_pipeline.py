@@ -287,8 +287,9 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
         quiet=True,
     )
     assert not made
-    rewritten = {"run.json", "recipe.yaml"}
+    rewritten = {"run.json", "recipe.yaml", "README.md"}
     after = times(own.directory)
+    assert after["README.md"] > before["README.md"]
     assert {n: t for n, t in before.items() if n not in rewritten} == {
         n: t for n, t in after.items() if n in before.keys() - rewritten
     }
