@@ -54,7 +54,7 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
             for name, network in zip(VARIANTS, (job.network, small), strict=True):
                 program = Path(temporary) / f"{name}.pt2"
                 variants[name] = Variant(directory / f"{name}.onnx", program)
-                export_files(network, variants[name].onnx, program, recipe, job.calibration.batches)
+                _export_kept(network, variants[name].onnx, program, recipe, job.calibration.batches)
                 advance(1)
         with stages.stage("check parity", 2) as advance:
             parity = rundir.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
@@ -72,20 +72,28 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
     return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
 
 
+def _export_kept(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
+    """`export_files` into a run's directory, where an ONNX file that is there is kept."""
+    if onnx.is_file():
+        rundir.keep(onnx)
+        export_files(network, onnx, program, recipe, batches)
+        return
+    with rundir.recorded(onnx):
+        export_files(network, onnx, program, recipe, batches)
+
+
 def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
     """Write the program and, where it is not there, the ONNX file, in the recipe's precision, calibrated on batches."""
     module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
     if onnx.is_file():
-        rundir.keep(onnx)
         return
     names, axes = tuple(network.outputs), network.dynamic_axes
-    with rundir.recorded(onnx):
-        onnx_in_precision(
-            traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
-        )
-        tell_written(onnx)
+    onnx_in_precision(
+        traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
+    )
+    tell_written(onnx)
 
 
 def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> Parity:

@@ -109,6 +109,7 @@ def test_an_engine_that_computes_something_else_is_found(tmp_path: Path, monkeyp
 def test_a_run_checks_its_engines_once_and_again_when_they_are_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "run.json").write_text('{"fingerprint": "0"}')
     network = own_network()
     held_out = tuple(batches(network, (8,)))
     job: Any = SimpleNamespace(

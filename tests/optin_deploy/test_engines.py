@@ -74,6 +74,7 @@ def test_only_what_is_missing_is_built(tmp_path: Path, monkeypatch: pytest.Monke
     built: dict[Path, EngineInfo] = {}
 
     def build(onnx: Path, engine: Path, inputs: Any, config: EngineConfig, _: Path | None) -> None:
+        engine.touch()
         built[engine] = EngineInfo("rtx", "1", "", "", None, "", config, dict(inputs))
 
     def check(engine: Path, onnx: Path) -> EngineInfo:
