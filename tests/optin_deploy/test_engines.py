@@ -167,6 +167,7 @@ def test_measurements_are_made_again_where_a_device_has_come(built: Result, monk
     monkeypatch.setattr(measuring, "_profile", profile)
     folder = built.directory.with_name("later")
     folder.mkdir()
+    (folder / "run.json").write_text('{"fingerprint": "0"}')
     (folder / "layers.json").write_text("[]")
     job = type("Job", (), {"recipe": recipe()})()
     for there in (False, False, True, True):
