@@ -21,8 +21,11 @@ def logs_shown(console: Console) -> Iterator[None]:
     handler = _handler(console)
     root = logging.getLogger()
     ours = [logging.getLogger(name) for name in _OURS]
-    before = [(logger, logger.level) for logger in (root, *ours)]
+    # The command line silences it where nobody asks for more.
+    theirs = logging.getLogger("transformers")
+    before = [(logger, logger.level) for logger in (root, theirs, *ours)]
     root.setLevel(logging.WARNING)
+    theirs.setLevel(logging.WARNING)
     for logger in ours:
         logger.setLevel(logging.INFO)
     # It has a handler of its own, which would write across the bars.

@@ -33,6 +33,12 @@ def test_ours_from_info_on_all_others_from_warning_on(terminal: bool) -> None:
         assert part not in told
 
 
+def test_what_the_command_line_silences_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.ERROR)
+    assert "one of theirs" in shown(terminal=False)
+    assert logging.getLogger("transformers").level == logging.ERROR
+
+
 def test_off_a_terminal_a_record_is_a_line() -> None:
     first = shown(terminal=False).splitlines()[0]
     assert first.endswith("more more ") and "INFO" in first
