@@ -212,7 +212,7 @@ def as_one_process(command: str) -> bool:
     own."""
     options = re.findall(r"--[\w-]+", command.partition("-m optin_deploy prune-export")[2])
     known = {f"--{name.replace('_', '-')}" for name in (*RUN_OPTIONS, "flops", "latency", "latency_ms", "output")}
-    return bool(options) and set(options) <= known
+    return set(options) <= known
 
 
 # A pattern of commands -> what has to hold for one.
