@@ -79,11 +79,12 @@ class Reached(Exception):  # noqa: N818
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Networks and data under the names that the pages use."""
     folder = tmp_path_factory.mktemp("world")
-    for model in ("path/or/name", "data/minilm_sst2"):
+    for model in ("path/or/name", "data/minilm_sst2", "bert"):
         save_bert(folder / model, num_hidden_layers=1)
     save_bert(folder / "minilm", head=False, num_hidden_layers=1)
     save_shallow(folder / "my-vit")
-    save_lines(folder / "sentences.txt", texts(60))
+    for name in ("sentences.txt", "texts.txt"):
+        save_lines(folder / name, texts(60))
     rows = [f"{text}\t{i % 3}" for i, text in enumerate(texts(60))]
     (folder / "data" / "sst2").mkdir()
     for name in ("dev.tsv", "data/sst2/train.tsv", "data/sst2/dev.tsv"):
