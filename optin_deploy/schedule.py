@@ -192,16 +192,16 @@ def _around(path: "_Path", limit: float) -> tuple[tuple[int, ...], tuple[int, ..
 def _used_up(costs: TokenCosts, fraction: float, within: tuple[int, ...], above: tuple[int, ...]) -> tuple[int, ...]:
     """``within``, or where it leaves much of the budget unused with all units, the schedule between it and ``above``
     that does not: where the first tokens cost most, none between them is the best at any price."""
-    limit, before = fraction * costs.total, None
-    for step in range(_BETWEEN, -1, -1):
+    limit, found = fraction * costs.total, within
+    for step in range(_BETWEEN + 1):
         part = step / _BETWEEN
-        schedule = tuple(ceil(part * low + (1 - part) * high) for low, high in zip(within, above, strict=True))
-        if not costs.stack.possible(schedule) or costs.at(schedule).of(Plan({})) > limit:
-            continue
-        before = schedule
-        if costs.at(schedule).of(Plan({})) >= limit - BUDGET_WINDOW * costs.total:
-            break
-    return within if before is None else before
+        schedule = tuple(ceil(part * high + (1 - part) * low) for low, high in zip(within, above, strict=True))
+        flops = costs.at(schedule).of(Plan({}))
+        if costs.stack.possible(schedule) and flops <= limit:
+            found = schedule
+            if flops >= limit - BUDGET_WINDOW * costs.total:
+                break
+    return found
 
 
 class _Path:

@@ -49,7 +49,7 @@ def matching(metric: Tensor, prefix: int, count: int) -> Matching:
     # Of an odd number of tokens B gets the last one, so that every token of A has a neighbour on both sides.
     a, b = directions[:, 1::2], directions[:, 0::2]
     similarity, nearest = (a @ b.transpose(1, 2)).max(dim=-1)
-    rank = _ranks(similarity)
+    rank = ranks(similarity)
     kept = a.shape[1] - count
     leaves = rank < count
     joining = (nearest[:, :, None] == torch.arange(b.shape[1], device=device)) & leaves[:, :, None]
@@ -117,7 +117,7 @@ def _dealt(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([pairs, b[:, a.shape[1] :]], dim=1)
 
 
-def _ranks(values: Tensor) -> Tensor:
+def ranks(values: Tensor) -> Tensor:
     """How many of a row's ``values`` come before each: larger ones, and equal ones that stand before it."""
     index = torch.arange(values.shape[1], device=values.device)
     earlier = index[None, :] < index[:, None]

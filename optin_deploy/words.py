@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optin_deploy.tokens import ranks
+
 # Further than any cosine.
 _BEYOND = 2.0
 
@@ -27,7 +29,7 @@ def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Ten
     in_a = index % 2 == 1
     possible = in_a[:, None] & ~in_a & real[:, None, :]
     similarity, nearest = (directions @ directions.transpose(1, 2)).masked_fill(~possible, -_BEYOND).max(dim=-1)
-    leaves = _ranks(similarity.masked_fill(~real, _BEYOND)) < count
+    leaves = ranks(similarity.masked_fill(~real, _BEYOND)) < count
     staying = (~leaves[:, None, :] & (index < index[:, None])).sum(-1)
     moved = torch.where(leaves, staying.gather(1, nearest), staying)
     # Padding adds nothing wherever it goes.
@@ -57,10 +59,3 @@ def word_comparing_flops(tokens: int, prefix: int, features: int) -> float:
 def word_merging_flops(tokens: int, count: int, width: int) -> float:
     """FLOPs of `words_merged` for one sample."""
     return 2.0 * (tokens - count) * tokens * (width + 1) if count else 0.0
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """How many of a row's ``values`` come before each: larger ones, and equal ones that stand before it."""
-    index = torch.arange(values.shape[1], device=values.device)
-    mine, others = values[:, :, None], values[:, None, :]
-    return ((others > mine) | ((others == mine) & (index < index[:, None]))).sum(-1)

@@ -1,7 +1,7 @@
 """Schedules against trying all of them, and damages against running the network by hand."""
 
 import copy
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -105,16 +105,11 @@ def test_the_schedule_is_nearly_the_best_of_all(
     found = best_schedule(anatomy.structure, scores, costs, fraction, 8, damage)
     stack.check(found)
     levels = sorted({stack.tokens, 14, 11, 9, 7, 5, 4, 3})
-    each = [t for t in product(levels, repeat=3) if _possible(stack.least_behind, (stack.tokens, *t))]
+    each = [t for t in product(levels, repeat=3) if stack.possible(t)]
     best = max(worth(anatomy, scores, costs, t, damage, fraction) for t in each)
     total = sum(float(v.sum()) for v in scores.values())
     # Prices reach the corners of what is possible only, and units come in steps.
     assert worth(anatomy, scores, costs, found, damage, fraction) >= best - 0.03 * total
-
-
-def _possible(least_behind: object, tokens: tuple[int, ...]) -> bool:
-    assert callable(least_behind)
-    return all(least_behind(a) <= b <= a for a, b in pairwise(tokens))
 
 
 def test_dear_merging_is_left_and_free_merging_taken(anatomy: Anatomy, costs: TokenCosts) -> None:
@@ -128,6 +123,16 @@ def test_a_share_of_the_flops_is_left_to_tokens(anatomy: Anatomy, costs: TokenCo
     found = share_schedule(anatomy.structure, costs, 0.8, made_up(costs.stack.tokens, 3, 1.0))
     whole = Plan({})
     assert 0.6 < costs.at(found).of(whole) / costs.total <= 0.8
+
+
+@pytest.mark.parametrize("loss", [(0.0, 0.0), (1.0, 1.0)])
+def test_merging_takes_no_more_than_its_share(anatomy: Anatomy, costs: TokenCosts, loss: tuple[float, float]) -> None:
+    """Neither where it costs nothing, nor where the first step costs as much as all: no price is between the two."""
+    n = costs.stack.tokens
+    steps = Damages((n, n - 2, (n + 1) // 2), np.array([(0.0, *loss)] * 3))
+    found = share_schedule(anatomy.structure, costs, 0.8, steps)
+    costs.stack.check(found)
+    assert 0.75 < costs.at(found).of(Plan({})) / costs.total <= 0.8
 
 
 def test_what_merging_alone_cannot_reach_is_told(anatomy: Anatomy, costs: TokenCosts) -> None:
