@@ -17,11 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optin_deploy.api import Compared as Compared
     from optin_deploy.api import EngineConfig as EngineConfig
-    from optin_deploy.api import EngineFile as EngineFile
-    from optin_deploy.api import OnnxFile as OnnxFile
-    from optin_deploy.api import Scores as Scores
     from optin_deploy.api import build_engine as build_engine
     from optin_deploy.api import compare as compare
     from optin_deploy.api import export_onnx as export_onnx
@@ -46,24 +42,28 @@ if TYPE_CHECKING:
     from optin_deploy.pruning import Pruned as Pruned
     from optin_deploy.recipe import Recipe as Recipe
     from optin_deploy.report import Report as Report
+    from optin_deploy.results import Compared as Compared
+    from optin_deploy.results import EngineFile as EngineFile
+    from optin_deploy.results import OnnxFile as OnnxFile
+    from optin_deploy.results import Scores as Scores
     from optin_deploy.scoring import Scoring as Scoring
     from optin_deploy.sweeps.run import sweep as sweep
     from optin_deploy.sweeps.schema import SweepReport as SweepReport
 
 _HOMES = {
     "Calibration": "calibration",
-    "Compared": "api",
+    "Compared": "results",
     "EngineConfig": "api",
-    "EngineFile": "api",
+    "EngineFile": "results",
     "GateError": "errors",
     "ImagePreprocessing": "preprocessing",
     "Network": "network",
-    "OnnxFile": "api",
+    "OnnxFile": "results",
     "Plan": "plans",
     "Pruned": "pruning",
     "Recipe": "recipe",
     "Report": "report",
-    "Scores": "api",
+    "Scores": "results",
     "Scoring": "scoring",
     "SweepReport": "sweeps.schema",
     "TextPreprocessing": "preprocessing",

@@ -77,7 +77,9 @@ def read_origin(model: str, names: Iterable[str]) -> Origin:
     What a local directory was made of is told by its card where that is ours; other cards name what was trained on.
     """
     told = _card_header(read_file(model, CARD_NAME))
-    base_model = str(told.get("base_model", "")) if "optin-deploy" in told.get("tags", []) else ""
+    # A card that others wrote may hold anything there.
+    tags = told.get("tags")
+    base_model = str(told.get("base_model", "")) if isinstance(tags, list) and "optin-deploy" in tags else ""
     license_name = told.get("license")
     return Origin(
         base_model=(base_model or None) if Path(model).is_dir() else model,
