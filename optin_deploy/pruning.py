@@ -303,12 +303,13 @@ def remove(
     norms are taken anew instead.
 
     Tokens merge from then on, where the plan says so: what they are merged into has no counterpart in the dense
-    network that it could be refitted to.
+    network that it could be refitted to. Class logits have, and the map that gives them is fitted behind merging.
     """
     small = sliced(dense.module, structure, plan)
     _repair(dense, small, structure, plan, batches, ridge, advance)
     if plan.tokens and stack is not None:
         with_merging(small, structure, stack, plan)
+    _refit_classifier(dense, small, batches, ridge)
     return small
 
 
@@ -330,6 +331,7 @@ def remove_more(
     together = step[1].after(plan)
     smaller = sliced(small, *step)
     _repair(dense, smaller, anatomy.structure, together, batches, ridge, advance)
+    _refit_classifier(dense, smaller, batches, ridge)
     return together, smaller
 
 
@@ -361,13 +363,13 @@ def _repair(
     ridge: Ridge,
     advance: Advance,
 ) -> None:
+    """All maps but that which gives class logits, see `_refit_classifier`."""
     if ridge is None:
         reestimate(small, batches)
     elif ridge == "auto":
         compensate(dense, small, structure, plan, batches, advance=advance)
     else:
         compensate(dense, small, structure, plan, batches, (ridge,), advance)
-    _refit_classifier(dense, small, batches, ridge)
 
 
 def _refit_classifier(dense: Network, small: nn.Module, batches: Batches, ridge: Ridge) -> None:

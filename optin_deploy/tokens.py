@@ -83,6 +83,25 @@ def placed(places: Tensor, match: Matching) -> Tensor:
     return torch.cat([match.staying @ places[:, 1::2], places[:, 0::2]], dim=1)
 
 
+def places_left(at: Tensor, match: Matching) -> Tensor:
+    """Where the tokens stood in the beginning, int64 ``(batch, tokens)``, after merging, as in `placed`."""
+    p = match.prefix
+    left = at[:, p + 1 :: 2].gather(1, match.staying.argmax(-1))
+    return torch.cat([at[:, :p], left, at[:, p::2]], dim=1)
+
+
+def between(biases: Tensor, at: Tensor) -> Tensor:
+    """Biases ``(batch, heads, tokens, tokens)`` between the tokens that are left.
+
+    Args:
+        biases: ``([1,] heads, places, places)``, of all queries for all keys.
+        at: int64 ``(batch, tokens)``, where each token stood in the beginning.
+    """
+    # As a table by pairs of places: runtimes look rows up faster than they index by two tensors.
+    pairs = at[:, :, None] * biases.shape[-1] + at[:, None, :]
+    return F.embedding(pairs, biases.flatten(-2).flatten(0, -2).t()).permute(0, 3, 1, 2)
+
+
 def unmerged(x: Tensor, where: Tensor) -> Tensor:
     """Every token of the beginning gets what it was merged into: ``(batch, tokens, width)``.
 

@@ -56,12 +56,25 @@ class BeitAttention(beit.Attention):
     """Biases of relative positions, the attention's own and shared ones."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        return self.attend(x, self.biases(shared_rel_pos_bias))
+
+    def biases(self, shared: Tensor | None) -> Tensor | None:
+        """``(1, heads, tokens, tokens)``, of all queries for all keys."""
+        if self.relative_position_bias_table is None:
+            return shared
+        own: Tensor = self._get_rel_pos_bias()
+        return own if shared is None else own + shared
+
+    def attend(self, x: Tensor, biases: Tensor | None) -> Tensor:
         q, k, v = _fused(self, x)
-        bias = shared_rel_pos_bias
-        if self.relative_position_bias_table is not None:
-            own = self._get_rel_pos_bias()
-            bias = own if bias is None else own + bias
-        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, bias, scale=self.scale)))
+        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, biases, scale=self.scale)))
+
+
+class PlacedBeitAttention(BeitAttention):
+    """One whose biases are those given, because its tokens are no longer where they were in the beginning."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        return self.attend(x, shared_rel_pos_bias)
 
 
 class EvaAttention(eva.EvaAttention):
@@ -168,4 +181,10 @@ SLIM: dict[type[nn.Module], type[nn.Module]] = {
         CrossCovarianceAttention,
         ClassAttention,
     )
+}
+
+# Attentions with biases between places -> the same for tokens that merge.
+PLACED: dict[type[nn.Module], type[PlacedBeitAttention]] = {
+    beit.Attention: PlacedBeitAttention,
+    BeitAttention: PlacedBeitAttention,
 }

@@ -1,5 +1,6 @@
 """Blocks between which tokens can merge, found by what happens in a forward pass, and the list that merges them."""
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.plans import Plan
+from optin_deploy.slicing import slimmed
 from optin_deploy.structure.groups import Rows, Structure
 from optin_deploy.structure.residual import Call, trial_forward
-from optin_deploy.tokens import Matching, matching, merged, most_mergeable, placed, unmerged
+from optin_deploy.structure.slim import PLACED, PlacedBeitAttention
+from optin_deploy.tokens import Matching, between, matching, merged, most_mergeable, placed, places_left, unmerged
 from optin_deploy.words import word_matching, words_merged
 
-# What blocks call a mask that is added to the attention's logits.
-_MASKS = ("attn_mask", "attention_mask")
+# What blocks call a mask, or biases between places, that are added to the attention's logits.
+_BIASES = "shared_rel_pos_bias"
+_MASKS = ("attn_mask", "attention_mask", _BIASES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class TokenStack:
         places: arguments of the blocks that belong to the places of patches, like rotary positions, and their features.
         text: whether the tokens are words: inputs have any length, numbers of tokens are those of the sample input and
             stand for parts of it, and the mask tells of padding.
+        biased: inside of every block, the attention that adds biases between places to its logits; "" where none does.
     """
 
     name: str
@@ -56,6 +61,7 @@ class TokenStack:
     keys: tuple[KeySource | None, ...]
     places: tuple[tuple[str, int], ...] = ()
     text: bool = False
+    biased: str = ""
 
     def least_behind(self, tokens: int) -> int:
         """The fewest tokens that a block can get when so many come to it."""
@@ -115,6 +121,7 @@ class MergingBlocks(nn.Sequential):
         sizes: Tensor | None = None
         where: Tensor | None = None
         places: dict[str, Tensor] = {}
+        at = torch.arange(stack.tokens, device=x.device).expand(x.shape[0], -1) if stack.biased else None
         steps = pairwise((stack.tokens, *self.schedule))
         for index, (block, (before, after)) in enumerate(zip(self._modules.values(), steps, strict=True)):
             assert block is not None
@@ -132,11 +139,13 @@ class MergingBlocks(nn.Sequential):
                     for name, _ in stack.places:
                         place = places[name] if name in places else kwargs[name].expand(x.shape[0], -1, -1)
                         places[name] = placed(place, match)
+                    at = None if at is None else places_left(at, match)
                 where = moved if where is None else moved.gather(1, where)
             called = inspect.signature(block.forward).bind(x, *args, **{**kwargs, **places})
             if sizes is not None:
                 # The mask of a text says no more than the sizes: padding has none.
                 given = None if stack.text else called.arguments.get(stack.mask)
+                given = given if at is None else self._between(block, given, at)
                 called.arguments[stack.mask] = _added(given, _counting(sizes))
             x = block(*called.args, **called.kwargs)
         return x if where is None else unmerged(x, where)
@@ -144,6 +153,13 @@ class MergingBlocks(nn.Sequential):
     def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
         """Patches and their sizes after merging."""
         return merged(x, sizes, match)
+
+    def _between(self, block: nn.Module, shared: Tensor | None, at: Tensor) -> Tensor | None:
+        """The biases that the block's attention adds between the tokens left."""
+        attention = block.get_submodule(self.stack.biased)
+        # Where all heads are gone there is none.
+        biases = attention.biases(shared) if isinstance(attention, PlacedBeitAttention) else None
+        return None if biases is None else between(biases, at)
 
     def _sizes(self, block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Of tokens that have not merged yet: 1, and 0 for padding."""
@@ -189,7 +205,21 @@ def with_merging(module: nn.Module, structure: Structure, stack: TokenStack, pla
     heads = [len(plan.kept.get(k.group, range(units[k.group]))) if k else 0 for k in stack.keys]
     parent, _, name = stack.name.rpartition(".")
     blocks = dict(module.get_submodule(stack.name).named_children())
+    if stack.biased:
+        for (child, block), tokens in zip(blocks.items(), plan.tokens, strict=True):
+            blocks[child] = _placed(block, stack.biased) if tokens < stack.tokens else block
     setattr(module.get_submodule(parent), name, MergingBlocks(blocks, stack, plan.tokens, heads).train(module.training))
+
+
+def _placed(block: nn.Module, attention: str) -> nn.Module:
+    """The block with the same weights, its attention adding the biases that it is given."""
+    cls = PLACED.get(type(block.get_submodule(attention)))
+    if cls is None:
+        return block
+    made = copy.copy(block)
+    made.__dict__["_modules"] = dict(block._modules)
+    made.set_submodule(attention, slimmed(block.get_submodule(attention), cls))
+    return made
 
 
 def token_stack(
@@ -225,11 +255,14 @@ def token_stack(
     given = arguments.pop(mask, None)
     if text:
         _check_padding(given, shape)
+    biased = _biased(holder, mask) if mask == _BIASES else ""
+    if given and not text and not biased:
+        raise _refused(f"its blocks are given {mask}, which cannot follow the tokens")
     keys = tuple(_key_source(structure, calls, block) for block in blocks)
     places = _places(arguments, shape[1] - prefix)
     if text and places:
         raise _refused(f"its blocks are also given {places[0][0]}, which cannot follow words")
-    return TokenStack(name, mask, prefix, shape[1], shape[2], blocks, keys, places, text)
+    return TokenStack(name, mask, prefix, shape[1], shape[2], blocks, keys, places, text, biased)
 
 
 def _padded(inputs: Mapping[str, Tensor], token_mask: str) -> dict[str, Tensor]:
@@ -306,6 +339,15 @@ def _mask_of(module: nn.Module, blocks: Sequence[str]) -> str:
     if mask is None:
         raise _refused("its blocks take no attention mask, by which merged tokens would count for several")
     return mask
+
+
+def _biased(blocks: nn.Module, mask: str) -> str:
+    """The attention inside of every block that the biases are given to."""
+    found = {tuple(n for n, m in block.named_modules() if type(m) in PLACED) for block in blocks.children()}
+    names = found.pop()
+    if found or len(names) != 1 or "." in names[0]:
+        raise _refused(f"its blocks are given {mask} for no attention that is known")
+    return names[0]
 
 
 def _prefix(calls: Mapping[str, Call], tokens: int) -> int:

@@ -14,6 +14,7 @@ from optin_deploy.classifier import fit, logits_map, refit_classifier
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, remove
+from optin_deploy.structure.token_stack import with_merging
 
 NONE = torch.zeros(40, dtype=torch.bool)
 
@@ -154,3 +155,18 @@ def test_an_unpruned_network_stays_as_it_is() -> None:
     same = copy.deepcopy(network.module)
     refit_classifier(network, same, tiny.batches(network, 8))
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), network.module.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_the_last_map_follows_merged_tokens() -> None:
+    network = tiny.network("vit")
+    anatomy = examine(network, narrow=False, tokens=True)
+    assert anatomy.stack is not None
+    tokens = anatomy.stack.tokens
+    kept = {g.name: tuple(range(g.units // 2)) for g in anatomy.structure.groups}
+    plan = Plan(kept, (tokens, *[anatomy.stack.least_behind(tokens)] * (len(anatomy.stack.blocks) - 1)))
+    batches = tiny.batches(network, 8)
+    before_merging = remove(network, anatomy.structure, Plan(kept), batches, 0.01)
+    with_merging(before_merging, anatomy.structure, anatomy.stack, plan)
+    pruned = remove(network, anatomy.structure, plan, batches, 0.01, stack=anatomy.stack)
+    assert divergence(network, pruned, batches) < divergence(network, before_merging, batches)

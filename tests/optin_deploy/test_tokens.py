@@ -1,5 +1,7 @@
 """Merging against slow, obvious references: one token after the other, and means over groups."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optin_deploy.tokens import comparing_flops, matching, merged, merging_flops, most_mergeable, unmerged
+from optin_deploy.tokens import (
+    between,
+    comparing_flops,
+    matching,
+    merged,
+    merging_flops,
+    most_mergeable,
+    places_left,
+    unmerged,
+)
 
 COUNTS = st.tuples(st.integers(6, 24), st.integers(0, 3)).flatmap(
     lambda size: st.tuples(st.just(size[0]), st.just(size[1]), st.integers(1, most_mergeable(*size)))
@@ -78,3 +89,23 @@ def test_flops_are_those_of_the_products() -> None:
 @pytest.mark.parametrize(("tokens", "prefix", "most"), [(197, 1, 98), (198, 2, 98), (16, 0, 8), (2, 1, 0)])
 def test_no_more_merge_than_have_a_partner(tokens: int, prefix: int, most: int) -> None:
     assert most_mergeable(tokens, prefix) == most
+
+
+def test_biases_follow_the_tokens_that_are_left() -> None:
+    """Between two tokens stands the bias between those places where the tokens of B, or those that stay, began."""
+    biases = torch.randn(1, 3, 13, 13, generator=torch.Generator().manual_seed(0))
+    at = torch.arange(13).expand(3, -1)
+    x, metric, sizes = drawn(13)
+    places = [[i] * 3 for i in range(13)]
+    for count in (3, 2):
+        match = matching(metric, 1, count)
+        # The first of a set is what the others merge into.
+        groups = [slowly(metric[sample], 1, count) for sample in range(3)]
+        places = [[places[group[0]][sample] for sample, group in enumerate(row)] for row in zip(*groups, strict=True)]
+        at, (x, sizes) = places_left(at, match), merged(x, sizes, match)
+        metric = x
+    assert at.T.tolist() == places
+    found = between(biases, at)
+    assert found.shape == (3, 3, 8, 8)
+    for sample, head, i, j in product(range(3), range(3), range(8), range(8)):
+        assert found[sample, head, i, j] == biases[0, head, places[i][sample], places[j][sample]]

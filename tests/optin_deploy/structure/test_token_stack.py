@@ -39,6 +39,15 @@ def vit(name: str, **arguments: object) -> Made:
     return module, {"x": torch.randn(2, 3, *module.patch_embed.img_size)}
 
 
+def beit(**arguments: object) -> Made:
+    """With biases that matter."""
+    module, inputs = vit("beit_base_patch16_224", img_size=64, init_values=0.1, **arguments)
+    for name, parameter in module.named_parameters():
+        if "relative_position_bias_table" in name:
+            nn.init.normal_(parameter)
+    return module, inputs
+
+
 def library(model: type, config: type, **arguments: object) -> Made:
     torch.manual_seed(0)
     module = model(config(**_SMALL, **arguments)).eval()
@@ -53,6 +62,9 @@ FAMILIES: dict[str, tuple[Callable[[], Made], int]] = {
     "DINOv2": (lambda: vit("vit_small_patch14_dinov2", img_size=56), 1),
     "registers": (lambda: vit("vit_small_patch14_reg4_dinov2", img_size=56), 5),
     "attention pooling": (lambda: vit("vit_base_patch16_siglip_224", img_size=64), 0),
+    "BEiT": (lambda: beit(), 1),
+    "BEiT, shared biases": (lambda: beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True), 1),
+    "BEiT, both biases": (lambda: beit(use_shared_rel_pos_bias=True), 1),
     "EVA-02, rotary positions": (lambda: vit("eva02_tiny_patch14_224", img_size=56), 1),
     "transformers ViT": (lambda: library(transformers.ViTModel, transformers.ViTConfig, intermediate_size=64), 1),
     "transformers DINOv2": (lambda: library(transformers.Dinov2Model, transformers.Dinov2Config, patch_size=14), 1),
@@ -86,8 +98,8 @@ def test_families_merge(family: str) -> None:
     module, inputs = make()
     structure, stack = found((module, inputs))
     assert stack.prefix == prefix and len(stack.blocks) == 3
-    # Keys that are turned by their places are not compared.
-    assert all(stack.keys) == (not stack.places)
+    # Keys that are turned by their places, or mean what they do with biases only, are not compared.
+    assert all(stack.keys) == (not stack.places and not stack.biased)
     n = stack.tokens
     kept = {g.name: tuple(range(g.units // 2)) for g in structure.groups}
     plan = Plan(kept, (n, n - 3, n - 5))
@@ -138,13 +150,26 @@ def test_where_heads_are_gone_tokens_are_compared_as_they_come() -> None:
     [
         (lambda: vit("vit_base_patch16_rope_mixed_224", img_size=64), "also given rope"),
         (lambda: vit("vit_tiny_patch16_224", img_size=16), "no two patches"),
-        (lambda: vit("beit_base_patch16_224", img_size=64), "take no attention mask"),
         (lambda: (timm.create_model("test_resnet").eval(), {"x": torch.randn(2, 3, 64, 64)}), "all of one shape|list"),
     ],
 )
 def test_what_cannot_merge_says_why(make: Callable[[], Made], reason: str) -> None:
     with pytest.raises(UserError, match=f"tokens cannot merge in this network: .*({reason}).*--tokens off"):
         found(make())
+
+
+def test_biases_between_places_export() -> None:
+    module, inputs = beit(use_shared_rel_pos_bias=True)
+    structure, stack = found((module, inputs))
+    with_merging(module, structure, stack, Plan({}, (17, 13, 9)))
+    axes = {"x": {0: "batch"}}
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "beit.onnx")
+        onnx_from_program(trace(module, inputs, axes), file, output_names=("logits",), dynamic_axes=axes)
+        session = onnxruntime.InferenceSession(file)
+    x = torch.randn(3, 3, 64, 64)
+    (got,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), output(module, {"x": x}), atol=1e-4, rtol=1e-4)
 
 
 def test_merging_networks_do_not_merge_again_and_keep_their_size() -> None:
