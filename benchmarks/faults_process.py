@@ -7,6 +7,7 @@ moment drawn at random hits the run and not Python's imports.
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,8 @@ def _become(arguments: Sequence[str], logs: Path, environment: Mapping[str, str]
         for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
             os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(environment)
+        # Where an earlier run in the process that was forked has found temporary files to go.
+        tempfile.tempdir = None
         code = command_line(arguments)
     except BaseException:
         traceback.print_exc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,15 +72,33 @@ def _named_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[None]
 def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:
     """Writes `program` as a .pt2 archive that torch.export.load reads.
 
-    Raises ExportError for another suffix, and where it cannot be written: torch does not say why.
+    Raises ExportError for another suffix, and where it cannot be written.
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"an exported program is saved as .pt2, not as {Path(path).name}")
     try:
-        with staged(path) as temporary:
-            torch.export.save(program, temporary)
-    except RuntimeError as error:
-        raise ExportError(f"{path} cannot be written (is the disk full?): {first_line(error)}") from error
+        with staged(path) as temporary, _Unfailing(temporary, "w") as file:
+            torch.export.save(program, file)
+            if file.error is not None:
+                raise file.error
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror}") from error
+
+
+class _Unfailing(io.FileIO):
+    """Takes all that is written, and keeps the first error: torch's writer ends the process where a write fails."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self.error is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
 
 
 def input_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -370,7 +371,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _NO_FILE:
             raise
-        where = error.filename or "a file"
+        where = error.filename or f"a file, of the output or in {tempfile.gettempdir()},"
         what = f"{where} cannot be read or written: {error.strerror}; mend that and give the command again"
         _tell(errors, "error:", what)
         sys.exit(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,26 @@ def test_a_forward_of_keywords_has_named_parameters_while_it_is_traced() -> None
     assert seen[0] == ["a", "b"] and "forward" not in vars(module)
     larger = {name: torch.randn(5, 3) for name in sample}
     torch.testing.assert_close(program.module()(**larger), larger["a"] + larger["b"])
+
+
+_ON_A_FULL_DISK = """
+import resource, sys, torch
+from exporters import ExportError, save_program, trace
+
+program = trace(torch.nn.Linear(64, 64), {"input": torch.zeros(4, 64)}, {"input": {0: "batch"}})
+# Writing beyond these bytes fails as on a full disk.
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_program(program, sys.argv[1])
+except ExportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are those of POSIX")
+def test_where_a_program_cannot_be_written_the_process_goes_on(tmp_path: Path) -> None:
+    """Torch's writer would end it."""
+    command = [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path / "net.pt2")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, f"{tmp_path / 'net.pt2'} cannot be written: File too large\n")
+    assert not list(tmp_path.iterdir())

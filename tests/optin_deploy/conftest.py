@@ -40,6 +40,6 @@ def quick_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.Mo
     """Latency tables of few sizes, in a cache of their own; with the patch, for more of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        for name, value in (("_ANCHOR_SECONDS", 0.5), ("_MOST_SIZES", 3), ("_HEAD_SIZES", 2), ("_WIDTHS", 2)):
+        for name, value in (("_ANCHOR_SECONDS", 0.2), ("_MOST_SIZES", 3), ("_HEAD_SIZES", 2), ("_WIDTHS", 2)):
             patch.setattr(measure, name, value)
         yield patch

@@ -16,7 +16,7 @@ QUICK: dict[str, Any] = {
     "runtimes": ("ort-cpu",),
     "batch_sizes": (1, 2),
     "profile_seconds": 0.2,
-    "table_seconds": 1.0,
+    "table_seconds": 0.3,
     "threads": 1,
     "calibration_samples": 8,
 }

@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_its_schedule(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_texts_merge_at_any_length(tmp_path: Path) -> None:
-    save_bert(tmp_path / "bert")
+    save_bert(tmp_path / "bert", num_hidden_layers=2)
     save_lines(tmp_path / "sentences.txt", texts(60))
     recipe = Recipe(
         model=str(tmp_path / "bert"), flops=0.7, sequence_length=POSITIONS, calibration=tmp_path / "sentences.txt",
