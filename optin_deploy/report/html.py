@@ -39,6 +39,7 @@ def render(report: Report) -> str:
         "noise": numbers.noise,
         "runtime": wording.runtime_name,
         "left_dense": wording.left_dense,
+        "breakable": _breakable,
     }
     item = wording.headline(report)
     return environment.get_template("template.html.j2").render(
@@ -70,6 +71,11 @@ def render(report: Report) -> str:
         protocol=_rows(report.protocol),
         environment=_rows(report.environment),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A module's name that may break behind its dots, and nowhere else."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _throughputs(report: Report) -> list[str]:

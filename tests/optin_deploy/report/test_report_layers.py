@@ -74,6 +74,11 @@ def test_the_page_has_tables_pictures_and_sentences(told: dict[str, Any], data: 
     assert "no single cause costs 2 % of the dense time" in page
 
 
+def test_names_of_blocks_break_behind_dots_and_are_escaped(told: dict[str, Any]) -> None:
+    told["layers"][0]["blocks"] = [row("a.<b>.0", 35.0, 19.5, 9000, 4500)]
+    assert '<th scope="row">a.<wbr>&lt;b&gt;.<wbr>0</th>' in render(Report.model_validate(told))
+
+
 def test_several_blocks_have_a_picture_of_their_own(told: dict[str, Any]) -> None:
     assert plots.blocks(Report.model_validate(told).layers[0]) == ""
     blocks = [row(f"blocks.{i}", 3.0, 1.5 + 0.1 * i) for i in range(30)]
