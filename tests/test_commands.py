@@ -143,7 +143,9 @@ def arguments(command: str) -> list[str]:
 def test_a_command_of_ours_runs(
     command: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for run in re.findall(r"runs/([ab])\b", command):
+    for run in re.findall(r"--output (runs/\w+)", command):
+        shutil.rmtree(here / run, ignore_errors=True)
+    for run in re.findall(r"(?<!--output )\bruns/(\w+)", command):
         if not (here / "runs" / run).exists():
             shutil.copytree(a_run(), here / "runs" / run)
     monkeypatch.setattr(sys, "argv", ["optin-deploy", *arguments(command)])
@@ -162,7 +164,7 @@ def test_a_command_of_ours_runs(
 
 
 def a_run() -> Path:
-    """A run for commands that compare or show one, made by whichever test comes first: they may come in any order."""
+    """A run for commands that go on from one, made by whichever test comes first: they may come in any order."""
     folder = Path("runs") / "made"
     if not folder.exists():
         given = ["prune-export", "--model", "path/or/name", "--flops", "0.5", "--output", str(folder), *SHORT, *FINE]
