@@ -72,7 +72,7 @@ def _named_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[None]
 def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:
     """Writes `program` as a .pt2 archive that torch.export.load reads.
 
-    Raises ExportError for another suffix, and where it cannot be written.
+    Raises ExportError for another suffix, and where torch cannot save it or the file cannot be written.
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"an exported program is saved as .pt2, not as {Path(path).name}")
@@ -83,6 +83,8 @@ def save_program(program: torch.export.ExportedProgram, path: str | Path) -> Non
                 raise file.error
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ExportError(f"the program for {path} cannot be saved: {first_line(error)}") from error
 
 
 class _Unfailing(io.FileIO):
