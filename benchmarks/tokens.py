@@ -48,7 +48,8 @@ from optin_deploy.pruning import examine, remove_in_rounds
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import best_schedule, share_schedule
 from optin_deploy.scoring import Scoring, score, token_damages
-from optin_deploy.structure.token_stack import MergingBlocks, TokenStack, with_merging
+from optin_deploy.structure.merging_blocks import MergingBlocks, with_merging
+from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.token_costs import TokenCosts, token_costs
 from optin_deploy.tokens import Matching, merged
 from profilers.isolated import Case, loads_for, measure_files

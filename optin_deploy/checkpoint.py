@@ -35,8 +35,9 @@ from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
+from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.intake import prunable_form
-from optin_deploy.structure.token_stack import token_stack, with_merging
+from optin_deploy.structure.merging_blocks import with_merging
 
 # Two samples of any network are far smaller.
 _MOST_VALUES = 1 << 27

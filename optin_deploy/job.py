@@ -24,7 +24,7 @@ from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
 from optin_deploy.sparsity import can_be_sparse
-from optin_deploy.structure.token_stack import MergingBlocks
+from optin_deploy.structure.merging_blocks import MergingBlocks
 from profilers import (
     GPU_RUNTIMES,
     ORT_PROVIDERS,

@@ -22,8 +22,10 @@ from optin_deploy.search import Budget, check_budget, search, search_all
 from optin_deploy.slicing import sliced
 from optin_deploy.sparsity import sparsify
 from optin_deploy.structure.describe import describe, prunable
+from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.token_stack import TokenStack, token_stack, with_merging
+from optin_deploy.structure.merging_blocks import with_merging
+from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.token_costs import token_costs
 from optin_deploy.unpruned import unpruned
 

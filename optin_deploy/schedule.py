@@ -28,7 +28,8 @@ from optin_deploy.plans import Plan
 from optin_deploy.replay import resumed
 from optin_deploy.search import BUDGET_WINDOW, Offers, offers, sizes_of
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.token_stack import TokenStack, with_merging
+from optin_deploy.structure.merging_blocks import with_merging
+from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.token_costs import TokenCosts
 
 # Parts of the tokens behind the prefix that are left where damage is measured.

@@ -25,7 +25,7 @@ from optin_deploy.search import (
 )
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.token_stack import with_merging
+from optin_deploy.structure.merging_blocks import with_merging
 from optin_deploy.token_costs import TokenCosts
 from profilers import measure_files
 from profilers.statistics import paired_ratio

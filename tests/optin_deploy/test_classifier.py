@@ -14,7 +14,7 @@ from optin_deploy.classifier import fit, logits_map, refit_classifier
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, remove
-from optin_deploy.structure.token_stack import with_merging
+from optin_deploy.structure.merging_blocks import with_merging
 
 NONE = torch.zeros(40, dtype=torch.bool)
 

@@ -14,7 +14,7 @@ from optin_deploy.distributed import ALONE, Ranks, Shared, own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.pruning import make_sparse, prune
 from optin_deploy.scoring import Criterion, Scoring, score, token_damages
-from optin_deploy.structure.token_stack import token_stack
+from optin_deploy.structure.find_stack import token_stack
 
 WAYS = [
     *((criterion, "sketch") for criterion in get_args(Criterion)),

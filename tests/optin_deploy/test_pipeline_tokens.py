@@ -17,7 +17,7 @@ from optin_deploy.pipeline import Result, prune_export
 from optin_deploy.recipe import Recipe, check_options, make_recipe
 from optin_deploy.report import read_report
 from optin_deploy.report.html import render
-from optin_deploy.structure.token_stack import MergingBlocks
+from optin_deploy.structure.merging_blocks import MergingBlocks
 
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
 SCHEDULE = (17, 14, 11)

@@ -19,7 +19,7 @@ from optin_deploy.pruning import Anatomy, examine, prune
 from optin_deploy.schedule import Damages, best_schedule, damages, share_schedule
 from optin_deploy.scoring import Scoring
 from optin_deploy.search import Budget, kept_score, search_all
-from optin_deploy.structure.token_stack import with_merging
+from optin_deploy.structure.merging_blocks import with_merging
 from optin_deploy.token_costs import TokenCosts, token_costs
 
 TEMPERATURE = 4.0

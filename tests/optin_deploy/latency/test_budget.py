@@ -19,7 +19,7 @@ from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.search import kept_score
 from optin_deploy.slicing import sliced
-from optin_deploy.structure.token_stack import token_stack
+from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.token_costs import token_costs
 from profilers.isolated import Measured as Sampled
 

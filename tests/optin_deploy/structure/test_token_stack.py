@@ -21,8 +21,10 @@ from optin_deploy.network import TensorOutputs, named_outputs
 from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
+from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.token_stack import MergingBlocks, TokenStack, token_stack, with_merging
+from optin_deploy.structure.merging_blocks import MergingBlocks, with_merging
+from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.token_costs import token_costs
 
 # The first releases of transformers 5 have layers without.
