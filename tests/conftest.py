@@ -16,3 +16,9 @@ def translations_are_read_once() -> Iterator[None]:
         apis = _registration.onnxscript_apis
         patch.setattr(apis, "get_torchlib_ops", cache(apis.get_torchlib_ops))
         yield
+
+
+@pytest.fixture
+def without_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs give no account of where the time goes, which takes seconds and has tests of its own."""
+    monkeypatch.setattr("optin_deploy.measuring.LAYER_RUNTIMES", ())

@@ -96,7 +96,8 @@ def without_progress(err: str) -> str:
 
 def test_json_on_stdout_only(tmp_path: Path) -> None:
     save_shallow(tmp_path / "shallow")
-    arguments = ["prune-export", "--model", "shallow", *QUICK, "--flops", "0.6", "--json", "--output", "run"]
+    short = [*QUICK, "--calibration-samples", "8"]
+    arguments = ["prune-export", "--model", "shallow", *short, "--flops", "0.6", "--json", "--output", "run"]
     done = process(tmp_path, *arguments)
     assert (done.returncode, without_progress(done.stderr)) == (0, "")
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "report.json").read_text())
@@ -105,6 +106,7 @@ def test_json_on_stdout_only(tmp_path: Path) -> None:
     assert again.startswith("optin-deploy prune-export --model shallow")
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_verbose_tells_on_stderr_what_is_found_written_and_kept(here: Path, run: Run) -> None:
     save_shallow(here / "shallow")
     arguments = [
@@ -146,6 +148,7 @@ def test_quiet_and_verbose_are_one_too_many(refusal: Callable[..., str], command
     assert refusal(command, "--quiet", "--verbose") == "error: --quiet and --verbose: give one of them\n"
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_failed_gate(here: Path, tmp_path: Path, run: Run) -> None:
     save_shallow(tmp_path / "shallow")
     arguments = ["--model", tmp_path / "shallow", *QUICK, "--flops", "0.6", "--calibration-samples", "8"]

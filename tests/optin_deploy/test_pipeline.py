@@ -329,6 +329,7 @@ def test_without_compensation(shallow: str, vision: Result, tmp_path: Path, narr
     assert any(t.shape != repaired[n].shape or not torch.equal(t, repaired[n]) for n, t in found.items())
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_heads_get_narrower_in_the_exported_network(tmp_path: Path) -> None:
     save_bert(tmp_path / "bert", num_attention_heads=1)
     lines = save_lines(tmp_path / "texts.txt", texts(60))
@@ -372,6 +373,7 @@ def test_a_run_is_prune_in_one_call(shallow: str, tmp_path: Path, options: dict[
     assert all(torch.equal(scores[n], t) for n, t in expected.scores.items())
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_pruning_a_pruned_network(vision: Result, tmp_path: Path) -> None:
     first = vision.directory / "checkpoint"
     recipe = Recipe(**QUICK, model=str(first), flops=0.9, calibration_samples=8)

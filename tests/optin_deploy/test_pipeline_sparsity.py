@@ -66,6 +66,7 @@ def test_sparsity_alone_from_the_command_line(
     assert "2:4 in" in render(report)
 
 
+@pytest.mark.usefixtures("without_layers")
 @pytest.mark.parametrize("options", [{"flops": 0.7}, {"flops": 0.7, "compensate": False}, {"ridge": 0.1}])
 def test_a_run_goes_on_with_the_sparse_weights_of_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

@@ -63,6 +63,7 @@ def test_the_report_tells_of_tokens(result: Result) -> None:
     assert "Tokens that enter each block" in render(report)
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_a_run_goes_on_with_its_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -82,6 +83,7 @@ def test_a_run_goes_on_with_its_schedule(tmp_path: Path, monkeypatch: pytest.Mon
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_texts_merge_at_any_length(tmp_path: Path) -> None:
     save_bert(tmp_path / "bert", num_hidden_layers=2)
     save_lines(tmp_path / "sentences.txt", texts(60))

@@ -95,8 +95,7 @@ def made_up(stack_tokens: int, blocks: int, weight: float) -> Damages:
     return Damages(tokens, weight * np.stack([base * (blocks - i) for i in range(blocks)]))
 
 
-@pytest.mark.parametrize("weight", [0.5, 3.0])
-@pytest.mark.parametrize("fraction", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize(("weight", "fraction"), [(3.0, 0.4), (0.5, 0.6), (3.0, 0.8)])
 def test_the_schedule_is_nearly_the_best_of_all(
     anatomy: Anatomy, costs: TokenCosts, weight: float, fraction: float
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -69,7 +70,9 @@ def test_a_run_of_two_processes_goes_on_after_one_was_killed(tmp_path: Path) -> 
     _, errors = first.communicate(timeout=_SECONDS)
     assert first.returncode != 0
     again = "what was finished is kept, give the same command again"
-    assert told(errors) == [f"error: rank 1 of 2 ended during 'score'; {again}"]
+    # The other process may not have heard yet that there is a directory.
+    (line,) = told(errors)
+    assert re.fullmatch(rf"error: rank 1 of 2 ended during '(load and check|score)'; {again}", line)
     assert not (run / "plan.json").exists()
 
     second = start(tmp_path, *quick)
