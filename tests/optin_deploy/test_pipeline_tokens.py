@@ -10,6 +10,7 @@ import torch
 from tiny_models import POSITIONS, classifier, save_bert, save_lines, texts
 from torch import Tensor
 
+from exporters import EngineConfig, build_engine, check_engine, input_ranges
 from optin_deploy import checkpoint, pipeline
 from optin_deploy.calibration import from_batches
 from optin_deploy.errors import UserError
@@ -53,6 +54,15 @@ def test_the_checkpoint_merges_and_the_onnx_file_too(result: Result) -> None:
     for size in (1, 3):
         (found,) = session.run(None, {name: image[:size].numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected[:size], atol=1e-4, rtol=1e-4)
+
+
+def test_an_engine_is_built_of_what_merges(result: Result, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    name, sample = next(iter(result.network.inputs.items()))
+    ranges = input_ranges({name: tuple(sample.shape)}, {name: {0: "batch"}}, (1, 4), 4, static=False)
+    onnx, engine = result.directory / "pruned.onnx", tmp_path / "pruned.engine"
+    built = build_engine(onnx, engine, ranges, EngineConfig("rtx", optimization_level=0))
+    assert check_engine(engine, onnx) == built and engine.stat().st_size > 1000
 
 
 def test_the_report_tells_of_tokens(result: Result) -> None:
