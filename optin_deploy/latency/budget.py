@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -48,6 +48,7 @@ _LEVEL = 0.002
 
 
 Way = Literal["latency", "FLOPs"]
+_Name = TypeVar("_Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def meet(
     At most three rounds of: search, slice, export, measure against the dense network in one interleaved run, correct
     the costs by what was measured. The search is made twice, by the latency tables and, because tables carry the noise
     of what they were measured from, by FLOPs; of the networks that meet the budget the one that keeps more score is
-    taken. Repair changes no shape, so that it is not needed here.
+    taken. Where tokens merge, the network with all its units is built and measured first: tables know what units take
+    when fewer tokens come to them, but not what merging takes. Repair changes no shape, so that it is not needed here.
 
     Args:
         measured: tables and the dense latency, by `measure.measure_network`.
@@ -161,27 +163,30 @@ def meet(
     Raises:
         UserError: the budget is below the floor of the table.
     """
-    first = measured.costs
-    if tokens is not None:
-        first = replace(first, parts={name: tokens.factor(name) for name in first.curves})
-    check_budget(structure, first, fraction, "latency")
     edges = edges_of(structure, measured) if align is None else None
     all_flops: CostModel = flop_costs if tokens is None else tokens
     by_latency = _Search(structure, scores, all_flops, fraction, flops, align or _FINE, edges)
     by_flops = replace(by_latency, align=align or _ALIGN)
     ways: dict[Way, Callable[[LatencyCosts], Plan]] = {"latency": by_latency.by_latency, "FLOPs": by_flops.by_flops}
-    costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, first)
+    first = measured.costs
     tried: list[tuple[Plan, Round]] = []
+    if tokens is None:
+        check_budget(structure, first, fraction, "latency")
     with TemporaryDirectory(prefix="optin-budget-") as name:
         folder = Path(name)
         dense_file = export_network(dense, dense.module, target, folder / "dense")
+        if tokens is not None:
+            first = _merging(first, dense, structure, dense_file, target, tokens)
+            check_budget(structure, first, fraction, "latency")
+        costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, first)
         for number in range(MOST_ROUNDS):
             plans = {way: search(costs[way]) for way, search in ways.items()}
             plans = {way: plan for way, plan in plans.items() if plan not in [p for p, _ in tried]}
             if plans.get("FLOPs") == plans.get("latency"):
                 plans.pop("FLOPs", None)
-            for way, ms in _built(dense, structure, plans, dense_file, target, tokens).items():
-                plan, on_scale = plans[way], ms * costs[way].total
+            parts = _built(dense, structure, plans, dense_file, target, tokens)
+            for way, plan in plans.items():
+                on_scale = parts[way] * costs[way].total
                 part = all_flops.of(plan) / all_flops.total
                 kept = kept_score(structure, scores, plan)
                 tried.append((plan, Round(way, costs[way].of(plan), on_scale, part, kept)))
@@ -200,25 +205,35 @@ def meet(
     return Met(plan, tuple(r for _, r in tried), taken)
 
 
+def _merging(
+    costs: LatencyCosts, dense: Network, structure: Structure, dense_file: Path, target: Target, tokens: TokenCosts
+) -> LatencyCosts:
+    """The costs where tokens merge, by what the network with all its units then takes."""
+    found = _built(dense, structure, {"whole": Plan({})}, dense_file, target, tokens)
+    whole_ms = found["whole"] * costs.total
+    logger.info("built with all units: measured %.4g ms", whole_ms)
+    return costs.merging({name: tokens.factor(name) for name in costs.curves}, whole_ms)
+
+
 def _built(
     dense: Network,
     structure: Structure,
-    plans: Mapping[Way, Plan],
+    plans: Mapping[_Name, Plan],
     dense_file: Path,
     target: Target,
     tokens: TokenCosts | None,
-) -> dict[Way, float]:
+) -> dict[_Name, float]:
     """Latency of the network of each plan, as a part of the dense one's; all in one interleaved run."""
     if not plans:
         return {}
-    files = {"dense": dense_file}
+    files: dict[str, Path] = {"dense": dense_file}
     for way, plan in plans.items():
         small = sliced(dense.module, structure, plan)
         if tokens is not None:
             with_merging(small, structure, tokens.stack, replace(plan, tokens=tokens.schedule))
         files[way] = export_network(dense, small, target, dense_file.parent / way.lower())
     sample = {n: t[:1].numpy(force=True) for n, t in dense.inputs.items()}
-    pairs = [("dense", way) for way in plans]
+    pairs: list[tuple[str, str]] = [("dense", way) for way in plans]
     found = measure_files(files, sample, target.case(_SECONDS, files.values()), pairs).samples_ms
     return {way: paired_ratio(found[way], found["dense"]) for way in plans}
 

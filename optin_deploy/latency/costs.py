@@ -39,8 +39,8 @@ class LatencyCosts:
     """The latency of a network in one runtime, in milliseconds: `costs.CostModel`.
 
     The dense network's, less what the groups' sizes save. ``factor`` corrects all savings alike, after a real network
-    has been measured. ``parts`` say which part of its time a group takes where tokens have merged; all of it where it
-    is not named. Time between groups, like that of norms, is taken to stay; what has been measured corrects that too.
+    has been measured. Where tokens merge, ``merged_ms`` is what that adds to the network with all units, below 0 where
+    it pays, and ``parts`` say how much of what its sizes save is left of a group, all of it where it is not named.
     """
 
     total: float
@@ -49,11 +49,13 @@ class LatencyCosts:
     curves: Mapping[str, Curve]
     factor: float = 1.0
     parts: Mapping[str, float] = field(default_factory=dict)
+    merged_ms: float = 0.0
 
     @cached_property
     def floor(self) -> float:
         """The latency with every unit removed."""
-        return self.total + self.factor * sum(curve.at(0, None) for curve in self.curves.values())
+        saved = sum(self.parts.get(name, 1.0) * curve.at(0, None) for name, curve in self.curves.items())
+        return self.total + self.merged_ms + self.factor * saved
 
     def option(self, group: str, units: int, width: int | None) -> float:
         """What a size costs above the floor."""
@@ -64,13 +66,18 @@ class LatencyCosts:
         """The latency of the network that ``plan`` leaves."""
         return self.floor + sum(self.option(name, *kept_size(self, plan, name)) for name in self.curves)
 
+    def merging(self, parts: Mapping[str, float], measured_ms: float) -> "LatencyCosts":
+        """The same where tokens merge, by what the network with all units then takes."""
+        return replace(self, parts=parts, merged_ms=measured_ms - self.total)
+
     def corrected(self, plan: Plan, measured_ms: float) -> "LatencyCosts":
         """The same, its savings scaled so that ``plan`` comes out at what it was measured at."""
-        predicted = self.total - self.of(plan)
+        whole = self.total + self.merged_ms
+        predicted = whole - self.of(plan)
         # A network that saves next to nothing tells nothing about savings; noise must not turn them around.
         if predicted <= 0.02 * self.total:
             return self
-        wanted = self.factor * (self.total - measured_ms) / predicted
+        wanted = self.factor * (whole - measured_ms) / predicted
         return replace(self, factor=float(np.clip(wanted, 0.25 * self.factor, 4 * self.factor)))
 
 

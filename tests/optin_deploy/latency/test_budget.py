@@ -124,9 +124,11 @@ def test_of_networks_within_the_budget_the_one_that_keeps_most_is_taken(fake_lab
         assert round_.flops == pytest.approx(FLOPS.of(plan) / FLOPS.total)
 
 
+@pytest.mark.parametrize("merged_ms", [-4.0, 1.0])
 def test_merged_tokens_count_in_the_tables_and_in_what_is_built(
-    fake_lab: list[Plan], monkeypatch: pytest.MonkeyPatch
+    fake_lab: list[Plan], monkeypatch: pytest.MonkeyPatch, merged_ms: float
 ) -> None:
+    """Whatever merging takes beyond the tables is known before the search from the network with all units."""
     stack = token_stack(NETWORK.module, NETWORK.inputs, STRUCTURE)
     schedule = (stack.tokens, stack.tokens - 1, stack.tokens - 2)
     tokens = token_costs(NETWORK.module, STRUCTURE, FLOPS, stack, NETWORK.inputs).at(schedule)
@@ -136,17 +138,19 @@ def test_merged_tokens_count_in_the_tables_and_in_what_is_built(
 
     def measure(files: Mapping[str, Path], *_: Any) -> Sampled:
         plans = fake_lab[len(fake_lab) - len(files) + 1 :]
-        true_ms = [DENSE_MS, *(replace(costs(1.0), parts=parts).of(plan) for plan in plans)]
+        true_ms = [DENSE_MS, *(replace(costs(1.0), parts=parts, merged_ms=merged_ms).of(plan) for plan in plans)]
         return Sampled({n: [[ms] * 3] * 3 for n, ms in zip(files, true_ms, strict=True)}, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "measure_files", measure)
     measured = Measured(costs(1.0), (), (), ())
     met = meet(NETWORK, STRUCTURE, SCORES, measured, FLOPS, 0.6, TARGET, align=8, tokens=tokens)
     assert met.plan.tokens == schedule and [plan.tokens for plan in merging] == [schedule] * len(fake_lab)
-    assert all(abs(r.error) < 1e-9 for r in met.rounds)
-    # Tokens that have merged leave more units for the same time.
+    assert all(abs(r.error) < 1e-9 for r in met.rounds) and len(fake_lab) == 1 + len(met.rounds)
+    assert replace(costs(1.0), parts=parts, merged_ms=merged_ms).of(met.plan) / DENSE_MS <= AIM * 0.6 + 1e-9
+    # Tokens that have merged leave more units for the same time, unless merging itself takes longer.
     without = run(costs(1.0), 0.6)
-    assert kept_score(STRUCTURE, SCORES, met.plan) > kept_score(STRUCTURE, SCORES, without.plan)
+    if merged_ms < 0:
+        assert kept_score(STRUCTURE, SCORES, met.plan) > kept_score(STRUCTURE, SCORES, without.plan)
 
 
 def test_another_budget_holds_beside(fake_lab: list[Plan]) -> None:

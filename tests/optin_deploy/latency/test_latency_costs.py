@@ -59,6 +59,23 @@ def test_corrected_costs_agree_with_what_was_measured(found: Plan, factor: float
         assert corrected == COSTS
 
 
+@given(sizes, st.floats(0.6, 1.6), st.floats(-2.0, 1.0))
+def test_where_tokens_merge_costs_go_on_from_the_network_with_all_units(
+    found: Plan, factor: float, besides: float
+) -> None:
+    whole_ms = 8.5 + besides
+    merging = COSTS.merging({"attn": 0.5, "mlp": 0.7}, whole_ms)
+    assert merging.of(Plan({})) == pytest.approx(whole_ms)
+    # Half of what the attention saves, and 0.7 of what the neurons do.
+    saved = [0.5 * -HEADS.at(len(found.kept["attn"]), len(found.kept["width"])),
+             0.7 * -NEURONS.at(len(found.kept["mlp"]), None)]  # fmt: skip
+    assert merging.of(found) == pytest.approx(whole_ms - sum(saved))
+    measured_ms = whole_ms - factor * sum(saved)
+    if sum(saved) > 0.2:
+        again = merging.corrected(found, measured_ms)
+        assert again.of(found) == pytest.approx(measured_ms) and again.of(Plan({})) == pytest.approx(whole_ms)
+
+
 def test_noise_cannot_turn_savings_around() -> None:
     corrected = COSTS.corrected(plan(2, 8, 64), measured_ms=11.0)
     assert corrected.floor < corrected.total
