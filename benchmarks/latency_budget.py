@@ -174,9 +174,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _first_and_last(errors: Sequence[float]) -> str:
-    return " → ".join(
-        f"{100 * error:+.1f} %" for error in (errors[:1] if len(errors) == 1 else (errors[0], errors[-1]))
-    )
+    told = errors if len(errors) == 1 else (errors[0], errors[-1])
+    return " → ".join(f"{100 * error:+.1f} %".replace("-", "−") for error in told)
 
 
 def table(rows: Sequence[Row]) -> Table:

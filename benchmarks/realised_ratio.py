@@ -212,7 +212,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for (model, runtime, batch), by_method in cases.items():
         first = next(iter(by_method.values()))
-        line = [model, runtime, str(batch), f"{first.dense_p50_ms:.3g}"]
+        line = [model, runtime, str(batch), f"{float(f'{first.dense_p50_ms:.3g}'):g}"]
         for method in methods:
             found = by_method.get(method)
             line += [_speedup(found), f"{found.realised:.2f}"] if found else ["–"] * len(_COLUMNS)

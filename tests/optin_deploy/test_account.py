@@ -110,6 +110,15 @@ def test_what_stands_outside_the_blocks_did_not_shrink() -> None:
     assert cause.lost_ms == pytest.approx(4.5)
 
 
+@pytest.mark.parametrize("flops", [70, 100])
+def test_what_would_raise_no_ratio_is_told_without_one(flops: int) -> None:
+    """What stands outside the blocks has many FLOPs for its time."""
+    stem = {("stem", "Conv"): 6.0}
+    found = with_ideal(stem, stem)
+    cause = only(causes(replace(found, flops={**found.flops, "stem": (flops, flops)}), {}))
+    assert cause.sentence.endswith("(embedding 6.00 ms) takes 6.00 of 50.6 ms and did not shrink (dense 6.00 ms).")
+
+
 def test_norms_and_residual() -> None:
     extra = {("blocks.0", "LayerNormalization"): 5.0, ("blocks.0", "Add"): 5.0}
     cause = only(causes(with_ideal(extra, extra), {}))
