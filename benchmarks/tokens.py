@@ -24,7 +24,7 @@ import copy
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,9 +32,9 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
+import cases
 import common
 import torch
-from cases import saliency_maps, stsb
 from realised_ratio import export
 from rich.console import Console
 from rich.table import Table
@@ -115,33 +115,27 @@ def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float
             yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
 
 
-def maps(given: Namespace) -> list[Row]:
+def maps(given: Namespace) -> Iterator[Row]:
     """See the module's first lines."""
-    case = saliency_maps(given.data_root, 0, given.samples)
+    return judged(cases.saliency_maps(given.data_root, 0, given.samples), given)
+
+
+def texts(given: Namespace) -> Iterator[Row]:
+    """See the module's first lines."""
+    return judged(cases.stsb(given.data_root, 0, None), given)
+
+
+def judged(case: cases.Case, given: Namespace) -> Iterator[Row]:
+    """A row of quality and speed for every way and budget."""
     budgets = [float(part) for part in given.flops.split(",")]
-    rows = []
     for row, module in ways(case.network, [dict(batch) for batch in case.batches], budgets):
         speed = timed(case.network, {"pruned": module}, given, (1, 8))
-        rows.append({"part": "maps", **row, **case.measure(module), "speed": speed["pruned"]})
-        print(rows[-1], flush=True)
-    return rows
+        yield {**row, **case.measure(module), "speed": speed["pruned"]}
 
 
-def texts(given: Namespace) -> list[Row]:
+def schedules(given: Namespace) -> Iterator[Row]:
     """See the module's first lines."""
-    case = stsb(given.data_root, 0, None)
-    budgets = [float(part) for part in given.flops.split(",")]
-    rows = []
-    for row, module in ways(case.network, [dict(batch) for batch in case.batches], budgets):
-        speed = timed(case.network, {"pruned": module}, given, (1, 8))
-        rows.append({"part": "texts", **row, **case.measure(module), "speed": speed["pruned"]})
-        print(rows[-1], flush=True)
-    return rows
-
-
-def schedules(given: Namespace) -> list[Row]:
-    """See the module's first lines."""
-    case = saliency_maps(given.data_root, 0, given.samples)
+    case = cases.saliency_maps(given.data_root, 0, given.samples)
     network = case.network
     anatomy = examine(network, tokens=True)
     structure, stack = anatomy.structure, anatomy.stack
@@ -149,7 +143,6 @@ def schedules(given: Namespace) -> list[Row]:
     batches = [dict(batch) for batch in case.batches]
     costs = token_costs(network.module, structure, anatomy.costs, stack, network.inputs)
     damage = token_damages(network, structure, stack, batches, Scoring())
-    rows = []
     for asked in (float(part) for part in given.flops.split(",")):
         searched = share_schedule(structure, costs, asked, damage)
         depth = len(stack.blocks)
@@ -168,10 +161,8 @@ def schedules(given: Namespace) -> list[Row]:
             blocks = dict(made.named_children())
             setattr(module.get_submodule(parent), name, kind(blocks, stack, schedule, made.heads).eval())
             flops = count_flops(module, network.inputs) / anatomy.costs.total
-            row = {"part": "schedules", "way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}
-            rows.append({**row, **case.measure(module), "speed": {}})
-            print(rows[-1], flush=True)
-    return rows
+            row = {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}
+            yield {**row, **case.measure(module), "speed": {}}
 
 
 def alike(costs: TokenCosts, asked: float, blocks: Iterable[int]) -> tuple[int, ...]:
@@ -232,7 +223,7 @@ def overhead(given: Namespace) -> list[Row]:
     rows = []
     for name, speed in timed(network, modules, given, (8,)).items():
         flops = count_flops(modules[name], network.inputs) / anatomy.costs.total
-        rows.append({"part": "overhead", "way": name, "flops": flops, "speed": speed})
+        rows.append({"way": name, "flops": flops, "speed": speed})
     times = [1 / row["speed"]["8"]["value"] for row in rows]
     rows[0]["overhead"] = times[0] - times[1]
     rows[2]["realised"] = rows[2]["speed"]["8"]["value"] * rows[2]["flops"]
@@ -261,7 +252,6 @@ def tome(given: Namespace) -> list[Row]:
     inputs = {next(iter(network.inputs)): image[:1]}
     return [
         {
-            "part": "tome",
             "way": name,
             "flops": count_flops(module, inputs) / anatomy.costs.total,
             "speed": {"8": asdict(ratio_interval(samples["dense"], samples[name]))},
@@ -326,10 +316,18 @@ def main() -> None:
         if given.part is None:
             made.error("give --part or --table")
         torch.set_num_threads(given.threads)
-        parts = {"maps": maps, "texts": texts, "schedules": schedules, "overhead": overhead, "tome": tome}
-        found = parts[given.part](given)
-        rows = [row for row in rows if row["part"] != given.part] + found
-        common.write_results(NAME, {"rows": rows})
+        parts: dict[str, Callable[[Namespace], Iterable[Row]]] = {
+            "maps": maps,
+            "texts": texts,
+            "schedules": schedules,
+            "overhead": overhead,
+            "tome": tome,
+        }
+        rows = [row for row in rows if row["part"] != given.part]
+        for row in parts[given.part](given):
+            rows.append({"part": given.part, **row})
+            print(rows[-1], flush=True)
+            common.write_results(NAME, {"rows": rows})
     Console(width=160).print(table(rows))
 
 
