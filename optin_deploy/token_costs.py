@@ -84,11 +84,10 @@ class TokenCosts:
     def merging(self, block: int, before: int, tokens: int) -> float:
         """What merging before a block costs, comparing by keys left out."""
         key, width = self.stack.keys[block], self.stack.width
-        places = sum(features for _, features in self.stack.places)
         if self.stack.text:
             found = word_merging_flops(before, before - tokens, width)
         else:
-            found = merging_flops(before, self.stack.prefix, before - tokens, width, places)
+            found = merging_flops(before, self.stack.prefix, before - tokens, width)
         return found + (self.comparing(block, before, tokens, 0) if key is None else 0.0)
 
     def comparing(self, block: int, before: int, tokens: int, features: int) -> float:

@@ -5,8 +5,9 @@ the protected prefix (class, distillation and register tokens) are dealt in turn
 of A that are most similar to one of B are merged into it, averages being weighted by how many tokens each one stands
 for. Among equals the earlier token is taken. What is left stands in the order prefix, rest of A, B.
 
-Tokens are picked and added up by products with matrices of zeros and ones, and ranked by comparing each with each:
-every runtime has fast products, few have a fast scatter, and sorting leaves the order of equals open.
+Tokens are looked up as rows of a table, added up by products with matrices of zeros and ones, and ranked by comparing
+each with each: every runtime has fast lookups and products, few have a fast scatter or gather whole tokens by elements,
+and sorting leaves the order of equals open.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ class Matching:
     """Which tokens merge.
 
     Attributes:
-        staying: ``(batch, |A| - count, |A|)``, 1 at the token of A that stays, the most similar first.
-        joining: ``(batch, |A|, |B|)``, 1 at the token of B that one of A merges into; rows of those that stay are 0.
+        staying: int64 ``(batch, prefix + |A| - count)``, the prefix and what stays of A, the most similar first.
+        leaving: int64 ``(batch, count)``, the tokens of A that merge.
+        joining: ``(batch, |B|, count)``, 1 at the token of B that each of those merges into.
         moved: int64 ``(batch, tokens)``, where each token is afterwards.
     """
 
     prefix: int
     staying: Tensor
+    leaving: Tensor
     joining: Tensor
     moved: Tensor
 
@@ -50,15 +53,17 @@ def matching(metric: Tensor, prefix: int, count: int) -> Matching:
     a, b = directions[:, 1::2], directions[:, 0::2]
     similarity, nearest = (a @ b.transpose(1, 2)).max(dim=-1)
     rank = ranks(similarity)
-    kept = a.shape[1] - count
-    leaves = rank < count
-    joining = (nearest[:, :, None] == torch.arange(b.shape[1], device=device)) & leaves[:, :, None]
-    staying = rank[:, None, :] == torch.arange(count, a.shape[1], device=device)[:, None]
-    a_moved = prefix + torch.where(leaves, kept + nearest, rank - count)
-    b_moved = (prefix + kept + torch.arange(b.shape[1], device=device)).expand(batch, -1)
+    size_a, kept = a.shape[1], a.shape[1] - count
+    ranked = (rank[:, None, :] == torch.arange(size_a, device=device)[:, None]).to(dtype).argmax(-1)
+    places_b = torch.arange(b.shape[1], device=device)
+    joining = nearest.gather(1, ranked[:, :count])[:, None, :] == places_b[:, None]
+    a_moved = prefix + torch.where(rank < count, kept + nearest, rank - count)
+    b_moved = (prefix + kept + places_b).expand(batch, -1)
     before = torch.arange(prefix, device=device).expand(batch, -1)
     moved = torch.cat([before, _dealt(a_moved, b_moved)], dim=1)
-    return Matching(prefix, staying.to(dtype), joining.to(dtype), moved)
+    tokens_a = prefix + 1 + 2 * ranked
+    staying = torch.cat([before, tokens_a[:, count:]], dim=1)
+    return Matching(prefix, staying, tokens_a[:, :count], joining.to(dtype), moved)
 
 
 def merged(x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
@@ -68,26 +73,24 @@ def merged(x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
         x: ``(batch, tokens, width)``.
         sizes: ``(batch, tokens, 1)``.
     """
-    p = match.prefix
-    a, b, size_a, size_b = x[:, p + 1 :: 2], x[:, p::2], sizes[:, p + 1 :: 2], sizes[:, p::2]
-    gathered = match.joining.transpose(1, 2)
-    size_joined = size_b + gathered @ size_a
-    joined = (b * size_b + gathered @ (a * size_a)) / size_joined
-    tokens = torch.cat([x[:, :p], match.staying @ a, joined], dim=1)
-    return tokens, torch.cat([sizes[:, :p], match.staying @ size_a, size_joined], dim=1)
+    b, size_b = x[:, match.prefix :: 2], sizes[:, match.prefix :: 2]
+    size_leaving = _rows(sizes, match.leaving)
+    size_joined = size_b + match.joining @ size_leaving
+    joined = (b * size_b + match.joining @ (_rows(x, match.leaving) * size_leaving)) / size_joined
+    tokens = torch.cat([_rows(x, match.staying), joined], dim=1)
+    return tokens, torch.cat([_rows(sizes, match.staying), size_joined], dim=1)
 
 
 def placed(places: Tensor, match: Matching) -> Tensor:
     """What belongs to the places of patches, ``(batch, patches, features)``, after merging: a token is where that of B
     was that others merged into."""
-    return torch.cat([match.staying @ places[:, 1::2], places[:, 0::2]], dim=1)
+    p = match.prefix
+    return torch.cat([_rows(places, match.staying[:, p:] - p), places[:, 0::2]], dim=1)
 
 
 def places_left(at: Tensor, match: Matching) -> Tensor:
     """Where the tokens stood in the beginning, int64 ``(batch, tokens)``, after merging, as in `placed`."""
-    p = match.prefix
-    left = at[:, p + 1 :: 2].gather(1, match.staying.argmax(-1))
-    return torch.cat([at[:, :p], left, at[:, p::2]], dim=1)
+    return torch.cat([at.gather(1, match.staying), at[:, match.prefix :: 2]], dim=1)
 
 
 def between(biases: Tensor, at: Tensor) -> Tensor:
@@ -108,7 +111,7 @@ def unmerged(x: Tensor, where: Tensor) -> Tensor:
     Args:
         where: int64 ``(batch, tokens)``, the token of ``x`` that each one is in.
     """
-    return x.gather(1, where[:, :, None].expand(-1, -1, x.shape[-1]))
+    return _rows(x, where)
 
 
 def comparing_flops(tokens: int, prefix: int, features: int) -> float:
@@ -117,17 +120,21 @@ def comparing_flops(tokens: int, prefix: int, features: int) -> float:
     return 2.0 * a * b * features
 
 
-def merging_flops(tokens: int, prefix: int, count: int, width: int, places: int = 0) -> float:
-    """FLOPs of `merged` for one sample, and of `placed` for so many features: those that stay are picked, with their
-    sizes, and those that leave added up."""
-    a, b = _sides(tokens, prefix)
-    return 2.0 * ((a - count) * a * (width + 1 + places) + a * b * (width + 1)) if count else 0.0
+def merging_flops(tokens: int, prefix: int, count: int, width: int) -> float:
+    """FLOPs of `merged` for one sample: those that leave added up, and their sizes."""
+    return 2.0 * _sides(tokens, prefix)[1] * count * (width + 1)
 
 
 def _sides(tokens: int, prefix: int) -> tuple[int, int]:
     """How many tokens are in A and in B."""
     a = most_mergeable(tokens, prefix)
     return a, tokens - prefix - a
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``(batch, n, width)`` of ``x`` that int64 ``index``, ``(batch, n)``, names in each sample."""
+    first = x.shape[1] * torch.arange(x.shape[0], device=x.device)
+    return F.embedding(first[:, None] + index, x.flatten(0, 1))
 
 
 def _dealt(a: Tensor, b: Tensor) -> Tensor:

@@ -74,15 +74,16 @@ def test_every_token_gets_back_what_it_was_merged_into(sizes: tuple[int, int, in
 
 def test_of_equals_the_earlier_one_leaves_and_takes() -> None:
     match = matching(torch.ones(1, 9, 2), 1, 2)
-    assert match.staying.argmax(-1).tolist() == [[2, 3]]
-    assert match.joining[0].nonzero().tolist() == [[0, 0], [1, 0]]
+    assert match.staying.tolist() == [[0, 6, 8]]
+    assert match.leaving.tolist() == [[2, 4]]
+    assert match.joining[0].nonzero().tolist() == [[0, 0], [0, 1]]
     assert match.moved.tolist() == [[0, 3, 3, 4, 3, 5, 1, 6, 2]]
 
 
 def test_flops_are_those_of_the_products() -> None:
-    # 4 tokens a side; similarities of 2 features; 1 of 4 picked, of 6 features and a size; 4 added to 4.
+    # 4 tokens a side; similarities of 2 features; 3 added to 4, of 6 features and a size.
     assert comparing_flops(9, 1, 2) == 2 * 4 * 4 * 2
-    assert merging_flops(9, 1, 3, 6) == 2 * (1 * 4 + 4 * 4) * 7
+    assert merging_flops(9, 1, 3, 6) == 2 * 4 * 3 * 7
     assert merging_flops(9, 1, 0, 6) == 0
 
 
