@@ -1,8 +1,11 @@
 """How many tokens enter each block: what merging them costs the outputs, and the best schedule under a FLOP budget.
 
-Damage of merging to n tokens before block l is the trajectory loss (``criteria.loss``) of the network in which nothing
-else happens, measured by running it. Tokens that merge before an earlier block are those that would merge first here,
-so a schedule n₁ ≥ n₂ ≥ … is charged Σ_l D_l(n_l) − D_l(n_{l−1}).
+Damage D_l(n) of merging to n of all N tokens before block l is the trajectory loss (``criteria.loss``) of the network
+in which nothing else happens, measured by running it. If the tokens that merge before an earlier block were those that
+would merge first here, going on from m to n would cost D_l(n) − D_l(m). If those that are left were as alike as all
+were, which other partners and the blocks between bring about in part, it would cost D_l(N n / m), and many small steps
+next to nothing. Charged is the geometric mean of both: over 60 schedules of vit_small_saliency it follows the measured
+loss closest, with a standard deviation of the logarithm of 0.3 against 0.5 and 0.4 of either alone.
 
 The schedule and the units are found together: at a price of λ per FLOP every block's best units are known for every
 number of tokens, the best schedule is a shortest path through the blocks, and λ is bisected until the budget is met.
@@ -26,7 +29,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.replay import resumed
-from optin_deploy.search import BUDGET_WINDOW, Offers, offers, sizes_of
+from optin_deploy.search import Budget, Offers, kept_score, offers, search_all, sizes_of
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.merging_blocks import with_merging
 from optin_deploy.structure.token_stack import TokenStack
@@ -35,10 +38,12 @@ from optin_deploy.token_costs import TokenCosts
 # Parts of the tokens behind the prefix that are left where damage is measured.
 _MEASURED = (0.9, 0.75, 0.6, 0.5)
 # Numbers of tokens that a block may get: so many steps from all to an eighth.
-_LEVELS, _LEAST = 24, 1 / 8
+_LEVELS, _LEAST = 48, 1 / 8
 _BISECTIONS = 60
 # Between two schedules it is looked for one in so many steps.
 _BETWEEN = 64
+# Times the price at which the budget is met: where schedules are tried with the units that are then the best.
+_NEAR = tuple(2 ** (step / 4) for step in range(-8, 9))
 # Of the sum of all scores, what leaving no token would cost without damage.
 _SPARED = 1e-6
 
@@ -62,11 +67,30 @@ class Damages:
         return cls(tuple(data["tokens"]), np.array(data["loss"], dtype=np.float64))
 
     def at(self, block: int, tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Between the measured numbers linear; beyond the fewest it goes on as it came there."""
+        """Between the measured numbers linear; beyond the fewest it goes on as it came there; where fewer are gone than
+        was measured, a power of how many, since the first are the most alike."""
         known, loss = np.array(self.tokens[::-1], dtype=float), self.loss[block][::-1]
-        inside = np.interp(tokens, known, loss)
+        found = np.interp(tokens, known, loss)
         slope = (loss[0] - loss[1]) / (known[1] - known[0])
-        return np.where(tokens < known[0], loss[0] + slope * (known[0] - tokens), inside)
+        found = np.where(tokens < known[0], loss[0] + slope * (known[0] - tokens), found)
+        if len(known) < 3 or loss[-2] <= 0:
+            return found
+        first, second = known[-1] - known[-2], known[-1] - known[-3]
+        power = max(1.0, float(np.log(loss[-3] / loss[-2]) / np.log(second / first)))
+        return np.where(tokens > known[-2], loss[-2] * ((known[-1] - tokens) / first) ** power, found)
+
+    def step(
+        self, block: int, prefix: int, before: NDArray[np.float64], after: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Of going on from ``before`` tokens, ``prefix`` of which never merge, to ``after`` of them at a block."""
+        less = np.maximum(self.at(block, after) - self.at(block, before), 0)
+        anew = self.at(block, prefix + (self.tokens[0] - prefix) * (after - prefix) / (before - prefix))
+        return np.sqrt(less * np.maximum(anew, 0))
+
+    def of(self, schedule: Sequence[int], prefix: int) -> float:
+        """Of all steps of a schedule."""
+        steps = enumerate(pairwise((self.tokens[0], *schedule)))
+        return sum(float(self.step(i, prefix, np.array(before), np.array(after))) for i, (before, after) in steps)
 
 
 @torch.no_grad()
@@ -148,8 +172,17 @@ def best_schedule(
         costs: at any schedule.
         damage: in the unit of ``scores``.
     """
-    offered = offers(structure, scores, sizes_of(structure, align))
-    return _used_up(costs, fraction, *_around(_Path(offered, costs, damage), fraction * costs.total))
+    path = _Path(offers(structure, scores, sizes_of(structure, align)), costs, damage)
+    within, above, tried = _around(path, fraction * costs.total)
+
+    def worth(schedule: tuple[int, ...]) -> float:
+        try:
+            plan = search_all(structure, scores, [Budget(costs.at(schedule), fraction)], align)
+        except UserError:
+            return -np.inf
+        return kept_score(structure, scores, plan) - damage.of(schedule, costs.stack.prefix)
+
+    return max([_used_up(costs, fraction, within, above), *tried], key=worth)
 
 
 def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, damage: Damages) -> tuple[int, ...]:
@@ -162,7 +195,8 @@ def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, dam
     # With one choice for each group, what it is worth does not matter.
     alike = {g.name: torch.ones(g.units) for g in structure.groups}
     path = _Path(offers(structure, alike, whole), costs, damage)
-    schedule = _used_up(costs, fraction, *_around(path, fraction * costs.total))
+    within, above, _ = _around(path, fraction * costs.total)
+    schedule = _used_up(costs, fraction, within, above)
     least = costs.at(schedule).of(Plan({})) / costs.total
     if least > fraction:
         raise UserError(
@@ -172,9 +206,10 @@ def share_schedule(structure: Structure, costs: TokenCosts, fraction: float, dam
     return schedule
 
 
-def _around(path: "_Path", limit: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The schedule at the lowest price per FLOP at which the budget is met, and that at the highest at which it is
-    not."""
+def _around(path: "_Path", limit: float) -> tuple[tuple[int, ...], tuple[int, ...], list[tuple[int, ...]]]:
+    """The schedule at the lowest price per FLOP at which the budget is met, that at the highest at which it is not, and
+    all that are the best at a price in between or not far from it: what is best under the budget lies at no price of
+    its own where losses are not convex."""
     low, high = 0.0, 1.0
     within, above = path.at_price(high / limit), path.at_price(0.0)
     while within[1] > limit and high < 1e30:
@@ -187,7 +222,8 @@ def _around(path: "_Path", limit: float) -> tuple[tuple[int, ...], tuple[int, ..
             low, above = price, found
         else:
             high, within = price, found
-    return within[0], above[0]
+    near = [path.at_price(high * factor / limit)[0] for factor in _NEAR]
+    return within[0], above[0], list(dict.fromkeys([above[0], *near]))
 
 
 def _used_up(costs: TokenCosts, fraction: float, within: tuple[int, ...], above: tuple[int, ...]) -> tuple[int, ...]:
@@ -197,11 +233,8 @@ def _used_up(costs: TokenCosts, fraction: float, within: tuple[int, ...], above:
     for step in range(_BETWEEN + 1):
         part = step / _BETWEEN
         schedule = tuple(ceil(part * high + (1 - part) * low) for low, high in zip(within, above, strict=True))
-        flops = costs.at(schedule).of(Plan({}))
-        if costs.stack.possible(schedule) and flops <= limit:
+        if costs.stack.possible(schedule) and costs.at(schedule).of(Plan({})) <= limit:
             found = schedule
-            if flops >= limit - BUDGET_WINDOW * costs.total:
-                break
     return found
 
 
@@ -220,7 +253,9 @@ class _Path:
         # Merging what is padding only costs nothing: of schedules without damage more tokens are a little better, the
         # more so the fewer there are, for all of them to be the best at some price.
         spared = _SPARED * (1 - levels / stack.tokens) ** 2
-        self.damage = np.stack([damage.at(i, levels.astype(float)) for i in range(len(stack.blocks))]) / scale + spared
+        before, after = np.meshgrid(levels.astype(float), levels.astype(float), indexing="ij")
+        steps = [damage.step(i, stack.prefix, before, np.minimum(before, after)) for i in range(len(stack.blocks))]
+        self.lost = np.stack(steps) / scale + np.maximum(spared[None, :] - spared[:, None], 0)
         # Wherever tokens merge they are compared by whole heads here; the units then found may have narrower ones.
         features = [costs.widths[key.group] if key else 0 for key in stack.keys]
         self.merging = np.zeros((len(stack.blocks), len(levels), len(levels)))
@@ -242,8 +277,7 @@ class _Path:
         value[start] = 0.0
         came: list[NDArray[np.int64]] = []
         for block in range(len(gain)):
-            lost = np.maximum(self.damage[block][None, :] - self.damage[block][:, None], 0)
-            step = value[:, None] - lost - price * self.merging[block] + gain[block][None, :]
+            step = value[:, None] - self.lost[block] - price * self.merging[block] + gain[block][None, :]
             step[~self.possible] = -np.inf
             came.append(step.argmax(axis=0))
             value = step.max(axis=0)
