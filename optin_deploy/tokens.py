@@ -3,7 +3,8 @@
 Bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3): the tokens behind
 the protected prefix (class, distillation and register tokens) are dealt in turn into sets A and B; the ``count`` tokens
 of A that are most similar to one of B are merged into it, averages being weighted by how many tokens each one stands
-for. Among equals the earlier token is taken. What is left stands in the order prefix, rest of A, B.
+for. Among equals the earlier token is taken. What is left stands in the order prefix, rest of A, B, each as it stood:
+in an order by similarity, rounding would swap neighbours, and other tokens would be dealt into A the next time.
 
 Tokens are looked up as rows of a table, added up by products with matrices of zeros and ones, and ranked by comparing
 each with each: every runtime has fast lookups and products, few have a fast scatter or gather whole tokens by elements,
@@ -22,7 +23,7 @@ class Matching:
     """Which tokens merge.
 
     Attributes:
-        staying: int64 ``(batch, prefix + |A| - count)``, the prefix and what stays of A, the most similar first.
+        staying: int64 ``(batch, prefix + |A| - count)``, the prefix and what stays of A.
         leaving: int64 ``(batch, count)``, the tokens of A that merge.
         joining: ``(batch, |B|, count)``, 1 at the token of B that each of those merges into.
         moved: int64 ``(batch, tokens)``, where each token is afterwards.
@@ -52,16 +53,18 @@ def matching(metric: Tensor, prefix: int, count: int) -> Matching:
     # Of an odd number of tokens B gets the last one, so that every token of A has a neighbour on both sides.
     a, b = directions[:, 1::2], directions[:, 0::2]
     similarity, nearest = (a @ b.transpose(1, 2)).max(dim=-1)
-    rank = ranks(similarity)
     size_a, kept = a.shape[1], a.shape[1] - count
-    ranked = (rank[:, None, :] == torch.arange(size_a, device=device)[:, None]).to(dtype).argmax(-1)
-    places_b = torch.arange(b.shape[1], device=device)
-    joining = nearest.gather(1, ranked[:, :count])[:, None, :] == places_b[:, None]
-    a_moved = prefix + torch.where(rank < count, kept + nearest, rank - count)
-    b_moved = (prefix + kept + places_b).expand(batch, -1)
+    leaves = ranks(similarity) < count
+    index_a, index_b = torch.arange(size_a, device=device), torch.arange(b.shape[1], device=device)
+    gone = (leaves[:, None, :] & (index_a < index_a[:, None])).sum(-1)
+    place = torch.where(leaves, gone, count + index_a - gone)
+    placed_a = (place[:, None, :] == index_a[:, None]).to(dtype).argmax(-1)
+    joining = nearest.gather(1, placed_a[:, :count])[:, None, :] == index_b[:, None]
+    a_moved = prefix + torch.where(leaves, kept + nearest, place - count)
+    b_moved = (prefix + kept + index_b).expand(batch, -1)
     before = torch.arange(prefix, device=device).expand(batch, -1)
     moved = torch.cat([before, _dealt(a_moved, b_moved)], dim=1)
-    tokens_a = prefix + 1 + 2 * ranked
+    tokens_a = prefix + 1 + 2 * placed_a
     staying = torch.cat([before, tokens_a[:, count:]], dim=1)
     return Matching(prefix, staying, tokens_a[:, :count], joining.to(dtype), moved)
 

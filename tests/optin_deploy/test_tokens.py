@@ -40,7 +40,7 @@ def slowly(metric: Tensor, prefix: int, count: int) -> list[list[int]]:
     by = sorted(a, key=lambda i: -float(F.cosine_similarity(metric[i], metric[similar[i]], dim=0)))
     leaving = set(by[:count])
     joined = [[j, *(i for i in a if i in leaving and similar[i] == j)] for j in b]
-    return [[i] for i in range(prefix)] + [[i] for i in by[count:]] + joined
+    return [[i] for i in range(prefix)] + [[i] for i in a if i not in leaving] + joined
 
 
 @given(sizes=COUNTS)
