@@ -32,6 +32,7 @@ from optin_deploy.engine_parity import check_engine_parity, checkable_engines
 from optin_deploy.engines import build_engines, more_builds, wanted_engines
 from optin_deploy.files import tell_written
 from optin_deploy.job import Job, is_measurable
+from optin_deploy.near_ties import alternatives
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.parts import narrow_widths, own_flops, places
 from optin_deploy.progress import Advance, Stages, as_steps
@@ -101,10 +102,9 @@ def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> 
     # TF32 is a way of GPUs to compute a file in float32: on a CPU the file has to be as exact as that is.
     tolerance = parity_tolerance(recipe) if recipe.precision != "tf32" else PARITY_TOLERANCES["fp32"]
     module, names = TensorOutputs(network.module, network.outputs), tuple(network.outputs)
+    batches = parity_batches(network, held_out, recipe.precision)
     with runnable_on_cpu(onnx, recipe.precision) as file:
-        return check_parity(
-            module, file, parity_batches(network, held_out, recipe.precision), names, tolerance, recipe.threads
-        )
+        return check_parity(module, file, batches, names, tolerance, recipe.threads, alternatives(network))
 
 
 def parity_tolerance(recipe: Recipe) -> float:
@@ -146,6 +146,8 @@ def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, A
             "max_abs_reference": p.max_abs_reference,
             "tolerance": p.tolerance,
             "passed": p.passed,
+            "samples": p.samples,
+            "near_ties": p.near_ties,
         }
         for p in parity
     ]

@@ -246,7 +246,11 @@ class Evaluation(_Value):
 
 
 class Parity(_Value):
-    """How far one output of one network's ONNX file, or of its engine, is from torch's; ``runtime`` ran it."""
+    """How far one output of one network's ONNX file, or of its engine, is from torch's; ``runtime`` ran it.
+
+    Of all ``samples`` compared, rounding decided in ``near_ties`` which tokens merge: there torch had to decide the
+    same way before it was compared.
+    """
 
     variant: VariantName
     runtime: str = "ort-cpu"
@@ -255,6 +259,8 @@ class Parity(_Value):
     max_abs_reference: float
     tolerance: float
     passed: bool
+    samples: int = 0
+    near_ties: int = 0
 
 
 class InputRange(_Value):
