@@ -10,7 +10,8 @@
   dense ones, and its ONNX files in turns with the dense one.
 - texts: MiniLM in the three ways, judged on STS-B dev.
 - schedules: vit_small_saliency with all units and fewer tokens: merging as the search has it, before every block alike,
-  before three blocks (those behind a quarter, half and three quarters), and leaving out what would merge.
+  before three blocks (those behind a quarter, half and three quarters), and leaving out what would merge. ``predicted``
+  is what the search takes a schedule to lose.
 - overhead: deit_small with random weights, at batch 8: dense, merging 13 tokens a block, leaving out as many instead,
   and τ at half of the FLOPs (half of what is removed by tokens) take turns. What merging takes beyond leaving out,
   against the dense time, is its overhead.
@@ -161,8 +162,10 @@ def schedules(given: Namespace) -> Iterator[Row]:
             blocks = dict(made.named_children())
             setattr(module.get_submodule(parent), name, kind(blocks, stack, schedule, made.heads).eval())
             flops = count_flops(module, network.inputs) / anatomy.costs.total
-            row = {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}
-            yield {**row, **case.measure(module), "speed": {}}
+            row = {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule), "speed": {}}
+            if kind is MergingBlocks:
+                row["predicted"] = damage.of(schedule, stack.prefix)
+            yield {**row, **case.measure(module)}
 
 
 def alike(costs: TokenCosts, asked: float, blocks: Iterable[int]) -> tuple[int, ...]:
@@ -286,7 +289,12 @@ def table(rows: list[Row]) -> Table:
     made = Table(*("part", "way", "FLOPs", "speed-up, batch 1", "batch 8", "correlation", ""), box=None)
     for row in rows:
         speed = [_interval(row["speed"][size]) if size in row["speed"] else "" for size in ("1", "8")]
-        extra = {"overhead": "of the dense time is merging", "realised": "realised", "ours": "× as fast is ours"}
+        extra = {
+            "overhead": "of the dense time is merging",
+            "realised": "realised",
+            "ours": "× as fast is ours",
+            "predicted": "predicted",
+        }
         told = [f"{_value(row[key])} {words}" for key, words in extra.items() if key in row]
         correlation = next((f"{row[k]:.4f}" for k in ("correlation", "similarity correlation") if k in row), "")
         made.add_row(row["part"], row["way"], f"{row['flops']:.3f}", *speed, correlation, "; ".join(told))
