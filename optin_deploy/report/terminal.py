@@ -61,7 +61,11 @@ def exported_view(exported: Exported) -> Group:
 
 
 def _errors(parity: tuple[OutputParity, ...]) -> str:
-    return ", ".join(f"{p.output} {p.max_abs_error:.1e}" for p in parity)
+    told = ", ".join(f"{p.output} {p.max_abs_error:.1e}" for p in parity)
+    most = max(parity, key=lambda p: p.near_ties, default=None)
+    if most is None or not most.near_ties:
+        return told
+    return f"{told} ({most.near_ties} of {most.samples} samples with other tokens merged, where rounding decides)"
 
 
 def _banner(banner: wording.Banner) -> Panel:

@@ -110,3 +110,64 @@ def test_outputs_computed_elsewhere_are_compared_alike(bert: Any, bert_onnx: Pat
     assert not off.passed and off.max_abs_error == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(ExportError, match="there is no output other among logits"):
         compare_outputs(bert.module, outputs, bert.batches, ["other"])
+
+
+class Decides(torch.nn.Module):
+    """Gives the sign of the sum of a sample, and what is half of it; which sign 0 has is open."""
+
+    def __init__(self, of_zero: float = 1.0) -> None:
+        super().__init__()
+        self.of_zero = of_zero
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x.sum(1, keepdim=True)
+        sign = torch.where(total == 0, self.of_zero, total.sign())
+        return sign, sign / 2
+
+
+def either(sample: Any) -> tuple[torch.Tensor, ...]:
+    """What `Decides` may give for one sample."""
+    assert sample["x"].shape[0] == 1
+    pairs = [Decides(of_zero)(**sample) for of_zero in (1.0, -1.0)]
+    return tuple(torch.cat(outputs) for outputs in zip(*pairs, strict=True))
+
+
+UNDECIDED = [{"x": torch.tensor([[1.0, 2.0], [1.0, -1.0], [-3.0, 1.0]])}, {"x": torch.tensor([[0.0, 0.0]])}]
+
+
+def given(of_zero: float = -1.0) -> list[dict[str, Any]]:
+    """What another runtime gives for `UNDECIDED`."""
+    return [dict(zip("ab", (t.numpy() for t in Decides(of_zero)(**batch)), strict=True)) for batch in UNDECIDED]
+
+
+def test_a_sample_that_rounding_decides_is_compared_with_the_same_decision() -> None:
+    without = compare_outputs(Decides(), given(), UNDECIDED, ("a", "b"))
+    assert [(p.passed, p.max_abs_error, p.near_ties) for p in without] == [(False, 2.0, 0), (False, 1.0, 0)]
+    found = compare_outputs(Decides(), given(), UNDECIDED, ("a", "b"), alternatives=either)
+    assert [(p.passed, p.max_abs_error, p.near_ties, p.samples) for p in found] == [(True, 0.0, 2, 4)] * 2
+    # What agrees as it is needs no alternative.
+    agree = compare_outputs(Decides(), given(1.0), UNDECIDED, ("a", "b"), alternatives=either)
+    assert [(p.passed, p.near_ties) for p in agree] == [(True, 0)] * 2
+
+
+def test_no_alternative_excuses_another_error() -> None:
+    def failing(outputs: list[dict[str, Any]]) -> list[tuple[float, int]]:
+        found = compare_outputs(Decides(), outputs, UNDECIDED, ("a", "b"), alternatives=either)
+        assert not all(p.passed for p in found)
+        return [(p.max_abs_error, p.near_ties) for p in found]
+
+    # An undecided sample that is neither the one nor the other, a decided one, and what is not finite.
+    for batch, row, value in ((0, 1, -1.001), (0, 0, -1.0), (1, 0, float("nan"))):
+        outputs = given()
+        outputs[batch]["a"] = outputs[batch]["a"].copy()
+        outputs[batch]["a"][row] = value
+        (error, near_ties), _ = failing(outputs)
+        assert near_ties == 1 + (row == 0 and batch == 0)
+        assert error > 5e-4
+    # Outputs that were decided differently.
+    outputs = given()
+    outputs[1]["b"] = -outputs[1]["b"]
+    assert failing(outputs) == [(2.0, 1), (0.0, 1)]
+    outputs = given()
+    outputs[1]["a"] = outputs[1]["a"][:, :0]
+    assert failing(outputs)[0][0] == float("inf")

@@ -141,6 +141,14 @@ def test_a_real_engine_passes(tmp_path: Path, runtime: str) -> None:
 
 
 def test_the_gate_tells_which_product_is_off() -> None:
-    row = {"variant": "pruned", "output": "y", "max_abs_error": 0.5, "passed": False}
+    row = {"variant": "pruned", "output": "y", "max_abs_error": 0.5, "passed": False, "samples": 12, "near_ties": 0}
     gate = _parity_gate([{**row, "runtime": "rtx"}, row])
     assert gate["detail"] == "pruned y with TensorRT for RTX is off by 5.0e-01; pruned y is off by 5.0e-01"
+
+
+def test_the_gate_tells_where_rounding_decided() -> None:
+    row = {"variant": "pruned", "output": "y", "max_abs_error": 1e-6, "passed": True, "samples": 12}
+    gate = _parity_gate([{**row, "near_ties": 0}, {**row, "near_ties": 2}])
+    assert gate["passed"]
+    told = "2 of 12 samples compared with other tokens merged, where rounding decides"
+    assert gate["detail"] == f"largest error 1.0e-06 on held-out inputs; {told}"

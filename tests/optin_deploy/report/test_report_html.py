@@ -229,3 +229,11 @@ def test_pictures_stand_in_the_page_and_nothing_else_can(data: dict[str, Any]) -
     data["pictures"][0]["dense"] = 'iVBORw0KGgo" onerror="alert(1)'
     with pytest.raises(ValidationError):
         Report.model_validate(data)
+
+
+def test_parity_tells_in_how_many_samples_rounding_decided(data: dict[str, Any]) -> None:
+    assert "Decided by rounding" not in render(Report.model_validate(data))
+    data["parity"][1] |= {"samples": 12, "near_ties": 2}
+    page = render(Report.model_validate(data))
+    rows = page[page.index("Parity of the exported files") :].split("</table>")[0]
+    assert "<th>Decided by rounding</th>" in rows and "<td>2 of 12</td>" in rows and "<td>0 of 0</td>" in rows
