@@ -17,7 +17,7 @@ from optin_deploy.account import (
     Row,
     is_fused,
 )
-from optin_deploy.parts import ATTENTION, CONVOLUTION, EMBEDDING, FFN, HEAD, LEFT_DENSE, NORMS, OTHER
+from optin_deploy.parts import ATTENTION, CONVOLUTION, EMBEDDING, FFN, HEAD, LEFT_DENSE, MERGING, NORMS, OTHER
 from optin_deploy.report.numbers import significant
 
 STEP = 16
@@ -50,12 +50,14 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
         return ()
     launches = _launches(account)
     rest = [cell for cell in account.cells if not (launches and _tiny(cell))]
+    told_by_operator = [cell for cell in rest if cell.place.part != MERGING]
     found = [
         launches,
         _outside_blocks(account, rest),
         _left_dense(account, rest),
         _norms(account, rest),
-        *(_built(account, rest) if account.compiled else _by_operator(account, rest, widths)),
+        _merging(account, rest),
+        *(_built(account, rest) if account.compiled else _by_operator(account, told_by_operator, widths)),
     ]
     worth = _WORTH_TELLING * account.measured_ms[0]
     told = [cause for cause in found if cause is not None and cause.lost_ms >= worth]
@@ -144,6 +146,17 @@ def _norms(account: Account, cells: Sequence[Cell]) -> Cause | None:
         _lost(account, dense, pruned),
         f"Norms and residual additions take {_of_pruned(account, pruned)} and {_change(dense, pruned)}: they work on "
         "the residual stream, which is as wide as before.",
+    )
+
+
+def _merging(account: Account, cells: Sequence[Cell]) -> Cause | None:
+    dense, pruned = _sums(cell for cell in cells if cell.place.part == MERGING)
+    if not pruned:
+        return None
+    return Cause(
+        _lost(account, dense, pruned),
+        f"Merging tokens takes {_of_pruned(account, pruned)}: comparing them, adding up those that leave, and giving "
+        "all back behind the last block.",
     )
 
 

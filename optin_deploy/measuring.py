@@ -34,7 +34,7 @@ from optin_deploy.files import tell_written
 from optin_deploy.job import Job, is_measurable
 from optin_deploy.near_ties import alternatives
 from optin_deploy.network import Network, TensorOutputs
-from optin_deploy.parts import narrow_widths, own_flops, places
+from optin_deploy.parts import merging_places, narrow_widths, own_flops, places
 from optin_deploy.progress import Advance, Stages, as_steps
 from optin_deploy.recipe import Recipe
 from optin_deploy.structure.describe import describe
@@ -254,7 +254,9 @@ def _layers(
     """The account of where the time goes, for the case that each runtime is judged by; or why there is none."""
     recipe, dense = job.recipe, job.network
     where = places(dense.module, job.anatomy.structure)
-    flops = [own_flops(n.module, n.inputs, where) for n in (dense, small)]
+    merging = merging_places(small.module)
+    flops = [own_flops(dense.module, dense.inputs, where), own_flops(small.module, small.inputs, {**where, **merging})]
+    where |= merging
     widths = narrow_widths(describe(small.module, small.inputs))
     sample = {name: t[:1].numpy() for name, t in dense.inputs.items()}
     batch_size = recipe.headline_batch_size

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from optin_deploy.costs import flops_by_module
 from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.merging_blocks import MergingBlocks
 
 ATTENTION, FFN, CONVOLUTION, LEFT_DENSE = "attention", "FFN", "convolutions", "left dense"
-NORMS, EMBEDDING, HEAD, OTHER = "norms and residual", "embedding", "head", "other"
-PARTS = (ATTENTION, FFN, CONVOLUTION, LEFT_DENSE, NORMS, EMBEDDING, HEAD, OTHER)
+NORMS, MERGING, EMBEDDING, HEAD, OTHER = "norms and residual", "merging tokens", "embedding", "head", "other"
+PARTS = (ATTENTION, FFN, CONVOLUTION, LEFT_DENSE, NORMS, MERGING, EMBEDDING, HEAD, OTHER)
 """In the order in which they are told."""
 
 _OF_KIND = {"head": ATTENTION, "width": ATTENTION, "neuron": FFN, "channel": CONVOLUTION}
@@ -40,6 +41,11 @@ def places(module: nn.Module, structure: Structure) -> dict[str, Place]:
         for owner in group.owners:
             found[owner] = Place(_OF_KIND[group.kind], structure.blocks[group.layer])
     return found
+
+
+def merging_places(module: nn.Module) -> dict[str, Place]:
+    """The same of what merges tokens between the blocks of a pruned network."""
+    return {name: Place(MERGING) for name, part in module.named_modules() if isinstance(part, MergingBlocks)}
 
 
 def own_flops(module: nn.Module, inputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:

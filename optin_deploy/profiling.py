@@ -15,7 +15,7 @@ from optin_deploy.latency.measure import Target, export_network, measure_network
 from optin_deploy.latency.stacks import part_name
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
-from optin_deploy.parts import PARTS, places
+from optin_deploy.parts import PARTS, merging_places, places
 from optin_deploy.progress import Advance, Stages, as_steps
 from optin_deploy.pruning import examine
 from optin_deploy.recipe import Recipe
@@ -158,7 +158,7 @@ def profile_network(network: Network, target: Target, seconds: float, progress: 
         ProfilingError: the runtime failed.
     """
     sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
-    where = places(network.module, examine(network).structure)
+    where = places(network.module, examine(network).structure) | merging_places(network.module)
 
     def part_of(row: LayerRow) -> str:
         return where[row.module].part if row.module in where else OTHER

@@ -29,6 +29,7 @@ from optin_deploy.parts import (
     FFN,
     HEAD,
     LEFT_DENSE,
+    MERGING,
     NORMS,
     OTHER,
     Place,
@@ -47,6 +48,7 @@ PLACES = {
     "blocks.0.mlp": Place(FFN, "blocks.0"),
     "blocks.0.gate": Place(LEFT_DENSE, "blocks.0"),
     "head": Place(HEAD),
+    "blocks": Place(MERGING),
 }
 DENSE_FLOPS = {"": 0, "stem": 10, "blocks.0.attn": 300, "blocks.0.mlp": 690}
 HALF_FLOPS = {"": 0, "stem": 10, "blocks.0.attn": 150, "blocks.0.mlp": 340}
@@ -123,6 +125,14 @@ def test_norms_and_residual() -> None:
     extra = {("blocks.0", "LayerNormalization"): 5.0, ("blocks.0", "Add"): 5.0}
     cause = only(causes(with_ideal(extra, extra), {}))
     assert cause.sentence.startswith("Norms and residual additions take 10.0 of 54.6 ms and did not shrink")
+
+
+def test_merging_tokens_is_told_by_itself() -> None:
+    found = with_ideal({}, {("blocks", "Gather"): 3.0, ("blocks", "MatMul"): 2.0})
+    cause = only(causes(found, {}))
+    assert cause.sentence.startswith("Merging tokens takes 5.00 of 49.6 ms: comparing them")
+    assert cause.lost_ms == pytest.approx(5)
+    assert [(row.name, row.dense_ms, row.pruned_ms) for row in found.parts if row.name == MERGING] == [(MERGING, 0, 5)]
 
 
 def test_products_say_their_speeds() -> None:

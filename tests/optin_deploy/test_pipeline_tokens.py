@@ -14,7 +14,9 @@ from exporters import EngineConfig, build_engine, check_engine, input_ranges
 from optin_deploy import checkpoint, pipeline
 from optin_deploy.calibration import from_batches
 from optin_deploy.errors import UserError
+from optin_deploy.parts import MERGING
 from optin_deploy.pipeline import Result, prune_export
+from optin_deploy.profiling import run_profile
 from optin_deploy.recipe import Recipe, check_options, make_recipe
 from optin_deploy.report import read_report
 from optin_deploy.report.html import render
@@ -71,6 +73,18 @@ def test_the_report_tells_of_tokens(result: Result) -> None:
     assert tokens == [(f"blocks.{i}", 17, kept) for i, kept in enumerate(SCHEDULE)]
     assert all(gate.passed for gate in report.gates) and {gate.name for gate in report.gates} == {"budget", "parity"}
     assert "Tokens that enter each block" in render(report)
+    parts = {row.name: row for row in report.layers[0].parts}
+    assert parts[MERGING].pruned_ms > 0 and parts[MERGING].dense_ms == 0
+    assert parts[MERGING].pruned_flops > 0 and parts[MERGING].dense_flops == 0
+    assert min(row.dense_flops for row in parts.values()) >= 0 and min(row.pruned_flops for row in parts.values()) >= 0
+
+
+def test_a_profile_of_what_merges_tells_what_merging_takes(result: Result) -> None:
+    recipe = Recipe(
+        model=str(result.directory / "checkpoint"), batch_size=2, threads=1, profile_seconds=0.5, table_seconds=0.3
+    )
+    times = {part.name: part.ms for part in run_profile(recipe, quiet=True).parts}
+    assert times[MERGING] > 0
 
 
 @pytest.mark.usefixtures("without_layers")
