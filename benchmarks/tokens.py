@@ -302,7 +302,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def _value(found: Any) -> str:
-    return _interval(found) if isinstance(found, Mapping) else f"{found:.3f}"
+    return _interval(found) if isinstance(found, Mapping) else f"{found:.3g}"
 
 
 def _interval(found: Mapping[str, float]) -> str:
