@@ -49,7 +49,9 @@ def matching(metric: Tensor, prefix: int, count: int) -> Matching:
         prefix: so many tokens at the beginning are protected.
     """
     batch, device, dtype = metric.shape[0], metric.device, metric.dtype
-    directions = F.normalize(metric[:, prefix:], dim=-1)
+    # In half precision most similar tokens would tie.
+    exact = metric[:, prefix:].to(torch.promote_types(dtype, torch.float32))
+    directions = F.normalize(exact, dim=-1)
     # Of an odd number of tokens B gets the last one, so that every token of A has a neighbour on both sides.
     a, b = directions[:, 1::2], directions[:, 0::2]
     similarity, nearest = (a @ b.transpose(1, 2)).max(dim=-1)

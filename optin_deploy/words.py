@@ -24,7 +24,9 @@ def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Ten
         prefix: so many tokens at the beginning are protected.
         count: at most half of those behind the prefix.
     """
-    directions, real = F.normalize(metric[:, prefix:], dim=-1), sizes[:, prefix:, 0] > 0
+    # In half precision most similar words would tie.
+    exact = metric[:, prefix:].to(torch.promote_types(metric.dtype, torch.float32))
+    directions, real = F.normalize(exact, dim=-1), sizes[:, prefix:, 0] > 0
     index = torch.arange(directions.shape[1], device=metric.device)
     in_a = index % 2 == 1
     possible = in_a[:, None] & ~in_a & real[:, None, :]

@@ -110,3 +110,14 @@ def test_biases_follow_the_tokens_that_are_left() -> None:
     assert found.shape == (3, 3, 8, 8)
     for sample, head, i, j in product(range(3), range(3), range(8), range(8)):
         assert found[sample, head, i, j] == biases[0, head, places[i][sample], places[j][sample]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_same_tokens_match(dtype: torch.dtype) -> None:
+    """Those that float32 would match of the same numbers, though most similarities round to the same."""
+    _, metric, _ = drawn(64)
+    low = (1 + 0.03 * metric).to(dtype)
+    found, expected = matching(low, 1, 12), matching(low.float(), 1, 12)
+    assert torch.equal(found.moved, expected.moved) and found.joining.dtype == dtype
+    directions = F.normalize(low, dim=-1)
+    assert (directions @ directions.transpose(1, 2)).unique().numel() < 30

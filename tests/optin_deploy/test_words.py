@@ -71,3 +71,9 @@ def test_flops_are_those_of_the_products() -> None:
     # 6 of 9 tokens are left, each a sum over all, of 5 features and a size.
     assert word_merging_flops(9, 3, 5) == 2 * 6 * 9 * 6
     assert word_merging_flops(9, 0, 5) == 0
+
+
+def test_in_half_precision_the_same_words_match() -> None:
+    _, metric, sizes = drawn(40, 36)
+    low = (1 + 0.03 * metric).half()
+    assert torch.equal(word_matching(low, sizes.half(), 1, 12), word_matching(low.float(), sizes, 1, 12))
