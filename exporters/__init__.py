@@ -15,7 +15,7 @@ from exporters.engine import (
 )
 from exporters.errors import ExportError
 from exporters.onnx import onnx_from_program
-from exporters.parity import OnnxModule, OutputParity, check_parity, compare_outputs
+from exporters.parity import Alternatives, OnnxModule, OutputParity, check_parity, compare_outputs
 from exporters.precision import PARITY_TOLERANCES, Precision, in_precision, runnable_on_cpu
 from exporters.quantization import is_quantized, onnx_in_precision
 from exporters.tracing import DynamicAxes, save_program, trace
@@ -23,6 +23,7 @@ from exporters.tracing import DynamicAxes, save_program, trace
 __all__ = [
     "BUILDERS",
     "PARITY_TOLERANCES",
+    "Alternatives",
     "DynamicAxes",
     "EngineConfig",
     "EngineInfo",

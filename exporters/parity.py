@@ -56,7 +56,7 @@ def check_parity(
     A batch maps forward's argument names to tensors; let batches differ in batch size and sequence length. An output
     passes when its largest absolute error is at most tolerance × max(1, its largest absolute reference value), each
     over all batches. A sample that is further off is compared with the nearest of its `alternatives` instead, if that
-    is within the tolerance in all outputs; the first axis of every input and output is then the batch. `threads` limits
+    is within the tolerance in all outputs; outputs without the batch as their first axis have none. `threads` limits
     ONNX Runtime's threads. Raises ExportError when ONNX Runtime is missing, cannot run the file, or the number of
     outputs is not that of `output_names`.
     """
@@ -172,7 +172,8 @@ def _settled(
     """The expected outputs with the nearest alternative of each sample that is further off than allowed, where there is
     one within that; and for how many samples there is."""
     found, near_ties = [output.copy() for output in expected], 0
-    if any(e.shape != a.shape for e, a in zip(expected, actual, strict=True)):
+    size = len(next(iter(batch.values())))
+    if any(e.shape != a.shape or e.shape[:1] != (size,) for e, a in zip(expected, actual, strict=True)):
         return found, near_ties
     apart = _apart(expected, actual, allowed)
     for sample in np.flatnonzero(~(apart <= 1)):

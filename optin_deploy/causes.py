@@ -50,14 +50,14 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
         return ()
     launches = _launches(account)
     rest = [cell for cell in account.cells if not (launches and _tiny(cell))]
-    told_by_operator = [cell for cell in rest if cell.place.part != MERGING]
+    inside = [cell for cell in rest if cell.place.part != MERGING]
     found = [
         launches,
         _outside_blocks(account, rest),
         _left_dense(account, rest),
         _norms(account, rest),
         _merging(account, rest),
-        *(_built(account, rest) if account.compiled else _by_operator(account, told_by_operator, widths)),
+        *(_built(account, inside) if account.compiled else _by_operator(account, inside, widths)),
     ]
     worth = _WORTH_TELLING * account.measured_ms[0]
     told = [cause for cause in found if cause is not None and cause.lost_ms >= worth]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from exporters.parity import Alternatives
+from exporters import Alternatives
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.merging_blocks import MergingBlocks
 

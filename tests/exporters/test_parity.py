@@ -171,3 +171,14 @@ def test_no_alternative_excuses_another_error() -> None:
     outputs = given()
     outputs[1]["a"] = outputs[1]["a"][:, :0]
     assert failing(outputs)[0][0] == float("inf")
+
+
+def test_outputs_without_a_batch_have_no_alternatives() -> None:
+    class Total(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sum()
+
+    batch = {"x": torch.ones(2, 3)}
+    given = [{"total": torch.tensor(7.0).numpy()}]
+    (parity,) = compare_outputs(Total(), given, [batch], ["total"], alternatives=either)
+    assert (parity.passed, parity.max_abs_error, parity.near_ties) == (False, 1.0, 0)
