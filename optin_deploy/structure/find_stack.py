@@ -109,6 +109,8 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(block.forward).bind(*args, **kwargs)
         flat = {**given.arguments, **given.arguments.get("kwargs", {})}
+        if flat.get("past_key_values") is None:
+            flat.pop("cache_position", None)  # where tokens go in a cache: transformers 5.0 tells encoders, too
         for name, value in list(flat.items())[1:]:
             if isinstance(value, Tensor):
                 seen.setdefault(name, []).append(value)
