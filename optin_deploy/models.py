@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optin_deploy import checkpoint
 from optin_deploy.checkpoint import check_kinds
 from optin_deploy.errors import UserError
-from optin_deploy.libraries import UNFIT, initialised, ready, reason
+from optin_deploy.libraries import UNFIT, initialised, ready, reason, timm_files
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import cached_if_unreachable, read_origin
@@ -33,7 +33,8 @@ def load_network(
     """The network that ``model`` names, on the CPU, in fp32 and eval mode.
 
     Args:
-        model: a timm name or its short form, a transformers model id or local directory, or a checkpoint of our own.
+        model: a timm name or its short form, a transformers model id, a local directory that transformers or timm has
+            saved, or a checkpoint of our own.
         weights: "pretrained", "random", or a ``.safetensors`` file. A checkpoint of our own has its weights.
         image_size: pixels, for vision networks that can take other sizes than their own.
         sequence_length: tokens in the sample input, at most as many as the network has positions for.
@@ -50,8 +51,11 @@ def load_network(
         _check_forward(network)
         return network
     timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
+    saved = timm_files.saved(Path(model))
     if timm_name:
         network = _timm_network(timm_name, weights, image_size, seed)
+    elif saved:
+        network = _saved_timm_network(model, saved, weights, image_size, seed)
     else:
         network = _transformers_network(model, weights, image_size, sequence_length, seed)
     check_weights(network)
@@ -67,10 +71,10 @@ def check_weights(network: Network) -> None:
 
 
 def _timm_network(name: str, weights: str, image_size: int | None, seed: int) -> Network:
-    source = timm_models.source_of(name, image_size)
+    source = timm_models.source_of(name, image_size, timm_files.classes_in(name, Path(weights)))
     if weights == "pretrained":
         try:
-            with cached_if_unreachable():
+            with cached_if_unreachable(name):
                 module = timm_models.load_pretrained(source)
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -83,11 +87,29 @@ def _timm_network(name: str, weights: str, image_size: int | None, seed: int) ->
     return timm_models.network_of(module, source, weights)
 
 
+def _saved_timm_network(
+    model: str, saved: timm_files.Saved, weights: str, image_size: int | None, seed: int
+) -> Network:
+    _check_size_is_own(model, image_size)
+    own = weights == "pretrained"
+    if own and not saved.weights.is_file():
+        raise UserError(f"{model} holds no model.safetensors (pickles are never loaded): {_CHOICES}")
+    module = _initialised(saved.source, str(saved.weights) if own else weights, seed)
+    origin = read_origin(model, ()) if own else Origin()
+    return timm_models.network_of(module, saved.source, weights, saved.pretrained_cfg, origin)
+
+
+def _check_size_is_own(model: str, image_size: int | None) -> None:
+    if image_size is not None:
+        raise UserError(
+            f"--image-size {image_size} is for models named as timm does; {model} takes the size of its configuration"
+        )
+
+
 def _transformers_network(model: str, weights: str, image_size: int | None, sequence_length: int, seed: int) -> Network:
     config = _transformers_config(model)
-    if image_size is not None:
-        raise UserError(f"--image-size {image_size} is for timm models; {model} takes the size of its configuration")
-    with cached_if_unreachable():
+    _check_size_is_own(model, image_size)
+    with cached_if_unreachable(model):
         source = transformers_models.source_of(config)
         try:
             if weights == "pretrained":
@@ -116,11 +138,16 @@ def _transformers_config(model: str) -> object:
     if Path(model).is_dir() and not Path(model, "config.json").is_file():
         raise UserError(f"{model} is a directory without config.json (transformers) and without optin.json (our own)")
     try:
-        with cached_if_unreachable():
+        with cached_if_unreachable(model):
             return transformers_models.read_config(model)
     except (OSError, *UNFIT) as error:
         if Path(model).is_dir():
             raise UserError(f"{Path(model, 'config.json')} cannot be used: {reason(error)}") from error
+        if Path(model).is_file():
+            raise UserError(
+                f"--model {model} is a file: name the model that its weights are of, as in --model deit_small "
+                f"--weights {model}, or give a directory"
+            ) from error
         near = difflib.get_close_matches(model, timm_models.short_names(), n=3, cutoff=0.6)
         hint = f"did you mean {', '.join(near)}?" if near else "`optin-deploy models` lists what is supported"
         raise UserError(

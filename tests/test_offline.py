@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_models import save_images, save_shallow
+import pytest
+from tiny_models import save_bert, save_images, save_lines, save_shallow, texts
 
 # Every interpreter that finds this on its path reports what it is about to connect to, and is kept from it.
 GUARD = """
@@ -26,14 +27,20 @@ open(os.environ["GUARD_LOG"] + ".processes", "a").write("one\\n")
 """
 
 
-def test_a_run_on_local_files_opens_no_connection(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["ours", "transformers"])
+def test_a_run_on_local_files_opens_no_connection(of: str, tmp_path: Path) -> None:
     (tmp_path / "guard").mkdir()
     (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
-    save_shallow(tmp_path / "model")
-    save_images(tmp_path / "images", 9)
+    if of == "ours":
+        save_shallow(tmp_path / "model")
+        save_images(tmp_path / "samples", 9)
+    else:
+        save_bert(tmp_path / "model")
+        save_lines(tmp_path / "samples.txt", texts(9))
     log = tmp_path / "log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    arguments = ["--model", "model", "--calibration", "images", "--calibration-samples", "8", "--flops", "0.6"]
+    samples = "samples" if of == "ours" else "samples.txt"
+    arguments = ["--model", "model", "--calibration", samples, "--calibration-samples", "8", "--flops", "0.6"]
     quick = ["--runtimes", "ort-cpu", "--batch-sizes", "1", "--profile-seconds", "0.1", "--threads", "1", "--quiet"]
     paths = [str(tmp_path / "guard"), *sys.path]
 

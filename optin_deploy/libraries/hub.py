@@ -33,11 +33,14 @@ _CONNECT_SECONDS = 5.0
 
 
 @contextmanager
-def cached_if_unreachable() -> Iterator[None]:
-    """Let the hub's client use its cache only when the hub cannot be reached; it would else retry for a minute."""
+def cached_if_unreachable(model: str) -> Iterator[None]:
+    """Let the hub's client use its cache only when the hub cannot be reached; it would else retry for a minute.
+
+    For a local directory nobody is asked.
+    """
     offline = constants.HF_HUB_OFFLINE
     try:
-        constants.HF_HUB_OFFLINE = offline or not _reachable()
+        constants.HF_HUB_OFFLINE = offline or Path(model).is_dir() or not _reachable()
         yield
     finally:
         constants.HF_HUB_OFFLINE = offline

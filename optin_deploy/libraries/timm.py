@@ -1,6 +1,7 @@
 """Networks from timm, by name."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -47,7 +48,7 @@ def prunable_names() -> list[str]:
 
 def _build_arguments(source: Source) -> dict[str, Any]:
     """What timm builds the module with: a network that takes pictures of any size is not told their size."""
-    fixed = source.name.partition(".")[0] not in timm.list_models(module="resnet")
+    fixed = not any(source.name.partition(".")[0] in timm.list_models(module=m) for m in ("resnet", *_CNNS))
     return {name: value for name, value in source.arguments.items() if fixed or name != "img_size"}
 
 
@@ -65,14 +66,15 @@ def build(source: Source) -> nn.Module:
         raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {reason}") from error
 
 
-def source_of(name: str, image_size: int | None) -> Source:
-    """The source of a timm model; ``image_size`` in pixels where it differs from the model's own."""
+def source_of(name: str, image_size: int | None, classes: int | None = None) -> Source:
+    """The source of a timm model; ``image_size`` in pixels and ``classes`` where they differ from the model's own."""
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: give a positive number of pixels")
     own = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    if image_size is None or (own is not None and own.input_size[-1] == image_size):
-        return Source("timm", name)
-    return Source("timm", name, {"img_size": image_size})
+    arguments = {} if classes is None else {"num_classes": classes}
+    if image_size is not None and (own is None or own.input_size[-1] != image_size):
+        arguments["img_size"] = image_size
+    return Source("timm", name, arguments)
 
 
 def load_pretrained(source: Source) -> nn.Module:
@@ -80,9 +82,19 @@ def load_pretrained(source: Source) -> nn.Module:
     return timm.create_model(source.name, pretrained=True, **_build_arguments(source)).eval()
 
 
-def network_of(module: nn.Module, source: Source, weights: str) -> Network:
-    """`Network` around a timm module; UserError when the image size does not fit it."""
-    config: dict[str, Any] = timm.data.resolve_data_config({}, model=module)
+def network_of(
+    module: nn.Module,
+    source: Source,
+    weights: str,
+    pretrained_cfg: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
+) -> Network:
+    """`Network` around a timm module; UserError when the image size does not fit it.
+
+    How pictures are prepared is said by ``pretrained_cfg``, else by what timm knows of the module; so is the origin.
+    """
+    known = dict(pretrained_cfg or getattr(module, "pretrained_cfg", None) or {})
+    config: dict[str, Any] = timm.data.resolve_data_config({}, pretrained_cfg=known)
     size = source.arguments.get("img_size")
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
     if size and (size % patch[0] or size % patch[1]):
@@ -107,10 +119,11 @@ def network_of(module: nn.Module, source: Source, weights: str) -> Network:
         weights=weights,
         logits="logits" if classifies else None,
         preprocessing=preprocessing,
-        origin=_origin(module) if weights == "pretrained" else Origin(),
+        origin=origin or _origin(known, weights),
     )
 
 
-def _origin(module: nn.Module) -> Origin:
-    known: Any = getattr(module, "pretrained_cfg", None) or {}
+def _origin(known: Mapping[str, Any], weights: str) -> Origin:
+    if weights != "pretrained":
+        return Origin()
     return Origin(base_model=known.get("hf_hub_id"), license=known.get("license"))

@@ -81,10 +81,17 @@ def test_pretrained_weights_out_of_reach() -> None:
 def test_hub_setting_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_reachable", lambda: False)
-    with pytest.raises(ZeroDivisionError), hub.cached_if_unreachable():
+    with pytest.raises(ZeroDivisionError), hub.cached_if_unreachable("some/model"):
         assert huggingface_hub.constants.HF_HUB_OFFLINE
         raise ZeroDivisionError
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_the_hub_is_not_asked_about_local_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_reachable", lambda: 1 / 0)
+    with hub.cached_if_unreachable(str(tmp_path)):
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 # timm
@@ -125,6 +132,12 @@ def test_wrong_weights_files(tmp_path: Path) -> None:
         assert str(path) in message
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_file_as_model(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").touch()
+    assert "--weights" in refusal(tmp_path / "mine.safetensors")
+
+
 @pytest.mark.parametrize("size", [0, -3, 225, 33, 8])
 def test_wrong_image_size(size: int) -> None:
     assert f"image size {size}" in refusal("test_vit", weights="random", image_size=size)
@@ -147,7 +160,7 @@ def test_names_listed_as_prunable() -> None:
 
 
 def test_image_size_for_models_that_take_none(tmp_path: Path) -> None:
-    assert "img_size" in refusal("test_efficientnet", weights="random", image_size=64)
+    assert "img_size" in refusal("test_convnext", weights="random", image_size=64)
     save_bert(tmp_path)
     assert "--image-size 64" in refusal(tmp_path, image_size=64)
 

@@ -1,0 +1,124 @@
+"""Networks of timm's in a user's files: a directory as timm saves it, and the classes that weights tell apart."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from optin_deploy.errors import UserError
+from optin_deploy.network import Source
+
+_Pixels = Annotated[int, Field(ge=1, le=10_000)]
+_Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A network in a directory of timm's.
+
+    Attributes:
+        source: what timm builds it with, the number of classes included.
+        pretrained_cfg: how its pictures are prepared, in timm's names.
+        weights: the file, which may be missing.
+    """
+
+    source: Source
+    pretrained_cfg: Mapping[str, Any]
+    weights: Path
+
+
+class _Preparing(BaseModel):
+    """What is read of ``pretrained_cfg``; what it does not say is the architecture's own."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    input_size: tuple[Literal[3], _Pixels, _Pixels] | None = None
+    mean: _Channels | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=2)] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = None
+
+
+class _Config(BaseModel):
+    """What is read of ``config.json``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    architecture: str
+    num_classes: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    model_args: dict[str, Any] = {}
+    pretrained_cfg: _Preparing = _Preparing()
+
+
+def saved(directory: Path) -> Saved | None:
+    """The network that timm's ``save_for_hf`` has written to ``directory``; None where that is no such directory.
+
+    Raises:
+        UserError: its ``config.json`` cannot be used.
+    """
+    path = directory / "config.json"
+    try:
+        told = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(told, dict) or "architecture" not in told or "model_type" in told:
+        return None
+    try:
+        config = _Config.model_validate(told)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if not timm.is_model(config.architecture):
+        raise UserError(f"{path}: timm {timm.__version__} has no architecture {config.architecture!r}")
+    return Saved(
+        source=Source("timm", config.architecture, _arguments(config, path)),
+        pretrained_cfg=_own(config.architecture) | config.pretrained_cfg.model_dump(exclude_none=True),
+        weights=directory / "model.safetensors",
+    )
+
+
+def _arguments(config: _Config, path: Path) -> dict[str, Any]:
+    arguments = dict(config.model_args)
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
+    told = config.pretrained_cfg.input_size or _own(config.architecture).get("input_size") or (3, 224, 224)
+    size = arguments.pop("img_size", None) or list(told[1:])
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
+    if not isinstance(height, int) or height != width:
+        raise UserError(f"{path}: pictures of size {size}: only square ones are prepared")
+    if height != (_own(config.architecture).get("input_size") or (3, 224, 224))[-1]:
+        arguments["img_size"] = height
+    return arguments
+
+
+def _own(architecture: str) -> dict[str, Any]:
+    known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    return known.to_dict() if known else {}
+
+
+def classes_in(name: str, weights: Path) -> int | None:
+    """How many classes the network ``name`` tells apart by a file of its weights, where they are other than timm's own.
+
+    A file without the head is one of a network that gives features: 0. None where the file is as timm's own, or cannot
+    be read, which loading it will tell.
+    """
+    own = _own(name)
+    heads = own.get("classifier")
+    head = heads if isinstance(heads, str) else next(iter(heads or ()), None)
+    if head is None or weights.suffix != ".safetensors" or not weights.is_file():
+        return None
+    try:
+        with safe_open(weights, framework="pt") as file:
+            tensors = {*file.keys()}
+            if f"{head}.weight" not in tensors:
+                return 0 if f"{own.get('first_conv')}.weight" in tensors else None
+            classes: int = file.get_slice(f"{head}.weight").get_shape()[0]
+    except (OSError, SafetensorError, IndexError):
+        return None
+    return None if classes == own.get("num_classes") else classes

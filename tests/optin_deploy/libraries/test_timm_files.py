@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from tiny_models import save_images
+from torch import nn
+
+import optin_deploy
+from optin_deploy.errors import UserError
+from optin_deploy.libraries.timm_files import classes_in, saved
+from optin_deploy.models import load_network
+
+SIZE = 32
+
+
+def trained(name: str = "test_vit", **arguments: Any) -> nn.Module:
+    """A network as a user has it: other classes, pictures of another size, other means."""
+    torch.manual_seed(3)
+    module = timm.create_model(name, **arguments).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    module.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.4, 0.3), "crop_pct": 1.0}
+    return module
+
+
+def save(module: nn.Module, directory: Path, **arguments: Any) -> Path:
+    save_for_hf(module, directory, model_args=arguments or None, safe_serialization=True)
+    return directory
+
+
+def changed(directory: Path, **told: Any) -> str:
+    """What loading says once the configuration tells something else."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+    with pytest.raises(UserError) as caught:
+        load_network(str(directory))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Files of weights
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("classes", [0, 7])
+def test_the_number_of_classes_is_that_of_the_file(name: str, classes: int, tmp_path: Path) -> None:
+    module = trained(name, num_classes=classes)
+    save_file(module.state_dict(), tmp_path / "mine.safetensors")
+    network = load_network(name, weights=str(tmp_path / "mine.safetensors"))
+    assert network.source.arguments == {"num_classes": classes}
+    assert network.logits == ("logits" if classes else None)
+    given = torch.randn(2, *network.inputs["x"].shape[1:])
+    with torch.inference_mode():
+        assert torch.equal(next(iter(network.forward({"x": given}).values())), module(given))
+
+
+def test_files_that_say_nothing_of_classes(tmp_path: Path) -> None:
+    own, other, text = (tmp_path / f"{n}.safetensors" for n in ("own", "other", "text"))
+    save_file(trained().state_dict(), own)
+    save_file({"weight": torch.zeros(2)}, other)
+    text.write_text("no tensors")
+    for path in (own, other, text, tmp_path / "none.safetensors", tmp_path / "weights.pth"):
+        assert classes_in("test_vit", path) is None
+
+
+# Directories
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_directory_of_timm(told: bool, tmp_path: Path) -> None:
+    arguments = {"num_classes": 5, "img_size": SIZE}
+    module = trained(**arguments)
+    module.pretrained_cfg["input_size"] = (3, SIZE, SIZE)
+    path = save(module, tmp_path, **arguments) / "config.json"
+    config = json.loads(path.read_text())
+    if not told:
+        del config["model_args"]
+    path.write_text(json.dumps(config))
+    network = load_network(str(tmp_path))
+    assert network.source.name == "test_vit"
+    assert {**network.source.arguments, **arguments} == network.source.arguments
+    picture = Image.new("RGB", (50, 40), (10, 200, 90))
+    expected = timm.data.create_transform(**timm.data.resolve_data_config({}, model=module))(picture)
+    batch = network.preprocessing([picture])
+    assert torch.equal(batch["x"][0], expected)
+    with torch.inference_mode():
+        assert torch.equal(network.forward(batch)["logits"], module(batch["x"]))
+
+
+def test_what_is_pruned_of_a_directory_loads_without_it(tmp_path: Path) -> None:
+    arguments = {"num_classes": 5, "img_size": SIZE}
+    directory = save(trained(**arguments), tmp_path / "mine", **arguments)
+    save_images(tmp_path / "pictures", 12)
+    settings: dict[str, Any] = {"calibration": "pictures", "calibration_samples": 8, "runtimes": ("ort-cpu",)}
+    quick: dict[str, Any] = {"batch_sizes": (1,), "profile_seconds": 0.1, "threads": 1, "criterion": "random"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        optin_deploy.prune_export(optin_deploy.Recipe(model="mine", flops=0.6, **settings, **quick), output=Path("run"))
+    (directory / "model.safetensors").unlink()
+    again = load_network(str(tmp_path / "run" / "checkpoint"))
+    assert again.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert again.forward(again.inputs)["logits"].shape == (2, 5)
+
+
+def test_a_directory_of_a_network_for_pictures_of_any_size(tmp_path: Path) -> None:
+    module = trained("test_resnet", num_classes=3)
+    module.pretrained_cfg["input_size"] = (3, 96, 96)
+    network = load_network(str(save(module, tmp_path)))
+    assert network.inputs["x"].shape == (2, 3, 96, 96)
+
+
+def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
+    arguments = {"num_classes": 5, "img_size": SIZE}
+    directory = save(trained(**arguments), tmp_path, **arguments)
+    mean = {"pretrained_cfg": {"mean": ["a", 1, 1]}}
+    assert "pretrained_cfg.mean.0" in changed(directory, **mean)
+    assert "pretrained_cfg.std.1" in changed(directory, pretrained_cfg={"std": [1, 0, 1]})
+    assert "checkpoint_path" in changed(directory, pretrained_cfg={}, model_args={"checkpoint_path": "weights.pth"})
+    assert "only square ones" in changed(directory, model_args={"img_size": [32, 48]})
+    assert "does not fit the model" in changed(directory, model_args={"img_size": 48})
+    assert "num_classes" in changed(directory, num_classes=-1)
+    assert "no architecture 'no_vit'" in changed(directory, architecture="no_vit", num_classes=5)
+    with pytest.raises(UserError, match="--image-size 64"):
+        load_network(str(save(trained(), tmp_path / "other")), image_size=64)
+    (tmp_path / "other" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        load_network(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "vit", "architecture": "x"}', "[" * 9999])
+def test_other_directories_are_not_timms(text: str, tmp_path: Path) -> None:
+    assert saved(tmp_path) is None
+    (tmp_path / "config.json").write_text(text)
+    assert saved(tmp_path) is None
