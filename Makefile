@@ -62,6 +62,7 @@ $(BROWSER)/node_modules/.installed:
 	touch $@
 
 browser: install $(BROWSER)/node_modules/.installed
+	rm -rf $(BROWSER)/runs
 	PYTHONPATH=. $(BIN)/python tests/browser/runs.py $(BROWSER)/runs
 	node tests/browser/check.mjs --modules $(BROWSER)/node_modules --chromium "$(CHROMIUM)" \
 		--pictures $(BROWSER)/pictures $(PAGES)

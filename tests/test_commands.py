@@ -92,7 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     pairs = [f"{rng.choice(WORDS)},{rng.choice(WORDS)} {rng.choice(WORDS)},{rng.uniform(0, 5):.1f}" for _ in range(20)]
     save_lines(folder / "dev.csv", pairs)
-    for name in ("photos", "my/photos"):
+    for name in ("photos", "my/photos", "train"):
         save_images(folder / name, 12)
     for number in range(10):
         save_images(folder / "val" / str(number), 1, seed=number)
@@ -102,8 +102,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stand_in(model: str, **options: Any) -> Network:
-    """A network of two blocks for those that have to be fetched; all others are what is in the folder."""
-    return classifier(10, depth=2) if model.startswith("deit_") else load_network(model, **options)
+    """A network of two blocks for those that timm knows by name; all others are what is in the folder."""
+    return classifier(10, depth=2) if model.startswith(("deit_", "vit_tiny")) else load_network(model, **options)
 
 
 def instantly(dense: Any, pruned: Any, sample: Any, config: Any, progress: Any) -> Comparison:
@@ -208,6 +208,12 @@ def shell_script(command: str) -> bool:
     return subprocess.run(["sh", "-n", str(ROOT / command.split()[1])], check=False).returncode == 0
 
 
+def as_make_does(command: str) -> bool:
+    """An environment made as `make install` makes it."""
+    ours = command.replace("python3", "$(PYTHON)").replace(".venv", "$(VENV)")
+    return ours in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
 def in_the_demo(command: str) -> bool:
     """What `make demo` runs, too."""
     substituted = command.partition("=$(python ")[2].removesuffix(")")
@@ -226,6 +232,7 @@ def as_one_process(command: str) -> bool:
 COVERED: dict[str, Callable[[str], bool]] = {
     r"make [\w -]+": targets,
     r"pip install .+": installable,
+    r"python3 -m venv .+": as_make_does,
     r"python (benchmarks|tests)/\S+\.py.*": script,
     r"sh benchmarks/\w+\.sh": shell_script,
     r"torchrun .+ -m optin_deploy .+": as_one_process,

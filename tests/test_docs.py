@@ -1,13 +1,15 @@
 """The examples of the documentation, run as they stand, and the pages that are filled in."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from tiny_models import save_bert, save_lines, texts
+from tiny_models import save_bert, save_images, save_lines, texts
 
 from optin_deploy.cli import app
 from optin_deploy.options import RUN_OPTIONS
@@ -33,6 +35,29 @@ def test_the_python_page_runs(
     told = capsys.readouterr().out
     assert "blocks.0.attn" in told and "ONNX Runtime, batch 1: " in told and "<Result in run: " in told
     assert (tmp_path / "half" / "optin.json").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_page_for_own_models_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    state = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10).state_dict()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "mine.pth")
+    save_images(Path("train"), 30)
+    for number in range(10):
+        save_images(Path("val", f"class {number}"), 1)
+    first, second = re.findall(r"```python\n(.*?)```", text_of("how-to/own-model.md"), re.DOTALL)
+    exec(compile(first, "own-model.md", "exec"), {"__name__": "example"})
+
+    (command,) = re.findall(r"```sh\noptin-deploy (.*?)```", text_of("how-to/own-model.md"), re.DOTALL)
+    quick = "--runtimes ort-cpu --batch-sizes 1 --profile-seconds 0.2 --threads 1 --calibration-samples 16 --quiet"
+    app(shlex.split(command.replace("\\\n", "") + quick), standalone_mode=False)
+    assert json.loads(Path("runs/vit/report.json").read_text())["evaluation"]
+
+    quick = "batch_sizes=(1,), profile_seconds=0.2, threads=1, calibration_samples=16, "
+    exec(compile(second.replace("runtimes=", quick + "runtimes="), "own-model.md", "exec"), {"__name__": "example"})
+    assert Path("runs/mine/report.html").is_file()
 
 
 def test_the_hugging_face_page_runs(

@@ -1,5 +1,5 @@
 """Small real runs whose pages the browser opens: a sweep, a text classifier with labels, a dense prediction with its
-pictures. Runs that are done are not done again.
+pictures.
 
     python tests/browser/runs.py FOLDER
 """
