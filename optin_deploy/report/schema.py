@@ -328,7 +328,8 @@ class LayerAccount(_Value):
 
     `parts`, `blocks` and `kinds` (of operators) each sum, with `between`, to `measured`: the medians of unprofiled
     runs, to which the profile was scaled from what it summed to by itself, `profiled`. `lost_ms` is what the pruned
-    network takes above the dense time times the FLOPs ratio.
+    network takes above the dense time times the FLOPs ratio. `doubt` says why the account is not to be trusted; there
+    are no causes then.
     """
 
     runtime: str
@@ -341,6 +342,7 @@ class LayerAccount(_Value):
     profiled: TimeRow
     lost_ms: float
     causes: list[Cause]
+    doubt: str | None = None
 
 
 class Report(_Value):
