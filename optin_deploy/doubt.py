@@ -28,18 +28,18 @@ def doubt(account: Account) -> str | None:
     if not all(_within(share, SUM) for share in sums):
         paces = [own / whole for own, whole in zip(account.unprofiled_ms, account.measured_ms, strict=True)]
         short = all(_within(pace, _PACE) for pace in paces) and max(sums) > SUM[1]
-        reason = "Its operators are too short to be timed one by one, so" if short else "The machine was too busy, so"
         return (
-            f"{reason} this account is not to be trusted: by itself the profile sums to {percent(sums[0])} (dense) and "
-            f"{percent(sums[1])} (pruned) of the measured time."
+            f"{'Operators are too short' if short else 'The machine was too busy'} for the account of where the time goes "
+            f"to be trusted: operators timed one by one sum to {percent(sums[0])} (dense) and {percent(sums[1])} (pruned) of "
+            "the measured time."
         )
     same = _same_work(account)
     dense, pruned = sum(cell.dense_ms for cell in same), sum(cell.pruned_ms for cell in same)
     if dense < _LITTLE * account.measured_ms[0] or _within(pruned / dense, SAME):
         return None
     return (
-        f"The machine was too busy, so this account is not to be trusted: work that is the same in both networks took "
-        f"{milliseconds(dense)} ms in the dense one and {milliseconds(pruned)} ms in the pruned one."
+        "The machine was too busy for the account of where the time goes to be trusted: work that is the same in both "
+        f"networks took {milliseconds(dense)} ms in the dense one and {milliseconds(pruned)} ms in the pruned one."
     )
 
 

@@ -70,7 +70,8 @@ def test_a_profile_far_from_the_measured_time_has_no_causes(measured: tuple[floa
     found = accounted(PRUNED, measured)
     shares = f"{10000 / measured[0]:.1f} % (dense) and {7000 / measured[1]:.1f} % (pruned) of the measured time."
     assert doubt(found) == (
-        "The machine was too busy, so this account is not to be trusted: by itself the profile sums to " + shares
+        "The machine was too busy for the account of where the time goes to be trusted: operators timed one by one sum "
+        "to " + shares
     )
     entry = told(found, {})
     assert entry["causes"] == [] and entry["doubt"] == doubt(found)
@@ -79,7 +80,7 @@ def test_a_profile_far_from_the_measured_time_has_no_causes(measured: tuple[floa
 def test_short_operators_are_not_blamed_on_the_machine() -> None:
     """Runs without the profiler, in turns with the profiled ones, took as long as those that were measured."""
     found = doubt(accounted(PRUNED, (50.0, 25.0), totals=(51.0, 26.0)))
-    assert found is not None and found.startswith("Its operators are too short to be timed one by one, so this account")
+    assert found is not None and found.startswith("Operators are too short for the account of where the time")
 
 
 @pytest.mark.parametrize(("factor", "trusted"), [(0.75, False), (0.85, True), (1.2, True), (1.3, False)])
