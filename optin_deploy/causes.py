@@ -17,8 +17,8 @@ from optin_deploy.account import (
     Row,
     is_fused,
 )
-from optin_deploy.parts import ATTENTION, CONVOLUTION, EMBEDDING, FFN, HEAD, LEFT_DENSE, MERGING, NORMS, OTHER
 from optin_deploy.doubt import doubt
+from optin_deploy.parts import ATTENTION, CONVOLUTION, EMBEDDING, FFN, HEAD, LEFT_DENSE, MERGING, NORMS, OTHER
 from optin_deploy.report.numbers import percent, significant
 
 STEP = 16
@@ -53,7 +53,9 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
         return ()
     launches = _launches(account)
     rest = [cell for cell in account.cells if not (launches and _tiny(cell))]
-    kept = [part for part in _PRUNED if not _shrank(account, [cell for cell in account.cells if cell.place.part == part])]
+    kept = [
+        part for part in _PRUNED if not _shrank(account, [cell for cell in account.cells if cell.place.part == part])
+    ]
     inside = [cell for cell in rest if cell.place.part not in (MERGING, *kept)]
     found = [
         launches,
@@ -176,8 +178,8 @@ def _unchanged(account: Account, cells: Sequence[Cell], part: str) -> Cause | No
     time, share = dense / account.measured_ms[0], flops / _all_flops(account)[0]
     return Cause(
         (time - share) * account.measured_ms[0],
-        f"{part[0].upper()}{part[1:]} is unchanged: it takes {percent(time)} of the dense time, and {percent(share)} of "
-        "the dense FLOPs.",
+        f"{part[0].upper()}{part[1:]} is unchanged: it takes {percent(time)} of the dense time, and {percent(share)} "
+        "of the dense FLOPs.",
     )
 
 

@@ -28,10 +28,10 @@ def doubt(account: Account) -> str | None:
     if not all(_within(share, SUM) for share in sums):
         paces = [own / whole for own, whole in zip(account.unprofiled_ms, account.measured_ms, strict=True)]
         short = all(_within(pace, _PACE) for pace in paces) and max(sums) > SUM[1]
+        cause = "Operators are too short" if short else "The machine was too busy"
         return (
-            f"{'Operators are too short' if short else 'The machine was too busy'} for the account of where the time goes "
-            f"to be trusted: operators timed one by one sum to {percent(sums[0])} (dense) and {percent(sums[1])} (pruned) of "
-            "the measured time."
+            f"{cause} for the account of where the time goes to be trusted: operators timed one by one sum to "
+            f"{percent(sums[0])} (dense) and {percent(sums[1])} (pruned) of the measured time."
         )
     same = _same_work(account)
     dense, pruned = sum(cell.dense_ms for cell in same), sum(cell.pruned_ms for cell in same)

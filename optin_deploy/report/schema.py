@@ -351,7 +351,10 @@ class LayerAccount(_Value):
 
 
 class Report(_Value):
-    """One run's report. Written by `write_report`, which also writes the headline figures derived here."""
+    """One run's report. Written by `write_report`, which also writes the headline figures derived here.
+
+    `command` makes the run again; it is Python where the run was made from there, with a network or data of its own.
+    """
 
     schema_version: Literal[2] = 2
     created: AwareDatetime
