@@ -98,8 +98,9 @@ def again(directory: Path, given: Sequence[str]) -> str:
     if not given:
         return shlex.join(["optin-deploy", "prune-export", "--recipe", recipe])
     arguments = ", ".join(f"{name}={name}" for name in given)
+    told = " and ".join({"network": "a network", "calibration": "calibration data"}[name] for name in given)
     return (
-        f"# Made from Python, with {' and '.join(given)} given there; recipe.yaml holds the options.\n"
+        f"# Made from Python, with {told} given there; recipe.yaml holds the options.\n"
         "from pathlib import Path\n"
         "from optin_deploy import prune_export\n"
         "from optin_deploy.recipe import make_recipe\n"

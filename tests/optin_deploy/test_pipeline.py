@@ -139,7 +139,7 @@ def test_report_can_be_read(run: Result) -> None:
 def test_a_run_from_python_says_so_and_can_be_done_again(own: Result, vision: Result) -> None:
     """No command can name a module that came from Python."""
     command = own.report.command
-    assert command.startswith("# Made from Python, with network and calibration given there; recipe.yaml holds the")
+    assert command.startswith("# Made from Python, with a network and calibration data given there; recipe.yaml")
     given: list[Any] = []
     values = {"network": "a network", "calibration": "data"}
     lines = [line for line in command.splitlines() if "import prune_export" not in line]
