@@ -74,6 +74,7 @@ class Account:
         between: time in no operator.
         measured_ms: the unprofiled medians (dense, pruned) to which the profile is scaled.
         profiled_ms: what the profile itself summed to, before.
+        unprofiled_ms: medians of the runs without the profiler that took turns with the profiled ones.
         flops: of one sample by module, dense and pruned.
     """
 
@@ -86,6 +87,7 @@ class Account:
     between: Row
     measured_ms: tuple[float, float]
     profiled_ms: tuple[float, float]
+    unprofiled_ms: tuple[float, float]
     flops: Mapping[str, tuple[int, int]]
 
     @property
@@ -136,6 +138,7 @@ def account(
         between=Row("between operators", dense.overhead_ms * factors[0], pruned.overhead_ms * factors[1]),
         measured_ms=measured_ms,
         profiled_ms=(sums_to(dense), sums_to(pruned)),
+        unprofiled_ms=(dense.total_ms, pruned.total_ms),
         flops=flops,
     )
 

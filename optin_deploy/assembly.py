@@ -1,7 +1,7 @@
 """The report of a run, put together from what its stages found."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import product
@@ -32,7 +32,7 @@ def assemble(
     results: dict[str, Any],
     directory: Path,
     stage_seconds: dict[str, float],
-    command: str | None,
+    command: str,
 ) -> Report:
     """The report of a run: figures of both networks, gates, and all that the stages found (``results``)."""
     recipe, network, structure = job.recipe, job.network, job.anatomy.structure
@@ -50,13 +50,12 @@ def assemble(
         {
             "created": datetime.now(UTC),
             "version": VERSION,
-            "command": command
-            or shlex.join(["optin-deploy", "prune-export", "--recipe", str(directory / "recipe.yaml")]),
+            "command": command,
             "model": {
                 # The end of a path is what tells one directory from another.
                 "name": "/".join(Path(recipe.model).parts[-2:]),
                 "library": network.source.library,
-                "weights": network.weights,
+                "weights": _weights(recipe, network),
                 "inputs": {n: _shape(network, n) for n in network.inputs},
             },
             "calibration": {
@@ -90,6 +89,30 @@ def assemble(
             "environment": {**environment(), "pruned on": str(job.device)},
         }
     )
+
+
+def again(directory: Path, given: Sequence[str]) -> str:
+    """How to do the run in ``directory`` again: a command, or Python where arguments ``given`` there (network,
+    calibration) took the place of what the recipe names, since no command could name them."""
+    recipe = str(directory / "recipe.yaml")
+    if not given:
+        return shlex.join(["optin-deploy", "prune-export", "--recipe", recipe])
+    arguments = ", ".join(f"{name}={name}" for name in given)
+    told = " and ".join({"network": "a network", "calibration": "calibration data"}[name] for name in given)
+    return (
+        f"# Made from Python, with {told} given there; recipe.yaml holds the options.\n"
+        "from pathlib import Path\n"
+        "from optin_deploy import prune_export\n"
+        "from optin_deploy.recipe import make_recipe\n"
+        f"recipe = make_recipe({{}}, Path({recipe!r}))\n"
+        f"prune_export(recipe, {arguments})"
+    )
+
+
+def _weights(recipe: Recipe, network: Network) -> str:
+    """Where the weights are from. "pretrained" is what a hub has; those of a local directory are its own."""
+    own = network.weights == "pretrained" and Path(recipe.model).is_dir()
+    return "the directory's own" if own else network.weights
 
 
 def _plan_rows(job: Job, plan: Plan) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ from optin_deploy.account import (
     Row,
     is_fused,
 )
+from optin_deploy.doubt import doubt
 from optin_deploy.parts import ATTENTION, CONVOLUTION, EMBEDDING, FFN, HEAD, LEFT_DENSE, MERGING, NORMS, OTHER
-from optin_deploy.report.numbers import significant
+from optin_deploy.report.numbers import percent, significant
 
 STEP = 16
 """Widths that are multiples of this fill the vector registers of CPUs and the matrix units of GPUs."""
@@ -27,7 +28,9 @@ _WORTH_TELLING = 0.02
 _TINY_MS = 0.02
 _MANY = 0.10
 _LITTLE = 0.05
+_SHRANK = 0.97
 _FIXED = (EMBEDDING, HEAD, OTHER)
+_PRUNED = (ATTENTION, FFN, CONVOLUTION)
 _COMPUTES = (MATRIX, FUSED)
 
 
@@ -41,22 +44,26 @@ class Cause:
 
 def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cause, ...]:
     """What keeps the pruned network from its ideal time, most costly first; what loses less than 2 % of the dense time
-    is left out, and there is none where nothing is lost, or the FLOPs are as many as before.
+    is left out, and there is none where nothing is lost, the FLOPs are as many as before, or the account is in doubt.
 
     Args:
         widths: of the pruned network's matrix products, see `parts.narrow_widths`.
     """
-    if account.flops_ratio >= 1:
+    if account.flops_ratio >= 1 or doubt(account) is not None:
         return ()
     launches = _launches(account)
     rest = [cell for cell in account.cells if not (launches and _tiny(cell))]
-    inside = [cell for cell in rest if cell.place.part != MERGING]
+    kept = [
+        part for part in _PRUNED if not _shrank(account, [cell for cell in account.cells if cell.place.part == part])
+    ]
+    inside = [cell for cell in rest if cell.place.part not in (MERGING, *kept)]
     found = [
         launches,
         _outside_blocks(account, rest),
         _left_dense(account, rest),
         _norms(account, rest),
         _merging(account, rest),
+        *(_unchanged(account, rest, part) for part in kept),
         *(_built(account, inside) if account.compiled else _by_operator(account, inside, widths)),
     ]
     worth = _WORTH_TELLING * account.measured_ms[0]
@@ -77,6 +84,7 @@ def told(account: Account, widths: Mapping[str, tuple[int, ...]]) -> dict[str, A
         "measured": asdict(Row("measured", *account.measured_ms, before, after)),
         "profiled": asdict(Row("profiled", *account.profiled_ms, before, after)),
         "lost_ms": lost_ms(account),
+        "doubt": doubt(account),
         "causes": [asdict(cause) for cause in causes(account, widths)],
     }
 
@@ -160,6 +168,21 @@ def _merging(account: Account, cells: Sequence[Cell]) -> Cause | None:
     )
 
 
+def _unchanged(account: Account, cells: Sequence[Cell], part: str) -> Cause | None:
+    """A part of which nothing was pruned: it costs what its share of the time is above its share of the FLOPs. How its
+    two times differ is noise, and not told."""
+    mine = [cell for cell in cells if cell.place.part == part]
+    dense, (flops, _) = _sums(mine)[0], _flops_of(account, mine)
+    if not dense or not flops:
+        return None
+    time, share = dense / account.measured_ms[0], flops / _all_flops(account)[0]
+    return Cause(
+        (time - share) * account.measured_ms[0],
+        f"{part[0].upper()}{part[1:]} is unchanged: it takes {percent(time)} of the dense time, and {percent(share)} "
+        "of the dense FLOPs.",
+    )
+
+
 def _by_operator(
     account: Account, cells: Sequence[Cell], widths: Mapping[str, tuple[int, ...]]
 ) -> Iterable[Cause | None]:
@@ -171,7 +194,7 @@ def _by_operator(
 
 def _built(account: Account, cells: Sequence[Cell]) -> Iterable[Cause | None]:
     """The same for engines, whose layers are of many operators each: whole parts that shrank less than their FLOPs."""
-    for part in (ATTENTION, FFN, CONVOLUTION):
+    for part in _PRUNED:
         mine = [cell for cell in cells if cell.place.part == part]
         (dense, pruned), (before, after) = _sums(mine), _flops_of(account, mine)
         if all((dense, pruned, before, after)):
@@ -221,7 +244,8 @@ def _products(account: Account, cells: Sequence[Cell], widths: Mapping[str, tupl
     mine = [c for c in cells if c.kind in _COMPUTES and c.place.part not in (*_FIXED, NORMS, LEFT_DENSE)]
     odd = {name: [width for width in of if width % STEP] for name, of in widths.items()}
     uneven = {name: of for name, of in odd.items() if of}
-    off = [cell for cell in mine if _inside(cell.module, uneven)]
+    off = [cell for cell in mine if _inside(cell.module, uneven) and _shrank(account, [cell])]
+    uneven = {name: of for name, of in uneven.items() if any(_inside(cell.module, [name]) for cell in off)}
     even = [cell for cell in mine if cell not in off]
     yield _off_steps(account, off, uneven)
     for part in dict.fromkeys(cell.place.part for cell in even):
@@ -242,7 +266,7 @@ def _off_steps(account: Account, cells: Sequence[Cell], uneven: Mapping[str, Seq
 
 def _slower(account: Account, cells: Sequence[Cell], part: str) -> Cause | None:
     speeds = _speeds(account, cells)
-    if speeds is None:
+    if speeds is None or not _shrank(account, cells):
         return None
     dense, pruned = _sums(cells)
     before, after = _flops_of(account, cells)
@@ -266,6 +290,12 @@ def _lost_to_speed(account: Account, cells: Sequence[Cell]) -> float:
     """What the products take above their dense time times their own FLOPs ratio."""
     (dense, pruned), (before, after) = _sums(cells), _flops_of(account, cells)
     return pruned - dense * after / before
+
+
+def _shrank(account: Account, cells: Iterable[Cell]) -> bool:
+    """Whether modules have clearly fewer FLOPs than before, or none that are counted."""
+    before, after = _flops_of(account, cells)
+    return not before or after < _SHRANK * before
 
 
 def _flops_of(account: Account, cells: Iterable[Cell]) -> tuple[int, int]:

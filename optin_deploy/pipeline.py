@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy import checkpoint, rundir
-from optin_deploy.assembly import VARIANTS, assemble
+from optin_deploy.assembly import VARIANTS, again, assemble
 from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
@@ -81,7 +81,7 @@ def prune_export(
         output: run directory; ``runs/MODEL-flopsF-HASH`` when None. A directory that holds the same run is continued.
         network: in place of what ``recipe.model`` names (which then is only a name), for a module of your own.
         calibration: in place of what ``recipe.calibration`` names.
-        command: how to do it again, for the report.
+        command: how to do it again, for the report; from the recipe, or from Python, when None.
         console: where progress goes; the standard error stream when None.
 
     Raises:
@@ -90,7 +90,8 @@ def prune_export(
     """
     with Stages(console or Console(stderr=True), quiet=quiet) as stages, ExitStack() as held:
         job, directory, plan, small = _small(recipe, output, network, calibration, stages, ALONE, held)
-        return _finished(job, directory, plan, small, stages, command)
+        given = [name for name, value in (("network", network), ("calibration", calibration)) if value is not None]
+        return _finished(job, directory, plan, small, stages, command or again(directory, given))
 
 
 def prune_export_together(
@@ -114,7 +115,7 @@ def prune_export_together(
         on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
         with joined(lambda: stages.current, cuda=on_gpu) as ranks:
             job, directory, plan, small = _small(recipe, output, None, None, stages, ranks, held)
-        return _finished(job, directory, plan, small, stages, command) if main else None
+        return _finished(job, directory, plan, small, stages, command or again(directory, ())) if main else None
 
 
 def _small(
@@ -175,7 +176,7 @@ def _on_own_device(job: Job, ranks: Ranks) -> Job:
     return replace(job, device=torch.device("cuda", local_device()))
 
 
-def _finished(job: Job, directory: Path, plan: Plan, small: Network, stages: Stages, command: str | None) -> Result:
+def _finished(job: Job, directory: Path, plan: Plan, small: Network, stages: Stages, command: str) -> Result:
     """Export, measure and report."""
     results = _compared(job, small, directory, stages)
     results |= export_and_measure(job, small, directory, stages)

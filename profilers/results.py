@@ -38,7 +38,7 @@ class Measurement:
         batch_size: samples in one run.
         samples_ms: variant to its latencies in milliseconds, rounds × repeats.
         summary: variant to the summary of its latencies.
-        throughput_per_s: variant to samples per second: batch size ÷ p50.
+        throughput_per_s: variant to samples per second: all samples ÷ the time of all runs.
         speedup: dense ÷ pruned, by `statistics.ratio_interval`, with its 95% interval.
         noise: the same of dense ÷ dense_again, which is 1 but for noise (the A/A run).
         significant: the speed-up's interval excludes 1, and the speed-up (or slow-down) is larger than the largest
@@ -91,7 +91,7 @@ class Measurement:
             batch_size=batch_size,
             samples_ms=samples_ms,
             summary=summary,
-            throughput_per_s={name: batch_size * 1e3 / figures.p50_ms for name, figures in summary.items()},
+            throughput_per_s={name: batch_size * 1e3 / figures.mean_ms for name, figures in summary.items()},
             speedup=speedup,
             noise=noise,
             significant=is_significant(speedup, noise),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from optin_deploy.report import markdown, numbers, wording
+from optin_deploy.report import markdown, wording
 from optin_deploy.report.schema import Report
 
 # What transformers loads from which of the files.
@@ -50,7 +50,7 @@ def render(report: Report, facts: Facts) -> str:
     A card is for others: of data it has the names, not where they lie.
     """
     report = _without_folders(report)
-    title = f"{report.model.name}, pruned to {numbers.percent(report.flops_ratio)} of its FLOPs"
+    title = f"{report.model.name}, pruned: {wording.change_of_flops(report)}"
     parts = [_header(report, facts), f"# {markdown.escaped(title)}", f"**{markdown.escaped(wording.verdict(report))}**"]
     parts += [f"> **{banner.level}:** {markdown.escaped(banner.text)}" for banner in wording.banners(report)]
     parts += ["## Load", markdown.fenced(_loading(report, facts), "python")]

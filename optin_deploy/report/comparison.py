@@ -109,17 +109,24 @@ def lines(reports: Mapping[str, Report]) -> list[Line]:
 
 
 def notes(compared: list[Line]) -> list[str]:
-    """What keeps the lines from being compared, a sentence each."""
+    """What keeps the lines from being compared, or their figures from being read, a sentence each."""
     measured = [line.speed for line in compared if line.speed is not None]
     found = []
     for what, values in (
         ("networks", {line.model for line in compared}),
-        ("devices", {speed.device for speed in measured}),
+        ("devices or threads", {speed.device for speed in measured}),
         ("runtimes or batch sizes", {(speed.runtime, speed.batch_size) for speed in measured}),
     ):
         if len(values) > 1:
             found.append(f"These runs are of different {what}: compare their ratios with care.")
-    return found
+    return [*found, *([wording.SPEED_UP] if measured else []), *filter(None, map(_changed_pace, compared))]
+
+
+def _changed_pace(line: Line) -> str | None:
+    speed = line.speed
+    if speed is None:
+        return None
+    return wording.changed_pace(line.run, speed.dense_p50_ms, speed.pruned_p50_ms, *speed.speedup_interval)
 
 
 def view(compared: list[Line]) -> RenderableType:

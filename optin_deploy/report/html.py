@@ -47,6 +47,8 @@ def render(report: Report) -> str:
         created=report.created.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         banners=wording.banners(report),
         verdict=wording.verdict(report),
+        change_of_flops=wording.change_of_flops(report),
+        speed_notes=wording.speed_notes(report.profile),
         latency_budget=wording.latency_budget(report),
         builds=wording.builds(report),
         sparsity=wording.sparsity(report),
@@ -65,7 +67,13 @@ def render(report: Report) -> str:
         throughput=[Markup(picture) for picture in _throughputs(report)],
         layers=[(entry, Markup(plots.parts(entry)), Markup(plots.blocks(entry))) for entry in report.layers],
         architecture=[Markup(picture) for picture in _architectures(report.plan)],
-        model=_rows({"library": report.model.library, "weights": report.model.weights, "inputs": report.model.inputs}),
+        model=_rows(
+            {
+                "library": report.model.library,
+                "weights": report.model.weights,
+                "inputs": {name: " × ".join(map(str, shape)) for name, shape in report.model.inputs.items()},
+            }
+        ),
         settings=_rows({name: value for name, value in report.settings.items() if value is not None}),
         calibration=_rows(report.calibration.model_dump()),
         protocol=_rows(report.protocol),
@@ -112,8 +120,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{str(key).replace('_', ' ')} {_text(inner)}" for key, inner in value.items())
     if isinstance(value, list | tuple):
-        simple = all(isinstance(inner, int | str) for inner in value)
-        return (" × " if simple and any(isinstance(inner, int) for inner in value) else "; ").join(
-            map(_text, value)
-        ) or "none"
+        simple = all(isinstance(inner, int | float | str) for inner in value)
+        return (", " if simple else "; ").join(map(_text, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -13,15 +13,16 @@ _LEFT_DENSE = 5
 
 def render(report: Report) -> str:
     """The verdict, what qualifies it, size, speed, outputs, gates, and how to do it again."""
-    title = f"{report.model.name}: {numbers.percent(report.flops_ratio)} of its FLOPs"
+    title = f"{report.model.name}: {wording.change_of_flops(report)}"
     parts = [f"## {escaped(title)}", f"**{escaped(wording.verdict(report))}**"]
     parts += [f"> **{banner.level}:** {escaped(banner.text)}" for banner in wording.banners(report)]
     parts += figures(report)
     entry = wording.headline_layers(report)
-    if entry is not None and entry.causes:
+    if entry is not None and (entry.causes or entry.doubt):
         where = f"{wording.runtime_name(entry.runtime)}, batch {entry.batch_size}"
         parts.append(f"**Why not faster** ({where})")
-        parts.append("\n".join(f"- {escaped(cause.sentence)}" for cause in entry.causes[:_CAUSES]))
+        causes = "\n".join(f"- {escaped(cause.sentence)}" for cause in entry.causes[:_CAUSES])
+        parts.append(escaped(entry.doubt) if entry.doubt else causes)
     if report.left_dense:
         parts.append("**Left dense**")
         parts.append(table(["", "FLOPs", "why"], _left_dense(report)))
@@ -36,6 +37,7 @@ def figures(report: Report) -> list[str]:
     if report.profile:
         parts.append(table(_SPEED, [row for item in report.profile for row in _speed(report, item)]))
         parts.append("Brackets: 95 % interval. Realised: speed-up ÷ FLOP reduction.")
+        parts.append(escaped(" ".join(wording.speed_notes(report.profile))))
     sentences = (wording.latency_budget(report), wording.sparsity(report), wording.precision(report))
     parts += [escaped(sentence) for sentence in sentences if sentence]
     outputs = _outputs(report)

@@ -1,4 +1,8 @@
-"""The report as a document: everything one run found out, in the layout of report.json."""
+"""The report as a document: everything one run found out, in the layout of report.json.
+
+Of schema version 1, `throughput_per_s` was batch size ÷ p50; such reports are read, and theirs is worked out anew from
+the mean.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ class Summaries(_Value):
 
 
 class Throughput(_Value):
-    """Samples per second of each measured variant."""
+    """Samples per second of each measured variant: all samples ÷ the time of all runs."""
 
     dense: float
     dense_again: float
@@ -112,7 +116,8 @@ class Measurement(_Value):
 
 
 class ModelInfo(_Value):
-    """The network. `weights` is "pretrained", "random" or a path; `inputs` gives shapes as [“batch”, 3, 224, 224]."""
+    """The network. `weights` is "pretrained", "random", "the directory's own", "user" (a module from Python) or
+    a path; `inputs` gives shapes as [“batch”, 3, 224, 224]."""
 
     name: str
     library: str
@@ -328,7 +333,8 @@ class LayerAccount(_Value):
 
     `parts`, `blocks` and `kinds` (of operators) each sum, with `between`, to `measured`: the medians of unprofiled
     runs, to which the profile was scaled from what it summed to by itself, `profiled`. `lost_ms` is what the pruned
-    network takes above the dense time times the FLOPs ratio.
+    network takes above the dense time times the FLOPs ratio. `doubt` says why the account is not to be trusted; there
+    are no causes then.
     """
 
     runtime: str
@@ -341,12 +347,16 @@ class LayerAccount(_Value):
     profiled: TimeRow
     lost_ms: float
     causes: list[Cause]
+    doubt: str | None = None
 
 
 class Report(_Value):
-    """One run's report. Written by `write_report`, which also writes the headline figures derived here."""
+    """One run's report. Written by `write_report`, which also writes the headline figures derived here.
 
-    schema_version: Literal[1] = 1
+    `command` makes the run again; it is Python where the run was made from there, with a network or data of its own.
+    """
+
+    schema_version: Literal[2] = 2
     created: AwareDatetime
     version: str
     command: str
@@ -380,7 +390,7 @@ class Report(_Value):
     def _without_derived(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if key not in cls.model_computed_fields}
+        return _lifted({key: value for key, value in data.items() if key not in cls.model_computed_fields})
 
     def __repr__(self) -> str:
         from optin_deploy.report import wording
@@ -421,3 +431,24 @@ class Report(_Value):
         if self.pruned.flops >= self.dense.flops:
             return None
         return measurement.speedup.scaled(1 / self.flops_reduction)
+
+
+def _lifted(data: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema version 1 in the present layout; any other, or what is none, as it is."""
+    if data.get("schema_version") != 1:
+        return data
+    try:
+        profile = [
+            {
+                **item,
+                "throughput_per_s": {
+                    name: item["batch_size"] * 1e3 / item["summary"][name]["mean_ms"]
+                    for name in item["throughput_per_s"]
+                },
+            }
+            for item in data["profile"]
+        ]
+    except (LookupError, TypeError, ArithmeticError):
+        # The fields' own checks say what is wrong.
+        return {**data, "schema_version": 2}
+    return {**data, "schema_version": 2, "profile": profile}

@@ -30,6 +30,7 @@ def summary(report: Report) -> Group:
         parts.append(_left_dense(report))
     if report.profile:
         parts.append(_speed(report))
+    parts += [Text(fill(note, _WIDTH), style="dim") for note in wording.speed_notes(report.profile)]
     parts += _on_gpu(report)
     builds = wording.builds(report)
     if builds is not None:
@@ -162,12 +163,17 @@ def _realised(report: Report, item: Measurement) -> str:
 def _causes(report: Report) -> list[RenderableType]:
     """The most costly reasons why it is not faster, for the headline's runtime."""
     entry = wording.headline_layers(report)
-    if entry is None or not entry.causes:
+    if entry is None or not (entry.causes or entry.doubt):
         return []
     where = f"{wording.runtime_name(entry.runtime)}, batch {entry.batch_size}"
-    lines = [
-        fill(cause.sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ") for cause in entry.causes[:_CAUSES]
-    ]
+    lines = (
+        [fill(entry.doubt, _WIDTH)]
+        if entry.doubt
+        else [
+            fill(cause.sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ")
+            for cause in entry.causes[:_CAUSES]
+        ]
+    )
     return [Text(f"\nwhy not faster ({where})", style="bold"), Text("\n".join(lines))]
 
 
@@ -182,5 +188,6 @@ def _outputs(report: Report) -> Table:
         figures = f"{report.evaluation.dense:.2f} → {report.evaluation.pruned:.2f}"
         if report.evaluation.deployed is not None:
             figures += f", {report.evaluation.deployed:.2f} in {report.precision},"
-        table.add_row(Text(report.evaluation.metric), Text(f"{figures} on {report.evaluation.dataset}"))
+        told = f"{figures} on {report.evaluation.dataset} ({report.evaluation.samples} samples)"
+        table.add_row(Text(report.evaluation.metric), Text(told))
     return table

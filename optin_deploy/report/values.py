@@ -48,7 +48,7 @@ def comparison_view(measurements: Sequence[Measurement], flops_reduction: float 
             )
             rows.append((*first, name, *latencies, *last))
     heading = ("runtime", "batch", "", "p50 ms", "p90 ms", "p99 ms", "speed-up", "A/A noise", "realised")
-    return _table(heading, rows)
+    return Group(_table(heading, rows), *(Text(note, style="dim") for note in wording.speed_notes(measurements)))
 
 
 def speedup(item: Measurement) -> str:
@@ -60,7 +60,7 @@ def speedup(item: Measurement) -> str:
 def comparison_lines(measurements: Sequence[Measurement], flops_reduction: float | None) -> str:
     """The same, a line for each measurement."""
     return "\n".join(
-        f"{wording.runtime_name(item.runtime)}, batch {item.batch_size}: {speedup(item)}, {_medians(item)}, "
+        f"{wording.runtime_name(item.runtime)}, batch {item.batch_size}: {speedup(item)} by round, {_medians(item)}, "
         f"A/A noise {_noise(item.noise)}, realised {_realised(item, flops_reduction)}"
         for item in measurements
     )

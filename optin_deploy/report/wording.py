@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from optin_deploy.report import numbers
 from optin_deploy.report.schema import Agreement, LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
 from profilers import GPU_RUNTIMES
+from profilers import Measurement as Measured
 from profilers.gpu import SLOWDOWNS
 
 RANDOM_WEIGHTS = (
@@ -17,6 +19,11 @@ RANDOM_WEIGHTS = (
 BUILTIN_CALIBRATION = (
     "Built-in calibration: the units were scored on the small sample set that comes with the product. "
     "Calibrate on your own data before you deploy."
+)
+
+SPEED_UP = (
+    "Speed-up: dense ÷ pruned within each round, in the middle over rounds; the p50s are over all rounds, so their own "
+    "ratio may differ."
 )
 
 VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
@@ -68,11 +75,13 @@ def left_dense(each: LeftDense) -> str:
 
 
 def agreement(entry: Agreement) -> str:
-    """How alike one output of both networks is."""
+    """How alike one output of both networks is, and on how many samples: they are not those of the evaluation."""
     told = f"cosine {entry.cosine:.4f}, relative error {numbers.percent(entry.relative_error)}"
     if entry.top1_agreement is not None:
         told += f", same top answer on {numbers.percent(entry.top1_agreement)}"
-    return told if entry.correlation is None else f"{told}, correlation of the maps {entry.correlation:.3f}"
+    if entry.correlation is not None:
+        told += f", correlation of the maps {entry.correlation:.3f}"
+    return f"{told} ({entry.samples} held-out sample{'' if entry.samples == 1 else 's'})"
 
 
 def slowed_down(item: Measurement) -> str | None:
@@ -126,12 +135,55 @@ def runtime_name(runtime: str) -> str:
     return _RUNTIMES.get(runtime, runtime)
 
 
+def changed_pace(case: str, dense_ms: float, pruned_ms: float, low: float, high: float) -> str | None:
+    """That the ratio of the p50s lies outside the interval of the speed-up, of figures as they are written."""
+    ratio = round(dense_ms / pruned_ms, 2)
+    if round(low, 2) <= ratio <= round(high, 2):
+        return None
+    return (
+        f"The machine's pace changed between rounds: the ratio of the p50s, {numbers.times(ratio)}, lies outside the "
+        f"interval of the speed-up ({case})."
+    )
+
+
+def speed_notes(measurements: Sequence[Measurement] | Sequence[Measured]) -> list[str]:
+    """What keeps speed-ups and p50s that stand side by side from reading as a contradiction, a sentence each."""
+    found = []
+    for item in measurements:
+        dense, pruned = _medians(item)
+        case = f"{runtime_name(item.runtime)}, batch {item.batch_size}"
+        found.append(changed_pace(case, dense, pruned, item.speedup.low, item.speedup.high))
+    return [SPEED_UP, *filter(None, found)] if measurements else []
+
+
+def _medians(item: Measurement | Measured) -> tuple[float, float]:
+    if isinstance(item, Measured):
+        return item.summary["dense"].p50_ms, item.summary["pruned"].p50_ms
+    return item.summary.dense.p50_ms, item.summary.pruned.p50_ms
+
+
 def device_name(report: Report, runtime: str) -> str:
-    """What the runtime ran on."""
+    """What the runtime ran on, a CPU with how many of its threads."""
     devices = report.environment.get("cuda_devices")
     if runtime in GPU_RUNTIMES and devices:
         return str(devices[0]["name"])
-    return str(report.environment.get("cpu") or "this machine's CPU")
+    cpu = str(report.environment.get("cpu") or "this machine's CPU")
+    count = report.protocol.get("threads")
+    return f"{cpu} ({threads(count)})" if isinstance(count, int) and runtime not in GPU_RUNTIMES else cpu
+
+
+def threads(count: int) -> str:
+    """A number of threads, as "1 thread"."""
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def change_of_flops(report: Report) -> str:
+    """What became of the FLOPs, for titles, as in the tables: "FLOPs −50.1 %"."""
+    if report.pruned.flops == report.dense.flops:
+        told = "as many FLOPs"
+    else:
+        told = f"FLOPs {numbers.change(report.dense.flops, report.pruned.flops)}"
+    return told if report.sparsity is None else f"{told}, weights {report.sparsity.pattern} sparse"
 
 
 def headline(report: Report) -> Measurement | None:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_models import TinyModule, own_batches, own_network, save_bert, save_li
 
 from exporters import check_parity, onnx_from_program, trace
 from optin_deploy import checkpoint, job, measuring, pipeline
+from optin_deploy.assembly import _weights
 from optin_deploy.calibration import from_batches, load_calibration
 from optin_deploy.costs import count_flops
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
@@ -22,7 +24,7 @@ from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.pipeline import Result, prune_export
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, prune
-from optin_deploy.recipe import Recipe
+from optin_deploy.recipe import Recipe, make_recipe
 from optin_deploy.report import read_report
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Scoring
@@ -132,6 +134,27 @@ def test_report_can_be_read(run: Result) -> None:
         total = sum(row.pruned_ms for row in rows) + layers.between.pruned_ms
         assert total == pytest.approx(read.profile[0].summary.pruned.p50_ms)
     assert all(read.stage_seconds.get(stage, 0) > 0 for stage in ("score", "export ONNX", "measure"))
+
+
+def test_a_run_from_python_says_so_and_can_be_done_again(own: Result, vision: Result) -> None:
+    """No command can name a module that came from Python."""
+    command = own.report.command
+    assert command.startswith("# Made from Python, with a network and calibration data given there; recipe.yaml")
+    given: list[Any] = []
+    values = {"network": "a network", "calibration": "data"}
+    lines = [line for line in command.splitlines() if "import prune_export" not in line]
+    exec("\n".join(lines), {**values, "prune_export": lambda recipe, **rest: given.extend([recipe, rest])})
+    assert given == [make_recipe({}, own.directory / "recipe.yaml"), values]
+    assert "optin-deploy prune-export --recipe" not in (own.directory / "report.html").read_text(encoding="utf-8")
+    assert vision.report.command == f"optin-deploy prune-export --recipe {vision.directory / 'recipe.yaml'}"
+
+
+def test_weights_of_a_directory_are_not_called_pretrained(own: Result, tmp_path: Path) -> None:
+    network = replace(own.network, weights="pretrained")
+    recipe = Recipe(model=str(tmp_path), flops=0.5)
+    assert _weights(recipe, network) == "the directory's own"
+    assert _weights(recipe, own.network) == "user"
+    assert _weights(Recipe(model="deit_tiny_patch16_224", flops=0.5), network) == "pretrained"
 
 
 def test_flops_are_within_the_window(run: Result) -> None:

@@ -21,7 +21,9 @@ def test_figures_follow_from_the_samples() -> None:
     figures = measurement()
     assert figures.summary["pruned"].p50_ms == 1.0
     assert figures.summary["pruned"].count == 9
-    assert figures.throughput_per_s["pruned"] == pytest.approx(4000.0)
+    # Nine runs of four samples; the slow ones count, of which the median tells nothing.
+    assert figures.throughput_per_s["pruned"] == pytest.approx(36e3 / sum(sum(turn) for turn in SAMPLES["pruned"]))
+    assert figures.throughput_per_s["pruned"] < 4000 * 1.1 / 1.0
     # The middle of 2.01 / 1.0, 2.005 / 1.0 and 2.015 / 1.0.
     assert figures.speedup.value == pytest.approx((2.01 * 2.005 * 2.015) ** (1 / 3))
     assert figures.noise.contains(1.0)

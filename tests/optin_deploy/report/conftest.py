@@ -33,7 +33,7 @@ def document() -> dict[str, Any]:
         for i in range(12)
     ]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "created": "2026-03-02T14:05:09Z",
         "version": "0.1.0",
         "command": "optin-deploy prune-export --model deit_small_patch16_224 --flops 0.5 --calibration ./photos "

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from optin_deploy import cli
-from optin_deploy.report import Report, write_report
+from optin_deploy.report import Report, wording, write_report
 from optin_deploy.report.comparison import HEADING, Line, as_markdown, lines, notes, view
 
 Other = Callable[..., Report]
@@ -43,23 +43,34 @@ def test_without_an_evaluation_agreement_is_shown_and_without_measurements_no_sp
 
 
 def test_what_cannot_be_compared_is_said(report: Report, data: dict[str, Any], other: Other) -> None:
-    assert notes(lines({"a": report, "b": report})) == []
+    assert notes(lines({"a": report, "b": report})) == [wording.SPEED_UP]
     elsewhere = other(environment={**data["environment"], "cpu": "another"}, profile=data["profile"][:1])
     found = notes(lines({"a": report, "b": elsewhere}))
-    assert [note.split("of different ")[1].split(":")[0] for note in found] == ["devices", "runtimes or batch sizes"]
+    assert [note.split("of different ")[1].split(":")[0] for note in found[:2]] == [
+        "devices or threads",
+        "runtimes or batch sizes",
+    ]
 
 
 def test_the_views_have_every_run(report: Report, other: Other) -> None:
     failed = other(gates=[{"name": "parity", "passed": False, "detail": "far off"}])
     compared = lines({"runs/a": report, "runs/b": failed})
     text = as_markdown(compared)
-    assert len(text.splitlines()) == 4
+    assert text.splitlines()[4:] == ["", wording.SPEED_UP]
     assert "FAILED: parity" in text
     console = Console(width=200)
     with console.capture() as captured:
         console.print(view(compared))
     assert "runs/a" in captured.get()
     assert "FAILED: parity" in captured.get()
+
+
+def test_p50s_that_contradict_the_speedup_are_explained(data: dict[str, Any], other: Other) -> None:
+    profile = [{**item, "speedup": {"value": 3.0, "low": 2.9, "high": 3.1}} for item in data["profile"]]
+    found = notes(lines({"runs/a": other(profile=profile)}))
+    assert found[0] == wording.SPEED_UP
+    assert found[1].startswith("The machine's pace changed between rounds: the ratio of the p50s, 1.8")
+    assert found[1].endswith("lies outside the interval of the speed-up (runs/a).")
 
 
 @pytest.fixture

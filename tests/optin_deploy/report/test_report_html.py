@@ -80,6 +80,13 @@ def test_every_section_is_there(report: Report) -> None:
         assert expected in text
 
 
+def test_lists_are_no_shapes_and_settings_promise_nothing(data: dict[str, Any]) -> None:
+    data["settings"] = {"batch_sizes": [1, 8], "runtimes": ["ort-cpu", "torch"], "opset": 20, "threads": None}
+    text = render(Report.model_validate(data))
+    assert "<td>1, 8</td>" in text and "<td>ort-cpu, torch</td>" in text and "<td>batch × 3 × 224 × 224</td>" in text
+    assert "Defaults included; what is not listed was not set." in text and ">threads</th><td>—" not in text
+
+
 def test_the_page_asks_for_nothing_outside_itself(report: Report) -> None:
     text = render(report)
     page = Page(text)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from optin_deploy.report import Report, plots, read_report, write_report
+from optin_deploy.report import Report, markdown, plots, read_report, write_report
 from optin_deploy.report.html import render
 from optin_deploy.report.terminal import summary
 from optin_deploy.report.wording import headline_layers, profiled_share
@@ -117,6 +117,16 @@ def test_the_terminal_tells_the_three_most_costly_causes(told: dict[str, Any], d
     told_lines = [line for line in text.splitlines() if "Cause" in line or "wrap" in line]
     assert max(len(line.rstrip()) for line in told_lines) <= 100
     assert "why not faster" not in shown(Report.model_validate(data))
+
+
+def test_an_account_in_doubt_is_shown_with_the_doubt_and_without_causes(told: dict[str, Any]) -> None:
+    doubt = "The machine was too busy for the account of where the time goes to be trusted: it took 2 ms."
+    told["layers"] = [entry("ort-cpu", 8, causes=0) | {"doubt": doubt}]
+    report = Report.model_validate(told)
+    for text in (render(report), markdown.render(report), shown(report)):
+        assert doubt in text and "Cause 0" not in text
+    page = render(report)
+    assert "ms lost" not in page and "Nothing to tell" not in page and "<td>15.0</td><td>9.50</td>" in page
 
 
 def test_the_account_told_is_that_of_the_headline(told: dict[str, Any]) -> None:

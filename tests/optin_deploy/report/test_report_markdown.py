@@ -18,7 +18,7 @@ def cells(text: str) -> list[list[str]]:
 def test_the_verdict_comes_first_and_every_figure_is_that_of_the_report(report: Report) -> None:
     text = render(report)
     lines = text.splitlines()
-    assert lines[0] == "## deit\\_small\\_patch16\\_224: 49.8 % of its FLOPs"
+    assert lines[0] == "## deit\\_small\\_patch16\\_224: FLOPs −50.2 %"
     assert lines[2] == f"**{escaped(wording.verdict(report))}**"
     found = cells(text)
     assert ["dense", "9.20 G", "22.1 M", "84.2 MiB"] in found

@@ -46,7 +46,7 @@ def test_infinite_errors_are_valid_json_and_come_back(data: dict[str, Any], tmp_
     assert read_report(path).parity[0].max_abs_error == float("inf")
 
 
-@pytest.mark.parametrize("change", [{"schema_version": 2}, {"unknown": 1}, {"created": "2026-03-02T14:05:09"}])
+@pytest.mark.parametrize("change", [{"schema_version": 3}, {"unknown": 1}, {"created": "2026-03-02T14:05:09"}])
 def test_another_layout_is_refused(change: dict[str, Any], data: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValidationError):
         Report.model_validate(data | change)
@@ -54,6 +54,26 @@ def test_another_layout_is_refused(change: dict[str, Any], data: dict[str, Any],
     with pytest.raises(UserError, match=next(iter(change))) as caught:
         read_report(tmp_path / "report.json")
     assert "\n" not in str(caught.value)
+
+
+def test_version_1_is_read_with_throughput_by_the_mean(data: dict[str, Any], report: Report, tmp_path: Path) -> None:
+    for item in data["profile"]:
+        medians = {name: item["batch_size"] * 1e3 / item["summary"][name]["p50_ms"] for name in item["summary"]}
+        item["throughput_per_s"] = medians
+    (tmp_path / "report.json").write_text(json.dumps(data | {"schema_version": 1}))
+    assert read_report(tmp_path) == report
+    item = read_report(tmp_path).profile[1]
+    assert item.throughput_per_s.pruned == pytest.approx(8e3 / item.summary.pruned.mean_ms)
+
+
+@pytest.mark.parametrize("change", [{"summary": None}, {"batch_size": "x"}, {"throughput_per_s": []}])
+def test_damaged_reports_of_version_1_are_user_errors(
+    change: dict[str, Any], data: dict[str, Any], tmp_path: Path
+) -> None:
+    data["profile"][0] |= change
+    (tmp_path / "report.json").write_text(json.dumps(data | {"schema_version": 1}))
+    with pytest.raises(UserError, match="profile"):
+        read_report(tmp_path)
 
 
 def test_files_that_are_no_report_are_user_errors(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 import pytest
+from rich.console import Console
 
 from exporters import Precision
-from optin_deploy.report import Report, wording
+from optin_deploy.report import Report, card, markdown, wording
 from optin_deploy.report.html import render
+from optin_deploy.report.terminal import summary
 from optin_deploy.report.wording import banners, on_gpu, sparsity, verdict
 from profilers import GpuWatch
 
-CPU = "AMD EPYC 7763 64-Core Processor"
+CPU = "AMD EPYC 7763 64-Core Processor (4 threads)"
 
 
 def measured(data: dict[str, Any], *cases: tuple[str, int, float, bool]) -> Report:
@@ -140,6 +142,63 @@ def test_what_sparsity_is_good_for_is_told(data: dict[str, Any]) -> None:
     assert sparsity(some) == (
         f"{told.replace('36 linear maps', '1 linear map')} Dense in the blocks are a, b, c and 1 more."
     )
+
+
+def test_threads_are_told_of_cpus_only(data: dict[str, Any]) -> None:
+    data["environment"]["cuda_devices"] = [{"name": "NVIDIA H200", "memory_gib": 139.0, "compute_capability": "9.0"}]
+    data["protocol"]["threads"] = 1
+    report = Report.model_validate(data)
+    assert wording.device_name(report, "torch").endswith(" (1 thread)")
+    assert wording.device_name(report, "torch-cuda") == "NVIDIA H200"
+    del data["protocol"]["threads"]
+    assert "thread" not in wording.device_name(Report.model_validate(data), "torch")
+
+
+@pytest.mark.parametrize(
+    ("medians", "bounds", "contradict"),
+    [((18.5, 12.2), (1.37, 1.50), True), ((10.2, 7.17), (1.36, 2.11), False), ((10.04, 8.0), (1.25, 1.3), False)],
+)
+def test_the_pace_changed_where_the_medians_contradict_the_interval(
+    medians: tuple[float, float], bounds: tuple[float, float], contradict: bool
+) -> None:
+    told = wording.changed_pace("PyTorch, batch 1", *medians, *bounds)
+    assert (told is not None) is contradict
+    if contradict:
+        assert "the ratio of the p50s, 1.52×, lies outside the interval of the speed-up (PyTorch, batch 1)" in str(told)
+
+
+def test_speedups_beside_medians_are_explained_in_every_rendering(data: dict[str, Any]) -> None:
+    data["profile"][0]["speedup"] = {"value": 3.0, "low": 2.9, "high": 3.1}
+    report = Report.model_validate(data)
+    general, pace = wording.speed_notes(report.profile)
+    for text in (render(report), markdown.render(report), card.render(report, card.Facts(())), shown(report)):
+        flat = " ".join(text.replace("&#39;", "'").split())
+        assert general in flat and pace in flat
+    assert wording.speed_notes([]) == []
+
+
+def test_titles_read_as_the_tables(data: dict[str, Any]) -> None:
+    report = Report.model_validate(data)
+    assert wording.change_of_flops(report) == "FLOPs −50.2 %"
+    assert "<title>deit_small_patch16_224, pruned: FLOPs −50.2 %</title>" in render(report)
+    assert "# deit\\_small\\_patch16\\_224, pruned: FLOPs −50.2 %" in card.render(report, card.Facts(()))
+    whole = Report.model_validate(sparse(data)).model_copy(update={"pruned": report.dense})
+    assert wording.change_of_flops(whole) == "as many FLOPs, weights 2:4 sparse"
+
+
+def test_agreement_and_evaluation_say_on_how_many_samples(data: dict[str, Any]) -> None:
+    report = Report.model_validate(data)
+    for text in (markdown.render(report), shown(report)):
+        flat = " ".join(text.split())
+        assert "same top answer on 91.4 % (256 held-out samples)" in flat
+        assert "on ImageNet-1k val (5000 samples)" in flat
+
+
+def shown(report: Report) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(summary(report))
+    return captured.get()
 
 
 def test_nothing_measured(data: dict[str, Any]) -> None:
