@@ -460,7 +460,7 @@ def _check_mask(network: Network, path: Path, tensors: Mapping[str, Tensor]) -> 
     padding = (tensors[network.token_mask] == 0).flatten(1).all(1).nonzero().flatten().tolist()
     if padding:
         raise UserError(
-            f"{path}: {network.token_mask} is 0 everywhere in {len(padding)} samples, the first of them number "
+            f"{path}: {network.token_mask} is 0 everywhere in {len(padding)} of its samples, the first of them number "
             f"{padding[0]} from 0: remove them"
         )
 

@@ -53,10 +53,8 @@ def class_number(network: Network, label: str, classes: int) -> int:
     if label.isdecimal() and int(label) < classes:
         return int(label)
     known = f" and none of {', '.join(map(str, names))}"[:120] if names else ""
-    raise ValueError(
-        f"label {label!r} is no class number from 0 to {classes - 1}{known}: use these, or name the classes by "
-        "id2label in the model's config.json"
-    )
+    hint = ": use these, or name the classes by id2label in the model's config.json" if names else ""
+    raise ValueError(f"label {label!r} is no class number from 0 to {classes - 1}{known}{hint}")
 
 
 def _names(config: Any) -> dict[str, Any]:

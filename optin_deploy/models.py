@@ -165,7 +165,7 @@ def _conversion(path: Path) -> str:
     code = (
         "import torch; from safetensors.torch import save_file; "
         f"s = torch.load({str(path)!r}, weights_only=True); "
-        f"save_file({{k: v.clone() for k, v in s.items()}}, {str(path.with_suffix('.safetensors'))!r})"
+        f"save_file({{k: v.clone().contiguous() for k, v in s.items()}}, {str(path.with_suffix('.safetensors'))!r})"
     )
     return f'; convert it: python -c "{code}"'
 

@@ -79,10 +79,11 @@ def initialised(source: Source) -> nn.Module:
 
 def _config(source: Source) -> Any:
     _check_code(source.arguments)
-    layers = source.arguments.get("num_hidden_layers")
+    config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
+    # By this name, whatever the family calls it.
+    layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise UserError(f"num_hidden_layers {layers} in config.json: at most {_MOST_LAYERS} are built; correct it")
-    config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
     config.dtype = torch.float32
     if getattr(config, "use_pretrained_backbone", False):
         # A backbone's own weights would be fetched, to be overwritten.
