@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.errors import UserError
-from optin_deploy.labels import class_count, class_number, class_numbers
+from optin_deploy.labels import class_count, class_number, class_numbers, hidden
 from optin_deploy.network import Network
-from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
+from optin_deploy.preprocessing import MOST_PIXELS, ImagePreprocessing, TextPreprocessing
 from optin_deploy.shelf import Shelf
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -27,6 +27,9 @@ DEFAULT_SAMPLES = {"image": 128, "text": 1024, "tensor": 1024}
 _BATCH_SIZE = {"image": 16, "text": 32, "tensor": 32}
 # Samples kept from scores and repair, on which the pruned network is compared with the dense one.
 _HELD_OUT = 32
+# What tensors are made of that the network's own type can be made of: no 8-bit floats, no complex numbers.
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_INTEGERS, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,12 @@ def load_calibration(
         return _accepted(network, _calibration(rows, _selecting(tensors), path, "tensor", samples, seed))
     if isinstance(preprocessing, ImagePreprocessing):
         if path is not None:
-            return _calibration(
-                image_files(path), lambda files: preprocessing(read_images(files)), path, "image", samples, seed
-            )
+            return _calibration(image_files(path), _reading(preprocessing), path, "image", samples, seed)
         images = builtin_images((samples or DEFAULT_SAMPLES["image"]) + _HELD_OUT, seed)
         return _calibration(images, preprocessing, None, "image", samples, seed)
     if isinstance(preprocessing, TextPreprocessing):
         texts = builtin_texts() if path is None else read_texts(path, column)
+        check_texts(texts, preprocessing, path)
         return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
     raise UserError("a module of your own without preprocessing needs tensors: --calibration FILE.npz or .safetensors")
 
@@ -115,7 +117,7 @@ def _labelled(
             raise UserError(f"{path} has no class folders: one folder of images per class is needed")
         folders = [file.relative_to(path).parts[0] for file in files]
         numbers = class_numbers(network, path, sorted(set(folders)))
-        return files, [numbers[f] for f in folders], lambda part: preprocessing(read_images(part)), "image"
+        return files, [numbers[f] for f in folders], _reading(preprocessing), "image"
     if isinstance(preprocessing, TextPreprocessing) and path is not None and _is_table(path):
         if column is None or "," in column:
             raise UserError(f"--calibration-labels {labels}: name the one text column with --calibration-column")
@@ -124,6 +126,7 @@ def _labelled(
             of_text = {t.strip(): class_number(network, c.strip(), count) for t, c in rows if t.strip()}
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
+        check_texts(list(of_text), preprocessing, path)
         return list(of_text), list(of_text.values()), preprocessing, "text"
     raise UserError(f"--calibration-labels {labels}: only a table of texts and a folder of class folders have labels")
 
@@ -230,12 +233,16 @@ def _split(indices: list[int], size: int) -> list[list[int]]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """All pictures below the folder ``path`` in the order of their names; UserError when there are none."""
+    """All pictures below the folder ``path`` in the order of their names; UserError when there are none.
+
+    Hidden ones are left out, and those in hidden folders: editors and archivers put copies there.
+    """
     if not path.is_dir():
         raise UserError(
             f"{path} is not a folder: a vision network calibrates on a folder of images, .npz or .safetensors"
         )
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in found if not any(map(hidden, p.relative_to(path).parts)))
     if not files:
         raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -250,11 +257,35 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
     return images
 
 
-def check_images(files: Sequence[Path]) -> None:
-    """Raise UserError for a file that is no picture by its first bytes, or one too large to be read."""
+def check_images(files: Sequence[Path], preprocessing: ImagePreprocessing) -> None:
+    """Raise UserError for a file that is no picture by its first bytes, or one too large to be read or resized."""
     for file in files:
-        with _opened(file):
-            pass
+        with _opened(file) as image:
+            width, height = image.size
+        resized_width, resized_height = preprocessing.resized(width, height)
+        # The whole picture is resized before it is cropped: one pixel high, it gets as wide as nothing can hold.
+        if resized_width * resized_height > MOST_PIXELS or min(resized_width, resized_height) < 1:
+            raise UserError(
+                f"image {file} is too elongated: its {width} x {height} pixels would be resized to {resized_width} x "
+                f"{resized_height}; crop it or remove it"
+            )
+
+
+def _reading(preprocessing: ImagePreprocessing) -> Callable[[list[Path]], dict[str, Tensor]]:
+    def inputs(files: list[Path]) -> dict[str, Tensor]:
+        check_images(files, preprocessing)
+        return preprocessing(read_images(files))
+
+    return inputs
+
+
+def check_texts(texts: Sequence[str], preprocessing: TextPreprocessing, path: Path | None) -> None:
+    """Raise UserError for a text without tokens: no network takes a sequence of length 0."""
+    bare = preprocessing.without_tokens(texts)
+    if bare:
+        raise UserError(
+            f"{path}: {len(bare)} of {len(texts)} texts give no tokens, the first of them {bare[0][:40]!r}: remove them"
+        )
 
 
 @contextmanager
@@ -300,7 +331,7 @@ def table_columns(path: Path, columns: Sequence[str]) -> list[list[str]]:
         if wrong:
             raise UserError(f"{path} has no column {wrong[0]}: its rows have {width} columns, counted from 1")
         return [[row[i] for i in indices] for row in rows]
-    header, body = rows[0], rows[1:]
+    header, body = [name.strip() for name in rows[0]], rows[1:]
     for name in columns:
         if name not in header:
             raise UserError(
@@ -328,7 +359,8 @@ def read_texts(path: Path, column: str | None) -> list[str]:
         texts = [cell for row in table_columns(path, column.split(",")) for cell in row]
     else:
         try:
-            texts = path.read_text(encoding="utf-8-sig").splitlines()
+            # Not splitlines, which takes form feeds and the like for ends of lines.
+            texts = path.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from error
     texts = [text for text in dict.fromkeys(text.strip() for text in texts) if text]
@@ -402,10 +434,16 @@ def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) 
         if len(given) != sample.dim() or given[first:] != tuple(sample.shape[first:]):
             wanted = ", ".join(["samples", "sequence"][:first] + [str(n) for n in sample.shape[first:]])
             raise UserError(f"{path}: {name} has shape {given}, the network takes ({wanted})")
+        if 0 in given[1:]:
+            raise UserError(f"{path}: {name} has shape {given}: give sequences of at least one token")
+        if tensors[name].dtype not in _READ:
+            read = ", ".join(_named(dtype) for dtype in _READ)
+            raise UserError(f"{path}: {name} holds {_named(tensors[name].dtype)}; convert it to what is read: {read}")
         if tensors[name].is_floating_point() and not sample.is_floating_point():
             raise UserError(f"{path}: {name} holds {tensors[name].dtype}, the network takes integers")
         if not torch.isfinite(tensors[name]).all():
             raise UserError(f"{path}: {name} holds NaN or infinity")
+    _check_mask(network, path, tensors)
     lengths = {name: tensors[name].shape[1] for name in network.sequence_inputs}
     if len(set(lengths.values())) > 1:
         raise UserError(f"{path}: the sequences have different lengths: {lengths}")
@@ -413,6 +451,22 @@ def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) 
         raise UserError(
             f"{path}: tensors need one first axis of samples, at least one long; found lengths {sorted(rows)}"
         )
+
+
+def _check_mask(network: Network, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A sample that is padding alone gives NaN or nothing, and with it all that is summed over samples."""
+    if network.token_mask is None:
+        return
+    padding = (tensors[network.token_mask] == 0).flatten(1).all(1).nonzero().flatten().tolist()
+    if padding:
+        raise UserError(
+            f"{path}: {network.token_mask} is 0 everywhere in {len(padding)} of its samples, the first of them number "
+            f"{padding[0]} from 0: remove them"
+        )
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _add(digest: "hashlib._Hash", batch: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.calibration import check_images, image_files, read_images, read_table, table_columns
+from optin_deploy.calibration import check_images, check_texts, image_files, read_images, read_table, table_columns
 from optin_deploy.criteria.loss import class_axis
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
@@ -143,7 +143,8 @@ def _images(network: Network, path: Path) -> Dataset:
     folders = [file.relative_to(path).parts[0] for file in labelled]
     numbers = class_numbers(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
-    check_images(labelled)
+    assert isinstance(network.preprocessing, ImagePreprocessing)
+    check_images(labelled, network.preprocessing)
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
         def logits(part: list[Path]) -> Tensor:
@@ -164,6 +165,8 @@ def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
         labels = [class_number(network, row[1].strip(), classes) for row in rows]
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    assert isinstance(network.preprocessing, TextPreprocessing)
+    check_texts([row[0] for row in rows], network.preprocessing, path)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
@@ -185,6 +188,8 @@ def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
     if "last_hidden_state" not in network.outputs:
         raise UserError("sentence pairs need a network that gives token features (last_hidden_state)")
     texts = sorted({text for row in rows for text in row[:2]}, key=lambda text: (len(text), text))
+    assert isinstance(network.preprocessing, TextPreprocessing)
+    check_texts(texts, network.preprocessing, path)
     place = {text: i for i, text in enumerate(texts)}
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:

@@ -1,6 +1,8 @@
 """Class numbers from what files say: class folders, and labels in tables."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +18,17 @@ def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str,
     try:
         return {folder: class_number(network, folder, classes) for folder in folders}
     except ValueError as error:
+        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in folders and not hidden(p.name))
+        why = f"{', '.join(map(repr, empty))[:80]} without images" if empty else str(error)
         raise UserError(
             f"{path} has {len(folders)} class folders, the network tells {classes} classes: give one folder "
-            f"with images for every class, or name folders by class number or label; {error}"
+            f"with images for every class, or name folders by class number or label; {why}"
         ) from error
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is one that tools leave beside the user's own."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def class_count(network: Network) -> int:
@@ -30,10 +39,26 @@ def class_count(network: Network) -> int:
 
 def class_number(network: Network, label: str, classes: int) -> int:
     """The number of a class given by number, or by its name in the network's configuration; ValueError if neither."""
-    names = getattr(getattr(network.module, "config", None), "label2id", None) or {}
+    names = _names(getattr(network.module, "config", None))
     if label in names:
-        return int(names[label])
+        number = names[label]
+        if isinstance(number, str) and number.isdecimal():
+            number = int(number)
+        if isinstance(number, int | float) and number in range(classes):
+            return int(number)
+        raise ValueError(
+            f"label {label!r} is {str(number)[:40]} by the model's config.json, which is no class number from 0 to "
+            f"{classes - 1}: correct label2id and id2label there"
+        )
     if label.isdecimal() and int(label) < classes:
         return int(label)
     known = f" and none of {', '.join(map(str, names))}"[:120] if names else ""
-    raise ValueError(f"label {label!r} is no class number from 0 to {classes - 1}{known}")
+    hint = ": use these, or name the classes by id2label in the model's config.json" if names else ""
+    raise ValueError(f"label {label!r} is no class number from 0 to {classes - 1}{known}{hint}")
+
+
+def _names(config: Any) -> dict[str, Any]:
+    """Numbers by class name, of both maps of transformers: whoever names classes by hand often writes one only."""
+    by_number, by_name = (getattr(config, key, None) for key in ("id2label", "label2id"))
+    names = {str(name): number for number, name in by_number.items()} if isinstance(by_number, Mapping) else {}
+    return {**names, **(by_name if isinstance(by_name, Mapping) else {})}

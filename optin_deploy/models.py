@@ -19,6 +19,8 @@ from optin_deploy.libraries.hub import cached_if_unreachable, read_origin
 from optin_deploy.network import Network, Origin, Source
 
 DEFAULT_SEQUENCE_LENGTH = 128
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+_WRAPPER = "module."
 _CHOICES = "use --weights random (for speed only), --weights FILE.safetensors, or --model DIRECTORY"
 
 
@@ -170,16 +172,51 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if path.suffix != ".safetensors":
         raise UserError(
             f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
+            + (_conversion(path) if path.suffix in _PICKLES else "")
         )
     try:
         state = load_file(path)
     except (OSError, *UNFIT) as error:
         raise UserError(f"weights file {path} cannot be read: {reason(error)}") from error
+    state = _without_wrapper(module, state)
     check_kinds(module, state, path)
+    state = _with_tied(module, state)
     try:
-        module.load_state_dict(_with_tied(module, state))
+        module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"weights file {path} does not fit the model: {reason(error)}") from error
+        told = _unfit(module, state) or reason(error)
+        raise UserError(f"weights file {path} does not fit the model: {told}") from error
+
+
+def _conversion(path: Path) -> str:
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"s = torch.load({str(path)!r}, weights_only=True); s = s.get('state_dict', s); "
+        f"save_file({{k: v.clone().contiguous() for k, v in s.items()}}, {str(path.with_suffix('.safetensors'))!r})"
+    )
+    return f'; convert it: python -c "{code}"'
+
+
+def _without_wrapper(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` by the names of ``module`` where it was saved from torch's ``DataParallel`` around it."""
+    if not all(name.startswith(_WRAPPER) for name in state) or any(n.startswith(_WRAPPER) for n in module.state_dict()):
+        return state
+    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()}
+
+
+def _unfit(module: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """The first name or shape of ``state`` that is not the module's, and what to do; nothing where all are."""
+    own = module.state_dict()
+    for name, tensor in own.items():
+        if name in state and state[name].shape != tensor.shape:
+            given, wanted = tuple(state[name].shape), tuple(tensor.shape)
+            resized = name.endswith("pos_embed")
+            hint = "give the --image-size it was trained at" if resized else "give the --model it was saved from"
+            return f"{name} has shape {given}, the model takes {wanted}; {hint}"
+    missing, more = [n for n in own if n not in state], [n for n in state if n not in own]
+    pairs = ("it has no", missing), ("the model has no", more)
+    told = [f"{verb} {names[0]}" + f" ({len(names) - 1} more)" * (len(names) > 1) for verb, names in pairs if names]
+    return f"{', '.join(told)}; give the --model it was saved from" if told else ""
 
 
 def _with_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

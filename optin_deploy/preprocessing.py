@@ -1,5 +1,6 @@
 """From pictures and texts to the tensors a network takes, by the model's own configuration."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,9 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
+
+# As many as Pillow opens without a warning.
+MOST_PIXELS = 89_478_485
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,16 @@ class ImagePreprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """What a picture of ``width`` times ``height`` pixels is resized to, before it is cropped; about."""
+        target_height, target_width = (math.floor(n / self.crop_pct) for n in self.size)
+        if self.crop_mode == "squash":
+            return target_width, target_height
+        scales = target_width / width, target_height / height
+        # Borders are added where the whole picture is kept.
+        scale = min(scales) if self.crop_mode == "border" else max(scales)
+        return round(width * scale), round(height * scale)
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """A batch ``(images, 3, height, width)`` by input name."""
@@ -58,6 +72,13 @@ class TextPreprocessing:
     input_names: tuple[str, ...]
     max_length: int
     decoder_start: int | None = None
+
+    def without_tokens(self, texts: Sequence[str]) -> list[str]:
+        """Those of ``texts`` that the tokenizer makes nothing of; none where it adds special tokens."""
+        if self.tokenizer("")["input_ids"]:
+            return []
+        found = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return [text for text, ids in zip(texts, found, strict=True) if not ids]
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token tensors ``(texts, longest text)`` by input name, padded."""

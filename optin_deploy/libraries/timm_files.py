@@ -115,10 +115,11 @@ def classes_in(name: str, weights: Path) -> int | None:
         return None
     try:
         with safe_open(weights, framework="pt") as file:
-            tensors = {*file.keys()}
+            # Data parallel training puts "module." before every name.
+            tensors = {name.removeprefix("module."): name for name in file.keys()}  # noqa: SIM118
             if f"{head}.weight" not in tensors:
                 return 0 if f"{own.get('first_conv')}.weight" in tensors else None
-            classes: int = file.get_slice(f"{head}.weight").get_shape()[0]
+            classes: int = file.get_slice(tensors[f"{head}.weight"]).get_shape()[0]
     except (OSError, SafetensorError, IndexError):
         return None
     return None if classes == own.get("num_classes") else classes

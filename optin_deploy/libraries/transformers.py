@@ -25,7 +25,9 @@ transformers.utils.logging.disable_progress_bar()
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 # transformers takes "transformers_weights" for the name of the weights' file, and ends with an error that tells the
 # value where it cannot be one. It would else give layers that a pruned network does not have random weights.
-_REFUSAL = "pruned by optin-deploy, load it with optin_deploy.load(path)"
+_REFUSAL = "load it with optin_deploy.load(path): it is pruned by optin-deploy"
+# Far more than any network has, and built within seconds: layers without end would be made before they are refused.
+_MOST_LAYERS = 10_000
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -48,7 +50,12 @@ def _check_code(config: Mapping[str, Any]) -> None:
 
 def source_of(config: Any) -> Source:
     """The class that the configuration names (the plain encoder if none) and the configuration itself."""
-    class_name = (config.architectures or [""])[0]
+    architectures = config.architectures or [""]
+    if not isinstance(architectures, list | tuple) or not isinstance(architectures[0], str):
+        raise UserError(
+            f'architectures in config.json is {str(architectures)[:40]}: write the class as ["BertModel"], or null'
+        )
+    class_name = architectures[0]
     if not _is_model_class(class_name):
         if type(config) not in transformers.AutoModel._model_mapping:
             raise UserError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
@@ -73,6 +80,10 @@ def initialised(source: Source) -> nn.Module:
 def _config(source: Source) -> Any:
     _check_code(source.arguments)
     config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
+    # By this name, whatever the family calls it.
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise UserError(f"num_hidden_layers {layers} in config.json: at most {_MOST_LAYERS} are built; correct it")
     config.dtype = torch.float32
     if getattr(config, "use_pretrained_backbone", False):
         # A backbone's own weights would be fetched, to be overwritten.
@@ -213,6 +224,11 @@ def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preproc
     if kinds != [inputs_of.TEXT_INPUT]:
         return None
     tokenizer = read_tokenizer(name)
+    if tokenizer.model_max_length < 1:
+        raise UserError(
+            f"the tokenizer of {name} gives no tokens: correct model_max_length {tokenizer.model_max_length} in "
+            "tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -54,7 +54,9 @@ def percent(share: float) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """A relative change, as "−49.8 %"."""
+    """A relative change, as "−49.8 %"; a dash where there was nothing."""
+    if not before:
+        return "—"
     relative = 100 * (after / before - 1)
     return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
 

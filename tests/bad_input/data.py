@@ -1,5 +1,6 @@
 """Files given as --calibration and --evaluate."""
 
+import json
 import os
 import struct
 import zipfile
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import save_images, save_lines, texts
 
@@ -131,6 +133,71 @@ def _scored(content: str | bytes, *more: str) -> Callable[[Material], Sequence[s
     return make
 
 
+def _masked(material: Material) -> Sequence[str]:
+    """A sample that is padding alone."""
+    material.copy("bert")
+    ids = torch.full((8, 4), 5)
+    mask = torch.ones_like(ids)
+    mask[3] = 0
+    save_file({"input_ids": ids, "attention_mask": mask}, "t.safetensors")
+    return pruning_text("--calibration", "t.safetensors")
+
+
+def _without_special_tokens(make: Callable[[Material], Sequence[str]]) -> Callable[[Material], Sequence[str]]:
+    """The same with a tokenizer that gives no tokens for an empty text."""
+
+    def changed(material: Material) -> Sequence[str]:
+        command = make(material)
+        path = Path("bert", "tokenizer.json")
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"post_processor": None}))
+        return command
+
+    return changed
+
+
+def _labelled(number: Any, *more: str) -> Callable[[Material], Sequence[str]]:
+    """Texts of a class whose number in config.json is another."""
+
+    def make(material: Material) -> Sequence[str]:
+        material.copy("bert")
+        path = Path("bert", "config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["label2id"]["bad"] = number
+        path.write_text(json.dumps(config).replace('"infinite"', "1e999"), encoding="utf-8")
+        save_lines(Path("dev.csv"), ["text,label", *(f"{text},bad" for text in texts(12))])
+        return pruning_text(*(more or FISHER))
+
+    return make
+
+
+def _resized(pictures: int, option: str, *size: int) -> Callable[[Material], Sequence[str]]:
+    """A picture in ``pictures`` class folders as long as that."""
+
+    def make(material: Material) -> Sequence[str]:
+        material.copy("shallow")
+        for number in range(pictures):
+            save_images(Path("classes", f"c{number}"), 1, number)
+        Image.new("L", size).save("classes/c0/000.png")
+        return pruning("shallow", option, "classes")
+
+    return make
+
+
+def _class_without_images(material: Material) -> Sequence[str]:
+    command = _class_folders(9)(material)
+    Path("classes", "c9").mkdir()
+    return command
+
+
+def _left_by_tools(material: Material) -> Sequence[str]:
+    """What editors and archivers leave between class folders, and in them."""
+    command = _class_folders(10)(material)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        save_images(Path("classes", name), 1)
+    Path("classes", "c0", "._000.png").write_bytes(b"no picture")
+    return command
+
+
 def _class_folders(count: int, spoil: Callable[[Path], object] = lambda _: None) -> Callable[[Material], Sequence[str]]:
     def make(material: Material) -> Sequence[str]:
         material.copy("shallow")
@@ -157,6 +224,11 @@ def _odd_pictures(material: Material) -> Sequence[str]:
     return pruning("model", "--calibration", "link")
 
 
+FISHER = (
+    *("--calibration", "dev.csv", "--calibration-column", "text", "--calibration-labels", "label"),
+    *("--criterion", "fisher"),
+)
+SCORED = ("--evaluate", "dev.csv", "--evaluate-columns", "text,label")
 RANDOM = torch.rand(8, 3, 32, 32)
 PICTURE, TENSORS = r"image pictures/002\.png cannot be read", r"calibration tensors t\.{} cannot be read"
 ROWS = (
@@ -170,6 +242,10 @@ ROWS = (
     Row("images-link-to-itself", _pictures(_in_place(lambda file: file.symlink_to(file.name))), PICTURE),
     Row("images-link-to-nothing", _pictures(_in_place(lambda file: file.symlink_to("gone.png"))), PICTURE),
     Row("images-pipe", _pictures(_in_place(os.mkfifo)), PICTURE),
+    Row(
+        "images-elongated", _resized(2, "--calibration", 1, 1_000_000), r"c0/000\.png is too elongated: its 1 x 1000000"
+    ),
+    Row("images-very-elongated", _resized(2, "--calibration", 80_000_000, 1), r"c0/000\.png is too elongated"),
     Row("images-name-not-utf8", _pictures(_not_utf8), "image pictures/.*cannot be read"),
     Row("images-one", _vision("one", lambda p: save_images(p, 1)), "one holds 1 sample: at least 2"),
     Row("text-for-a-vision-network", _vision("t.txt", lambda p: save_lines(p, texts(4))), r"t\.txt is not a folder"),
@@ -203,10 +279,46 @@ ROWS = (
         _vision("t.safetensors", _tensors(x=torch.cat([RANDOM, torch.full((1, 3, 32, 32), 3e38)]))),
         r"NaN or infinity in logits on t\.safetensors",
     ),
+    Row(
+        "tensors-float8",
+        _vision("t.safetensors", _tensors(x=RANDOM.to(torch.float8_e4m3fn))),
+        r"t\.safetensors: x holds float8_e4m3fn; convert it .* float32",
+    ),
+    Row(
+        "tensors-complex",
+        _vision("t.safetensors", _tensors(x=RANDOM.to(torch.complex64))),
+        r"t\.safetensors: x holds complex64; convert it .* float32",
+    ),
+    Row("tokens-none", _ids(), r"t\.safetensors: input_ids has shape \(8, 0\): .* at least one token"),
+    Row("tokens-all-masked", _masked, r"t\.safetensors: attention_mask is 0 everywhere in 1 of its .*number 3"),
     Row("tokens-out-of-range", _ids(2, 99, 3), "the network fails on input_ids .* to 99"),
     Row("tokens-negative", _ids(2, -1, 3), "the network fails on input_ids .* from -1"),
     Row("labels-out-of-range", _scored("w1\t0\nw2\t3\n"), r"dev\.tsv: label '3' is no class number from 0 to 2"),
     Row("labels-unknown", _scored("w1\tbad\nw2\tgreat\n"), r"dev\.tsv: label 'great' is no class number"),
+    *(
+        Row(f"labels-numbered-{name}", _labelled(number), r"dev\.csv: label 'bad' is .* by the model's config\.json")
+        for name, number in {
+            "99": 99,
+            "-1": -1,
+            "-100": -100,
+            "1.7": 1.7,
+            "infinite": "infinite",
+            "null": None,
+            "mapping": {"a": 1},
+            "word": "x",
+        }.items()
+    ),
+    Row(
+        "labels-evaluated-as-99", _labelled(99, *SCORED), r"dev\.csv: label 'bad' is 99 .*from 0 to 2: correct label2id"
+    ),
+    Row(
+        "labels-told-what-to-do", _scored("w1\tgreat\n"), r"or name the classes by id2label in the model's config\.json"
+    ),
+    Row(
+        "evaluation-without-tokens",
+        _without_special_tokens(_scored("\t0\n" * 70 + "w1 w2\t1\n")),
+        r"dev\.tsv: 70 of 71 texts give no tokens, the first of them ''",
+    ),
     Row("labels-negative", _scored("w1\t0\nw2\t-1\n"), r"dev\.tsv: label '-1'"),
     Row("labels-of-10000-digits", _scored(f"w1\t{'1' * 10_000}\n"), r"dev\.tsv: "),
     Row("scores-no-numbers", _scored("w1\tw2\t1\nw1\tw3\tmuch\n"), r"dev\.tsv: the third column .*much"),
@@ -216,6 +328,8 @@ ROWS = (
     Row("evaluation-four-columns", _scored("a\tb\tc\td\n"), r"dev\.tsv: 4 columns"),
     Row("evaluation-not-utf8", _scored(b"caf\xe9\t0\n"), r"dev\.tsv cannot be read as a table in UTF-8"),
     Row("evaluation-class-folders", _class_folders(3), "classes has 3 class folders, .* 10 classes"),
+    Row("evaluation-class-without-images", _class_without_images, "classes has 9 class folders, .*'c9' without images"),
+    Row("evaluation-elongated", _resized(10, "--evaluate", 1, 1_000_000), r"c0/000\.png is too elongated"),
     Row("evaluation-folder-not-utf8", _class_folders(3, _in_folders(b"\xff")), "classes has 3 class folders"),
     Row(
         "evaluation-image",
@@ -228,4 +342,7 @@ ROWS = (
         r"image classes/c1/000\.png cannot be read.*pixels",
     ),
 )
-ODD = (Row("two pictures behind links, their names not UTF-8", _odd_pictures),)
+ODD = (
+    Row("two pictures behind links, their names not UTF-8", _odd_pictures),
+    Row("pictures that tools have left beside class folders", _left_by_tools),
+)

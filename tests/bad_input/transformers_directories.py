@@ -107,6 +107,17 @@ ROWS = (
     Row("config-text-for-a-number", _made(_edited("config.json", hidden_size="many")), "bert"),
     Row("config-other-width", _made(_edited("config.json", intermediate_size=128)), "bert: .* its configuration says"),
     Row("config-more-layers", _made(_edited("config.json", num_hidden_layers=3)), "bert has no weights for"),
+    Row(
+        "config-endless-layers", _made(_edited("config.json", num_hidden_layers=10**9)), "num_hidden_layers 1000000000"
+    ),
+    *(
+        Row(
+            f"config-architectures-{name}",
+            _made(_edited("config.json", architectures=value)),
+            "architectures in config",
+        )
+        for name, value in {"number": [3], "null": [None], "mapping": {"a": 1}, "word": "BertModel"}.items()
+    ),
     Row("config-quantized", _made(_edited("config.json", quantization_config={"quant_method": "awq"})), "bert"),
     Row("weights-in-a-pickle", _made(_in_pickle), "the weights of bert", runs_code=True),
     Row("weights-outside-the-directory", _made(_elsewhere), r"index\.json names \.\./outside\.safetensors"),
@@ -115,6 +126,11 @@ ROWS = (
     Row("transformers-weights-truncated", _made(_written("model.safetensors", lambda t: t[:-99])), "bert"),
     Row("transformers-weights-nan", _made(_nan), "hold NaN or infinity in bert.embeddings.word_embeddings"),
     Row("adapter-of-a-model-elsewhere", _made(_adapter), "bert", runs_code=True),
+    Row(
+        "tokenizer-of-no-tokens",
+        _made(_edited("tokenizer_config.json", model_max_length=0)),
+        "the tokenizer of bert gives no tokens: correct model_max_length 0",
+    ),
     Row("tokenizer-truncated", _made(_written("tokenizer.json", lambda t: t[:99])), "the tokenizer of bert"),
     Row(
         "tokenizer-missing",

@@ -54,6 +54,22 @@ def _pickle(_: Material) -> Sequence[str]:
     return COMMAND
 
 
+def _pickle_by_name(_: Material) -> Sequence[str]:
+    save_pickle(Path("w.pth"))
+    return [*COMMAND[:-1], "w.pth"]
+
+
+def _larger(_: Material) -> Sequence[str]:
+    save_file(_good(), FILE)
+    return pruning("test_vit", "--image-size", "64", "--weights", str(FILE))
+
+
+def _wrapped(_: Material) -> Sequence[str]:
+    """As `torch.nn.DataParallel` names them."""
+    save_file({f"module.{name}": tensor for name, tensor in _good().items()}, FILE)
+    return COMMAND
+
+
 def _directory(_: Material) -> Sequence[str]:
     FILE.mkdir()
     return COMMAND
@@ -108,9 +124,20 @@ ROWS = (
         UNREADABLE,
     ),
     Row("weights-pickle-renamed", _pickle, UNREADABLE, runs_code=True),
+    Row(
+        "weights-pickle",
+        _pickle_by_name,
+        r"never loaded\); convert it: python -c \".*torch\.load\('w\.pth', weights_only=True\).*'w\.safetensors'\)\"",
+        runs_code=True,
+    ),
     Row("weights-directory", _directory, UNREADABLE),
     Row("weights-symlink-to-itself", _loop, UNREADABLE),
     Row("weights-of-another-network", _of_bert, UNFIT),
+    Row(
+        "weights-of-another-image-size",
+        _larger,
+        UNFIT + r".*: pos_embed has shape \(1, \d+, 64\), the model takes \(1, \d+, 64\); give the --image-size",
+    ),
     Row("weights-missing", _tensors(lambda state: state.pop("head.bias")), UNFIT + ".*head.bias"),
     Row("weights-shape", _tensors(lambda state: state.update({"head.bias": torch.zeros(3)})), UNFIT + ".*head.bias"),
     Row(
@@ -124,4 +151,7 @@ ROWS = (
     ),
     Row("weights-overflow", _tensors(_filled("head.weight", 3e38)), "NaN or infinity in logits on built-in samples"),
 )
-ODD = (Row("layers without variance, in a directory of a run killed at once", _zeroed),)
+ODD = (
+    Row("layers without variance, in a directory of a run killed at once", _zeroed),
+    Row("weights saved from a wrapper of torch's around the network", _wrapped),
+)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from calibrations import check_split, refusal, rows
 from PIL import Image
@@ -19,10 +20,18 @@ from tiny_models import (
     vision_network,
 )
 
-from optin_deploy.calibration import builtin_images, builtin_texts, from_batches, load_calibration
+from optin_deploy.calibration import (
+    builtin_images,
+    builtin_texts,
+    from_batches,
+    image_files,
+    load_calibration,
+    read_texts,
+)
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
+from optin_deploy.preprocessing import ImagePreprocessing
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +72,26 @@ def test_modes_and_suffixes_of_images(tmp_path: Path, vision: Network) -> None:
     assert calibration.samples + len(calibration.held_out[0]["x"]) == 5
 
 
+def test_pictures_of_tools_are_left_out(tmp_path: Path, vision: Network) -> None:
+    save_images(tmp_path / ".hidden" / "a", 5)
+    files = save_images(tmp_path / ".hidden" / "a" / "kept", 5)
+    save_images(tmp_path / ".hidden" / "a" / "__MACOSX", 3)
+    save_images(tmp_path / ".hidden" / "a" / ".ipynb_checkpoints", 3)
+    files[0].rename(files[0].with_name("._000.png"))
+    # A hidden folder that is named is meant.
+    assert len(image_files(tmp_path / ".hidden" / "a")) == 9
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [(32, 32), (32, 48)])
+def test_resized_is_what_timm_resizes_to(mode: str, size: tuple[int, int]) -> None:
+    preprocessing = ImagePreprocessing("x", size, crop_mode=mode)
+    transform = timm.data.create_transform((3, *size), crop_pct=preprocessing.crop_pct, crop_mode=mode)
+    for given in [(90, 30), (30, 90), (1, 40), (64, 64)]:
+        resized = transform.transforms[0](Image.new("RGB", given))
+        assert preprocessing.resized(*given) == pytest.approx(resized.size, abs=1)
+
+
 def test_builtin_images(vision: Network) -> None:
     calibration = load_calibration(vision, None, samples=5)
     assert calibration.builtin
@@ -87,9 +116,17 @@ def test_text_file(tmp_path: Path, text: Network) -> None:
     assert {int(t) for r in rows(calibration.batches, "input_ids") for t in r} <= set(range(len(WORDS) + 4))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_texts_end_at_ends_of_lines_only(tmp_path: Path, end: str) -> None:
+    lines = [f"{word}\u2028a\x0cb\x1cc\x85d" for word in ("w1", "w2")]
+    (tmp_path / "t.txt").write_bytes(end.join(lines).encode())
+    assert read_texts(tmp_path / "t.txt", None) == lines
+
+
 TABLES: dict[str, tuple[str, Callable[[str], str], str | None]] = {
     "header.csv": ("id,text", lambda t: f'7,"{t}"', "text"),
     "spaces.csv": ("id,text", lambda t: f'7,"{t}"', " text"),
+    "header-with-spaces.csv": ("id, text ", lambda t: f"7,{t}", " text "),
     "UPPER.CSV": ("id,text", lambda t: f'7,"{t}"', "text"),
     "excel.csv": ("\ufefftext,id", lambda t: f"{t},7", "text"),
     "number.tsv": ("", lambda t: f"7\t{t}\tx", "2"),

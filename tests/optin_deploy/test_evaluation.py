@@ -101,6 +101,15 @@ def test_label_names_come_before_numbers(tmp_path: Path) -> None:
     assert measured(load_dataset(network, save_lines(tmp_path / "t.csv", rows)), network) == 100
 
 
+def test_classes_may_be_named_in_one_map_of_the_configuration_only(tmp_path: Path) -> None:
+    names = ["bad", "fair", "good"]
+    save_bert(tmp_path / "model", id2label=dict(enumerate(names)), label2id={f"LABEL_{i}": i for i in range(3)})
+    network = load_network(str(tmp_path / "model"), sequence_length=16)
+    lines = texts(6)
+    rows = [f"{line},{names[p]}" for line, p in zip(lines, predictions(network, lines), strict=True)]
+    assert measured(load_dataset(network, save_lines(tmp_path / "t.csv", rows)), network) == 100
+
+
 # Sentence pairs
 
 

@@ -138,6 +138,22 @@ def test_a_file_as_model(tmp_path: Path) -> None:
     assert "--weights" in refusal(tmp_path / "mine.safetensors")
 
 
+def test_weights_without_counts_of_batches_fit(tmp_path: Path) -> None:
+    # Of torch before 0.4; its loader knows them.
+    state = load_network("test_resnet", weights="random", image_size=32).module.state_dict()
+    save_file({n: t for n, t in state.items() if "num_batches" not in n}, tmp_path / "w.safetensors")
+    load_network("test_resnet", weights=str(tmp_path / "w.safetensors"), image_size=32)
+
+
+def test_the_command_that_converts_pickles(tmp_path: Path) -> None:
+    state = vision_network(seed=5).module.state_dict()
+    torch.save({**state, "head.weight": state["head.weight"].T.contiguous().T}, tmp_path / "w.pth")
+    code = refusal("test_vit", weights=str(tmp_path / "w.pth")).split('python -c "')[1].removesuffix('"')
+    exec(code, {})
+    network = load_network(**{**VISION, "weights": str(tmp_path / "w.safetensors")})
+    torch.testing.assert_close(network.module.state_dict(), state, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("size", [0, -3, 225, 33, 8])
 def test_wrong_image_size(size: int) -> None:
     assert f"image size {size}" in refusal("test_vit", weights="random", image_size=size)

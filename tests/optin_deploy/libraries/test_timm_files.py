@@ -48,10 +48,10 @@ def changed(directory: Path, **told: Any) -> str:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "deit_tiny_distilled_patch16_224"])
-@pytest.mark.parametrize("classes", [0, 7])
-def test_the_number_of_classes_is_that_of_the_file(name: str, classes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("classes", "prefix"), [(0, ""), (7, ""), (7, "module.")])
+def test_the_number_of_classes_is_that_of_the_file(name: str, classes: int, prefix: str, tmp_path: Path) -> None:
     module = trained(name, num_classes=classes)
-    save_file(module.state_dict(), tmp_path / "mine.safetensors")
+    save_file({prefix + n: t for n, t in module.state_dict().items()}, tmp_path / "mine.safetensors")
     network = load_network(name, weights=str(tmp_path / "mine.safetensors"))
     assert network.source.arguments == {"num_classes": classes}
     assert network.logits == ("logits" if classes else None)
