@@ -17,6 +17,10 @@ VariantName = Literal["dense", "pruned"]
 Png = Annotated[str, Field(pattern=r"^iVBORw0KGgo[A-Za-z0-9+/]*={0,2}$")]
 
 
+Above = Annotated[float, Field(gt=0)]
+"""What other figures are divided by."""
+
+
 class _Value(BaseModel):
     # Infinite and NaN figures (a failed parity) are written as strings, which are JSON and read back as numbers.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -37,11 +41,11 @@ class Interval(_Value):
 class Summary(_Value):
     """Latency of one variant over all its samples, in milliseconds."""
 
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    min_ms: float
+    p50_ms: Above
+    p90_ms: Above
+    p99_ms: Above
+    mean_ms: Above
+    min_ms: Above
     count: int
 
 
@@ -178,9 +182,9 @@ class LatencyBudget(_Value):
 class Variant(_Value):
     """The size of one network: FLOPs of one sample (1 MAC = 2 FLOPs), parameters, and its ONNX file in MiB."""
 
-    flops: int
-    parameters: int
-    onnx_mib: float
+    flops: Annotated[int, Field(gt=0)]
+    parameters: Annotated[int, Field(gt=0)]
+    onnx_mib: Above
 
 
 class PlanEntry(_Value):

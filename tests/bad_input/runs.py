@@ -93,6 +93,13 @@ def _into_a_file(material: Material) -> Sequence[str]:
 
 
 LATIN = os.fsdecode(b"caf\xe9")
+def _without_flops(whole: bytes) -> bytes:
+    """A report whose pruned network does nothing."""
+    told = json.loads(whole)
+    told["pruned"]["flops"] = 0
+    return json.dumps(told).encode()
+
+
 DAMAGED, NOT_A_REPORT = r"--output run: {} is not what the run wrote", r"report\.json is not a report of this version"
 NESTED = b'{"a":' * 100_000
 ROWS = (
@@ -102,6 +109,7 @@ ROWS = (
     Row("report-not-utf8", _report(lambda whole: whole.replace(b"dense", b"\xff\xfe")), NOT_A_REPORT),
     Row("report-other-layout", _report(_edited(layout=999)), NOT_A_REPORT),
     Row("report-wrong-type", _report(_edited(gates="all passed")), NOT_A_REPORT + ": gates"),
+    Row("report-no-flops", _report(_without_flops), NOT_A_REPORT + r": pruned\.flops"),
     Row("report-missing", lambda _: ["report", "none"], "cannot read the report none"),
     Row("report-endless", lambda _: ["report", "/dev/zero"], "/dev/zero"),
     Row("run-json-truncated", _continued(_written("run.json", lambda _: b'{"fing')), "--output run .*holds no run"),
