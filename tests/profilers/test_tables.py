@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profilers import ProfilingError
-from profilers.tables import LatencyTable, Row, check_cache, log_error, read_table, rising, save_table, shrunk, table_file
+from profilers.tables import (
+    LatencyTable,
+    Row,
+    check_cache,
+    log_error,
+    read_table,
+    rising,
+    save_table,
+    shrunk,
+    table_file,
+)
 
 SETTING = {"runtime": "ort-cpu", "batch_size": 1}
 DEPTH = 3
