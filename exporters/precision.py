@@ -10,13 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]
-"""tf32 is a file in float32 that GPUs may compute in TensorFloat-32; int8 and fp8 are in `exporters.quantization`."""
+from exporters.names import Precision
 
 PARITY_TOLERANCES: dict[Precision, float] = {
     "fp32": 1e-4,

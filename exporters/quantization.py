@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,10 @@ from torch import Tensor
 from exporters.equalising import drop_unused, equalise
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
+from exporters.names import Precision, Quantized, is_quantized
 from exporters.onnx import PRODUCER, onnx_from_program, save_model
-from exporters.precision import Precision
 from exporters.tracing import DynamicAxes
 
-Quantized = Literal["int8", "fp8"]
 Batch = Mapping[str, Tensor]
 
 # Ranges change little with more samples.
@@ -38,11 +37,6 @@ _INT8_MOST, _FP8_MOST = 127.0, 448.0
 _FP8_OPSET = 19
 # TensorRT's convolutions take int8, and fp8 on few devices only.
 _OPERATORS: dict[Quantized, list[str]] = {"int8": ["MatMul", "Gemm", "Conv"], "fp8": ["MatMul", "Gemm"]}
-
-
-def is_quantized(precision: Precision) -> TypeGuard[Quantized]:
-    """Whether a file of ``precision`` is made by calibration."""
-    return precision in _OPERATORS
 
 
 def onnx_in_precision(

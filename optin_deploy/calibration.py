@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.errors import UserError
+from optin_deploy.files import regular
 from optin_deploy.labels import class_count, class_number, class_numbers, hidden
 from optin_deploy.network import Network
 from optin_deploy.preprocessing import MOST_PIXELS, ImagePreprocessing, TextPreprocessing
@@ -258,22 +259,31 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
 
 
 def check_images(files: Sequence[Path], preprocessing: ImagePreprocessing) -> None:
-    """Raise UserError for a file that is no picture by its first bytes, or one too large to be read or resized."""
+    """Raise UserError for a file that cannot be read as a picture to its end, or is too large to be read or resized."""
     for file in files:
         with _opened(file) as image:
-            width, height = image.size
-        resized_width, resized_height = preprocessing.resized(width, height)
-        # The whole picture is resized before it is cropped: one pixel high, it gets as wide as nothing can hold.
-        if resized_width * resized_height > MOST_PIXELS or min(resized_width, resized_height) < 1:
-            raise UserError(
-                f"image {file} is too elongated: its {width} x {height} pixels would be resized to {resized_width} x "
-                f"{resized_height}; crop it or remove it"
-            )
+            _check_resized(file, image, preprocessing)
+            # Of a JPEG all is read, but an eighth of the size made of it: so many pictures take less time.
+            image.draft("RGB", (1, 1))
+            image.load()
+
+
+def _check_resized(file: Path, image: Image.Image, preprocessing: ImagePreprocessing) -> None:
+    """Raise UserError for a picture too elongated: all of it is resized before it is cropped."""
+    width, height = image.size
+    resized_width, resized_height = preprocessing.resized(width, height)
+    if resized_width * resized_height > MOST_PIXELS or min(resized_width, resized_height) < 1:
+        raise UserError(
+            f"image {file} is too elongated: its {width} x {height} pixels would be resized to {resized_width} x "
+            f"{resized_height}; crop it or remove it"
+        )
 
 
 def _reading(preprocessing: ImagePreprocessing) -> Callable[[list[Path]], dict[str, Tensor]]:
     def inputs(files: list[Path]) -> dict[str, Tensor]:
-        check_images(files, preprocessing)
+        for file in files:
+            with _opened(file) as image:
+                _check_resized(file, image, preprocessing)
         return preprocessing(read_images(files))
 
     return inputs
@@ -304,7 +314,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
 def read_table(path: Path) -> list[list[str]]:
     """Rows of a CSV or TSV file, empty ones left out; UserError when it cannot be read or is empty."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with regular(path).open(encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() == ".tsv":
                 rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
             else:
@@ -360,7 +370,7 @@ def read_texts(path: Path, column: str | None) -> list[str]:
     else:
         try:
             # Not splitlines, which takes form feeds and the like for ends of lines.
-            texts = path.read_text(encoding="utf-8-sig").split("\n")
+            texts = regular(path).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from error
     texts = [text for text in dict.fromkeys(text.strip() for text in texts) if text]
@@ -410,10 +420,10 @@ def _read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix.lower() == ".npz":
             # np.load would take a pickle or a single array by the same name.
-            with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
+            with regular(path).open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
-            tensors = load_file(path)
+            tensors = load_file(regular(path))
     except Exception as error:  # zip files, numpy's headers and safetensors each have their own types
         told = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"calibration tensors {path} cannot be read: {told}") from error

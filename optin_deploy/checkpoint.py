@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import whole_directory, write_tensors
+from optin_deploy.files import regular, whole_directory, write_tensors
 from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
@@ -203,7 +203,7 @@ def _read(path: Path) -> _Description:
     if not is_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of optin-deploy: it has no {JSON_NAME}")
     try:
-        return _Description.model_validate_json((path / JSON_NAME).read_text(encoding="utf-8"))
+        return _Description.model_validate_json(regular(path / JSON_NAME).read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -233,7 +233,7 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
 def load_weights(small: nn.Module, path: Path) -> None:
     """Load the weights of the checkpoint at ``path`` into a module sliced by its plan; UserError if they do not fit."""
     try:
-        state = load_file(path / WEIGHTS_NAME)
+        state = load_file(regular(path / WEIGHTS_NAME))
         check_kinds(small, state, path / WEIGHTS_NAME)
         small.load_state_dict(state)
     except (OSError, *UNFIT) as error:

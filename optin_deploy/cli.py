@@ -1,4 +1,5 @@
-"""The command line. Exit codes: 0 done, 2 something to fix, 3 a gate failed, 130 interrupted, 1 a bug."""
+"""The command line. Exit codes: 0 done, 2 something to fix, 3 a gate failed, 130 interrupted (128 and its number for
+another signal), 1 a bug."""
 
 import errno
 import json
@@ -12,13 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from optin_deploy.ending import Ended, Interruptible, signals_raised, told
 from optin_deploy.errors import GateError, UserError
+from optin_deploy.files import check_new, check_place
 from optin_deploy.options import (
     EXPORT,
     EXPORT_OPTIONS,
@@ -33,13 +36,21 @@ from optin_deploy.options import (
     option,
     takes_options,
 )
+from optin_deploy.streams import flush_stdout, prepare_streams, write_json
 from optin_deploy.torchrun import launched_ranks, quiet_unless_main, refuse_several
 
-# A full or failing disk, and files that this user may not write.
-_NO_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+if TYPE_CHECKING:
+    from optin_deploy.recipe import Recipe
+
+# What no name of a file needs to come with: a full or failing disk, and the limits of this process.
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
+_MOST_TOLD = 500
+# What the parser raises for a wrong option or argument; its module is another in each version.
+_USAGE_ERROR: type[Exception] = cast(Any, typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
     help="Make trained transformers smaller without retraining, export them, and measure how much faster they got.",
+    cls=Interruptible,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,6 +79,7 @@ def prune_export(
 
     # Wrong options are told before torch is loaded, which takes seconds.
     resolved = make_recipe(options | _given(flops=flops, latency=latency, latency_ms=latency_ms), recipe)
+    _check_paths(resolved, output)
 
     from optin_deploy.pipeline import prune_export_together
     from optin_deploy.report.terminal import summary
@@ -111,6 +123,7 @@ def sweep(
     resolved, asked = read_sweep(options | budgets, recipe)
     # Wrong options are told before torch is loaded, which takes seconds.
     plan(resolved, asked)
+    _check_paths(resolved, output)
 
     from optin_deploy.sweeps.run import sweep as run
     from optin_deploy.sweeps.terminal import summary
@@ -126,6 +139,15 @@ def sweep(
 def _check_not_both(quiet: bool, verbose: bool) -> None:
     if quiet and verbose:
         raise UserError("--quiet and --verbose: give one of them")
+
+
+def _check_paths(recipe: "Recipe", output: Path | None) -> None:
+    """Raise UserError for data that are not there, and for a directory that cannot be made."""
+    for what, path in (("calibration", recipe.calibration), ("evaluation", recipe.evaluate)):
+        if path is not None and not path.exists():
+            raise UserError(f"{what} data {path} does not exist")
+    if output is not None:
+        check_place(output, f"--output {output}")
 
 
 @contextmanager
@@ -150,7 +172,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _show(report: Any, summary: Callable[[Any], RenderableType], directory: Path, files: str, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+        write_json(report.model_dump_json(indent=1))
         return
     # Piped into a file, the tables keep the width they are made for.
     console = Console() if sys.stdout.isatty() else Console(width=100)
@@ -177,6 +199,9 @@ def export(
     # Wrong options are told before torch is loaded, which takes seconds.
     resolved = make_recipe(options)
     kind = check_layout(resolved, layout, name)
+    _check_paths(resolved, None)
+    if output is not None:
+        (check_new if kind == "plain" else check_place)(output)
 
     from optin_deploy.exporting import default_name, export_network
     from optin_deploy.report.terminal import exported_view
@@ -283,7 +308,7 @@ def report(
 
     reports = {str(run): read_report(run) for run in runs}
     if json_output or markdown:
-        sys.stdout.write(_report_text(reports, as_json=json_output))
+        (write_json if json_output else sys.stdout.write)(_report_text(reports, as_json=json_output))
         return
 
     from optin_deploy.report import comparison
@@ -298,10 +323,10 @@ def _report_text(reports: Mapping[str, Any], *, as_json: bool) -> str:
 
     if len(reports) == 1:
         (only,) = reports.values()
-        return str(only.model_dump_json(indent=1) + "\n" if as_json else markdown.render(only))
+        return str(only.model_dump_json(indent=1) if as_json else markdown.render(only))
     compared = comparison.lines(reports)
     if as_json:
-        return json.dumps([asdict(line) for line in compared], indent=1) + "\n"
+        return json.dumps([asdict(line) for line in compared], indent=1)
     return comparison.as_markdown(compared)
 
 
@@ -354,47 +379,42 @@ def main() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    prepare_streams()
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        _check_arguments()
-        try:
-            with quiet_unless_main():
-                app(standalone_mode=launched_ranks()[0] == 0)
-        finally:
-            _flush_stdout()
+        with signals_raised():
+            sys.exit(_run())
     except GateError as error:
         _tell(errors, "gate failed:", error)
         sys.exit(3)
     except _user_errors() as error:
         _tell(errors, "error:", error)
         sys.exit(2)
+    except _USAGE_ERROR as error:
+        _tell_usage(errors, error)
+        sys.exit(2)
     except OSError as error:
-        if error.errno not in _NO_FILE:
+        if error.errno is None or (error.filename is None and error.errno not in _OF_FILES):
             raise
-        where = error.filename or f"a file, of the output or in {tempfile.gettempdir()},"
+        # Of a file that is renamed, the second is its place.
+        where = error.filename2 or error.filename or f"a file, of the output or in {tempfile.gettempdir()},"
         what = f"{where} cannot be read or written: {error.strerror}; mend that and give the command again"
         _tell(errors, "error:", what)
         sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as error:
-        # typer turns an interrupt into this exit code.
-        if isinstance(error, SystemExit) and error.code != 130:
-            raise
-        if launched_ranks()[0] > 0:
-            sys.exit(130)
-        errors.print(f"interrupted; finished stages are kept, go on with: {_command()}", highlight=False, markup=False)
-        sys.exit(130)
+    except Ended as ended:
+        if launched_ranks()[0] == 0:
+            errors.print(told(ended, _command()), highlight=False, markup=False)
+        sys.exit(ended.code)
 
 
-def _flush_stdout() -> None:
-    """Write what stdout still holds while a failure can be told: at its end Python would only say it on the side."""
+def _run() -> int:
+    """The command, and the exit code of what the parser does by itself, like telling its help."""
+    _check_arguments()
     try:
-        sys.stdout.flush()
-    except OSError as error:
-        # What cannot be written is tried once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:
-            sys.exit(1)
-        raise OSError(error.errno, error.strerror, "stdout") from error
+        with quiet_unless_main():
+            return app(standalone_mode=False) or 0
+    finally:
+        flush_stdout()
 
 
 def _check_arguments() -> None:
@@ -409,6 +429,15 @@ def _tell(console: Console, what: str, error: Exception | str) -> None:
     is told by escapes."""
     message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8")
     console.print(Text.assemble((what, "red"), " ", message))
+
+
+def _tell_usage(console: Console, error: Any) -> None:
+    """One line of what the parser says; a command line without any command gets the help, which has been told."""
+    message = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return
+    help_command = f"{error.ctx.command_path} --help" if error.ctx else "optin-deploy --help"
+    _tell(console, "error:", f"{message.strip()[:_MOST_TOLD].rstrip('.')}; see {help_command}")
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -23,8 +23,8 @@ from exporters.triton import Backend, model_file, triton_config
 from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.engine_parity import check_engine_parity, checkable_engines, unchecked
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
-from optin_deploy.errors import GateError, UserError
-from optin_deploy.files import whole_directory
+from optin_deploy.errors import GateError
+from optin_deploy.files import check_new, whole_directory
 from optin_deploy.job import check_runtimes
 from optin_deploy.measuring import checked, parity_batches, parity_tolerance
 from optin_deploy.models import load_network
@@ -89,8 +89,7 @@ def export_network(
         backends: tuple[Backend, ...] = ("onnxruntime", "tensorrt") if wanted_engines(recipe) else ("onnxruntime",)
         folders = {b: output / f"{name or default_name(recipe.model)}_{_SUFFIXES[b]}" for b in backends}
     for folder in folders.values() or [output]:
-        if folder.exists():
-            raise UserError(f"{folder} exists already: choose another --output{' or --name' if folders else ''}")
+        check_new(folder, f"choose another --output{' or --name' if folders else ''}")
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network, samples = _load(recipe, stages)
         with ExitStack() as whole:

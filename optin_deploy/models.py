@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optin_deploy import checkpoint
 from optin_deploy.checkpoint import check_kinds
 from optin_deploy.errors import UserError
+from optin_deploy.files import check_regular_inside, regular
 from optin_deploy.libraries import UNFIT, initialised, ready, reason, timm_files
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
@@ -45,6 +46,8 @@ def load_network(
     Raises:
         UserError: the model is unknown, its weights cannot be had, or the image size does not fit.
     """
+    if Path(model).is_dir():
+        check_regular_inside(Path(model))
     if checkpoint.is_checkpoint(model):
         if weights != "pretrained" or image_size is not None:
             raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
@@ -175,7 +178,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
             + (_conversion(path) if path.suffix in _PICKLES else "")
         )
     try:
-        state = load_file(path)
+        state = load_file(regular(path))
     except (OSError, *UNFIT) as error:
         raise UserError(f"weights file {path} cannot be read: {reason(error)}") from error
     state = _without_wrapper(module, state)

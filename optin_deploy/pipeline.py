@@ -21,7 +21,7 @@ from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import agreement
-from optin_deploy.files import remove_partial, write_text
+from optin_deploy.files import regular, remove_partial, write_text
 from optin_deploy.job import Job, prepare
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Measured
@@ -236,7 +236,7 @@ def _kept_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
     """The scores at ``path``; UserError unless they are those of ``structure``."""
     rundir.keep(path)
     try:
-        scores = load_file(path)
+        scores = load_file(regular(path))
     except (OSError, SafetensorError):
         scores = {}
     if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:

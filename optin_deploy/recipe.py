@@ -54,6 +54,11 @@ _OF_REMOVAL = (
     *("criterion", "scorer", "probes", "task_weight", "calibration_labels"),
     *("align", "narrow_heads", "tokens", "tokens_share", "rounds", "batch_size", "table_seconds"),
 )
+# Far beyond what makes sense: more is a slip, which would be told only by what fails of it, after hours perhaps.
+_MOST_PIXELS, _MOST_IN_BATCH, _MOST_UNITS, _MOST_SAMPLES, _MOST_SECONDS = 1 << 14, 1 << 16, 1 << 20, 10_000_000, 1e6
+_Units = Annotated[int, Field(ge=1, le=_MOST_UNITS)]
+_Columns = Annotated[str | None, Field(max_length=1000)]
+_SHOWN = 80
 
 
 class Recipe(BaseModel):
@@ -63,32 +68,32 @@ class Recipe(BaseModel):
 
     model: Annotated[str, Field(min_length=1)]
     weights: str = "pretrained"
-    image_size: Annotated[int | None, Field(ge=1)] = None
-    sequence_length: Annotated[int, Field(ge=4)] = 128
+    image_size: Annotated[int | None, Field(ge=1, le=_MOST_PIXELS)] = None
+    sequence_length: Annotated[int, Field(ge=4, le=_MOST_UNITS)] = 128
 
     calibration: Path | None = None
-    calibration_column: str | None = None
-    calibration_labels: str | None = None
-    calibration_samples: Annotated[int | None, Field(ge=1)] = None
+    calibration_column: _Columns = None
+    calibration_labels: _Columns = None
+    calibration_samples: Annotated[int | None, Field(ge=1, le=_MOST_SAMPLES)] = None
 
     flops: Annotated[float | None, Field(gt=0, lt=1)] = None
     latency: Annotated[float | None, Field(gt=0, lt=1)] = None
-    latency_ms: Annotated[float | None, Field(gt=0)] = None
+    latency_ms: Annotated[float | None, Field(gt=0, le=1e9)] = None
     runtime: Runtime | None = None
-    batch_size: Annotated[int | None, Field(ge=1)] = None
-    table_seconds: Annotated[float, Field(gt=0)] = 60.0
+    batch_size: Annotated[int | None, Field(ge=1, le=_MOST_IN_BATCH)] = None
+    table_seconds: Annotated[float, Field(gt=0, le=_MOST_SECONDS)] = 60.0
     criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = "trajectory-obs"
     scorer: Literal["sketch", "exact", "forward"] = "sketch"
-    probes: Annotated[int | None, Field(ge=1)] = None
-    task_weight: Annotated[float, Field(ge=0)] | None = None
-    align: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    probes: Annotated[int | None, Field(ge=1, le=_MOST_UNITS)] = None
+    task_weight: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    align: _Units | Literal["auto"] | None = None
     narrow_heads: bool | None = None
-    tokens: Literal["auto", "off"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = "off"
+    tokens: Literal["auto", "off"] | Annotated[tuple[_Units, ...], Field(min_length=1)] = "off"
     tokens_share: Annotated[float | None, Field(gt=0, lt=1)] = None
     rounds: Annotated[int, Field(ge=1, le=16)] = 1
     sparsity: Literal["2:4"] | None = None
     compensate: bool = True
-    ridge: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    ridge: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] = "auto"
 
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     precision: Precision = "fp32"
@@ -96,7 +101,7 @@ class Recipe(BaseModel):
 
     static: bool = False
     builder_optimization_level: Annotated[int, Field(ge=0, le=5)] | None = None
-    workspace_mib: Annotated[int, Field(ge=1)] | None = None
+    workspace_mib: Annotated[int, Field(ge=1, le=1 << 30)] | None = None
     refittable: bool = False
     weight_stripped: bool = False
     version_compatible: bool = False
@@ -105,15 +110,15 @@ class Recipe(BaseModel):
     runtimes: Annotated[
         tuple[Runtime, ...], Field(min_length=1, default_factory=lambda given: _DEFAULT_RUNTIMES[given["precision"]])
     ]
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (1, 8)
-    threads: Annotated[int | None, Field(ge=1)] = None
-    profile_seconds: Annotated[float, Field(gt=0)] = 10.0
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=_MOST_IN_BATCH)], ...], Field(min_length=1)] = (1, 8)
+    threads: Annotated[int | None, Field(ge=1, le=_MOST_UNITS)] = None
+    profile_seconds: Annotated[float, Field(gt=0, le=_MOST_SECONDS)] = 10.0
 
     evaluate: Path | None = None
-    evaluate_columns: str | None = None
+    evaluate_columns: _Columns = None
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -303,8 +308,8 @@ def check_layout(recipe: Recipe, layout: str, name: str | None) -> Layout:
         raise UserError(f"--layout {layout}: choose from {', '.join(get_args(Layout))}")
     if layout == "plain" and name is not None:
         raise UserError(f"--name {name}: it has an effect only with --layout triton")
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise UserError(f"--name {name}: only letters, digits and _.- make a folder's name")
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UserError(f"--name {name}: only letters, digits and _.- make a folder's name, no . or - at its beginning")
     if layout == "triton" and "rtx" in recipe.measured_runtimes:
         raise UserError("--runtimes rtx: Triton runs engines of TensorRT, not of TensorRT for RTX; take tensorrt")
     if layout == "triton" and recipe.static:
@@ -319,8 +324,20 @@ def _message(name: str, first: Mapping[str, Any]) -> str:
         return f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else "")
     if first["type"] == "missing":
         return f"{option} is needed"
+    given = _shown(first["input"])
+    if first["type"] == "too_short":
+        return f"{option}: nothing is listed; give one value at least"
     if name in ("flops", "latency"):
         what = "FLOPs" if name == "flops" else "dense latency"
-        return f"{option} {first['input']}: give the part of the {what} to keep, above 0 and below 1, like 0.5"
+        return f"{option} {given}: give the part of the {what} to keep, above 0 and below 1, like 0.5"
     reason = first["msg"][0].lower() + first["msg"][1:]
-    return f"{option} {first['input']}: {reason}"
+    return f"{option} {given}: {reason}"
+
+
+def _shown(given: Any) -> str:
+    """``given`` as a message says it, without the end of what is long."""
+    try:
+        text = str(given)
+    except ValueError:  # Python writes out no integer of more than 4300 digits
+        return "of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

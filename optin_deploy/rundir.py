@@ -18,8 +18,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
+from optin_deploy.ending import kept_in
 from optin_deploy.errors import UserError
-from optin_deploy.files import is_partial, remove_partial, write_text
+from optin_deploy.files import check_place, is_partial, regular, remove_partial, write_text
 from optin_deploy.recipe import Recipe
 
 try:
@@ -55,8 +56,7 @@ def default_directory(recipe: Recipe, run: str) -> Path:
 def check(directory: Path, run: str) -> None:
     """Raise UserError when ``directory`` holds something else than the (unfinished) run with that fingerprint, or that
     run's files have changed since it wrote them."""
-    if directory.is_file():
-        raise UserError(f"--output {directory} is a file: give a directory")
+    check_place(directory, f"--output {directory}")
     # A run that was killed in its first moments leaves no more than what it was writing.
     if not directory.is_dir() or all(map(is_partial, directory.iterdir())):
         return
@@ -66,12 +66,28 @@ def check(directory: Path, run: str) -> None:
             f"--output {directory} holds another run (other options, weights, data or version): choose another "
             "directory, or remove this one"
         )
+    _check_entries(directory)
     for name, digest in found.files.items():
         if (directory / name).exists() and _digest(directory / name) != digest:
             raise UserError(
                 f"--output {directory}: {name} is not what the run wrote, but damaged or changed: remove it, and it is "
                 "made again"
             )
+
+
+def _check_entries(directory: Path) -> None:
+    """Raise UserError for what stands in a run's directory and can be neither read nor replaced by what the run writes:
+    links to nothing, pipes, and directories in the place of files."""
+    for entry in directory.iterdir():
+        right = entry.is_dir() if entry.name == "checkpoint" else entry.is_file() or not _is_of_run(entry.name)
+        if not right and not is_partial(entry):
+            what = "directory" if entry.name == "checkpoint" else "file"
+            raise UserError(f"--output {directory}: {entry.name} is no {what}: remove it, and it is made again")
+
+
+def _is_of_run(name: str) -> bool:
+    """Whether a run writes a file of that name."""
+    return name.startswith(("dense.", "pruned.")) or name.endswith((".json", ".yaml", ".html", ".md", ".safetensors"))
 
 
 class _Run(BaseModel):
@@ -85,7 +101,7 @@ class _Run(BaseModel):
 
 def _read(directory: Path) -> _Run:
     try:
-        return _Run.model_validate_json((directory / _RUN_NAME).read_bytes())
+        return _Run.model_validate_json(regular(directory / _RUN_NAME).read_bytes())
     except (OSError, ValidationError):
         raise UserError(f"--output {directory} is not empty and holds no run: choose another directory") from None
 
@@ -151,7 +167,8 @@ def held(directory: Path, run: str, recipe: Recipe) -> Iterator[None]:
             files = _read(directory).files if (directory / _RUN_NAME).exists() else {}
             _write(directory, _Run(fingerprint=run, files=files))
             recipe.save(directory / "recipe.yaml")
-        yield
+        with kept_in(directory):
+            yield
 
 
 @contextmanager
@@ -194,8 +211,8 @@ def kept_json(path: Path, make: Callable[[], Any]) -> Any:
 def read_json(path: Path) -> Any:
     """The JSON that a stage wrote at ``path``; UserError when it is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        return json.loads(regular(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is damaged: remove it, and it is made again") from None
 
 

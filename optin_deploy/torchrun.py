@@ -40,7 +40,12 @@ def launched_ranks() -> tuple[int, int]:
     """This process's number and how many there are, by what torchrun has set; 0 of 1 without it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise UserError(
+            "TORCHELASTIC_RUN_ID is set, and RANK and WORLD_SIZE are no numbers: unset it, or start with torchrun"
+        ) from None
 
 
 def refuse_several(command: str) -> None:

@@ -222,6 +222,19 @@ def cached_settings() -> list[dict[str, Any]]:
     return found
 
 
+def check_cache() -> None:
+    """Raise ProfilingError where tables cannot be kept; told before they are measured."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProfilingError(
+            f"latency tables cannot be kept in {folder}: {error.strerror}; name another folder by XDG_CACHE_HOME"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ProfilingError(f"latency tables cannot be kept in {folder}: no permission to write there")
+
+
 def save_table(table: LatencyTable) -> Path:
     """Write the table into the cache, whole or not at all."""
     path = table_file(table.setting)

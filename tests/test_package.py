@@ -41,3 +41,9 @@ def test_files_that_are_no_modules_come_along() -> None:
         ("optin_deploy.sweeps", "template.html.j2"),
     ):
         assert resources.files(package).joinpath(name).is_file(), f"{package}/{name}"
+
+
+def test_options_are_read_without_torch() -> None:
+    # Wrong ones are told at once; torch takes seconds to load.
+    code = "import sys, optin_deploy.cli, optin_deploy.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -33,7 +33,7 @@ from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.groups import Group, Structure
 from profilers import GPU_RUNTIMES, RUNTIMES, Case, environment, loads_for, measure_each, measure_files
 from profilers.statistics import paired_ratio
-from profilers.tables import LatencyTable, Row, read_table, save_table, table_file
+from profilers.tables import LatencyTable, Row, check_cache, read_table, save_table, table_file
 
 _SHALLOW, _DEPTH = 1, 3
 # Sizes measured per part: enough to see a staircase, few enough for a minute.
@@ -132,6 +132,7 @@ def measure_network(network: Network, structure: Structure, target: Target, prog
         table = read_table(setting)
         cached.append(table is not None)
         if table is None:
+            check_cache()
             part = _part_of(progress, number / (len(types) + 1), 1 / (len(types) + 1))
             table = _measure_table(module, structure, kind, target, setting, part)
             logger.info("latency table of %d × %s: measured, kept as %s", *_counted(kind), save_table(table))

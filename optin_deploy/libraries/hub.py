@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from yaml import YAMLError
 
+from optin_deploy.files import regular
 from optin_deploy.network import Origin
 
 CARD_NAME = "README.md"
@@ -50,12 +51,12 @@ def _reachable() -> bool:
     # Behind a proxy only the client itself can tell.
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
-    address = urlparse(constants.ENDPOINT)
     try:
+        address = urlparse(constants.ENDPOINT)
         port = address.port or (443 if address.scheme == "https" else 80)
         with socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS):
             return True
-    except OSError:
+    except (OSError, ValueError):  # the second where HF_ENDPOINT is no address
         return False
 
 
@@ -63,7 +64,7 @@ def read_file(model: str, name: str) -> bytes | None:
     """A file of a local directory or model id; None where there is none or it cannot be had."""
     try:
         path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except (EntryNotFoundError, OSError):
         return None
 

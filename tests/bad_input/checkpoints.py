@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from bad_input.common import Material, Row, pruning, save_pickle
+from bad_input.common import LONG, Material, Row, endless, pipe, pruning, save_pickle
 
 DESCRIPTION, WEIGHTS = "optin.json", "model.safetensors"
 Json = dict[str, Any]
@@ -48,6 +48,15 @@ def _file(
         return pruning(model)
 
     return make
+
+
+def _at(name: str, make: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
+    def made(material: Material) -> Sequence[str]:
+        material.copy("shallow")
+        make(Path("shallow", name))
+        return pruning("shallow")
+
+    return made
 
 
 def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Material], Sequence[str]]:
@@ -106,6 +115,10 @@ ROWS = (
     Row("checkpoint-argument-type", _described(_put("source", "arguments", "depth", value="many")), "test_vit"),
     Row("checkpoint-argument-zero", _described(_put("source", "arguments", "num_heads", value=0)), "test_vit"),
     Row("checkpoint-argument-huge", _described(_put("source", "arguments", "img_size", value=1 << 24)), "test_vit"),
+    Row("checkpoint-pipe", _at(DESCRIPTION, pipe), r"shallow/optin\.json is no regular file"),
+    Row("checkpoint-weights-pipe", _at(WEIGHTS, pipe), r"shallow/model\.safetensors is no regular file"),
+    Row("checkpoint-weights-endless", _at(WEIGHTS, endless), r"shallow/model\.safetensors is no regular file"),
+    Row("model-long-name", lambda _: pruning(LONG), LONG + ".*too long"),
     Row("checkpoint-no-weights", _file(WEIGHTS, lambda _: None), r"shallow/model\.safetensors is damaged"),
     Row("checkpoint-weights-truncated", _file(WEIGHTS, lambda whole: whole[:-9]), r"shallow/model\.safetensors is dam"),
     Row("checkpoint-weights-of-another", _swapped, r"shallow/model\.safetensors is damaged or belongs to another"),

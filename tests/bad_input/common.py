@@ -1,5 +1,6 @@
 """What rows are made of."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from optin_deploy import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 
+LONG = "n" * 300
+"""Longer than the name of a file may be."""
 MARK = "it-ran"
 """A file that code which comes with a model would make."""
 QUICK: dict[str, Any] = {
@@ -63,6 +66,18 @@ class Marking:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path(MARK),))
+
+
+def pipe(path: Path) -> None:
+    """Put a pipe that nobody writes to in the place of ``path``."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    """Put a link to a device without end in the place of ``path``."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
 
 
 def save_pickle(path: Path) -> None:

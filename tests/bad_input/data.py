@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import save_images, save_lines, texts
 
-from bad_input.common import Marking, Material, Row, pruning, pruning_text
+from bad_input.common import LONG, Marking, Material, Row, endless, pipe, pruning, pruning_text
 
 
 def _pictures(spoil: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
@@ -75,6 +75,24 @@ def _text(name: str, content: str | bytes, *more: str) -> Callable[[Material], S
         return pruning_text("--calibration", name, *more)
 
     return make
+
+
+def _text_at(name: str, make: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
+    def made(material: Material) -> Sequence[str]:
+        material.copy("bert")
+        make(Path(name))
+        return pruning_text("--calibration", name, *(["--calibration-column", "text"] if name.endswith("csv") else []))
+
+    return made
+
+
+def _scored_at(name: str, make: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
+    def made(material: Material) -> Sequence[str]:
+        material.copy("bert")
+        make(Path(name))
+        return pruning_text("--evaluate", name)
+
+    return made
 
 
 def _table(content: str | bytes, name: str = "t.csv") -> Callable[[Material], Sequence[str]]:
@@ -231,7 +249,26 @@ FISHER = (
 SCORED = ("--evaluate", "dev.csv", "--evaluate-columns", "text,label")
 RANDOM = torch.rand(8, 3, 32, 32)
 PICTURE, TENSORS = r"image pictures/002\.png cannot be read", r"calibration tensors t\.{} cannot be read"
+NO_FILE = "it is no regular file"
 ROWS = (
+    Row("texts-pipe", _text_at("t.txt", pipe), r"t\.txt cannot be read as text in UTF-8: " + NO_FILE),
+    Row("texts-endless", _text_at("t.txt", endless), r"t\.txt cannot be read as text in UTF-8: " + NO_FILE),
+    Row("texts-device", lambda m: [*_text("t.txt", "")(m), "--calibration", "/dev/zero"], "/dev/zero .*" + NO_FILE),
+    Row("table-pipe", _text_at("t.csv", pipe), r"t\.csv cannot be read as a table in UTF-8: " + NO_FILE),
+    Row("table-endless", _text_at("t.csv", endless), r"t\.csv cannot be read as a table in UTF-8: " + NO_FILE),
+    Row("npz-pipe", _vision("t.npz", pipe), r"calibration tensors t\.npz cannot be read: " + NO_FILE),
+    Row("npz-endless", _vision("t.npz", endless), r"calibration tensors t\.npz cannot be read: " + NO_FILE),
+    Row("tensors-pipe", _vision("t.safetensors", pipe), r"tensors t\.safetensors cannot be read: " + NO_FILE),
+    Row("evaluation-pipe", _scored_at("dev.tsv", pipe), r"dev\.tsv cannot be read as a table in UTF-8: " + NO_FILE),
+    Row("evaluation-endless", _scored_at("dev.tsv", endless), r"dev\.tsv cannot be read as a table .*" + NO_FILE),
+    Row("evaluation-device", lambda m: [*_scored("")(m)[:-1], "/dev/zero"], "/dev/zero .*" + NO_FILE),
+    Row("calibration-long-name", lambda _: pruning("test_vit", "--calibration", LONG), LONG + ".*too long"),
+    Row("evaluation-long-name", lambda _: pruning("test_vit", "--evaluate", LONG), LONG + ".*too long"),
+    Row(
+        "table-column-of-5000-digits",
+        _text("t.csv", "w1\nw2\n", "--calibration-column", "9" * 5000),
+        "--calibration-column 9{80}…: .*at most 1000",
+    ),
     Row("images-none", _vision("pictures", Path.mkdir), "pictures holds no images"),
     Row("images-of-a-file", _vision("p.png", lambda p: p.touch()), r"p\.png is not a folder"),
     Row("images-not-one", _pictures(_written(lambda _: b"no picture")), PICTURE),
@@ -335,6 +372,11 @@ ROWS = (
         "evaluation-image",
         _class_folders(10, _written(lambda _: b"no picture")),
         r"image classes/c1/000\.png cannot be read",
+    ),
+    Row(
+        "evaluation-image-truncated",
+        _class_folders(10, _written(lambda whole: whole[: len(whole) // 2])),
+        r"image classes/c1/000\.png cannot be read.*truncated",
     ),
     Row(
         "evaluation-bomb",

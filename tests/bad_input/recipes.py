@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bad_input.common import MARK, Material, Row
+from bad_input.common import MARK, Material, Row, pipe
 
 FILE = Path("r.yaml")
 COMMAND = ["prune-export", "--recipe", str(FILE)]
@@ -17,6 +17,15 @@ def _written(content: str | bytes) -> Callable[[Material], Sequence[str]]:
         return COMMAND
 
     return make
+
+
+def _pipe(_: Material) -> Sequence[str]:
+    pipe(FILE)
+    return COMMAND
+
+
+def _option(*more: str) -> Callable[[Material], Sequence[str]]:
+    return lambda _: ["prune-export", "--model", "test_vit", "--flops", "0.5", *more]
 
 
 def _directory(_: Material) -> Sequence[str]:
@@ -50,5 +59,28 @@ ROWS = (
     Row("recipe-key-no-text", _written(GOOD + "[1, 2]: 3\n"), r"r\.yaml"),
     Row("recipe-large", _written(GOOD + "#" * (1 << 21)), UNREADABLE + "it is larger than 1 MiB"),
     Row("recipe-directory", _directory, UNREADABLE),
+    Row("recipe-pipe", _pipe, UNREADABLE + "it is no file"),
+    Row(
+        "recipe-hexadecimal-of-5000-digits", _written(GOOD + f"seed: 0x{'f' * 5000}\n"), "--seed of thousands of digits"
+    ),
+    Row("recipe-seed-in-floating-point", _written(GOOD + "seed: 1.0e+30\n"), r"r\.yaml, line 3: --seed 1e\+30: "),
+    Row("batch-size-of-a-billion", _option("--batch-sizes", "1,1000000000"), "--batch-sizes 1000000000: .* 65536"),
+    Row("batch-size-of-400-digits", _option("--batch-sizes", str(10**400)), "--batch-sizes 10{79}…: .* 65536"),
+    Row("batch-sizes-none", _option("--batch-sizes", ""), "--batch-sizes: nothing is listed; give one value at least"),
+    Row(
+        "batch-size-of-a-repository",
+        lambda _: ["export", "--model", "test_vit", "--layout", "triton", "--batch-sizes", str(10**30)],
+        "--batch-sizes 10{30}: .* 65536",
+    ),
+    Row("seed-of-65-bits", _option("--seed", str(1 << 64)), "--seed 18446744073709551616: .* less than"),
+    Row("task-weight-huge", _option("--task-weight", "1e308"), r"--task-weight 1e\+308: .* 1000000"),
+    Row("threads-huge", _option("--threads", str(10**30)), "--threads 10{30}: "),
+    Row("samples-huge", _option("--calibration-samples", str(10**12)), "--calibration-samples 10{12}: .* 10000000"),
+    Row("image-size-huge", _option("--image-size", str(10**30)), "--image-size 10{30}: .* 16384"),
+    Row("profile-seconds-huge", _option("--profile-seconds", "1e300"), r"--profile-seconds 1e\+300: "),
+    Row("option-misspelt", _option("--flop", "0.5"), r"No such option.*--flop .*--flops.*; see .*--help"),
+    Row("option-no-number", _option("--flops", "half"), r"'--flops'.*number.*; see .*--help"),
+    Row("argument-too-many", _option("stray"), r"unexpected extra argument.*stray"),
+    Row("command-misspelt", lambda _: ["prune-exprt"], "'prune-exprt'.*'prune-export'"),
     Row("recipe-endless", lambda _: ["prune-export", "--recipe", "/dev/zero"], "recipe /dev/zero cannot be read"),
 )

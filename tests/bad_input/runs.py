@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bad_input.common import Material, Row, pruning
+from bad_input.common import LONG, Material, Row, pipe, pruning
 from optin_deploy.job import target_of
 from optin_deploy.latency.measure import _setting
 from optin_deploy.latency.stacks import block_types
@@ -92,7 +93,40 @@ def _into_a_file(material: Material) -> Sequence[str]:
     return AGAIN
 
 
+def _in_place(name: str, make: Callable[[Path], object]) -> Callable[[], object]:
+    """Another kind of file in the place of one in the run's directory."""
+
+    def change() -> None:
+        path = Path("run", name)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        make(path)
+
+    return change
+
+
+def _pruning_to(output: str, prepare: Callable[[], object] = lambda: None) -> Callable[[Material], Sequence[str]]:
+    def make(material: Material) -> Sequence[str]:
+        material.copy("shallow", "images")
+        prepare()
+        return [*pruning("shallow", "--calibration", "images"), "--output", output]
+
+    return make
+
+
+def _exporting(
+    *more: str, output: str = "o", prepare: Callable[[], object] = lambda: None
+) -> Callable[[Material], Sequence[str]]:
+    def make(_: Material) -> Sequence[str]:
+        prepare()
+        # Told before the model is looked for.
+        return ["export", "--model", "no-such-model", *more, "--output", output]
+
+    return make
+
+
 LATIN = os.fsdecode(b"caf\xe9")
+
+
 def _without_flops(whole: bytes) -> bytes:
     """A report whose pruned network does nothing."""
     told = json.loads(whole)
@@ -107,7 +141,7 @@ ROWS = (
     Row("report-empty", _report(lambda _: b""), NOT_A_REPORT),
     Row("report-nested", _report(lambda _: NESTED), NOT_A_REPORT),
     Row("report-not-utf8", _report(lambda whole: whole.replace(b"dense", b"\xff\xfe")), NOT_A_REPORT),
-    Row("report-other-layout", _report(_edited(layout=999)), NOT_A_REPORT),
+    Row("report-other-layout", _report(_edited(schema_version=999)), NOT_A_REPORT),
     Row("report-wrong-type", _report(_edited(gates="all passed")), NOT_A_REPORT + ": gates"),
     Row("report-no-flops", _report(_without_flops), NOT_A_REPORT + r": pruned\.flops"),
     Row("report-missing", lambda _: ["report", "none"], "cannot read the report none"),
@@ -144,6 +178,48 @@ ROWS = (
     ),
     Row("output-holds-something-else", _foreign, "--output run is not empty and holds no run"),
     Row("output-is-a-file", _into_a_file, "--output run is a file"),
+    Row("output-long-name", _pruning_to(LONG), f"--output {LONG} cannot be made: File name too long"),
+    Row("output-long-name-below", _pruning_to(f"runs/{LONG}"), "--output runs/n+ cannot be made: File name too long"),
+    Row(
+        "output-below-a-file", _pruning_to("f/x", lambda: Path("f").touch()), "--output f/x cannot be made: .*f is a fi"
+    ),
+    Row(
+        "output-link-to-nothing",
+        _pruning_to("d", lambda: Path("d").symlink_to("gone")),
+        "--output d .* link to nothing",
+    ),
+    Row("output-link-to-itself", _pruning_to("d", lambda: Path("d").symlink_to("d")), "--output d .* link to nothing"),
+    Row("export-long-name", _exporting(output=LONG), f"{LONG} cannot be made: File name too long"),
+    Row(
+        "export-below-a-file",
+        _exporting(output="f/x", prepare=lambda: Path("f").touch()),
+        "f/x cannot be made: .*f is a",
+    ),
+    Row(
+        "export-link-to-nothing",
+        _exporting(output="d", prepare=lambda: Path("d").symlink_to("gone")),
+        "d exists already: choose another",
+    ),
+    Row(
+        "export-below-a-link-to-itself",
+        _exporting(output="d/x", prepare=lambda: Path("d").symlink_to("d")),
+        "d/x cannot be made: .*d is a link to nothing",
+    ),
+    Row("export-name-of-dots", _exporting("--layout", "triton", "--name", ".."), r"--name \.\.: only letters"),
+    Row("export-name-of-a-dash", _exporting("--layout", "triton", "--name=-"), "--name -: only letters"),
+    Row(
+        "export-name-long", _exporting("--layout", "triton", "--name", LONG), "o/n+_onnx cannot be made: File name too"
+    ),
+    Row("report-long-name", lambda _: ["report", LONG], f"{LONG}.*File name too long"),
+    Row(
+        "run-checkpoint-link-to-nothing",
+        _continued(_in_place("checkpoint", lambda p: p.symlink_to("gone"))),
+        "--output run: checkpoint is no directory",
+    ),
+    Row("run-report-directory", _continued(_in_place("report.json", Path.mkdir)), r"run: report\.json is no file"),
+    Row("run-recipe-directory", _continued(_in_place("recipe.yaml", Path.mkdir)), r"run: recipe\.yaml is no file"),
+    Row("run-plan-pipe", _continued(_in_place("plan.json", pipe)), r"--output run: plan\.json is no file"),
+    Row("run-json-pipe", _continued(_in_place("run.json", pipe)), "--output run .*holds no run"),
     Row("latency-table-truncated", _latency_table('{"rows": ['), "the latency table .* remove it to measure again"),
     Row("latency-table-nested", _latency_table(NESTED.decode()), "the latency table .* remove it to measure again"),
     Row(

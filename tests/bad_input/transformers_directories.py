@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tiny_models import save_lines, texts
 
-from bad_input.common import MARK, Material, Row, pruning_text, save_pickle
+from bad_input.common import MARK, Material, Row, endless, pipe, pruning_text, save_pickle
 
 BERT = Path("bert")
 CODE = f"from pathlib import Path\n\nPath({MARK!r}).touch()\n\nclass Evil:\n    pass\n"
@@ -89,6 +89,11 @@ def _odd_texts(material: Material) -> Sequence[str]:
 AUTO = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CONFIG = r"bert/config\.json cannot be used: "
 ROWS = (
+    Row("config-pipe", _made(lambda: pipe(BERT / "config.json")), r"bert/config\.json is no regular file"),
+    Row("card-pipe", _made(lambda: pipe(BERT / "README.md")), r"bert/README\.md is no regular file"),
+    Row("card-endless", _made(lambda: endless(BERT / "README.md")), r"bert/README\.md is no regular file"),
+    Row("tokenizer-pipe", _made(lambda: pipe(BERT / "tokenizer.json")), r"bert/tokenizer\.json is no regular file"),
+    Row("transformers-weights-pipe", _made(lambda: pipe(WEIGHTS)), r"bert/model\.safetensors is no regular file"),
     Row("config-truncated", _made(_written("config.json", lambda t: t[: len(t) // 2])), CONFIG),
     Row("config-empty", _made(_written("config.json", lambda _: b"")), CONFIG),
     Row("config-list", _made(_written("config.json", lambda _: b"[]")), CONFIG),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import vision_network
 from torch import Tensor
 
-from bad_input.common import Material, Row, pruning, save_pickle
+from bad_input.common import LONG, Material, Row, endless, pipe, pruning, save_pickle
 
 FILE = Path("w.safetensors")
 COMMAND = pruning("test_vit", "--image-size", "32", "--weights", str(FILE))
@@ -80,6 +80,14 @@ def _loop(_: Material) -> Sequence[str]:
     return COMMAND
 
 
+def _at(make: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
+    def made(_: Material) -> Sequence[str]:
+        make(FILE)
+        return COMMAND
+
+    return made
+
+
 def _of_bert(material: Material) -> Sequence[str]:
     save_file(load_file(material.folder / "bert" / "model.safetensors"), FILE)
     return COMMAND
@@ -132,6 +140,13 @@ ROWS = (
     ),
     Row("weights-directory", _directory, UNREADABLE),
     Row("weights-symlink-to-itself", _loop, UNREADABLE),
+    Row("weights-pipe", _at(pipe), UNREADABLE + "it is no regular file"),
+    Row("weights-endless", _at(endless), UNREADABLE + "it is no regular file"),
+    Row(
+        "weights-long-name",
+        lambda _: [*COMMAND[:-1], f"{LONG}.safetensors"],
+        LONG + r"\.safetensors cannot be read: .*too long",
+    ),
     Row("weights-of-another-network", _of_bert, UNFIT),
     Row(
         "weights-of-another-image-size",

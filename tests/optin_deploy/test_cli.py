@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 import huggingface_hub.constants
 import onnxruntime
@@ -175,12 +176,45 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
     outcome = run(*RUN, "--output", "my run")
     assert outcome.code == 130
     assert without_progress(outcome.err) == (
-        f"interrupted; finished stages are kept, go on with: optin-deploy {' '.join(RUN)} --output 'my run'\n"
+        f"interrupted; finished stages are kept in my run, go on with: optin-deploy {' '.join(RUN)} --output 'my run'\n"
     )
     assert load_file(here / "my run" / "scores.safetensors")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_interrupt_before_there_is_a_directory_promises_nothing(
+    here: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "prepare", interrupt)
+    outcome = run(*RUN)
+    assert outcome.code == 130
+    assert outcome.err == f"interrupted; nothing is kept, again: optin-deploy {' '.join(RUN)}\n"
+    assert not list(here.iterdir())
+
+
+def test_a_terminated_run_leaves_nothing_temporary(tmp_path: Path) -> None:
+    save_shallow(tmp_path / "shallow")
+    (tmp_path / "tmp").mkdir()
+    # Ended while it measures, which would take minutes.
+    long = [*QUICK, "--profile-seconds", "600", "--calibration-samples", "8", "--flops", "0.6", "--output", "run"]
+    command = [sys.executable, "-m", "optin_deploy", "prune-export", "--model", "shallow", *long]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not list((tmp_path / "tmp").glob("optin-worker-*")):
+            sleep(0.05)
+        process.terminate()
+        out, err = process.communicate()
+    assert (process.returncode, out) == (143, "")
+    assert without_progress(err).startswith("ended by SIGTERM; finished stages are kept in run, go on with: optin-dep")
+    assert not list((tmp_path / "tmp").glob("optin-*"))
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.EISDIR, errno.ENOENT])
 def test_what_cannot_be_read_or_written_is_one_line(
     here: Path, run: Run, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -192,6 +226,16 @@ def test_what_cannot_be_read_or_written_is_one_line(
     assert outcome.code == 2
     told = without_progress(outcome.err)
     assert re.fullmatch(r"error: run/plan.json cannot be read or written: [^\n]+; mend [^\n]+\n", told)
+
+
+def test_an_error_that_names_no_file_is_a_bug(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    monkeypatch.setattr(pipeline, "prepare", fail)
+    monkeypatch.setattr(sys, "argv", ["optin-deploy", *RUN])
+    with pytest.raises(ConnectionResetError):
+        cli.main()
 
 
 @pytest.mark.parametrize(
@@ -362,8 +406,15 @@ def test_messages_are_no_markup(here: Path, refusal: Callable[..., str]) -> None
 def test_usage_errors(here: Path, run: Run, arguments: list[str]) -> None:
     outcome = run(*arguments)
     assert outcome.code == 2
-    assert "Traceback" not in outcome.err
+    assert re.fullmatch(r"error: [^\n]+; see [^\n]* --help\n", outcome.err)
     assert not list(here.iterdir())
+
+
+def test_no_command_gets_the_help(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 2
+    assert "prune-export" in outcome.out + outcome.err
+    assert "error:" not in outcome.err
 
 
 def test_no_traceback_from_a_process(tmp_path: Path) -> None:

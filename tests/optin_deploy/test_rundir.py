@@ -118,9 +118,10 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         rundir.check(tmp_path / "file", "a")
-    rundir.check(tmp_path / "file" / "run", "a")
-    refused = pytest.raises(UserError, match=r"--output .*file/run cannot be made")
-    with refused, rundir.held(tmp_path / "file" / "run", "a", recipe()):
+    below = r"--output .*file/run cannot be made"
+    with pytest.raises(UserError, match=below):
+        rundir.check(tmp_path / "file" / "run", "a")
+    with pytest.raises(UserError, match=below), rundir.held(tmp_path / "file" / "run", "a", recipe()):
         pytest.fail("there is no such directory")
 
 

@@ -110,6 +110,19 @@ def test_numbers_of_other_launchers_do_not_count(monkeypatch: pytest.MonkeyPatch
     assert launched_ranks() == (1, 2)
 
 
+@pytest.mark.parametrize("rank", [None, "a"])
+def test_a_launcher_that_gives_no_numbers_is_told(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(monkeypatch, 0)
+    monkeypatch.delenv("RANK") if rank is None else monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["optin-deploy", "export", "--model", "m"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: TORCHELASTIC_RUN_ID is set, and RANK and WORLD_SIZE are no num")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["sweep", "--model", "m", "--flops", "0.5"], ["export", "--model", "m"], ["profile", "--model", "m"]],

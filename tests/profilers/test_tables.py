@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profilers import ProfilingError
-from profilers.tables import LatencyTable, Row, log_error, read_table, rising, save_table, shrunk, table_file
+from profilers.tables import (
+    LatencyTable,
+    Row,
+    check_cache,
+    log_error,
+    read_table,
+    rising,
+    save_table,
+    shrunk,
+    table_file,
+)
 
 SETTING = {"runtime": "ort-cpu", "batch_size": 1}
 DEPTH = 3
@@ -164,3 +174,10 @@ def test_without_rounds_in_common_no_error_is_told() -> None:
     assert log_error([[[1.0], [2.0]]]) == 0.0
     assert log_error([[[1.0]], [[2.0]]]) == 0.0
     assert log_error([[[1.0], [1.0]], [[2.0]]]) == 0.0
+
+
+def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ProfilingError, match=r"cannot be kept in .*: Not a directory; name another folder by XDG_CACH"):
+        check_cache()
