@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.calibration import check_images, check_texts, image_files, read_images, read_table, table_columns
 from optin_deploy.criteria.loss import class_axis
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
 from optin_deploy.pictures import is_map
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
+from optin_deploy.sample_files import check_images, check_texts, image_files, read_images, read_table, table_columns
 
 _BATCH_SIZE = 64
 

@@ -24,14 +24,13 @@ from optin_deploy.calibration import (
     builtin_images,
     builtin_texts,
     from_batches,
-    image_files,
     load_calibration,
-    read_texts,
 )
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.preprocessing import ImagePreprocessing
+from optin_deploy.sample_files import image_files, read_texts
 
 
 @pytest.fixture(scope="module")
