@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
+from urllib.parse import urlparse
 
 import typer
 from rich.console import Console, RenderableType
@@ -410,6 +411,7 @@ def main() -> None:
 def _run() -> int:
     """The command, and the exit code of what the parser does by itself, like telling its help."""
     _check_arguments()
+    _check_endpoint()
     try:
         with quiet_unless_main():
             return app(standalone_mode=False) or 0
@@ -422,6 +424,15 @@ def _check_arguments() -> None:
     for argument in sys.argv[1:]:
         if argument.encode("utf-8", "surrogateescape") != argument.encode("utf-8", "replace"):
             raise UserError(f"{os.fsencode(argument)!r} is not UTF-8: rename the file")
+
+
+def _check_endpoint() -> None:
+    """Raise UserError for a hub whose address is none: its client fails of it when it is imported."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlparse(endpoint).port
+    except ValueError as error:
+        raise UserError(f"HF_ENDPOINT {endpoint} is no address: {error}; mend or unset it") from error
 
 
 def _tell(console: Console, what: str, error: Exception | str) -> None:

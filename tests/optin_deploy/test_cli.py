@@ -394,6 +394,14 @@ def test_an_onnxruntime_without_the_provider_names_the_extras(
     assert f"{runtime}: this onnxruntime has {told}" in refusal(*RUN, "--device", "cpu", "--runtimes", runtime)
 
 
+@pytest.mark.parametrize("endpoint", ["http://x:abc", "http://[::1"])
+def test_a_hub_without_address_is_told(
+    endpoint: str, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert refusal("models").startswith(f"error: HF_ENDPOINT {endpoint} is no address: ")
+
+
 def test_messages_are_no_markup(here: Path, refusal: Callable[..., str]) -> None:
     (here / "[bold]x[").mkdir()
     assert "[bold]x[/] :smile:" in refusal(*RUN, "--calibration", "[bold]x[/] :smile:")
