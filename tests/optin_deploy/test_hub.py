@@ -31,7 +31,7 @@ def test_an_endpoint_that_is_no_address_cannot_be_reached(endpoint: str, monkeyp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with cached_if_unreachable():
+    with cached_if_unreachable("some/model"):
         assert constants.HF_HUB_OFFLINE
 
 
