@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from optin_deploy.errors import UserError
+from optin_deploy.files import regular
 from optin_deploy.network import Source
 
 _Pixels = Annotated[int, Field(ge=1, le=10_000)]
@@ -111,10 +112,10 @@ def classes_in(name: str, weights: Path) -> int | None:
     own = _own(name)
     heads = own.get("classifier")
     head = heads if isinstance(heads, str) else next(iter(heads or ()), None)
-    if head is None or weights.suffix != ".safetensors" or not weights.is_file():
+    if head is None or weights.suffix != ".safetensors":
         return None
     try:
-        with safe_open(weights, framework="pt") as file:
+        with safe_open(regular(weights), framework="pt") as file:
             # Data parallel training puts "module." before every name.
             tensors = {name.removeprefix("module."): name for name in file.keys()}  # noqa: SIM118
             if f"{head}.weight" not in tensors:

@@ -277,7 +277,7 @@ def test_options_end_in_the_recipe(
         (["--weights", "none.safetensors"], "cannot be read"),
         (["--image-size", "33"], "image size 33 does not fit test_vit: give a multiple of its patch size 16"),
         (["--image-size", "0"], "--image-size 0"),
-        (["--model", "test_efficientnet", "--weights", "random"], "img_size"),
+        (["--model", "test_convnext", "--weights", "random"], "img_size"),
         (["--flops", "0"], "--flops 0"),
         (["--flops", "1"], "--flops 1"),
         (["--flops", "1.5"], "above 0 and below 1"),
