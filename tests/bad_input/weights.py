@@ -64,12 +64,6 @@ def _larger(_: Material) -> Sequence[str]:
     return pruning("test_vit", "--image-size", "64", "--weights", str(FILE))
 
 
-def _wrapped(_: Material) -> Sequence[str]:
-    """As `torch.nn.DataParallel` names them."""
-    save_file({f"module.{name}": tensor for name, tensor in _good().items()}, FILE)
-    return COMMAND
-
-
 def _directory(_: Material) -> Sequence[str]:
     FILE.mkdir()
     return COMMAND
@@ -166,7 +160,4 @@ ROWS = (
     ),
     Row("weights-overflow", _tensors(_filled("head.weight", 3e38)), "NaN or infinity in logits on built-in samples"),
 )
-ODD = (
-    Row("layers without variance, in a directory of a run killed at once", _zeroed),
-    Row("weights saved from a wrapper of torch's around the network", _wrapped),
-)
+ODD = (Row("layers without variance, in a directory of a run killed at once", _zeroed),)
