@@ -22,8 +22,8 @@ BUILTIN_CALIBRATION = (
 )
 
 SPEED_UP = (
-    "Speed-up: dense ÷ pruned within each round, interquartile mean over rounds; the p50s are over all rounds, so their "
-    "own ratio may differ."
+    "Speed-up: dense ÷ pruned within each round, interquartile mean over rounds; the p50s are over all rounds, so "
+    "their own ratio may differ."
 )
 
 VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
