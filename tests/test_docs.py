@@ -42,22 +42,18 @@ def test_the_page_for_own_models_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10).state_dict()
+    state = timm.create_model("test_vit", img_size=32, num_classes=10).state_dict()
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, "mine.pth")
     save_images(Path("train"), 30)
     for number in range(10):
         save_images(Path("val", f"class {number}"), 1)
-    first, second = re.findall(r"```python\n(.*?)```", text_of("how-to/own-model.md"), re.DOTALL)
+    page = re.sub(r"vit_tiny(_patch16_224)?", "test_vit", text_of("how-to/own-model.md"))  # which is far smaller
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(first, "own-model.md", "exec"), {"__name__": "example"})
-
-    (command,) = re.findall(r"```sh\noptin-deploy (.*?)```", text_of("how-to/own-model.md"), re.DOTALL)
-    quick = "--runtimes ort-cpu --batch-sizes 1 --profile-seconds 0.2 --threads 1 --calibration-samples 16 --quiet"
-    app(shlex.split(command.replace("\\\n", "") + quick), standalone_mode=False)
-    assert json.loads(Path("runs/vit/report.json").read_text())["evaluation"]
 
     quick = "batch_sizes=(1,), profile_seconds=0.2, threads=1, calibration_samples=16, "
     exec(compile(second.replace("runtimes=", quick + "runtimes="), "own-model.md", "exec"), {"__name__": "example"})
-    assert Path("runs/mine/report.html").is_file()
+    assert json.loads(Path("runs/mine/report.json").read_text())["evaluation"]
 
 
 def test_the_hugging_face_page_runs(
