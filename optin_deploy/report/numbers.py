@@ -54,9 +54,7 @@ def percent(share: float) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """A relative change, as "−49.8 %"; a dash where there was nothing."""
-    if not before:
-        return "—"
+    """A relative change, as "−49.8 %"."""
     relative = 100 * (after / before - 1)
     return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
 

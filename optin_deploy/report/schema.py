@@ -29,9 +29,9 @@ class _Value(BaseModel):
 class Interval(_Value):
     """An estimate and the bounds of its 95 % interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Above
+    low: Above
+    high: Above
 
     def scaled(self, factor: float) -> Interval:
         """All three figures times a positive factor."""
@@ -151,8 +151,8 @@ class LatencyRound(_Value):
     the cost by which its plan was searched."""
 
     by: Literal["latency", "FLOPs"]
-    predicted_ms: float
-    measured_ms: float
+    predicted_ms: Above
+    measured_ms: Above
 
 
 class LatencyBudget(_Value):
@@ -165,13 +165,19 @@ class LatencyBudget(_Value):
 
     runtime: str
     batch_size: int
-    fraction: float
-    dense_ms: float
+    fraction: Above
+    dense_ms: Above
     floor_ms: float
     rounds: list[LatencyRound]
-    taken: int
+    taken: Annotated[int, Field(ge=0)]
     tables: int
     tables_cached: int
+
+    @model_validator(mode="after")
+    def _taken_is_a_round(self) -> LatencyBudget:
+        if self.taken >= len(self.rounds):
+            raise ValueError(f"taken is {self.taken}, of {len(self.rounds)} rounds")
+        return self
 
     @property
     def limit_ms(self) -> float:
@@ -325,6 +331,13 @@ class TimeRow(_Value):
     pruned_flops: int
 
 
+class WholeRow(TimeRow):
+    """The row of all parts together, that takes some time."""
+
+    dense_ms: Above
+    pruned_ms: Above
+
+
 class Cause(_Value):
     """Why the pruned network takes longer than its FLOPs say, in a sentence, and by how many milliseconds."""
 
@@ -347,7 +360,7 @@ class LayerAccount(_Value):
     blocks: list[TimeRow]
     kinds: list[TimeRow]
     between: TimeRow
-    measured: TimeRow
+    measured: WholeRow
     profiled: TimeRow
     lost_ms: float
     causes: list[Cause]

@@ -127,11 +127,18 @@ def _exporting(
 LATIN = os.fsdecode(b"caf\xe9")
 
 
-def _without_flops(whole: bytes) -> bytes:
-    """A report whose pruned network does nothing."""
-    told = json.loads(whole)
-    told["pruned"]["flops"] = 0
-    return json.dumps(told).encode()
+def _nothing(*place: str | int) -> Callable[[bytes], bytes]:
+    """A report whose figure at ``place``, by which others are divided, is 0."""
+
+    def change(whole: bytes) -> bytes:
+        told = json.loads(whole)
+        inside = told
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = 0
+        return json.dumps(told).encode()
+
+    return change
 
 
 DAMAGED, NOT_A_REPORT = r"--output run: {} is not what the run wrote", r"report\.json is not a report of this version"
@@ -143,7 +150,9 @@ ROWS = (
     Row("report-not-utf8", _report(lambda whole: whole.replace(b"dense", b"\xff\xfe")), NOT_A_REPORT),
     Row("report-other-layout", _report(_edited(schema_version=999)), NOT_A_REPORT),
     Row("report-wrong-type", _report(_edited(gates="all passed")), NOT_A_REPORT + ": gates"),
-    Row("report-no-flops", _report(_without_flops), NOT_A_REPORT + r": pruned\.flops"),
+    Row("report-no-flops", _report(_nothing("pruned", "flops")), NOT_A_REPORT + r": pruned\.flops"),
+    Row("report-no-speed", _report(_nothing("profile", 0, "speedup", "value")), NOT_A_REPORT + r": .*speedup\.value"),
+    Row("report-no-time", _report(_nothing("layers", 0, "measured", "dense_ms")), NOT_A_REPORT + r": .*measured"),
     Row("report-missing", lambda _: ["report", "none"], "cannot read the report none"),
     Row("report-endless", lambda _: ["report", "/dev/zero"], "/dev/zero"),
     Row("run-json-truncated", _continued(_written("run.json", lambda _: b'{"fing')), "--output run .*holds no run"),
