@@ -1,7 +1,7 @@
 """Lowering torch modules to files that serving runtimes load, and checking them against torch.
 
-Knows nothing of pruning: it takes any module and any ONNX file. The names below are
-imported when they are first used, so that names alone need no torch; torch.onnx, ONNX Runtime and TensorRT likewise.
+Knows nothing of pruning: it takes any module and any ONNX file. The names below are imported when they are first used,
+so that those of precisions need no torch; torch.onnx, ONNX Runtime and TensorRT likewise.
 """
 
 from importlib import import_module

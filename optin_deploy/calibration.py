@@ -16,6 +16,7 @@ from torch import Tensor
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
+from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 from optin_deploy.sample_files import (
     check_texts,
@@ -81,8 +82,7 @@ def load_calibration(
     """
     if samples is not None and samples < 1:
         raise UserError(f"--calibration-samples {samples}: at least 1 is needed")
-    if path is not None and not path.exists():
-        raise UserError(f"calibration data {path} does not exist")
+    check_there(path, "calibration data")
     preprocessing = network.preprocessing
     if column is not None and not is_table(path):
         raise UserError(f"--calibration-column {column}: only a CSV or TSV file given as --calibration has columns")

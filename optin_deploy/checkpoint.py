@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import regular, whole_directory, write_tensors
+from optin_deploy.files import whole_directory, write_tensors
 from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
 from optin_deploy.libraries.transformers import read_tokenizer
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
+from optin_deploy.places import regular
 from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.slicing import sliced

@@ -22,7 +22,6 @@ from rich.text import Text
 
 from optin_deploy.ending import Ended, Interruptible, signals_raised, told
 from optin_deploy.errors import GateError, UserError
-from optin_deploy.files import check_new, check_place
 from optin_deploy.options import (
     EXPORT,
     EXPORT_OPTIONS,
@@ -37,6 +36,7 @@ from optin_deploy.options import (
     option,
     takes_options,
 )
+from optin_deploy.places import check_new, check_place, check_there
 from optin_deploy.streams import flush_stdout, prepare_streams, write_json
 from optin_deploy.torchrun import launched_ranks, quiet_unless_main, refuse_several
 
@@ -144,9 +144,8 @@ def _check_not_both(quiet: bool, verbose: bool) -> None:
 
 def _check_paths(recipe: "Recipe", output: Path | None) -> None:
     """Raise UserError for data that are not there, and for a directory that cannot be made."""
-    for what, path in (("calibration", recipe.calibration), ("evaluation", recipe.evaluate)):
-        if path is not None and not path.exists():
-            raise UserError(f"{what} data {path} does not exist")
+    check_there(recipe.calibration, "calibration data")
+    check_there(recipe.evaluate, "evaluation data")
     if output is not None:
         check_place(output, f"--output {output}")
 

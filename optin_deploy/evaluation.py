@@ -13,6 +13,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
 from optin_deploy.pictures import is_map
+from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 from optin_deploy.sample_files import check_images, check_texts, image_files, read_images, read_table, table_columns
 
@@ -61,8 +62,7 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
     Raises:
         UserError: the data is unreadable, empty, or does not suit the network.
     """
-    if not path.exists():
-        raise UserError(f"evaluation data {path} does not exist")
+    check_there(path, "evaluation data")
     if isinstance(network.preprocessing, ImagePreprocessing):
         return _images(network, path)
     if not isinstance(network.preprocessing, TextPreprocessing):

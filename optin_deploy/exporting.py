@@ -24,11 +24,12 @@ from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.engine_parity import check_engine_parity, checkable_engines, unchecked
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.errors import GateError
-from optin_deploy.files import check_new, whole_directory
+from optin_deploy.files import whole_directory
 from optin_deploy.job import check_runtimes
 from optin_deploy.measuring import checked, parity_batches, parity_tolerance
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.places import check_new
 from optin_deploy.progress import Stages
 from optin_deploy.recipe import Layout, Recipe, check_engine_options, check_layout
 

@@ -8,6 +8,7 @@ import torch
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
+from optin_deploy.places import hidden
 
 
 def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str, int]:
@@ -24,11 +25,6 @@ def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str,
             f"{path} has {len(folders)} class folders, the network tells {classes} classes: give one folder "
             f"with images for every class, or name folders by class number or label; {why}"
         ) from error
-
-
-def hidden(name: str) -> bool:
-    """Whether a file or folder is one that tools leave beside the user's own."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def class_count(network: Network) -> int:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from optin_deploy import checkpoint
 from optin_deploy.checkpoint import check_kinds
 from optin_deploy.errors import UserError
-from optin_deploy.files import check_regular_inside, regular
 from optin_deploy.libraries import UNFIT, initialised, ready, reason, timm_files
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import cached_if_unreachable, read_origin
 from optin_deploy.network import Network, Origin, Source
+from optin_deploy.places import check_regular_inside, regular
 
 DEFAULT_SEQUENCE_LENGTH = 128
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")

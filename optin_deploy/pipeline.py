@@ -21,7 +21,7 @@ from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import agreement
-from optin_deploy.files import regular, remove_partial, write_text
+from optin_deploy.files import remove_partial, write_text
 from optin_deploy.job import Job, prepare
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Measured
@@ -31,6 +31,7 @@ from optin_deploy.libraries.hub import CARD_NAME
 from optin_deploy.measuring import export_and_measure
 from optin_deploy.network import Network
 from optin_deploy.pictures import pictures
+from optin_deploy.places import regular
 from optin_deploy.plans import Plan
 from optin_deploy.progress import Stages
 from optin_deploy.pruning import Ridge, make_sparse, remove, remove_in_rounds, token_schedule, told_plan

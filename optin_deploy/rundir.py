@@ -20,7 +20,8 @@ from torch import nn
 
 from optin_deploy.ending import kept_in
 from optin_deploy.errors import UserError
-from optin_deploy.files import check_place, is_partial, regular, remove_partial, write_text
+from optin_deploy.files import is_partial, remove_partial, write_text
+from optin_deploy.places import check_place, regular
 from optin_deploy.recipe import Recipe
 
 try:

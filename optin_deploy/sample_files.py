@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import regular
-from optin_deploy.labels import hidden
 from optin_deploy.network import Network
+from optin_deploy.places import hidden, regular
 from optin_deploy.preprocessing import MOST_PIXELS, ImagePreprocessing, TextPreprocessing
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})

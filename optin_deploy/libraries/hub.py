@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from yaml import YAMLError
 
-from optin_deploy.files import regular
 from optin_deploy.network import Origin
+from optin_deploy.places import regular
 
 CARD_NAME = "README.md"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import regular
 from optin_deploy.network import Source
+from optin_deploy.places import regular
 
-_Pixels = Annotated[int, Field(ge=1, le=10_000)]
+# Far more than any network has of anything but classes: a depth without end would be built until memory is full.
+_MOST = 10_000
+_Pixels = Annotated[int, Field(ge=1, le=_MOST)]
 _Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 
 
@@ -86,6 +88,10 @@ def saved(directory: Path) -> Saved | None:
 
 def _arguments(config: _Config, path: Path) -> dict[str, Any]:
     arguments = dict(config.model_args)
+    for name, value in arguments.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name != "num_classes" and any(isinstance(n, int | float) and n > _MOST for n in numbers):
+            raise UserError(f"{path}: model_args.{name} is {str(value)[:40]}: at most {_MOST}; correct it")
     if config.num_classes is not None:
         arguments["num_classes"] = config.num_classes
     told = config.pretrained_cfg.input_size or _own(config.architecture).get("input_size") or (3, 224, 224)

@@ -124,6 +124,8 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
     assert "checkpoint_path" in changed(directory, pretrained_cfg={}, model_args={"checkpoint_path": "weights.pth"})
     assert "only square ones" in changed(directory, model_args={"img_size": [32, 48]})
     assert "does not fit the model" in changed(directory, model_args={"img_size": 48})
+    assert "model_args.depth is 1000000000: at most" in changed(directory, model_args={"depth": 10**9})
+    assert "model_args.img_size" in changed(directory, model_args={"img_size": [10**6, 10**6]})
     assert "num_classes" in changed(directory, num_classes=-1)
     assert "no architecture 'no_vit'" in changed(directory, architecture="no_vit", num_classes=5)
     with pytest.raises(UserError, match="--image-size 64"):
