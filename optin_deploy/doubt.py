@@ -15,6 +15,8 @@ SAME = (0.8, 1.25)
 """What work that is the same in both networks may take in the pruned one, of its dense time: quiet 0.88 to 1.0 (more of
 a smaller network is in the cache), busy 0.58 to 1.2."""
 
+# Timing an operator by itself takes microseconds.
+_SHORT_MS = 0.05
 _PACE = (0.8, 1.25)
 _LITTLE = 0.05
 
@@ -27,7 +29,7 @@ def doubt(account: Account) -> str | None:
     sums = [own / whole for own, whole in zip(account.profiled_ms, account.measured_ms, strict=True)]
     if not all(_within(share, SUM) for share in sums):
         paces = [own / whole for own, whole in zip(account.unprofiled_ms, account.measured_ms, strict=True)]
-        short = all(_within(pace, _PACE) for pace in paces) and max(sums) > SUM[1]
+        short = all(_within(pace, _PACE) for pace in paces) and max(sums) > SUM[1] and _operator_ms(account) < _SHORT_MS
         cause = "Operators are too short" if short else "The machine was too busy"
         return (
             f"{cause} for the account of where the time goes to be trusted: operators timed one by one sum to "
@@ -41,6 +43,11 @@ def doubt(account: Account) -> str | None:
         "The machine was too busy for the account of where the time goes to be trusted: work that is the same in both "
         f"networks took {milliseconds(dense)} ms in the dense one and {milliseconds(pruned)} ms in the pruned one."
     )
+
+
+def _operator_ms(account: Account) -> float:
+    """How long the profiler took for an operator of the dense network, on average."""
+    return account.profiled_ms[0] / max(1, sum(cell.dense_calls for cell in account.cells))
 
 
 def _same_work(account: Account) -> Sequence[Cell]:

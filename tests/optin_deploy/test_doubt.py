@@ -79,8 +79,14 @@ def test_a_profile_far_from_the_measured_time_has_no_causes(measured: tuple[floa
 
 def test_short_operators_are_not_blamed_on_the_machine() -> None:
     """Runs without the profiler, in turns with the profiled ones, took as long as those that were measured."""
-    found = doubt(accounted(PRUNED, (50.0, 25.0), totals=(51.0, 26.0)))
+    dense, pruned = ({key: ms / 1000 for key, ms in times.items()} for times in (DENSE, PRUNED))
+    found = doubt(accounted(pruned, (0.05, 0.025), totals=(0.051, 0.026), dense=dense))
     assert found is not None and found.startswith("Operators are too short for the account of where the time")
+
+
+def test_long_operators_are_not_called_short() -> None:
+    found = doubt(accounted(PRUNED, (50.0, 60.0), totals=(51.0, 61.0)))
+    assert found is not None and found.startswith("The machine was too busy")
 
 
 @pytest.mark.parametrize(("factor", "trusted"), [(0.75, False), (0.85, True), (1.2, True), (1.3, False)])
