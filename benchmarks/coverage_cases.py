@@ -208,7 +208,7 @@ _TIMM_VITS = [
     _own("CeiT: convolutions in the FFN", own.CeiT, images("x", 112), family="timm"),
 ]
 _CNNS = [
-    _cnn("ResNet, basic blocks", "resnet18", channels=[32, 64, 96, 128], layers=[1, 1, 2, 1], fifth=True),
+    _cnn("ResNet, basic blocks", "resnet18", channels=[32, 64, 96, 128], layers=[1, 1, 2, 1]),
     _cnn("ResNet, bottlenecks", "resnet50", channels=[32, 64, 96, 128], layers=[1, 1, 2, 1], fifth=True),
     _own("VGG", own.vgg, images("x", 64), family="CNNs"),
     _cnn("ConvNeXt", "convnext_atto", depths=[1, 1, 2, 1]),

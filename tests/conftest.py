@@ -1,5 +1,6 @@
 """What all tests have in common."""
 
+import gc
 from collections.abc import Iterator
 from functools import cache
 
@@ -16,6 +17,16 @@ def translations_are_read_once() -> Iterator[None]:
         apis = _registration.onnxscript_apis
         patch.setattr(apis, "get_torchlib_ops", cache(apis.get_torchlib_ops))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def garbage_is_collected_seldom() -> Iterator[None]:
+    """Exports make millions of objects beside those of the libraries, all of which Python would look through again and
+    again, for a tenth of the time that tests take."""
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    yield
+    gc.set_threshold(*before)
 
 
 @pytest.fixture

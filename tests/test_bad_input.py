@@ -97,6 +97,7 @@ def test_there_are_many_kinds_of_bad_input() -> None:
     assert len(names) == len(set(names)) >= 60
 
 
+@pytest.mark.usefixtures("without_layers")
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in bad_input.ODD])
 def test_odd_input_works(here: Path, material: Material, run: Run, row: Row) -> None:
     code, _, err = run(*row.make(material), "--quiet", "--output", "out")

@@ -26,6 +26,7 @@ def examples(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL))
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_the_python_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -37,6 +38,7 @@ def test_the_python_page_runs(
     assert (tmp_path / "half" / "optin.json").is_file() and (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_the_page_for_own_models_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +58,7 @@ def test_the_page_for_own_models_runs(
     assert json.loads(Path("runs/mine/report.json").read_text())["evaluation"]
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_the_hugging_face_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ def test_a_run_on_local_files_opens_no_connection(of: str, tmp_path: Path) -> No
         save_shallow(tmp_path / "model")
         save_images(tmp_path / "samples", 9)
     else:
-        save_bert(tmp_path / "model")
+        save_bert(tmp_path / "model", num_hidden_layers=1)
         save_lines(tmp_path / "samples.txt", texts(9))
     log = tmp_path / "log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}

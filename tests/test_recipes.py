@@ -30,7 +30,7 @@ def vision_classifier(folder: Path) -> dict[str, Any]:
 
 
 def text_classifier(folder: Path) -> dict[str, Any]:
-    save_bert(folder / "my-classifier")
+    save_bert(folder / "my-classifier", num_hidden_layers=1)
     labels = ["bad", "fair", "good"]
     for name, count in (("train.tsv", 60), ("dev.tsv", 30)):
         rows = [f"{text}\t{labels[i % 3]}" for i, text in enumerate(texts(count))]
@@ -39,7 +39,7 @@ def text_classifier(folder: Path) -> dict[str, Any]:
 
 
 def embedding(folder: Path) -> dict[str, Any]:
-    save_bert(folder / "my-encoder", head=False)
+    save_bert(folder / "my-encoder", head=False, num_hidden_layers=1)
     save_lines(folder / "sentences.txt", texts(60))
     rng = np.random.default_rng(0)
     pairs = [f"{rng.choice(WORDS)},{rng.choice(WORDS)} {rng.choice(WORDS)},{rng.uniform(0, 5):.1f}" for _ in range(20)]
@@ -76,6 +76,7 @@ def check(report: Report, directory: Path) -> None:
     assert (directory / "report.html").is_file() and (directory / "pruned.onnx").is_file()
 
 
+@pytest.mark.usefixtures("without_layers")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -85,6 +86,7 @@ def test_a_recipe_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (result.report.evaluation is not None) == (name in METRICS)
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_the_recipe_of_a_module_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (RECIPES / "custom-module.yaml").read_text(encoding="utf-8")

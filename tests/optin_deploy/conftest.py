@@ -40,7 +40,7 @@ def quick_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.Mo
     """Latency tables of few sizes, in a cache of their own; with the patch, for more of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        few = {"_ANCHOR_SECONDS": 0.2, "_MOST_SIZES": 2, "_WITHIN": (), "_HEAD_SIZES": 1, "_WIDTHS": 2}
+        few = {"_DEPTH": 2, "_ANCHOR_SECONDS": 0.2, "_MOST_SIZES": 2, "_WITHIN": (), "_HEAD_SIZES": 1, "_WIDTHS": 2}
         for name, value in few.items():
             patch.setattr(measure, name, value)
         yield patch

@@ -27,7 +27,7 @@ from optin_deploy.torchrun import RankLostError, joined, launched_ranks, quiet_u
 
 _SECONDS = 600
 # Many probes keep the processes scoring for as long as it takes to end one of them.
-_PROBES = 150
+_PROBES = 60
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:

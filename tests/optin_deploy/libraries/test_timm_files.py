@@ -93,6 +93,7 @@ def test_a_directory_of_timm(told: bool, tmp_path: Path) -> None:
         assert torch.equal(network.forward(batch)["logits"], module(batch["x"]))
 
 
+@pytest.mark.usefixtures("without_layers")
 def test_what_is_pruned_of_a_directory_loads_without_it(tmp_path: Path) -> None:
     arguments = {"num_classes": 5, "img_size": SIZE}
     directory = save(trained(**arguments), tmp_path / "mine", **arguments)
