@@ -1,10 +1,16 @@
+import copy
+from collections.abc import Callable
+
 import pytest
+import tiny
 import torch
 from tiny_models import resnet_network
 from torch import nn
 
 from optin_deploy.batchnorm import reestimate
-from optin_deploy.pruning import prune
+from optin_deploy.network import Network, custom_network
+from optin_deploy.plans import Plan
+from optin_deploy.pruning import examine, prune, remove
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -37,3 +43,32 @@ def test_only_without_repair_statistics_are_new(ridge: float | None) -> None:
     small = prune(network, batches(2), 0.6, align=8, ridge=ridge).network.module
     tracked = {int(m.num_batches_tracked) for m in small.modules() if isinstance(m, nn.BatchNorm2d)}
     assert tracked == ({2} if ridge is None else {0})
+
+
+def test_batches_of_one_value_count_where_there_are_no_others() -> None:
+    module, given = nn.Sequential(nn.BatchNorm1d(3)).eval(), [torch.randn(1, 3) for _ in range(4)]
+    reestimate(module, [{"input": x} for x in given])
+    torch.testing.assert_close(module[0].running_mean, torch.cat(given).mean(0))
+    torch.testing.assert_close(module[0].running_var, torch.cat(given).var(0))
+    several = torch.randn(5, 3)
+    reestimate(module, [{"input": given[0]}, {"input": several}, {"input": given[1]}])
+    torch.testing.assert_close(module[0].running_mean, several.mean(0))
+    assert not module[0].training
+
+
+def plain_resnet() -> Network:
+    return custom_network(tiny.randomised(tiny.PlainResNet()), tiny.images("x"))
+
+
+@pytest.mark.parametrize("make", [resnet_network, plain_resnet])
+def test_channels_that_are_all_gone_leave_what_masking_them_would(make: Callable[[], Network]) -> None:
+    network = make()
+    anatomy, given = examine(network), tiny.batches(network, 3)
+    gone = [g for g in anatomy.structure.groups if g.kind == "channel" and g.outer is None]
+    small = remove(network, anatomy.structure, Plan({g.name: () for g in gone}), given, None)
+    masked = copy.deepcopy(network.module)
+    for group in gone:
+        masked.get_submodule(group.output).weight.data.zero_()
+    reestimate(masked, given)
+    with torch.no_grad():
+        torch.testing.assert_close(small(**given[0]), masked(**given[0]), rtol=1e-4, atol=1e-5)
