@@ -1,27 +1,25 @@
-"""The command line. Exit codes: 0 done, 2 something to fix, 3 a gate failed, 130 interrupted (128 and its number for
-another signal), 1 a bug."""
+"""The command line."""
 
-import errno
 import json
 import logging
 import os
 import shlex
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlparse
 
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from optin_deploy.ending import Ended, Interruptible, signals_raised, told
+from optin_deploy.ending import Interruptible
 from optin_deploy.errors import GateError, UserError
+from optin_deploy.exits import exit_code
 from optin_deploy.options import (
     EXPORT,
     EXPORT_OPTIONS,
@@ -38,16 +36,10 @@ from optin_deploy.options import (
 )
 from optin_deploy.places import check_new, check_place, check_there
 from optin_deploy.streams import flush_stdout, prepare_streams, write_json
-from optin_deploy.torchrun import launched_ranks, quiet_unless_main, refuse_several
+from optin_deploy.torchrun import quiet_unless_main, refuse_several
 
 if TYPE_CHECKING:
     from optin_deploy.recipe import Recipe
-
-# What no name of a file needs to come with: a full or failing disk, and the limits of this process.
-_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE)
-_MOST_TOLD = 500
-# What the parser raises for a wrong option or argument; its module is another in each version.
-_USAGE_ERROR: type[Exception] = cast(Any, typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
     help="Make trained transformers smaller without retraining, export them, and measure how much faster they got.",
@@ -374,37 +366,13 @@ def _command() -> str:
 
 
 def main() -> None:
-    """Entry point: turns the errors that are not bugs into one line and an exit code."""
+    """Entry point."""
     # Read when huggingface_hub is imported, which no command has done yet; workers inherit it.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     prepare_streams()
-    errors = Console(stderr=True, soft_wrap=True)
-    try:
-        with signals_raised():
-            sys.exit(_run())
-    except GateError as error:
-        _tell(errors, "gate failed:", error)
-        sys.exit(3)
-    except _user_errors() as error:
-        _tell(errors, "error:", error)
-        sys.exit(2)
-    except _USAGE_ERROR as error:
-        _tell_usage(errors, error)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno is None or (error.filename is None and error.errno not in _OF_FILES):
-            raise
-        # Of a file that is renamed, the second is its place.
-        where = error.filename2 or error.filename or f"a file, of the output or in {tempfile.gettempdir()},"
-        what = f"{where} cannot be read or written: {error.strerror}; mend that and give the command again"
-        _tell(errors, "error:", what)
-        sys.exit(2)
-    except Ended as ended:
-        if launched_ranks()[0] == 0:
-            errors.print(told(ended, _command()), highlight=False, markup=False)
-        sys.exit(ended.code)
+    sys.exit(exit_code(_run, _command()))
 
 
 def _run() -> int:
@@ -432,25 +400,3 @@ def _check_endpoint() -> None:
         _ = urlparse(endpoint).port
     except ValueError as error:
         raise UserError(f"HF_ENDPOINT {endpoint} is no address: {error}; mend or unset it") from error
-
-
-def _tell(console: Console, what: str, error: Exception | str) -> None:
-    """One line. The message is no markup: `[cpu]` names an extra and not a style. What of a file's name is not UTF-8
-    is told by escapes."""
-    message = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8")
-    console.print(Text.assemble((what, "red"), " ", message))
-
-
-def _tell_usage(console: Console, error: Any) -> None:
-    """One line of what the parser says; a command line without any command gets the help, which has been told."""
-    message = error.format_message()
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return
-    help_command = f"{error.ctx.command_path} --help" if error.ctx else "optin-deploy --help"
-    _tell(console, "error:", f"{message.strip()[:_MOST_TOLD].rstrip('.')}; see {help_command}")
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Exporters and profilers have errors of their own, which they can raise only once they are imported."""
-    homes = (("exporters.errors", "ExportError"), ("profilers.errors", "ProfilingError"))
-    return (UserError, *(getattr(sys.modules[home], name) for home, name in homes if home in sys.modules))
