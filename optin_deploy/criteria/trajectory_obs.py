@@ -90,7 +90,7 @@ class Moments:
         second = self.second
         weight = second[-1, -1].clamp_min(1e-300)
         mean = second[:-1, -1] / weight
-        return second[:-1, :-1] / weight - torch.outer(mean, mean)
+        return (second[:-1, :-1] / weight).sub_(torch.outer(mean, mean))
 
 
 def probe_moments(
@@ -285,9 +285,12 @@ def eliminate(
 def _damped_inverse(covariance: Tensor) -> Tensor:
     """Inverse of the covariance with `DAMPING`, or more where rounding has left it indefinite."""
     damping = DAMPING * covariance.diagonal().abs().mean().clamp_min(1e-290)
-    one = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     while True:
-        root, failed = torch.linalg.cholesky_ex(covariance + damping * one)
+        # In place: of these matrices, the largest there are, every one more counts in the peak of memory.
+        damped = covariance.clone()
+        damped.diagonal().add_(damping)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed or not bool(damping.isfinite()):
             return torch.cholesky_inverse(root)
         damping = 10 * damping
