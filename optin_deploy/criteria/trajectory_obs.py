@@ -286,7 +286,7 @@ def _damped_inverse(covariance: Tensor) -> Tensor:
     """Inverse of the covariance with `DAMPING`, or more where rounding has left it indefinite."""
     damping = DAMPING * covariance.diagonal().abs().mean().clamp_min(1e-290)
     while True:
-        # In place: of these matrices, the largest there are, every one more counts in the peak of memory.
+        # In place, and let go of at once: no other matrices are as large.
         damped = covariance.clone()
         damped.diagonal().add_(damping)
         root, failed = torch.linalg.cholesky_ex(damped)
