@@ -69,8 +69,12 @@ def logits_map(network: Network, module: nn.Module, batch: Batch) -> str | None:
     if network.logits is None:
         return None
     weights = [id(p) for m in module.modules() for n, p in m.named_parameters(recurse=False) if n == "weight"]
+    classes = network.forward(batch, module)[network.logits].shape[-1]
+    # What other layers give is not kept: it would take far more memory than running the network.
     layers = tuple(
-        n for n, m in module.named_modules() if isinstance(m, nn.Linear) and weights.count(id(m.weight)) == 1
+        n
+        for n, m in module.named_modules()
+        if isinstance(m, nn.Linear) and m.out_features == classes and weights.count(id(m.weight)) == 1
     )
     with recorded_outputs(module, layers) as given:
         logits = network.forward(batch, module)[network.logits]

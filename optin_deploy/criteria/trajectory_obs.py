@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.criteria import symmetric
 from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
 from optin_deploy.distributed import Ranks, own_indices, ranks_of
 from optin_deploy.masking import masked_queries
@@ -62,8 +63,9 @@ _ROWS, _LEAST_ROWS = 2**17, 256
 
 @dataclass
 class Moments:
-    """Sums over positions, in float64: ``second`` of weight · [x, 1][x, 1]ᵀ, ``metric`` of g gᵀ. So precise they are
-    the same in whatever order pieces of the data are added up.
+    """Sums over positions, in float64: ``second`` of weight · [x, 1][x, 1]ᵀ, as strips of ``symmetric``, of all groups
+    together the most that scoring keeps; ``metric`` of g gᵀ. So precise they are the same in whatever order pieces of
+    the data are added up.
 
     ``queries`` are, for heads that can get narrower, the squared derivatives for each dimension, summed over samples.
     ``whole`` and ``apart`` are, for all channels of a map together, the squares of what a channel gives of a probe's
@@ -85,12 +87,12 @@ class Moments:
         """How alike the errors at the pixels of a sample are, see above; 1 where there are no maps."""
         return float(self.whole / self.apart) if float(self.apart) > 0 else 1.0
 
-    def covariance(self) -> Tensor:
+    def covariance(self, features: int) -> Tensor:
         """Weighted covariance of the activations, ``(features, features)``, float64."""
-        second = self.second
+        second = symmetric.unpacked(self.second, features + 1)
         weight = second[-1, -1].clamp_min(1e-300)
         mean = second[:-1, -1] / weight
-        return (second[:-1, :-1] / weight).sub_(torch.outer(mean, mean))
+        return second[:-1, :-1].div_(weight).sub_(torch.outer(mean, mean))
 
 
 def probe_moments(
@@ -156,7 +158,7 @@ def probe_moments(
                 valid = valid if valid is None else valid.repeat(len(runs), 1)
                 x = design_rows(network.module.get_submodule(group.output), torch.cat(runs), rows, valid)
                 x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-                _add(moments, group.name, "second", (x * weight[rows, None]).T @ x)
+                _add_second(moments, group.name, x, weight[rows])
     return {name: each.total(ranks_of(batches)) for name, each in moments.items()}
 
 
@@ -201,6 +203,12 @@ def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> N
     setattr(moments[name], field, before.add_(value) if before.dim() else before + value.double())
 
 
+def _add_second(moments: dict[str, Moments], name: str, x: Tensor, weights: Tensor) -> None:
+    if not moments[name].second.dim():
+        moments[name].second = symmetric.nothing(x.shape[1], x.device)
+    symmetric.add_gram(moments[name].second, x, weights)
+
+
 def obs_scores(
     module: nn.Module,
     structure: Structure,
@@ -213,7 +221,7 @@ def obs_scores(
         projection = module.get_submodule(group.output)
         weight = weight_matrix(projection).detach().double()
         found = moments[(group.outer if group.kind == "width" else None) or group.name]
-        covariance, metric = found.covariance(), found.metric
+        covariance, metric = found.covariance(weight.shape[1]), found.metric
         if group.kind == "width":
             order = torch.arange(group.units).flip(0)
             costs = _width_costs(weight, covariance, metric, group.units) + found.queries.cpu().flip(0)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria import trajectory_obs
 from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
+from optin_deploy.criteria import symmetric
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
 from optin_deploy.projections import weight_matrix
@@ -107,7 +108,8 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
                 apart = apart + effect.square().sum()
         assert float(metric.trace()) > 0
         torch.testing.assert_close(given[group.name].metric, metric, rtol=1e-9, atol=1e-9 * float(metric.abs().max()))
-        torch.testing.assert_close(given[group.name].second, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
+        found = symmetric.unpacked(given[group.name].second, len(second))
+        torch.testing.assert_close(found, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
         whole = sum(effect.square().sum() for effect in effects.values())
         coherence = float(whole / apart) if group.kind == "channel" else 1.0
         assert given[group.name].coherence == pytest.approx(coherence, rel=1e-9)
@@ -162,8 +164,9 @@ def test_covariance_is_the_weighted_one() -> None:
     generator = np.random.default_rng(0)
     x, weights = generator.normal(size=(30, 4)) + 2, generator.random(30)
     rows = np.hstack([x, np.ones((30, 1))])
-    moments = Moments(torch.tensor(rows.T @ (weights[:, None] * rows)), torch.zeros(1), torch.zeros(1))
-    np.testing.assert_allclose(moments.covariance(), np.cov(x.T, aweights=weights, ddof=0))
+    second = symmetric.packed(torch.tensor(rows.T @ (weights[:, None] * rows)))
+    moments = Moments(second, torch.zeros(1), torch.zeros(1))
+    np.testing.assert_allclose(moments.covariance(4), np.cov(x.T, aweights=weights, ddof=0))
 
 
 # Elimination
@@ -279,7 +282,8 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
     augmented = np.hstack([layer.x, np.ones((rows, 1))])
     second = torch.tensor(augmented.T @ (layer.row_weights[:, None] * augmented))
     metric = torch.tensor(layer.root @ layer.root.T)
-    return torch.tensor(layer.weight), Moments(second, metric, metric).covariance(), metric, width
+    moments = Moments(symmetric.packed(second), metric, metric)
+    return torch.tensor(layer.weight), moments.covariance(units * width), metric, width
 
 
 @given(drawn=layers(), step=st.sampled_from([0.0, 0.05, 0.5]))
@@ -317,7 +321,7 @@ def test_scores_of_any_network(name: str) -> None:
             continue
         weight = weight_matrix(network.module.get_submodule(group.output)).detach().double()
         found = moments[group.name]
-        order, costs = eliminate(weight, found.covariance(), found.metric.double(), weight.shape[1] // group.units)
+        order, costs = eliminate(weight, found.covariance(weight.shape[1]), found.metric.double(), weight.shape[1] // group.units)
         given = scores[group.name]
         assert given.dtype == torch.float64
         assert bool((given[order].diff() > 0).all())

@@ -1,0 +1,33 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optin_deploy.criteria import symmetric
+
+sizes = st.integers(1, 5) | st.integers(120, 400)
+
+
+@given(size=sizes, rows=st.integers(1, 9))
+def test_grams_add_up_in_strips(size: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    strips = symmetric.nothing(size, torch.device("cpu"))
+    expected = torch.zeros(size, size, dtype=torch.float64)
+    for _ in range(2):
+        x = torch.randn(rows, size, generator=generator, dtype=torch.float64)
+        weights = torch.rand(rows, generator=generator, dtype=torch.float64)
+        symmetric.add_gram(strips, x, weights)
+        expected += x.T @ weights.diag() @ x
+    torch.testing.assert_close(symmetric.unpacked(strips, size), expected)
+
+
+@given(size=sizes)
+def test_packing_loses_nothing(size: int) -> None:
+    half = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
+    matrix = half + half.T
+    strips = symmetric.packed(matrix)
+    assert strips.shape == symmetric.nothing(size, torch.device("cpu")).shape
+    assert torch.equal(symmetric.unpacked(strips, size), matrix)
+
+
+def test_little_more_than_half_is_kept() -> None:
+    assert len(symmetric.packed(torch.ones(1537, 1537))) < 0.55 * 1537**2
