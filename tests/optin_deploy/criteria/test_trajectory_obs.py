@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optin_deploy.criteria import trajectory_obs
+from optin_deploy.criteria import symmetric, trajectory_obs
 from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
-from optin_deploy.criteria import symmetric
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
 from optin_deploy.projections import weight_matrix
@@ -321,7 +320,8 @@ def test_scores_of_any_network(name: str) -> None:
             continue
         weight = weight_matrix(network.module.get_submodule(group.output)).detach().double()
         found = moments[group.name]
-        order, costs = eliminate(weight, found.covariance(weight.shape[1]), found.metric.double(), weight.shape[1] // group.units)
+        features = weight.shape[1]
+        order, costs = eliminate(weight, found.covariance(features), found.metric.double(), features // group.units)
         given = scores[group.name]
         assert given.dtype == torch.float64
         assert bool((given[order].diff() > 0).all())
