@@ -267,9 +267,9 @@ class _Repair:
         for place, index in enumerate(self.own):
             held_out, batch = self.hold_out and is_held_out(index, len(self.batches)), self.batches[index]
             targets = self._targets(stage, block, batch, place, closing)
-            for name, moments in self._moments(stage, block, batch, self.pruned_done[place], targets).items():
+            for name, (x, y) in self._rows(stage, block, batch, self.pruned_done[place], targets).items():
                 before = sums[name][held_out]
-                sums[name][held_out] = moments if before is None else before + moments
+                sums[name][held_out] = Moments.of(x, y) if before is None else before.add(x, y)
         for found in stage:
             training, held_out_moments = self._total(*sums[found.module])
             self._write(found, training, held_out_moments)
@@ -281,9 +281,10 @@ class _Repair:
         training = (training or some.of_nothing()).total(self.ranks)
         return training, (held_out or some.of_nothing()).total(self.ranks) if self.hold_out else None
 
-    def _moments(
+    def _rows(
         self, stage: list[LinearMap], block: str | None, batch: Batch, done: dict[str, Any], targets: dict[str, Tensor]
-    ) -> dict[str, Moments]:
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What every map of a stage is given in the pruned network, and what it has to give: rows of both."""
         groups = [m.group for m in stage if m.group is not None]
         names, of_batch = tuple(m.module for m in stage if not m.vanished), self.network.valid_tokens(batch)
         inputs = recorded_inputs(self.pruned, names)
@@ -301,7 +302,7 @@ class _Repair:
                 x = target[rows, :0]
             else:
                 x = design_rows(self.pruned.get_submodule(each.module), given[each.module], rows, valid)
-            found[each.module] = Moments.of(x, target[rows])
+            found[each.module] = x, target[rows]
         return found
 
     def _asked(self, each: LinearMap, after: Tensor, before: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from optin_deploy.distributed import Ranks
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Every so many batches, one is held out to choose the strength.
 _HOLD_OUT = 4
+# Rows of a Gram matrix that are added at a time.
+_STRIP = 128
 
 
 def is_held_out(index: int, batches: int) -> bool:
@@ -31,11 +33,22 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weights: Tensor | None = None) -> "Moments":
         """Of rows ``x`` ``(rows, features)`` and targets ``y`` ``(rows, outputs)``, with ``weights`` ``(rows,)``."""
+        features = x.shape[1] + 1
+        gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
+        return cls(gram, gram.new_zeros(features, y.shape[1]), 0.0).add(x, y, weights)
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> "Moments":
+        """Add more rows, in place."""
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         weighted = x if weights is None else x * weights[:, None]
+        # Strip by strip, since adding float32 to float64 makes a copy in float64.
+        for start in range(0, len(self.gram), _STRIP):
+            strip = slice(start, start + _STRIP)
+            self.gram[strip] += weighted[:, strip].T @ x
+            self.cross[strip] += weighted[:, strip].T @ y
         squares = y.square().sum(1).double()
-        targets = float(squares.sum() if weights is None else (squares * weights).sum())
-        return cls((weighted.T @ x).double(), (weighted.T @ y).double(), targets)
+        self.targets += float(squares.sum() if weights is None else (squares * weights).sum())
+        return self
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram + other.gram, self.cross + other.cross, self.targets + other.targets)
@@ -58,10 +71,11 @@ class Moments:
 def penalised(moments: Moments, strength: float) -> Tensor:
     """``gram`` with the ridge on its diagonal: ``strength`` times the mean squared feature; the bias is free."""
     features = len(moments.gram) - 1
-    penalty = torch.zeros(features + 1, dtype=moments.gram.dtype, device=moments.gram.device)
-    # The floor lets features be solved for that are zero, or repeat each other.
-    penalty[:features] = (strength * moments.gram.diagonal()[:features].mean()).clamp_min(1e-12) if features else 0.0
-    return moments.gram + penalty.diag()
+    found = moments.gram.clone()
+    if features:
+        # The floor lets features be solved for that are zero, or repeat each other.
+        found.diagonal()[:features] += (strength * moments.gram.diagonal()[:features].mean()).clamp_min(1e-12)
+    return found
 
 
 def solve(moments: Moments, old: Tensor, strength: float, *, bias: bool = True) -> Tensor:

@@ -67,10 +67,18 @@ def test_the_error_is_the_sum_of_squared_residuals(weighted: bool) -> None:
 def test_moments_of_parts_add_up() -> None:
     x, y, weights = drawn(20, 5, 3, weighted=True)
     whole = Moments.of(x, y, weights)
-    parts = Moments.of(x[:7], y[:7], weights[:7]) + Moments.of(x[7:], y[7:], weights[7:])
-    torch.testing.assert_close(parts.gram, whole.gram)
-    torch.testing.assert_close(parts.cross, whole.cross)
-    assert parts.targets == pytest.approx(whole.targets)
+    first, second = (x[:7], y[:7], weights[:7]), (x[7:], y[7:], weights[7:])
+    for parts in (Moments.of(*first) + Moments.of(*second), Moments.of(*first).add(*second)):
+        torch.testing.assert_close(parts.gram, whole.gram)
+        torch.testing.assert_close(parts.cross, whole.cross)
+        assert parts.targets == pytest.approx(whole.targets)
+
+
+def test_moments_of_many_features() -> None:
+    x, y, weights = drawn(20, 300, 3, weighted=True)
+    moments, rows = Moments.of(x, y, weights), torch.cat([x, torch.ones(20, 1)], dim=1)
+    torch.testing.assert_close(moments.gram, rows.T @ weights.diag() @ rows)
+    torch.testing.assert_close(moments.cross, rows.T @ weights.diag() @ y)
 
 
 def test_sums_are_float64() -> None:
