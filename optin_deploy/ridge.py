@@ -41,11 +41,10 @@ class Moments:
         """Add more rows, in place."""
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         weighted = x if weights is None else x * weights[:, None]
-        # Strip by strip, since adding float32 to float64 makes a copy in float64.
-        for start in range(0, len(self.gram), _STRIP):
-            strip = slice(start, start + _STRIP)
-            self.gram[strip] += weighted[:, strip].T @ x
-            self.cross[strip] += weighted[:, strip].T @ y
+        for total, rows in ((self.gram, weighted.T @ x), (self.cross, weighted.T @ y)):
+            # Strip by strip, since adding float32 to float64 makes a copy in float64.
+            for part, more in zip(total.split(_STRIP), rows.split(_STRIP), strict=True):
+                part += more
         squares = y.square().sum(1).double()
         self.targets += float(squares.sum() if weights is None else (squares * weights).sum())
         return self
