@@ -10,13 +10,6 @@ from torch import Tensor
 _ROWS = 128
 
 
-def packed(matrix: Tensor) -> Tensor:
-    """The strips of a symmetric ``matrix``."""
-    size = len(matrix)
-    starts = range(0, size, _ROWS)
-    return torch.cat([matrix[start : start + _ROWS, start:].flatten() for start in starts])
-
-
 def unpacked(strips: Tensor, size: int) -> Tensor:
     """The ``(size, size)`` matrix."""
     matrix = strips.new_empty(size, size)

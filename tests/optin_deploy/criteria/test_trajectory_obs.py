@@ -159,12 +159,17 @@ def test_probing_leaves_the_network_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
 
 
+def second_moments(rows: np.ndarray, weights: np.ndarray) -> Tensor:
+    strips = symmetric.nothing(rows.shape[1], torch.device("cpu"))
+    symmetric.add_gram(strips, torch.tensor(rows), torch.tensor(weights))
+    return strips
+
+
 def test_covariance_is_the_weighted_one() -> None:
     generator = np.random.default_rng(0)
     x, weights = generator.normal(size=(30, 4)) + 2, generator.random(30)
     rows = np.hstack([x, np.ones((30, 1))])
-    second = symmetric.packed(torch.tensor(rows.T @ (weights[:, None] * rows)))
-    moments = Moments(second, torch.zeros(1), torch.zeros(1))
+    moments = Moments(second_moments(rows, weights), torch.zeros(1), torch.zeros(1))
     np.testing.assert_allclose(moments.covariance(4), np.cov(x.T, aweights=weights, ddof=0))
 
 
@@ -279,9 +284,8 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
         layer.x[:, layer.columns([unit])] = draw(st.sampled_from([0.0, 1.0, 1e5]))
     layer.root *= draw(st.sampled_from([0.0, 1e-8, 1.0]))
     augmented = np.hstack([layer.x, np.ones((rows, 1))])
-    second = torch.tensor(augmented.T @ (layer.row_weights[:, None] * augmented))
     metric = torch.tensor(layer.root @ layer.root.T)
-    moments = Moments(symmetric.packed(second), metric, metric)
+    moments = Moments(second_moments(augmented, layer.row_weights), metric, metric)
     return torch.tensor(layer.weight), moments.covariance(units * width), metric, width
 
 
