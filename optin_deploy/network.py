@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.structure.intake import prunable_form
+from optin_deploy.task_head import HeadKind
 
 Library = Literal["timm", "transformers", "custom"]
 
@@ -51,7 +52,8 @@ class Network:
         weights: "pretrained", "random", or where they came from.
         sequence_inputs: inputs whose second axis is a sequence of any length.
         token_mask: the input that is 0 at padding tokens, if there is one.
-        logits: the output that holds class logits, if there is one; scores then have a KL term.
+        logits: the output that holds the logits of a task head, if there is one; scores then have a task term.
+        head: what the numbers of that output mean (see `task_head`).
         preprocessing: what makes inputs out of images or texts (see ``calibration``).
         origin: see `Origin`.
     """
@@ -64,6 +66,7 @@ class Network:
     sequence_inputs: tuple[str, ...] = ()
     token_mask: str | None = None
     logits: str | None = None
+    head: HeadKind = "classes"
     preprocessing: Any = None
     origin: Origin = field(default_factory=Origin)
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy import checkpoint, rundir
+from optin_deploy.agreement import agreement
 from optin_deploy.assembly import VARIANTS, again, assemble
 from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation import agreement
 from optin_deploy.files import remove_partial, write_text
 from optin_deploy.job import Job, prepare
 from optin_deploy.latency.budget import edges_of

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from optin_deploy import load_calibration, load_network, prune
-from optin_deploy.evaluation import agreement, load_dataset
+from optin_deploy.agreement import agreement
+from optin_deploy.evaluation import load_dataset
 from optin_deploy.masking import masked
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan

@@ -27,6 +27,7 @@ from optin_deploy.network import Network
 from optin_deploy.replay import recorded_outputs, resumed
 from optin_deploy.structure.groups import Structure, channels_last
 from optin_deploy.structure.residual import first_tensor
+from optin_deploy.task_head import class_axis
 
 TEMPERATURE = 4.0
 GRAM_TOKENS = 768
@@ -165,11 +166,6 @@ class Trajectory:
             return TEMPERATURE**2 * (counted * log_p.exp() * (log_p - log_q)).flatten(1).sum(1).cpu()
         relative = (moved - y) * counted / self.norm(y)
         return relative.square().reshape(copies, -1).sum(1).cpu()
-
-
-def class_axis(logits: Tensor) -> int:
-    """The axis of the classes: the second of a map ``(batch, classes, height, width)``, else the last."""
-    return 1 if logits.dim() == 4 else -1
 
 
 def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:

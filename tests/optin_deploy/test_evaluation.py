@@ -11,8 +11,9 @@ from scipy.stats import spearmanr
 from tiny_models import classifier, own_network, save_bert, save_images, save_lines, texts, vision_network
 from torch import nn
 
+from optin_deploy.agreement import agreement
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation import Dataset, agreement, load_dataset, spearman
+from optin_deploy.evaluation import Dataset, load_dataset, spearman
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, custom_network
 

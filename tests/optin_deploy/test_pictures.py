@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from optin_deploy.evaluation import agreement, correlation
+from optin_deploy.agreement import agreement, correlation
 from optin_deploy.network import Network, custom_network
 from optin_deploy.pictures import MOST, is_map, pictures
 from optin_deploy.preprocessing import ImagePreprocessing
