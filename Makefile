@@ -13,7 +13,7 @@ MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/libraries tests/opt
 # What a fresh environment takes of everything but torch, see there.
 PINNED := .ci/constraints.txt
 
-.PHONY: install test test-min lint types docs browser package demo kills faults fuzz audit clean
+.PHONY: docker-test install test test-min lint types docs browser package demo kills faults fuzz audit clean
 
 install: $(VENV)/.installed
 
@@ -66,6 +66,13 @@ browser: install $(BROWSER)/node_modules/.installed
 	PYTHONPATH=. $(BIN)/python tests/browser/runs.py $(BROWSER)/runs
 	node tests/browser/check.mjs --modules $(BROWSER)/node_modules --chromium "$(CHROMIUM)" \
 		--pictures $(BROWSER)/pictures $(PAGES)
+
+# The images: checked everywhere, built and run where Docker's engine is.
+docker-test: install
+	$(BIN)/hadolint docker/cpu.Dockerfile docker/gpu.Dockerfile
+	@if docker info >/dev/null 2>&1; then \
+		docker build -f docker/cpu.Dockerfile -t optin-deploy:cpu . && docker run --rm optin-deploy:cpu env; \
+	else echo "no Docker engine here: the images were checked, not built"; fi
 
 package: install
 	PYTHON=$(PYTHON) BIN=$(BIN) sh benchmarks/package.sh

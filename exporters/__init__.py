@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exporters.engine import build_engine as build_engine
     from exporters.engine import check_builder as check_builder
     from exporters.engine import check_engine as check_engine
+    from exporters.engine import check_opset as check_opset
     from exporters.engine import input_ranges as input_ranges
     from exporters.errors import ExportError as ExportError
     from exporters.names import Precision as Precision
@@ -45,6 +46,7 @@ _HOMES = {
     "Precision": "names",
     "build_engine": "engine",
     "check_builder": "engine",
+    "check_opset": "engine",
     "check_engine": "engine",
     "check_parity": "parity",
     "compare_outputs": "parity",

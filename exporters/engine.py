@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ BUILDERS = {
 }
 """By the name of the runtime that runs the engines."""
 
+_FUSED_OPSET = 23
+_FUSED_SINCE = (10, 15)
+
 
 @dataclass(frozen=True)
 class Range:
@@ -72,8 +76,8 @@ class EngineConfig:
         optimization_level: 0 to 5; more takes longer to build; None leaves it to the builder.
         workspace_mib: most scratch memory of the engine; None leaves it to the builder.
         refittable: its weights can be exchanged later.
-        weight_stripped: it is saved without its weights, which a refit brings back; implies `refittable`.
-        version_compatible: later versions of the product run it, too.
+        weight_stripped: it is saved without its weights; a refit from the same ONNX file brings them back.
+        version_compatible: later versions of the product run it too.
         tf32: float32 may be computed in TensorFloat-32.
         sparse_weights: the builder may use sparse tensor cores where weights are 2:4 sparse; others are as without it.
     """
@@ -92,7 +96,7 @@ class EngineConfig:
 class EngineInfo:
     """What an engine was built of, by what, and for what; ``device`` is None where there was no GPU.
 
-    Hashes are SHA-256. ``inputs`` are the shapes that it takes, by name.
+    Hashes are SHA-256. ``inputs`` are the shapes that it takes, by name. ``flags`` are the builder flags that were set.
     """
 
     builder: str
@@ -103,6 +107,7 @@ class EngineInfo:
     system: str
     config: EngineConfig
     inputs: dict[str, Range]
+    flags: tuple[str, ...] = ()
 
 
 def check_builder(config: EngineConfig) -> None:
@@ -113,15 +118,34 @@ def check_builder(config: EngineConfig) -> None:
         raise ExportError(f"{missing[0]} is not installed: pip install 'optin-deploy[{builder.extra}]'")
     if config.version_compatible and config.builder == "rtx":
         raise ExportError(f"{builder.product} has no version-compatible engines; TensorRT has")
-    refitted = config.refittable or config.weight_stripped
-    if (builder.needs_gpu or refitted) and _device() is None:
+    refitted = config.refittable or (config.weight_stripped and config.builder == "rtx")
+    if (builder.needs_gpu or refitted) and device_name() is None:
         what = "refittable engines" if refitted else "engines"
         raise ExportError(f"{builder.product} builds {what} on a GPU only, and none is present")
+
+
+def check_opset(name: str, opset: int) -> None:
+    """Raise ExportError where the installed builder's parser is older than the operators of ``opset``.
+
+    TensorRT reads Attention (opset 23) from 10.14 on and RMSNormalization (opset 23) from 10.15 on.
+    """
+    if name != "tensorrt" or opset < _FUSED_OPSET:
+        return
+    here = builder_version(name)
+    if version_of(here) < _FUSED_SINCE:
+        least = ".".join(map(str, _FUSED_SINCE))
+        raise ExportError(f"TensorRT {here} does not read opset {opset}, {least} and later do: give --opset 20")
 
 
 def builder_version(name: str) -> str:
     """Of the product, which has to be installed."""
     return str(importlib.import_module(BUILDERS[name].package).__version__)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """A version as numbers that compare: "10.14.1.48" gives (10, 14, 1, 48), and what is no number ends it."""
+    numbers = takewhile(str.isdecimal, text.split("."))
+    return tuple(map(int, numbers))
 
 
 def input_ranges(
@@ -170,11 +194,13 @@ def build_engine(
     if timing_cache is not None:
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
     with staged(engine) as temporary:
+        flags = temporary.with_name(f"{engine.name}.flags.json").resolve()
         spec = {
             "onnx": str(onnx.resolve()),
             "engine": str(temporary.resolve()),
             # Only a GPU's runtime can read an engine; without one, constructing it can end the process.
-            "layers": _device() and str(temporary.with_name(f"{engine.name}.layers.json").resolve()),
+            "flags": str(flags),
+            "layers": device_name() and str(temporary.with_name(f"{engine.name}.layers.json").resolve()),
             "inputs": {name: asdict(r) for name, r in inputs.items()},
             "config": asdict(config),
             "timing_cache": timing_cache and str(timing_cache.resolve()),
@@ -185,11 +211,13 @@ def build_engine(
             builder_version=builder_version(config.builder),
             onnx_sha256=_sha256(onnx),
             engine_sha256=_sha256(temporary),
-            device=_device(),
+            device=device_name(),
             system=f"{platform.system()} {platform.machine()}",
             config=config,
             inputs=dict(inputs),
+            flags=tuple(json.loads(flags.read_text(encoding="utf-8"))),
         )
+        flags.unlink()
         temporary.with_name(f"{engine.name}.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
     return info
 
@@ -200,7 +228,8 @@ def read_info(engine: Path) -> EngineInfo:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         ranges = {n: Range(*(tuple(r[k]) for k in ("least", "best", "most"))) for n, r in data["inputs"].items()}
-        return EngineInfo(**{**data, "config": EngineConfig(**data["config"]), "inputs": ranges})
+        config, flags = EngineConfig(**data["config"]), tuple(data.get("flags", ()))
+        return EngineInfo(**{**data, "config": config, "inputs": ranges, "flags": flags})
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}; build {engine.name} again") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -232,13 +261,14 @@ def _content_differs(engine: Path, onnx: Path | None, info: EngineInfo) -> str:
 
 def _place_differs(builder: Builder, info: EngineInfo) -> str:
     here = builder_version(info.builder) if importlib.util.find_spec(builder.package) else "none"
-    if here != info.builder_version and not info.config.version_compatible:
+    newer = info.config.version_compatible and here != "none" and version_of(here) >= version_of(info.builder_version)
+    if here != info.builder_version and not newer:
         return f"built by {builder.product} {info.builder_version}, and here is {here}"
-    device = _device() or "no GPU"
+    device = device_name() or "no GPU"
     return f"built on {info.device}, and here is {device}" if info.device not in (None, device) else ""
 
 
-def _device() -> str | None:
+def device_name() -> str | None:
     """The first GPU and its compute capability."""
     if not torch.cuda.is_available():
         return None

@@ -1,7 +1,8 @@
 """The isolated process that builds one engine: `python -m exporters.engine_worker SPEC.json`.
 
-The spec holds `onnx`, `engine`, `layers` (the file for what the engine says of itself, null without a GPU), `inputs`
-(name to `least`, `best` and `most` shape), `config` (an `EngineConfig`) and `timing_cache`. Which product builds,
+The spec holds `onnx`, `engine`, `flags` (the file for the names of the builder flags that were set), `layers` (the file
+for what the engine says of itself, null without a GPU), `inputs` (name to `least`, `best` and `most` shape), `config`
+(an `EngineConfig`) and `timing_cache`. Which product builds,
 POLYGRAPHY_USE_TENSORRT_RTX has said when the process started.
 """
 
@@ -26,11 +27,16 @@ def main(arguments: list[str]) -> None:
         # Fused attention may fall back to its parts where the product has no kernel for it.
         network = SetDecomposableAttentions(network)
 
+    flags: list[str] = []
+
     def config(builder: Any, parsed: Any) -> Any:
-        return _config(spec, trt, builder, parsed)
+        made = _config(spec, trt, builder, parsed)
+        flags.extend(_flags(trt, made))
+        return made
 
     engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=spec["timing_cache"])()
     Path(spec["engine"]).write_bytes(engine)
+    Path(spec["flags"]).write_text(json.dumps(flags), encoding="utf-8")
     if spec["layers"] and (layers := _layers(trt, engine)):
         Path(spec["layers"]).write_text(layers, encoding="utf-8")
 
@@ -38,6 +44,8 @@ def main(arguments: list[str]) -> None:
 def _layers(trt: Any, engine: Any) -> str:
     """What the engine says of its layers, as JSON; nothing where this GPU cannot load it, which may be another's."""
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    # A version-compatible engine brings code of its own; this one was built in this process.
+    runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
         return ""
@@ -55,7 +63,8 @@ def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
         profiles=[profile],
         load_timing_cache=spec["timing_cache"],
         memory_pool_limits=pools,
-        refittable=asked["refittable"] or asked["weight_stripped"],
+        refittable=asked["refittable"],
+        # Alone: with REFIT, which any weights may follow, a builder can drop what it fuses; these get their own back.
         strip_plan=asked["weight_stripped"],
         version_compatible=asked["version_compatible"],
         sparse_weights=asked["sparse_weights"],
@@ -63,10 +72,17 @@ def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
         # Layers tell which nodes of the ONNX file they are made of.
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
     )(builder, network)
-    if not asked["tf32"]:
-        # On where nothing is said: then float32 would not be what the file says.
+    # The builder's default is on, Polygraphy's is off.
+    if asked["tf32"]:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
         config.clear_flag(trt.BuilderFlag.TF32)
     return config
+
+
+def _flags(trt: Any, config: Any) -> list[str]:
+    """Names of the builder flags that are set."""
+    return sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag))
 
 
 if __name__ == "__main__":

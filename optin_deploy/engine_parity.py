@@ -20,7 +20,12 @@ Batch = dict[str, Tensor]
 
 def checkable_engines(recipe: Recipe) -> list[Wanted]:
     """The engines of each network that can be run here: those with weights, where there is a GPU."""
-    return [each for each in wanted_engines(recipe) if is_measurable(each.runtime) and not recipe.weight_stripped]
+    return [each for each in wanted_engines(recipe) if is_checkable(recipe, each.runtime)]
+
+
+def is_checkable(recipe: Recipe, runtime: str) -> bool:
+    """Whether engines of ``runtime`` can be run here: there is a device, and they have their weights."""
+    return is_measurable(runtime) and not recipe.weight_stripped
 
 
 def unchecked(recipe: Recipe) -> str | None:

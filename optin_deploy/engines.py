@@ -1,11 +1,12 @@
 """The engines of a run: for every runtime that takes engines, of both networks, as the recipe says."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from exporters import BUILDERS, EngineConfig, ExportError, build_engine, check_engine, input_ranges
-from exporters.engine import Range, builder_version
+from exporters.engine import Range, builder_version, device_name
 from optin_deploy.files import tell_written
 from optin_deploy.network import Network
 from optin_deploy.recipe import Recipe
@@ -92,8 +93,10 @@ def more_builds(engine: Path, onnx: Path, count: int, folder: Path) -> tuple[Pat
 
 
 def timing_cache(runtime: str) -> Path:
-    """Where builds of that product and version keep what they have measured."""
-    return cache_folder().with_name("engines") / f"{runtime}-{builder_version(runtime)}.cache"
+    """Where builds of that product and version keep what they have measured; a file for each GPU model, since a builder
+    refuses another model's and then saves nothing."""
+    device = re.sub(r"[^A-Za-z0-9.]+", "-", device_name() or "no-gpu").strip("-")
+    return cache_folder().with_name("engines") / f"{runtime}-{builder_version(runtime)}-{device}.cache"
 
 
 def _is_built(file: Path, onnx: Path, config: EngineConfig, ranges: Mapping[str, Range]) -> bool:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from exporters import (
     onnx_in_precision,
     trace,
 )
-from exporters.triton import Backend, model_file, triton_config
+from exporters.engine import EngineInfo
+from exporters.triton import Backend, Engine, model_file, triton_config
 from optin_deploy.calibration import Calibration, load_calibration
-from optin_deploy.engine_parity import check_engine_parity, checkable_engines, unchecked
+from optin_deploy.engine_parity import check_engine_parity, is_checkable, unchecked
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.errors import GateError
 from optin_deploy.files import whole_directory
@@ -130,7 +131,7 @@ def _plain(network: Network, place: Path, recipe: Recipe, samples: Calibration, 
     parity, engines = write_onnx(network, onnx, recipe, samples, stages), {}
     for each in wanted_engines(recipe):
         engine = each.file(place, "model")
-        engines[engine.name] = _engine(network, onnx, engine, each, recipe, samples, stages)
+        engines[engine.name] = _engine(network, onnx, engine, each, recipe, samples, stages)[1]
     return parity, {name: found for name, found in engines.items() if found}
 
 
@@ -142,13 +143,19 @@ def _triton(
     samples: Calibration,
     stages: Stages,
 ) -> Checked:
-    onnx = model_file(places["onnxruntime"], "onnxruntime")
+    onnx, built = model_file(places["onnxruntime"], "onnxruntime"), None
     parity, engines = write_onnx(network, onnx, recipe, samples, stages), {}
     for each in wanted_engines(recipe):
         engine = model_file(places["tensorrt"], "tensorrt")
-        engines[folders["tensorrt"].name] = _engine(network, onnx, engine, each, recipe, samples, stages)
+        # A server gets requests of one sample, whatever it is measured at.
+        served = replace(each, batch_sizes=(1, *each.batch_sizes))
+        info, found = _engine(network, onnx, engine, served, recipe, samples, stages)
+        engines[folders["tensorrt"].name] = found
+        built = Engine(info.builder_version, recipe.version_compatible)
+    sample = {name: tuple(tensor.shape) for name, tensor in network.inputs.items()}
     for backend, place in places.items():
-        text = triton_config(folders[backend].name, backend, onnx, recipe.batch_sizes)
+        served_engine = built if backend == "tensorrt" else None
+        text = triton_config(folders[backend].name, onnx, max(recipe.batch_sizes), sample, served_engine)
         (place / "config.pbtxt").write_text(text, encoding="utf-8")
     return parity, {name: found for name, found in engines.items() if found}
 
@@ -176,18 +183,18 @@ def _passed(parity: Parity, what: str = "") -> Parity:
 
 def _engine(
     network: Network, onnx: Path, path: Path, each: Wanted, recipe: Recipe, samples: Calibration, stages: Stages
-) -> Parity:
+) -> tuple[EngineInfo, Parity]:
     """Build an engine and, where it can be run, check it; GateError where it is not what torch computes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.inputs.items()}
     ranges = input_ranges(shapes, network.dynamic_axes, each.batch_sizes, each.best, static=each.static)
     with stages.stage(f"build {each.runtime} engine"):
-        build_engine(onnx, path, ranges, engine_config(recipe, each.runtime), timing_cache(each.runtime))
-    if each not in checkable_engines(recipe):
-        return ()
+        info = build_engine(onnx, path, ranges, engine_config(recipe, each.runtime), timing_cache(each.runtime))
+    if not is_checkable(recipe, each.runtime):
+        return info, ()
     with stages.stage(f"check {each.runtime} engine"):
         batches, tolerance = parity_batches(network, samples.held_out, recipe.precision), parity_tolerance(recipe)
         found = check_engine_parity(network, each.runtime, path, batches, tolerance, recipe.threads)
-        return _passed(found, f" with {BUILDERS[each.runtime].product}")
+        return info, _passed(found, f" with {BUILDERS[each.runtime].product}")
 
 
 def _sizes(place: Path) -> dict[Path, int]:

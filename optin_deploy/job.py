@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporters import ExportError, check_builder
+from exporters import ExportError, check_builder, check_opset
 from optin_deploy import checkpoint, rundir
 from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.engines import engine_config, wanted_engines
@@ -32,6 +32,7 @@ from profilers import (
     ProfilingError,
     check_provider,
     lacking_device,
+    lacking_precision,
     usable_cores,
 )
 
@@ -152,9 +153,13 @@ def check_runtimes(recipe: Recipe) -> None:
     on_gpu = [runtime for runtime in runtimes if runtime in GPU_RUNTIMES and RUNTIMES[runtime] != "engine"]
     if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--runtimes {','.join(runtimes)}: no CUDA device is present")
+    for runtime in runtimes:
+        if lacking := lacking_precision(runtime, recipe.precision):
+            raise UserError(f"--precision {recipe.precision}: {lacking}; take fp16 or fp32")
     for wanted in wanted_engines(recipe):
         try:
             check_builder(engine_config(recipe, wanted.runtime))
+            check_opset(wanted.runtime, recipe.opset)
         except ExportError as error:
             raise UserError(f"--runtimes {','.join(runtimes)}: {error}") from error
     if recipe.needs_table:

@@ -233,6 +233,11 @@ def check_options(recipe: Recipe) -> None:
         ("table-seconds", recipe.table_seconds, 60.0, recipe.needs_table, "--latency, --latency-ms or --align auto"),
     )
     check_engine_options(recipe)
+    if recipe.weight_stripped:
+        raise UserError(
+            "--weight-stripped: an engine without weights cannot be measured; run without it, then give it to "
+            "`optin-deploy export`"
+        )
     check_precision(recipe)
     for name, value, default, used, needed in without_effect:
         if value != default and not used:
@@ -275,6 +280,11 @@ def check_precision(recipe: Recipe) -> None:
         raise UserError(f"--precision tf32: it has an effect only on a GPU, not with --runtimes {','.join(runtimes)}")
     if precision == "fp8" and recipe.opset < _FP8_OPSET:
         raise UserError(f"--opset {recipe.opset}: ONNX has fp8 from opset {_FP8_OPSET} on")
+    if is_quantized(precision) and "ort-cuda" in runtimes:
+        raise UserError(
+            f"--precision {precision}: ONNX Runtime's CUDA provider has no 8-bit matrix products; take "
+            "--runtimes tensorrt or ort-tensorrt, or --precision fp16"
+        )
     programs = [runtime for runtime in runtimes if RUNTIMES[runtime] == "program"]
     if is_quantized(precision) and programs:
         raise UserError(f"--precision {precision}: {programs[0]} does not run quantized ONNX; take other --runtimes")
@@ -312,6 +322,8 @@ def check_layout(recipe: Recipe, layout: str, name: str | None) -> Layout:
         raise UserError(f"--name {name}: only letters, digits and _.- make a folder's name, no . or - at its beginning")
     if layout == "triton" and "rtx" in recipe.measured_runtimes:
         raise UserError("--runtimes rtx: Triton runs engines of TensorRT, not of TensorRT for RTX; take tensorrt")
+    if layout == "triton" and recipe.weight_stripped:
+        raise UserError("--weight-stripped: Triton loads engines with their weights; leave it out")
     if layout == "triton" and recipe.static:
         raise UserError("--static: Triton batches requests, and wants one engine for all batch sizes")
     return cast(Layout, layout)

@@ -12,7 +12,7 @@ from .inference import infer_file
 from .isolated import Case, loads_for, measure_each, measure_files
 from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
 from .results import Comparison, Measurement
-from .runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, lacking_device, open_runner
+from .runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, lacking_device, lacking_precision, open_runner
 from .runners.onnxruntime import check_provider
 from .statistics import Interval, Summary
 
@@ -37,6 +37,7 @@ __all__ = [
     "environment",
     "infer_file",
     "lacking_device",
+    "lacking_precision",
     "layer_profile",
     "loads_for",
     "measure_each",

@@ -36,7 +36,7 @@ class GpuWatch:
     Attributes:
         watched: whether NVML could be asked.
         unwatched_because: why not.
-        reasons: what held the clocks down at any time, in words, see `SLOWDOWNS`.
+        reasons: what held the clocks down at any time, in words, see `SLOWDOWNS`; None where the device does not tell.
     """
 
     watched: bool
@@ -48,12 +48,12 @@ class GpuWatch:
     max_clock_mhz: float | None = None
     max_temperature_c: float | None = None
     peak_memory_mib: float | None = None
-    reasons: tuple[str, ...] = ()
+    reasons: tuple[str, ...] | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """What `dataclasses.asdict` made, after JSON; KeyError or TypeError on anything else."""
-        return cls(**{**data, "reasons": tuple(data["reasons"])})
+        return cls(**{**data, "reasons": None if data["reasons"] is None else tuple(data["reasons"])})
 
 
 @dataclass
@@ -168,8 +168,13 @@ def _of(figure: Callable[[list[float]], float], values: list[float]) -> float | 
     return float(figure(values)) if values else None
 
 
-def _named(nvml: Any, masks: list[int]) -> tuple[str, ...]:
-    """All reasons in any of the bit masks, in words, in the order of `_REASONS`; those without any as bits."""
+def _named(nvml: Any, masks: list[int]) -> tuple[str, ...] | None:
+    """All reasons in any of the bit masks, in words, in the order of `_REASONS`; those without any as bits.
+
+    None without any mask: a device that does not tell is not one that never slowed down.
+    """
+    if not masks:
+        return None
     seen = 0
     for mask in masks:
         seen |= mask

@@ -143,8 +143,10 @@ def peak_rss_mib() -> float:
                 return int(line.split()[1]) / 1024
     except OSError:
         pass
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows has no such module; there psutil tells the peak
+        return float(getattr(psutil.Process().memory_info(), "peak_wset")) / 2**20  # noqa: B009 - unknown to mypy here
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 

@@ -74,7 +74,7 @@ class Throughput(_Value):
 
 
 class Gpu(_Value):
-    """What the GPU did meanwhile, see `profilers.GpuWatch`; a figure is None where the device does not tell it."""
+    """What the GPU did meanwhile, see `profilers.GpuWatch`; a value is None where the device does not tell it."""
 
     watched: bool
     unwatched_because: str | None = None
@@ -85,7 +85,7 @@ class Gpu(_Value):
     max_clock_mhz: float | None = None
     max_temperature_c: float | None = None
     peak_memory_mib: float | None = None
-    reasons: list[str] = []
+    reasons: list[str] | None = None
 
 
 class Builds(_Value):

@@ -86,7 +86,7 @@ def agreement(entry: Agreement) -> str:
 
 def slowed_down(item: Measurement) -> str | None:
     """That the GPU ran slower than it can while this was measured; not a word of its power limit, which is normal."""
-    reasons = [reason for reason in item.gpu.reasons if reason in SLOWDOWNS] if item.gpu else []
+    reasons = [reason for reason in item.gpu.reasons or () if reason in SLOWDOWNS] if item.gpu else []
     if not reasons:
         return None
     return (
@@ -121,7 +121,9 @@ def _gpu_figures(item: Measurement) -> list[str]:
         found.append(f"at most {gpu.max_temperature_c:.0f} °C")
     if gpu.peak_memory_mib is not None:
         found.append(f"{gpu.peak_memory_mib:.0f} MiB")
-    if gpu.reasons:
+    if gpu.reasons is None:
+        found.append("unknown whether its clocks were held down")
+    elif gpu.reasons:
         found.append(f"clocks held by: {', '.join(gpu.reasons)}")
     return found
 

@@ -31,6 +31,9 @@ GPU_RUNTIMES = (
 )
 """Those that need a CUDA device."""
 
+TENSORRT_RUNTIMES = ("ort-tensorrt", "tensorrt", "rtx")
+"""Those in which TensorRT, or TensorRT for RTX, computes."""
+
 ORT_PROVIDERS = {
     "ort-cpu": "CPUExecutionProvider",
     "ort-cuda": "CUDAExecutionProvider",
@@ -39,9 +42,10 @@ ORT_PROVIDERS = {
 """Runtimes of ONNX Runtime, and the execution provider that each is."""
 
 
-# Compute capabilities of GPUs of data centres, which TensorRT for RTX is not made for (NVIDIA's support matrix; an H200
-# refuses its engines).
-_NOT_RTX = ((7, 0), (8, 0), (9, 0), (10, 0), (10, 3))
+# Compute capabilities that TensorRT for RTX supports (NVIDIA's support matrix); an H200 refuses its engines.
+_RTX = ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
+# The least compute capability with tensor cores of a precision (TensorRT's support matrix).
+_LEAST_CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
 
 
 def lacking_device(runtime: str) -> str:
@@ -52,9 +56,24 @@ def lacking_device(runtime: str) -> str:
 
     if not torch.cuda.is_available():
         return "no GPU is present"
-    if runtime == "rtx" and torch.cuda.get_device_capability(0) in _NOT_RTX:
+    if runtime == "rtx" and torch.cuda.get_device_capability(0) not in _RTX:
         return f"{torch.cuda.get_device_name(0)} cannot run TensorRT for RTX, take tensorrt there"
     return ""
+
+
+def lacking_precision(runtime: str, precision: str) -> str:
+    """Why TensorRT cannot compute in ``precision`` on the GPU, in a few words; empty where it can or there is none."""
+    if runtime not in TENSORRT_RUNTIMES or precision not in _LEAST_CAPABILITY:
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    here, least = torch.cuda.get_device_capability(0), _LEAST_CAPABILITY[precision]
+    if here >= least:
+        return ""
+    needed = f"{least[0]}.{least[1]}"
+    return f"{torch.cuda.get_device_name(0)} (compute capability {here[0]}.{here[1]}) has no {precision}, {needed} has"
 
 
 def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False) -> Runner:

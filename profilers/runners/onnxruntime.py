@@ -1,5 +1,6 @@
 """ONNX files run by ONNX Runtime, on the CPU, through CUDA or through TensorRT."""
 
+import ctypes
 import io
 import warnings
 from contextlib import redirect_stdout, suppress
@@ -15,7 +16,7 @@ from .cuda import set_tensorrt_tf32
 _PROVIDERS = {
     "CPUExecutionProvider": ("cpu", "cpu"),
     "CUDAExecutionProvider": ("cuda", "gpu"),
-    "TensorrtExecutionProvider": ("cuda", "gpu,tensorrt"),
+    "TensorrtExecutionProvider": ("cuda", "ort-tensorrt"),
 }
 _FATAL_ONLY = 4
 
@@ -44,10 +45,11 @@ class OnnxRuntimeRunner:
         if provider not in _PROVIDERS:
             raise ProfilingError(f"unknown provider {provider!r}: choose one of {', '.join(_PROVIDERS)}")
         self._device, _ = _PROVIDERS[provider]
+        if provider == "TensorrtExecutionProvider":
+            # Before TensorRT is loaded, which reads it then.
+            set_tensorrt_tf32(tf32)
         ort = _onnxruntime(provider)
         self._value_on_device = ort.OrtValue.ortvalue_from_numpy
-        if provider == "TensorrtExecutionProvider":
-            set_tensorrt_tf32(tf32)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -130,11 +132,32 @@ def _session(ort: Any, network: str | bytes, provider: str, options: Any, tf32: 
         session = ort.InferenceSession(network, options, providers=provider_options(provider, tf32))
     got = session.get_providers()[0]
     if got != provider:
+        extra = _PROVIDERS[provider][1]
+        library = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{_library_name(provider)}.so"
+        why = _loading_error(library)
         raise ProfilingError(
-            f"{provider} was asked for but onnxruntime fell back to {got}: "
-            f"install 'optin-deploy[{_PROVIDERS[provider][1]}]' (without onnxruntime beside it) and check the driver"
+            f"{provider} was asked for but onnxruntime fell back to {got}{f' ({why})' if why else ''}: "
+            f"install 'optin-deploy[{extra}]' (without onnxruntime beside it) and check the driver"
         )
     return session
+
+
+def _library_name(provider: str) -> str:
+    """The part of a provider's name that its library is called by: "TensorrtExecutionProvider" gives "tensorrt"."""
+    return provider.removesuffix("ExecutionProvider").lower()
+
+
+def _loading_error(library: Path) -> str:
+    """Why the system's loader cannot load a provider's library; empty where it can, or there is none."""
+    shared = library.with_name("libonnxruntime_providers_shared.so")
+    try:
+        for file in (shared, library):
+            if file.is_file():
+                # The provider's library takes symbols from the shared one.
+                ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return first_line(error)
+    return ""
 
 
 def _one_node() -> bytes:

@@ -1,6 +1,7 @@
 """Engines run by the product that built them: TensorRT or TensorRT for RTX."""
 
 import importlib
+import json
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -43,10 +44,17 @@ class TensorRTRunner:
             raise ProfilingError(f"{path.name} cannot run: {lacking}")
         self._trt, self._torch = trt, torch
         self._runtime: Any = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        if _is_version_compatible(path):
+            # Such an engine brings the code that runs it, which TensorRT does not load unless it is told to.
+            self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise ProfilingError(f"{package} cannot load {path.name}: build it again on this machine")
         self._context: Any = _context(trt, self._engine, runtime)
+        if self._context is None:
+            raise ProfilingError(f"{path.name} has no room on the GPU: free memory, or measure smaller batches")
+        # An engine that tells much of its layers would do so in every run, to a tool that is not there.
+        self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         self._stream = torch.cuda.Stream()
         self.cuda_graph: bool | None = None
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -116,6 +124,15 @@ class TensorRTRunner:
         """Puts one run on the stream; the tensors are those whose addresses the context has."""
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ProfilingError("the engine did not run")
+
+
+def _is_version_compatible(engine: Path) -> bool:
+    """Whether the description that the builder wrote next to ``engine`` says so; False where there is none."""
+    try:
+        description = json.loads(engine.with_name(f"{engine.name}.json").read_text(encoding="utf-8"))
+        return description["config"]["version_compatible"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _context(trt: Any, engine: Any, runtime: str) -> Any:

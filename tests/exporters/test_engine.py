@@ -1,6 +1,6 @@
 import importlib.util
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from exporters import EngineConfig, ExportError, build_engine, check_builder, check_engine, input_ranges, trace
 from exporters import onnx_from_program as write_onnx
-from exporters.engine import EngineInfo, Range
+from exporters.engine import EngineInfo, Range, _sha256, check_opset
 
 SHAPES = {"ids": (2, 12), "image": (2, 3, 8, 8)}
 AXES = {"ids": {0: "batch", 1: "sequence"}, "image": {0: "batch"}}
@@ -47,6 +47,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
         (EngineConfig("tensorrt"), "", "^TensorRT builds engines on a GPU only, and none is present$"),
         (replace(RTX, refittable=True), "", "^TensorRT for RTX builds refittable engines on a GPU only"),
         (replace(RTX, weight_stripped=True), "", "^TensorRT for RTX builds refittable engines on a GPU only"),
+        (EngineConfig("tensorrt", weight_stripped=True), "", "^TensorRT builds engines on a GPU only"),
         (replace(RTX, version_compatible=True), "", "^TensorRT for RTX has no version-compatible engines"),
     ],
 )
@@ -119,6 +120,60 @@ def test_engines_of_both_attentions_are_built(tmp_path: Path, opset: int, static
     config = EngineConfig("rtx", optimization_level=1, workspace_mib=64, sparse_weights=True)
     build_engine(onnx_file(tmp_path, opset), tmp_path / "net.engine", shapes, config)
     assert check_engine(tmp_path / "net.engine").config == config
+
+
+@pytest.mark.parametrize("precise", [{"tf32": True}, {"sparse_weights": True}, {}])
+def test_the_flags_that_were_set_are_told(tmp_path: Path, precise: dict[str, bool]) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    engine = tmp_path / "net.engine"
+    info = build_engine(onnx_file(tmp_path), engine, ranges(), replace(RTX, optimization_level=0, **precise))
+    wanted = {"tf32": "TF32", "sparse_weights": "SPARSE_WEIGHTS"}
+    assert {flag for name, flag in wanted.items() if precise.get(name)} == set(info.flags) & set(wanted.values())
+    assert check_engine(engine).flags == info.flags
+    assert "REFIT" not in info.flags and not list(tmp_path.glob("*.flags.json"))
+
+
+@pytest.mark.parametrize(
+    ("here", "compatible", "refused"),
+    [
+        ("10.15.1", False, False),
+        ("10.16.0", False, True),
+        ("10.16.0", True, False),
+        ("11.4.0.9", True, False),
+        ("10.9.9", True, True),
+        ("10.15", True, True),
+    ],
+)
+def test_a_version_compatible_engine_runs_on_later_versions_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, compatible: bool, refused: bool
+) -> None:
+    engine = tmp_path / "net.engine"
+    engine.write_bytes(b"engine")
+    config = EngineConfig("tensorrt", version_compatible=compatible)
+    info = EngineInfo("tensorrt", "10.15.1", "", _sha256(engine), None, "", config, {})
+    engine.with_name("net.engine.json").write_text(json.dumps(asdict(info)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr("exporters.engine.builder_version", lambda _: here)
+    if refused:
+        with pytest.raises(ExportError, match=f"built by TensorRT 10\\.15\\.1, and here is {here}: build it again"):
+            check_engine(engine)
+    else:
+        assert check_engine(engine).config.version_compatible == compatible
+
+
+@pytest.mark.parametrize(
+    ("version", "opset", "reads"), [("10.12.0", 20, True), ("10.14.1", 23, False), ("10.15.1", 23, True)]
+)
+def test_an_opset_that_the_parser_does_not_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, version: str, opset: int, reads: bool
+) -> None:
+    monkeypatch.setattr("exporters.engine.builder_version", lambda _: version)
+    check_opset("rtx", opset)
+    if reads:
+        check_opset("tensorrt", opset)
+    else:
+        with pytest.raises(ExportError, match=rf"^TensorRT {version} does not read opset 23, 10\.15 and later do"):
+            check_opset("tensorrt", opset)
 
 
 def edited(built: Built, folder: Path, **changes: Any) -> Path:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from google.protobuf import text_format
 
-from exporters import PARITY_TOLERANCES, ExportError, OutputParity, check_engine
+from exporters import PARITY_TOLERANCES, EngineConfig, ExportError, OutputParity, check_engine
+from exporters.engine import EngineInfo
 from optin_deploy import cli, exporting, load_network
 from optin_deploy.errors import GateError, UserError
 from optin_deploy.exporting import default_name, export_network
@@ -66,7 +67,11 @@ def test_an_engine_that_can_be_run_has_to_pass(
         assert runtime == "tensorrt" and engine.is_file()
         return (OutputParity("logits", error, error, 1.0, 1e-4, error < 1e-4, (1, 3)),)
 
-    monkeypatch.setattr(exporting, "build_engine", lambda onnx, engine, *_: engine.write_text("engine"))
+    def build(onnx: Path, engine: Path, inputs: Any, config: EngineConfig, _: Path | None) -> EngineInfo:
+        engine.write_text("engine")
+        return EngineInfo("tensorrt", "10.15.1", "", "", None, "", config, inputs)
+
+    monkeypatch.setattr(exporting, "build_engine", build)
     monkeypatch.setattr(exporting, "timing_cache", lambda _: None)
     monkeypatch.setattr(exporting, "check_runtimes", lambda _: None)
     monkeypatch.setattr(exporting, "check_engine_parity", check)
@@ -90,17 +95,18 @@ def test_a_repository_has_a_model_for_each_back_end(
     shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # TensorRT itself cannot be had everywhere; what it is asked for can.
-    def build(onnx: Path, engine: Path, inputs: Any, *_: Any) -> None:
-        assert onnx.is_file() and [r.most[0] for r in inputs.values()] == [4]
+    def build(onnx: Path, engine: Path, inputs: Any, config: EngineConfig, _: Path | None) -> EngineInfo:
+        assert onnx.is_file() and [(r.least[0], r.most[0]) for r in inputs.values()] == [(1, 4)]
         engine.parent.mkdir(parents=True)
         engine.write_text("engine")
+        return EngineInfo("tensorrt", "10.15.1", "", "", None, "", config, inputs)
 
     monkeypatch.setattr(exporting, "build_engine", build)
     monkeypatch.setattr(exporting, "timing_cache", lambda _: None)
     monkeypatch.setattr(exporting, "check_runtimes", lambda _: None)
-    monkeypatch.setattr(exporting, "checkable_engines", lambda _: [])
+    monkeypatch.setattr(exporting, "is_checkable", lambda *_: False)
     (tmp_path / "repository" / "other").mkdir(parents=True)
-    asked = recipe(shallow, runtimes=("tensorrt",))
+    asked = recipe(shallow, runtimes=("tensorrt",), batch_sizes=(2, 4))
     export_network(asked, tmp_path / "repository", "triton", "mine", quiet=True)
     assert {p.name for p in (tmp_path / "repository").iterdir()} == {"other", "mine_onnx", "mine_tensorrt"}
     onnx, plan = (config(tmp_path / "repository" / name) for name in ("mine_onnx", "mine_tensorrt"))
@@ -136,7 +142,7 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(
     monkeypatch.setattr(exporting, "build_engine", fail)
     monkeypatch.setattr(exporting, "timing_cache", lambda _: None)
     monkeypatch.setattr(exporting, "check_runtimes", lambda _: None)
-    monkeypatch.setattr(exporting, "checkable_engines", lambda _: [])
+    monkeypatch.setattr(exporting, "is_checkable", lambda *_: False)
     with pytest.raises(ExportError):
         export_network(recipe(shallow, runtimes=("rtx",)), tmp_path / "out", quiet=True)
     assert not list(tmp_path.iterdir())

@@ -240,6 +240,8 @@ def test_alignment(options: dict[str, Any], alignment: int | None, needs_table: 
         ({"precision": "tf32", "runtimes": ("ort-cpu", "torch")}, "not with --runtimes ort-cpu,torch"),
         ({"precision": "int8", "runtimes": ("ort-cpu", "torch")}, "torch does not run quantized ONNX"),
         ({"precision": "fp8", "opset": 18}, "--opset 18: ONNX has fp8 from opset 19 on"),
+        ({"precision": "int8", "runtimes": ("ort-cuda",)}, "CUDA provider has no 8-bit matrix products"),
+        ({"precision": "fp8", "runtimes": ("ort-cuda",)}, "CUDA provider has no 8-bit matrix products"),
     ],
 )
 def test_a_runtime_has_to_know_the_precision(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from profilers import ORT_PROVIDERS, MissingPackageError, ProfilingError, check_provider, open_runner
-from profilers.runners.onnxruntime import OnnxRuntimeRunner, provider_options
+from profilers.runners.onnxruntime import OnnxRuntimeRunner, _library_name, _loading_error, provider_options
 
 Feeds = dict[str, NDArray[np.float32]]
 
@@ -103,6 +103,13 @@ def test_a_provider_is_tried_before_it_is_relied_on(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
     with pytest.raises(ProfilingError, match="TensorrtExecutionProvider was asked for but onnxruntime fell back to"):
         check_provider("TensorrtExecutionProvider")
+
+
+def test_the_loaders_own_error_is_told(tmp_path: Path) -> None:
+    library = tmp_path / "libonnxruntime_providers_tensorrt.so"
+    assert _library_name("TensorrtExecutionProvider") == "tensorrt" and _loading_error(library) == ""
+    library.write_bytes(b"no library")
+    assert str(library) in _loading_error(library) and "\n" not in _loading_error(library)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from engine_runtimes import needs_device
 from numpy.typing import NDArray
 
 from exporters import EngineConfig, build_engine, input_ranges
-from profilers import MissingPackageError, ProfilingError, lacking_device, open_runner
+from profilers import MissingPackageError, ProfilingError, lacking_device, lacking_precision, open_runner
 from profilers.runners import tensorrt
 from profilers.runners.tensorrt import TensorRTRunner
 
@@ -117,13 +117,56 @@ def test_a_replayed_graph_fills_the_same_outputs(
         assert runner.cuda_graph
 
 
-def test_gpus_of_data_centres_do_not_run_rtx(monkeypatch: pytest.MonkeyPatch) -> None:
+RTX_GPUS = ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
+OTHER_GPUS = ((7, 0), (8, 0), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0))
+
+
+@pytest.mark.parametrize("capability", [*RTX_GPUS, *OTHER_GPUS])
+def test_rtx_runs_on_the_gpus_that_nvidia_names(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    runs = capability in RTX_GPUS
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    for capability, expected in (
-        ((9, 0), "NVIDIA H200 cannot run TensorRT for RTX, take tensorrt there"),
-        ((8, 9), ""),
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert lacking_device("rtx") == ("" if runs else "NVIDIA H200 cannot run TensorRT for RTX, take tensorrt there")
+    assert lacking_device("tensorrt") == lacking_device("ort-cpu") == ""
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "has"),
+    [
+        ("fp8", (8, 6), False),
+        ("fp8", (8, 9), True),
+        ("fp8", (9, 0), True),
+        ("bf16", (7, 5), False),
+        ("bf16", (8, 0), True),
+        ("tf32", (7, 5), False),
+        ("fp16", (7, 5), True),
+        ("int8", (7, 5), True),
+    ],
+)
+def test_a_gpu_without_a_precision_is_told(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], has: bool
+) -> None:
+    assert not lacking_precision("tensorrt", precision)  # there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    reason = lacking_precision("tensorrt", precision)
+    assert (reason == "") == has
+    assert has or f"GPU (compute capability {capability[0]}.{capability[1]}) has no {precision}, 8." in reason
+    assert not lacking_precision("torch-cuda", precision)
+
+
+def test_only_version_compatible_engines_may_bring_code(tmp_path: Path) -> None:
+    engine = tmp_path / "net.engine"
+    assert not tensorrt._is_version_compatible(engine)
+    beside = tmp_path / "net.engine.json"
+    for text, expected in (
+        ("no JSON", False),
+        ("[]", False),
+        ('{"config": {"version_compatible": false}}', False),
+        ('{"config": {"version_compatible": "yes"}}', False),
+        ('{"config": {"version_compatible": true}}', True),
     ):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert lacking_device("rtx") == expected
-        assert lacking_device("tensorrt") == lacking_device("ort-cpu") == ""
+        beside.write_text(text)
+        assert tensorrt._is_version_compatible(engine) == expected
