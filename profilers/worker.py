@@ -19,7 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -56,26 +56,50 @@ def answer(arguments: list[str], measure: Callable[[dict[str, Any]], dict[str, A
     return 0
 
 
+class _Loaded(NamedTuple):
+    """Runs of each variant, one for each file and load; whether they replay a CUDA graph; how often each was loaded."""
+
+    runs: dict[str, list[Run]]
+    graphs: dict[str, bool]
+    loads: int
+
+
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Loads the variants, measures them, and returns what goes into the result file."""
+    """Loads the variants, measures them, and returns what goes into the result file.
+
+    Where the engine of one variant cannot be captured in a CUDA graph, no variant uses one: otherwise the ratio would
+    compare two ways of launching.
+    """
     with ExitStack() as opened:
-        runs: dict[str, list[Run]] = {name: [] for name in spec["variants"]}
-        graphs: dict[str, bool] = {}
-        before = psutil.Process().memory_info().rss
-        loads = 0
-        while loads < spec["loads"] and _has_room(loads, before):
-            for name, variant in spec["variants"].items():
-                feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
-                for file in variant["files"]:
-                    runner = open_runner(spec["runtime"], Path(file), spec["threads"], tf32=spec["tf32"])
-                    run = opened.enter_context(runner).prepare(feeds)
-                    # What a network needs beside its weights is taken when it first runs.
-                    run()
-                    runs[name].append(run)
-                    if runner.cuda_graph is not None:
-                        graphs[name] = graphs.get(name, True) and runner.cuda_graph
-            loads += 1
-        return {**measure_runs(runs, graphs, spec, print_progress), "loads": loads}
+        loaded = _load(spec, opened, cuda_graphs=True)
+        if len(set(loaded.graphs.values())) < 2:
+            return {**measure_runs(loaded.runs, loaded.graphs, spec, print_progress), "loads": loaded.loads}
+    with ExitStack() as opened:
+        loaded = _load(spec, opened, cuda_graphs=False)
+        return {**measure_runs(loaded.runs, loaded.graphs, spec, print_progress), "loads": loaded.loads}
+
+
+def _load(spec: Mapping[str, Any], opened: ExitStack, *, cuda_graphs: bool) -> _Loaded:
+    """All variants, as often as the spec says and memory allows; ``opened`` frees them."""
+    runs: dict[str, list[Run]] = {name: [] for name in spec["variants"]}
+    graphs: dict[str, bool] = {}
+    before = psutil.Process().memory_info().rss
+    loads = 0
+    while loads < spec["loads"] and _has_room(loads, before):
+        for name, variant in spec["variants"].items():
+            feeds = load_feeds(Path(variant["feeds"]), variant["inputs"], spec["batch_size"])
+            for file in variant["files"]:
+                runner = open_runner(
+                    spec["runtime"], Path(file), spec["threads"], tf32=spec["tf32"], cuda_graphs=cuda_graphs
+                )
+                run = opened.enter_context(runner).prepare(feeds)
+                # The first run takes the memory that a network needs next to its weights.
+                run()
+                runs[name].append(run)
+                if runner.cuda_graph is not None:
+                    graphs[name] = graphs.get(name, True) and runner.cuda_graph
+        loads += 1
+    return _Loaded(runs, graphs, loads)
 
 
 def measure_runs(

@@ -76,7 +76,7 @@ def lacking_precision(runtime: str, precision: str) -> str:
     return f"{torch.cuda.get_device_name(0)} (compute capability {here[0]}.{here[1]}) has no {precision}, {needed} has"
 
 
-def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False) -> Runner:
+def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False, cuda_graphs: bool = True) -> Runner:
     """Loads a file into a runtime.
 
     Args:
@@ -85,6 +85,7 @@ def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False) -
         threads: CPU threads of one run.
         tf32: float32 matrix products and convolutions on a GPU may use it, which rounds their operands to 10 bits of
             mantissa. An engine uses it or not as it was built, a CPU never does.
+        cuda_graphs: engines replay a CUDA graph where they can be captured in one.
 
     Raises:
         ValueError: the runtime is unknown.
@@ -102,7 +103,7 @@ def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False) -
     if RUNTIMES[runtime] == "engine":
         from .tensorrt import TensorRTRunner
 
-        return TensorRTRunner(path, runtime)
+        return TensorRTRunner(path, runtime, cuda_graphs=cuda_graphs)
     from .torch import TorchRunner
 
     device = "cuda" if runtime.endswith("-cuda") else "cpu"

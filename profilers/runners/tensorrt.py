@@ -21,17 +21,18 @@ _PACKAGES = {"tensorrt": ("tensorrt", "tensorrt"), "rtx": ("tensorrt_rtx", "rtx"
 class TensorRTRunner:
     """An engine on the first GPU, with inputs and outputs in device memory, on a stream of its own.
 
-    What `prepare` gives replays a CUDA graph, unless the engine cannot be captured in one: `cuda_graph` says so.
+    What `prepare` returns replays a CUDA graph, unless the engine cannot be captured in one: `cuda_graph` says so.
 
     Args:
         path: the engine; only one that was built for this device by this version runs (`exporters.check_engine`).
         runtime: `tensorrt` or `rtx`.
+        cuda_graphs: False launches every run anew.
 
     Raises:
         ProfilingError: there is no GPU, or the engine cannot be loaded; MissingPackageError: the product is absent.
     """
 
-    def __init__(self, path: Path, runtime: str) -> None:
+    def __init__(self, path: Path, runtime: str, *, cuda_graphs: bool = True) -> None:
         import torch
 
         package, extra = _PACKAGES[runtime]
@@ -56,6 +57,7 @@ class TensorRTRunner:
         # An engine that tells much of its layers would do so in every run, to a tool that is not there.
         self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         self._stream = torch.cuda.Stream()
+        self._cuda_graphs = cuda_graphs
         self.cuda_graph: bool | None = None
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
@@ -91,7 +93,9 @@ class TensorRTRunner:
         return timed_by_events(graph.replay, self._torch.cuda.current_stream(), tensors)
 
     def _graph(self, launch: partial[None]) -> Any:
-        """A `torch.cuda.CUDAGraph` of a run; None where the engine cannot be captured."""
+        """A `torch.cuda.CUDAGraph` of a run; None where none is asked for, or the engine cannot be captured."""
+        if not self._cuda_graphs:
+            return None
         tells = getattr(self._context, "is_stream_capturable", None)
         if tells is not None and not tells(self._stream.cuda_stream):
             return None

@@ -383,7 +383,7 @@ def test_missing_package_names_the_extra(refusal: Callable[..., str], monkeypatc
     ("runtime", "told"),
     [
         ("ort-cuda", "no CUDAExecutionProvider: pip install 'optin-deploy[gpu]'"),
-        ("ort-tensorrt", "no TensorrtExecutionProvider: pip install 'optin-deploy[gpu,tensorrt]'"),
+        ("ort-tensorrt", "no TensorrtExecutionProvider: pip install 'optin-deploy[ort-tensorrt]'"),
     ],
 )
 def test_an_onnxruntime_without_the_provider_names_the_extras(

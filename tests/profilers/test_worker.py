@@ -68,13 +68,14 @@ def test_networks_are_loaded_again_while_there_is_memory(
 
 
 class OnDevice:
-    """A pretended runner on a GPU; the second one that is opened cannot be captured in a graph."""
+    """A pretended runner on a GPU; from the one numbered `uncapturable` on, none can be captured in a graph."""
 
     opened: ClassVar[list[bool]] = []
+    uncapturable: ClassVar[int] = 2
 
-    def __init__(self, runtime: str, path: Path, threads: int, *, tf32: bool) -> None:
+    def __init__(self, runtime: str, path: Path, threads: int, *, tf32: bool, cuda_graphs: bool) -> None:
         self.opened.append(tf32)
-        self.cuda_graph = len(self.opened) == 1
+        self.cuda_graph = cuda_graphs and len(self.opened) < self.uncapturable
 
     def __enter__(self) -> Self:
         return self
@@ -87,18 +88,26 @@ class OnDevice:
         return lambda: device_ms
 
 
-def test_a_gpu_s_figures_stand_beside_the_latencies(
-    tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("uncapturable", "opened", "device_ms"), [(2, 4, 0.75), (3, 2, 0.5)])
+def test_variants_are_measured_with_graphs_or_all_without(
+    tmp_path: Path,
+    mlp_onnx: Callable[[int], Path],
+    sample: Feeds,
+    monkeypatch: pytest.MonkeyPatch,
+    uncapturable: int,
+    opened: int,
+    device_ms: float,
 ) -> None:
     monkeypatch.setattr(worker, "open_runner", OnDevice)
     monkeypatch.setattr(OnDevice, "opened", [])
-    spec = spec_file(tmp_path, mlp_onnx(32), sample, runtime="torch-graph-cuda", loads=1, tf32=True)
+    monkeypatch.setattr(OnDevice, "uncapturable", uncapturable)
+    spec = spec_file(tmp_path, mlp_onnx(32), sample, runtime="tensorrt", loads=1, tf32=True)
     assert worker.main([str(spec)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["device_ms"] == {"dense": 0.5, "pruned": 0.75}
-    assert result["cuda_graph"] == {"dense": True, "pruned": False}
+    assert result["device_ms"] == {"dense": device_ms, "pruned": device_ms}
+    assert result["cuda_graph"] == dict.fromkeys(("dense", "pruned"), device_ms == 0.5)
     assert result["gpu"]["watched"] is False
-    assert OnDevice.opened == [True, True]
+    assert OnDevice.opened == [True] * opened
 
 
 def test_an_unforeseen_error_ends_in_one_line(

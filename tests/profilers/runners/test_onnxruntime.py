@@ -29,7 +29,7 @@ def test_outputs_are_those_of_the_reference(mlp_onnx: Callable[[int], Path], sam
     np.testing.assert_allclose(outputs["y"], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("runtime", "extras"), [("ort-cuda", "gpu"), ("ort-tensorrt", "gpu,tensorrt")])
+@pytest.mark.parametrize(("runtime", "extras"), [("ort-cuda", "gpu"), ("ort-tensorrt", "ort-tensorrt")])
 def test_a_silent_fallback_to_the_cpu_is_an_error(
     runtime: str, extras: str, mlp_onnx: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,8 +65,10 @@ def test_an_engine_that_cannot_be_captured_has_no_graph(
 
     monkeypatch.setattr(tensorrt, "captured", captured)
     runner = TensorRTRunner.__new__(TensorRTRunner)
-    runner._context, runner._stream = context, SimpleNamespace(cuda_stream=1)
+    runner._context, runner._stream, runner._cuda_graphs = context, SimpleNamespace(cuda_stream=1), True
     assert runner._graph(partial(runner._launch, {})) == graph
+    runner._cuda_graphs = False
+    assert runner._graph(partial(runner._launch, {})) is None
 
 
 def build(runtime: str, onnx: Path, engine: Path, sample: Feeds) -> None:
