@@ -186,7 +186,7 @@ def installable(command: str) -> bool:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     known = str(project) + (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in (part for part in shlex.split(command)[2:] if not part.startswith("-")):
-        extra = re.fullmatch(r"(?:optin-deploy|\.)\[(\w+)\]", name)
+        extra = re.fullmatch(r"(?:optin-deploy|\.)\[([\w-]+)\]", name)
         if extra and extra[1] not in project["optional-dependencies"]:
             return False
         if not extra and name not in known:
