@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from .gpu import cuda_uuid, gpu_settings, installed_nvml
+
 PACKAGES = (
     "numpy",
     "onnx",
@@ -37,7 +39,8 @@ def environment() -> dict[str, Any]:
 
     Keys: `date` (UTC, ISO 8601), `cpu`, `physical_cores` and `logical_cores` (usable ones), `memory_gib`, `os`,
     `python`, `versions` (package name to version, None when absent), `cuda_devices` (a list of `name`,
-    `memory_gib`, `compute_capability`; empty without a GPU).
+    `memory_gib`, `compute_capability`; empty without a GPU), of which the first, on which all runs are, has what
+    `profilers.gpu.gpu_settings` tells too.
     """
     cores = usable_cores()
     return {
@@ -112,7 +115,7 @@ def _cuda_devices() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [
+    devices: list[dict[str, Any]] = [
         {
             "name": device.name,
             "memory_gib": round(device.total_memory / _GIB, 1),
@@ -120,3 +123,5 @@ def _cuda_devices() -> list[dict[str, Any]]:
         }
         for device in properties
     ]
+    devices[0] |= gpu_settings(cuda_uuid(), installed_nvml())
+    return devices

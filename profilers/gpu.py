@@ -141,6 +141,43 @@ def cuda_uuid() -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else None
 
 
+def gpu_settings(uuid: str | None, nvml: Any) -> dict[str, Any]:
+    """What the GPU is set to, as far as NVML tells: a value is None where it does not, and all are without NVML.
+
+    Keys: `driver` (its version), `power_limit_w`, `max_clock_mhz`, `ecc` and `mig` (whether they are on), and
+    `persistence` (whether the driver stays loaded without a process).
+
+    Args:
+        uuid: see `cuda_uuid`.
+        nvml: see `installed_nvml`.
+    """
+    keys = ("driver", "power_limit_w", "max_clock_mhz", "ecc", "mig", "persistence")
+    found: dict[str, Any] = dict.fromkeys(keys)
+    if uuid is None or nvml is None:
+        return found
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return found
+    try:
+        with suppress(nvml.NVMLError):
+            device = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            questions: dict[str, Callable[[], Any]] = {
+                "driver": nvml.nvmlSystemGetDriverVersion,
+                "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3,
+                "max_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM),
+                "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0]),
+                "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(device)[0]),
+                "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(device)),
+            }
+            for key, ask in questions.items():
+                with suppress(nvml.NVMLError):
+                    found[key] = ask()
+    finally:
+        nvml.nvmlShutdown()
+    return found
+
+
 def installed_nvml() -> Any:
     """The module `pynvml`; None where it is not installed."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from profilers.gpu import SLOWDOWNS, GpuWatch, Watch, cuda_uuid, installed_nvml
+from profilers.gpu import SLOWDOWNS, GpuWatch, Watch, cuda_uuid, gpu_settings, installed_nvml
 
 IDLE, POWER_CAP, SET_CLOCKS, THERMAL = 1, 4, 2, 32
 
@@ -65,8 +65,47 @@ class Nvml:
     def nvmlDeviceGetMemoryInfo(self, device: str) -> Any:  # noqa: N802
         return SimpleNamespace(used=self._next("used_bytes"))
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "580.95.05"
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, device: str) -> Any:  # noqa: N802
+        return self._next("limit_milliwatts")
+
+    def nvmlDeviceGetMaxClockInfo(self, device: str, kind: int) -> Any:  # noqa: N802
+        return self._next("max_mhz")
+
+    def nvmlDeviceGetEccMode(self, device: str) -> Any:  # noqa: N802
+        return [self._next("ecc"), 0]
+
+    def nvmlDeviceGetMigMode(self, device: str) -> Any:  # noqa: N802
+        return [self._next("mig"), 0]
+
+    def nvmlDeviceGetPersistenceMode(self, device: str) -> Any:  # noqa: N802
+        return self._next("persistence")
+
     def nvmlDeviceGetCurrentClocksEventReasons(self, device: str) -> Any:  # noqa: N802
         return self._next("reasons")
+
+
+def test_what_a_gpu_is_set_to_is_told_as_far_as_it_tells() -> None:
+    nvml = Nvml(limit_milliwatts=[700_000], max_mhz=[1980], ecc=[1], persistence=[0])
+    assert gpu_settings("GPU-1", nvml) == {
+        "driver": "580.95.05",
+        "power_limit_w": 700.0,
+        "max_clock_mhz": 1980,
+        "ecc": True,
+        "mig": None,
+        "persistence": False,
+    }
+    assert nvml.users == 0
+    unknown = dict.fromkeys(gpu_settings("GPU-1", nvml))
+    assert gpu_settings("GPU-2", nvml) == gpu_settings(None, nvml) == gpu_settings("GPU-1", None) == unknown
+    assert nvml.users == 0
+
+
+def test_without_reasons_it_is_unknown_whether_clocks_were_held() -> None:
+    assert watched(Nvml(milliwatts=[1.0]), 2).reasons is None
+    assert watched(Nvml(reasons=[IDLE]), 2).reasons == ()
 
 
 def watched(nvml: Nvml, times: int) -> GpuWatch:
