@@ -14,7 +14,13 @@ from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.samples import not_batch_first, of_several_shapes
-from optin_deploy.structure.trial import broadcast_where_it_works, tied, uncuttable, with_working_stand_ins
+from optin_deploy.structure.trial import (
+    broadcast_where_it_works,
+    in_another_way,
+    tied,
+    uncuttable,
+    with_working_stand_ins,
+)
 from optin_deploy.structure.width import narrowable, width_group
 
 _LISTS = nn.ModuleList | nn.Sequential
@@ -56,7 +62,10 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     failed = {g.name: shared for g in ran if runs[block_of[g.name]] > 1}
     failed |= {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
     failed |= tied(module, ran)
-    failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
+    uneven = uncuttable(module, inputs, [g for g in ran if g.name not in failed])
+    changed = {g.name: g for g in in_another_way(module, inputs, [g for g in ran if g.name in uneven])}
+    ran = [changed.get(g.name, g) for g in ran]
+    failed |= {name: reason for name, reason in uneven.items() if name not in changed}
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])
     ran = [replace(g, outer=None) if g.outer in failed else g for g in ran]
