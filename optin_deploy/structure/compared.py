@@ -18,7 +18,7 @@ from optin_deploy.structure.groups import Group, Structure
 Kept = Mapping[str, Sequence[int]]
 
 # How far a tensor may be off, relative to its norm: in the network's own precision, and in float64.
-_TOLERANCE, _EXACT_TOLERANCE = 1e-4, 1e-7
+_TOLERANCE, _EXACT_TOLERANCE = 1e-5, 1e-9
 # What is off by less than this may be rounding, so that it is computed again in float64.
 _ROUNDING = 0.05
 

@@ -148,11 +148,13 @@ def failing(
     if verdict.passed:
         return {}
     if verdict.groups:
-        found = {g.name: reason(g, kept[g.name], verdict) for g in groups if g.name in verdict.groups}
+        off = verdict.groups
+        found = {g.name: reason(len(kept[g.name]), g.units, None, off[g.name]) for g in groups if g.name in off}
         rest = [g for g in groups if g.name not in found]
         return found | failing(module, inputs, rest, keep, alike=alike)
     if len(groups) == 1:
-        return {groups[0].name: reason(groups[0], kept[groups[0].name], verdict)}
+        only = groups[0]
+        return {only.name: reason(len(kept[only.name]), only.units, verdict.error, verdict.outputs)}
     found = {}
     of_types = _by_type(module, groups)
     for together in of_types if len(of_types) > 1 else [[g] for g in groups]:
@@ -162,13 +164,12 @@ def failing(
     return found
 
 
-def reason(group: Group, kept: Sequence[int], verdict: Verdict) -> str:
-    """What a trial has found wrong with a group."""
-    left = f"with {len(kept)} of {group.units} left"
-    if verdict.error is not None:
-        return f"its units are not interchangeable: {left}, the network cannot be run ({verdict.error})"
-    off = min(verdict.groups.get(group.name, verdict.outputs), 9.99)
-    return f"its units are not interchangeable: {left}, it is {100 * off:.2g} % off what it gives with the rest masked"
+def reason(kept: int, units: int, error: str | None, off: float) -> str:
+    """What is wrong with ``kept`` of so many units: an error, or how far the output is off, relative to its norm."""
+    left = f"its units are not interchangeable: with {kept} of {units} left"
+    if error is not None:
+        return f"{left}, the network cannot be run ({error})"
+    return f"{left}, it is {100 * min(off, 9.99):.2g} % off what it gives with the rest masked"
 
 
 def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
