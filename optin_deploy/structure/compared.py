@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optin_deploy.masking import masked
 from optin_deploy.network import named_outputs
+from optin_deploy.slicing import features_of, layer_size
 from optin_deploy.structure.groups import Group, Structure
 
 Kept = Mapping[str, Sequence[int]]
@@ -88,6 +89,8 @@ def _compared(
     staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.outer or "", (0,)))]
     with masked(module, Structure((), tuple(groups), 0), masks), _recorded(module, staying) as wanted:
         expected = named_outputs(module(**inputs))
+    for group in {g.output: g for g in staying}.values():
+        wanted[group.output] = [_left(module, group, groups, kept, t) for t in wanted[group.output]]
     differences: dict[str, float] = {}
     try:
         with _replaced(small, staying, wanted, differences):
@@ -98,6 +101,17 @@ def _compared(
     outputs = max((_difference(given[n], t) for n, t in expected.items()), default=0.0) if same else math.inf
     found = {name: off for name, off in differences.items() if off > tolerance}
     return Verdict(found, outputs if outputs > tolerance else 0.0)
+
+
+def _left(module: nn.Module, group: Group, groups: Sequence[Group], kept: Kept, given: Tensor) -> Tensor:
+    """What is left of what the output projection of ``group`` gives, where other groups begin with it."""
+    for other in groups:
+        for side in other.sides:
+            if side.module == group.output and side.axis == "out":
+                features = layer_size(module.get_submodule(side.module), side)
+                index = features_of(torch.tensor(kept[other.name]), other, features, side.widths)
+                given = given.index_select(group.axis, index.to(given.device))
+    return given
 
 
 def told(error: Exception) -> str:

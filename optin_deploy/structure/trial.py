@@ -147,14 +147,15 @@ def failing(
     verdict = _tried(module, inputs, groups, kept)
     if verdict.passed:
         return {}
-    if verdict.groups:
+    # Behind a module whose units have all left, others may give something else through no fault of their own.
+    if verdict.groups and all(kept.values()):
         off = verdict.groups
         found = {g.name: reason(len(kept[g.name]), g.units, None, off[g.name]) for g in groups if g.name in off}
         rest = [g for g in groups if g.name not in found]
         return found | failing(module, inputs, rest, keep, alike=alike)
     if len(groups) == 1:
         only = groups[0]
-        return {only.name: reason(len(kept[only.name]), only.units, verdict.error, verdict.outputs)}
+        return {only.name: reason(len(kept[only.name]), only.units, verdict.error, verdict.largest)}
     found = {}
     of_types = _by_type(module, groups)
     for together in of_types if len(of_types) > 1 else [[g] for g in groups]:
