@@ -25,8 +25,8 @@ Keep = Callable[[Group], tuple[int, ...]]
 # Sizes of tuples that are tried where units may not leave alone.
 _SIZES = (2, 3, 4, 5, 6, 8, 16)
 _TUPLES = tuple(Together(size, strided) for size in _SIZES for strided in (True, False))
-# The part of a group's tuples from one end on that a trial keeps, but for one of them.
-_KEPT = 0.6
+# The part of a group's tuples from one end on that a trial keeps, but for the second; of so few all but one.
+_KEPT, _FEW = 0.6, 4
 
 
 def tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
@@ -51,10 +51,10 @@ def uncuttable(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> di
 
 
 def _uncuttable(module: nn.Module, inputs: Inputs, groups: Sequence[Group], *, alike: bool) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for keep in (mostly_first, mostly_last):
-        found |= failing(module, inputs, [g for g in groups if g.name not in found], keep, alike=alike)
-    return found
+    found = failing(module, inputs, groups, mostly_first, alike=alike)
+    # Heads that can get narrower can take any basis, so that it does not matter which dimensions stay.
+    rest = [g for g in groups if g.name not in found and g.kind != "width"]
+    return found | failing(module, inputs, rest, mostly_last, alike=alike)
 
 
 def mostly_first(group: Group) -> tuple[int, ...]:
@@ -69,8 +69,12 @@ def mostly_last(group: Group) -> tuple[int, ...]:
 
 def _some(group: Group, direction: int) -> tuple[int, ...]:
     tuples = group.tuples[::direction]
-    kept = tuples[: max(1, round(_KEPT * len(tuples)))]
-    return tuple(sorted(unit for i, units in enumerate(kept) if i != 1 for unit in units))
+    if len(tuples) <= _FEW:
+        kept = tuples[: max(1, len(tuples) - 1)]
+    else:
+        first, _, *others = tuples[: round(_KEPT * len(tuples))]
+        kept = (first, *others)
+    return tuple(sorted(unit for units in kept for unit in units))
 
 
 def in_another_way(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
