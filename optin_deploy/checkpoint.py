@@ -218,7 +218,9 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
     try:
         dense = prunable_form(build(_source(description)) if module is None else module)
         inputs, plan = _sample_inputs(description), Plan(description.kept, description.tokens)
-        structure = describe(dense, inputs)
+        # Which units leave together was settled when the plan was made. Here only how many stay matters: all weights
+        # are read below.
+        structure = describe(dense, inputs).without_tuples()
         small = sliced(dense, structure, plan)
         if plan.tokens:
             with_merging(small, structure, token_stack(dense, inputs, structure, description.token_mask), plan)

@@ -126,7 +126,8 @@ def _tell(job: Job) -> None:
     inputs = ", ".join(f"{name} {tuple(t.shape)}" for name, t in job.network.inputs.items())
     logger.info("network: %s %s, weights: %s, inputs: %s", source.library, source.name, job.network.weights, inputs)
     for group in structure.groups:
-        logger.info("prunable: %s, %s, %d units", group.name, group.kind, group.units)
+        together = f", {group.together}" if group.together else ""
+        logger.info("prunable: %s, %s, %d units%s", group.name, group.kind, group.units, together)
     for left in structure.left_dense:
         logger.info("left dense: %s, %s", left.module, left.reason)
     logger.info("dense network: %.4g FLOPs a sample", job.anatomy.costs.total)

@@ -87,6 +87,7 @@ def prune_export(
 
     Raises:
         UserError: something to be fixed by the user; nothing is left behind.
+        GateError: what the plan leaves computes something else than the masked network; there is no checkpoint then.
         ExportError, ProfilingError: the export or a runtime failed; what was done before is kept.
     """
     with Stages(console or Console(stderr=True), quiet=quiet) as stages, ExitStack() as held:

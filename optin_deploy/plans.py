@@ -30,8 +30,10 @@ class Plan:
         return Plan(kept, self.tokens or earlier.tokens)
 
     def check(self, structure: Structure) -> None:
-        """Raise UserError unless every group exists in ``structure`` and every index is in range and ascending."""
+        """Raise UserError unless every group exists in ``structure``, every index is in range and ascending, and units
+        that leave together stay together."""
         units = {g.name: g.units for g in structure.groups}
+        tied = {g.name: g for g in structure.groups if g.together is not None}
         inner = {g.name: g for g in structure.groups if g.outer is not None}
         for name, kept in self.kept.items():
             if name not in units:
@@ -41,3 +43,5 @@ class Plan:
                 raise UserError(f"the plan leaves {name!r} no {what}: it goes with the last unit of {outer!r}")
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < units[name]):
                 raise UserError(f"the plan keeps units {list(kept)[:5]}… of {name!r}, which has {units[name]} units")
+            if name in tied and any(0 < len({*kept} & {*each}) < len(each) for each in tied[name].tuples):
+                raise UserError(f"the plan parts units of {name!r}: of its {units[name]} units {tied[name].together}")

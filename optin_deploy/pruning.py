@@ -10,6 +10,7 @@ from optin_deploy.batchnorm import reestimate
 from optin_deploy.classifier import refit_classifier
 from optin_deploy.compensation import compensate
 from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
+from optin_deploy.cut_check import check_cut
 from optin_deploy.distributed import ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
@@ -151,6 +152,7 @@ def prune(
 
     Raises:
         UserError: nothing is prunable, tokens cannot merge, or the budget is out of range or below the floor.
+        GateError: what the plan leaves computes something else than the masked network.
     """
     check_share(flops)
     if rounds < 1:
@@ -187,6 +189,7 @@ def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "aut
 
     Raises:
         UserError: the plan does not fit the network.
+        GateError: what the plan leaves computes something else than the masked network.
     """
     anatomy = examine_as(network, plan.kept, tokens=bool(plan.tokens))
     plan.check(anatomy.structure)
@@ -306,8 +309,13 @@ def remove(
 
     Tokens merge from then on, where the plan says so: what they are merged into has no counterpart in the dense
     network that it could be refitted to. Class logits have, and the map that gives them is fitted behind merging.
+
+    Raises:
+        GateError: what is sliced is not what is masked, see `cut_check.check_cut`. Not checked without ``batches``.
     """
     small = sliced(dense.module, structure, plan)
+    if batches:
+        check_cut(dense, small, structure, plan, batches)
     _repair(dense, small, structure, plan, batches, ridge, advance)
     if plan.tokens and stack is not None:
         with_merging(small, structure, stack, plan)
@@ -329,9 +337,13 @@ def remove_more(
 
     Returns:
         the plan of both steps together, in the dense network's units, and the module.
+
+    Raises:
+        GateError: what is sliced is not what is masked.
     """
     together = step[1].after(plan)
     smaller = sliced(small, *step)
+    check_cut(dense.with_module(small), smaller, *step, batches)
     _repair(dense, smaller, anatomy.structure, together, batches, ridge, advance)
     _refit_classifier(dense, smaller, batches, ridge)
     return together, smaller

@@ -4,6 +4,7 @@ Each group offers a few sizes; choosing a size keeps the group's best units of t
 scores kept, the cost that of the units kept plus the part that cannot be removed. Costs may be FLOPs or milliseconds.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -288,8 +289,13 @@ def _priced(
 
 
 def _ranked(group: Group, values: np.ndarray) -> np.ndarray:
-    """Units from the best on. Dimensions of heads are in order as they are."""
-    return np.arange(group.units) if group.kind == "width" else np.argsort(-values, kind="stable")
+    """Units from the best on, those that leave together in a row. Dimensions of heads are in order as they are."""
+    if group.kind == "width":
+        return np.arange(group.units)
+    if group.together is None:
+        return np.argsort(-values, kind="stable")
+    tuples = np.array(group.tuples)
+    return tuples[np.argsort(-values[tuples].sum(axis=1), kind="stable")].reshape(-1)
 
 
 def candidate_sizes(group: Group, align: int) -> list[int]:
@@ -299,6 +305,9 @@ def candidate_sizes(group: Group, align: int) -> list[int]:
         step = _fitting(min(align, _WIDTH_STEP), group.units, _MIN_WIDTH_STEPS)
         return sorted({*range(step, group.units, step), group.units})
     step = 1 if group.kind == "head" else _fitting(align, group.units, _MIN_STEPS)
+    # Multiples of both where there is room, else the next multiple of the units that leave together.
+    both = math.lcm(step, group.step)
+    step = both if group.units >= _MIN_STEPS * both else -(-step // group.step) * group.step
     return sorted({group.least, *range(step, group.units, step), group.units})
 
 

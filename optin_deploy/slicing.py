@@ -126,7 +126,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
         module.set_submodule(group.name, slim)
     for side in group.sides:
         layer = module.get_submodule(side.module)
-        features = features_of(kept, group, _size(layer, side), side.widths)
+        features = features_of(kept, group, layer_size(layer, side), side.widths)
         if is_batch_norm(layer):
             _slice_norm(layer, features)
         else:
@@ -157,7 +157,8 @@ def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return slim
 
 
-def _size(layer: nn.Module, side: Side) -> int:
+def layer_size(layer: nn.Module, side: Side) -> int:
+    """How many features or channels a layer has on a side."""
     if is_batch_norm(layer):
         return len(layer.get_buffer("running_mean"))
     return layer.get_parameter("weight").shape[feature_dim(layer, side.axis)]
@@ -180,7 +181,7 @@ def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
 def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
     """Keep these outputs or inputs of a linear layer or a convolution."""
     assert isinstance(layer, nn.Linear | Conv)
-    before = _size(layer, side)
+    before = layer_size(layer, side)
     layer.weight = _selected(layer.get_parameter("weight"), feature_dim(layer, side.axis), features)
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"{side.axis}_{unit}", len(features))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from optin_deploy.errors import UserError
+from optin_deploy.errors import GateError, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -68,11 +68,11 @@ def quiet_unless_main() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        shared = isinstance(error, UserError | typer.Abort) or hasattr(error, "exit_code")
+        shared = isinstance(error, UserError | GateError | typer.Abort) or hasattr(error, "exit_code")
         if isinstance(error, RankLostError) or launched_ranks()[0] == 0 or not shared:
             raise
         sleep(_TOLD_SECONDS)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, GateError) else 2)
 
 
 @contextmanager

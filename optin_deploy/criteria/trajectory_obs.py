@@ -226,15 +226,27 @@ def obs_scores(
             order = torch.arange(group.units).flip(0)
             costs = _width_costs(weight, covariance, metric, group.units) + found.queries.cpu().flip(0)
         else:
-            order, costs = eliminate(weight, covariance, metric, columns_per_unit(projection, group.width))
+            order, costs = _eliminated(weight, covariance, metric, group, columns_per_unit(projection, group.width))
             costs = found.coherence * costs
         # Those that left later score higher also where the running maximum stands still.
         ranked = costs.cummax(0).values.clamp_min(1e-300) * (1 + 1e-9 * torch.arange(len(costs), dtype=costs.dtype))
         score = torch.zeros(group.units, dtype=torch.float64)
-        score[order] = ranked
+        if group.together is None:
+            score[order] = ranked
+        else:
+            # Units that leave together share what that costs.
+            score[torch.tensor(group.tuples)[order]] = ranked[:, None] / group.step
         scores[group.name] = score
         advance(1)
     return scores
+
+
+def _eliminated(weight: Tensor, covariance: Tensor, metric: Tensor, group: Group, width: int) -> tuple[Tensor, Tensor]:
+    """`eliminate` of a group with ``width`` columns a unit; units that leave together count as one."""
+    if group.together is None:
+        return eliminate(weight, covariance, metric, width)
+    columns = columns_of(torch.tensor(group.tuples, device=weight.device).reshape(-1), width)
+    return eliminate(weight[:, columns], covariance[columns][:, columns], metric, width * group.step)
 
 
 def _width_costs(weight: Tensor, covariance: Tensor, metric: Tensor, units: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -212,13 +212,18 @@ def _points(structure: Structure, group: Group) -> list[tuple[int, int | None, d
     width = structure.inner(group.name)
     if width is None:
         sizes = head_sizes(group.units, group.units) if group.kind == "head" else even_sizes(group.units)
-        return [(n, None, {group.name: n}) for n in sizes if n < group.units]
+        return [(n, None, {group.name: n}) for n in _possible(sizes, group) if n < group.units]
     points: list[tuple[int, int | None, dict[str, int]]] = [(0, width.units, {group.name: 0})]
-    for n in head_sizes(group.units, _HEAD_SIZES)[1:]:
+    for n in _possible(head_sizes(group.units, _HEAD_SIZES), group)[1:]:
         for w in head_sizes(width.units, _WIDTHS)[1:]:
             if (n, w) != (group.units, width.units):
                 points.append((n, w, {group.name: n, width.name: w}))
     return points
+
+
+def _possible(sizes: Sequence[int], group: Group) -> list[int]:
+    """The sizes, rounded down to what units that leave together allow."""
+    return sorted({n - n % group.step for n in sizes})
 
 
 def even_sizes(units: int) -> list[int]:

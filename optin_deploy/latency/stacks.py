@@ -43,7 +43,10 @@ class BlockType:
 
     def describe(self) -> dict[str, Any]:
         """What tells one type from another, JSON-able."""
-        groups = [[part_name(self.blocks[0], g), g.kind, g.units, g.width] for g in self.groups[0]]
+        groups: list[list[Any]] = []
+        for group in self.groups[0]:
+            together = [] if group.together is None else [str(group.together)]
+            groups.append([part_name(self.blocks[0], group), group.kind, group.units, group.width, *together])
         return {"class": self.class_name, "groups": groups, "inputs": _shapes(self.given)}
 
 
@@ -164,7 +167,7 @@ def stack(
     module: nn.Module, structure: Structure, kind: BlockType, sizes: Mapping[str, int], depth: int
 ) -> tuple[Stack, dict[str, Tensor]]:
     """So many copies of the block, its groups cut to ``sizes`` (group name -> units), and inputs for two samples."""
-    cut = sliced(module, structure, Plan({name: tuple(range(units)) for name, units in sizes.items()}))
+    cut = sliced(module, structure, Plan({n: structure.group(n).first(units) for n, units in sizes.items()}))
     made = Stack(_block(cut, kind.blocks[0], kind.groups[0]), depth, kind.given).eval()
     leaves = pytree.tree_leaves(kind.given)
     return made, {f"x{number}": leaves[i] for number, i in enumerate(made.batched)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from optin_deploy.projections import Conv
 from optin_deploy.structure.apart import Span, leaking
-from optin_deploy.structure.groups import Group, LeftDense, Side, StandIn
+from optin_deploy.structure.groups import Group, Side, StandIn
 from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
 
 
@@ -44,8 +44,9 @@ class _Path:
 
 def channel_groups(
     module: nn.Module, inputs: Mapping[str, Tensor], calls: Sequence[Call], taken: Collection[str]
-) -> tuple[list[tuple[Group, str]], list[LeftDense]]:
-    """Groups of the channels between two convolutions, each with its block, and those in blocks that leak.
+) -> tuple[list[tuple[Group, str]], list[tuple[Group, str]]]:
+    """Groups of the channels between two convolutions, each with its block, and those in blocks of which the channels
+    do not stay apart.
 
     Args:
         calls: of the trial forward of ``module`` on ``inputs``.
@@ -72,9 +73,10 @@ def channel_groups(
             behind[group.name] = inner
         groups[group.name] = (group, block)
         behind[group.output] = group
-    alone = [g for g, block in found if g.name in bad and block != g.output and not {g.name, g.output} & {*behind}]
-    dense = [LeftDense(group.name, "its channels do not stay apart") for group in alone]
-    return list(groups.values()), dense
+    mixed = [
+        (g, block) for g, block in found if g.name in bad and block != g.output and not {g.name, g.output} & {*behind}
+    ]
+    return list(groups.values()), mixed
 
 
 def _candidates(module: nn.Module, calls: Sequence[Call], taken: Collection[str]) -> Iterator[tuple[Group, str]]:

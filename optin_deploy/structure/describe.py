@@ -14,7 +14,13 @@ from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.samples import not_batch_first, of_several_shapes
-from optin_deploy.structure.trial import broadcast_where_it_works, tied, uncuttable, with_working_stand_ins
+from optin_deploy.structure.trial import (
+    broadcast_where_it_works,
+    in_another_way,
+    tied,
+    uncuttable,
+    with_working_stand_ins,
+)
 from optin_deploy.structure.width import narrowable, width_group
 
 _LISTS = nn.ModuleList | nn.Sequential
@@ -47,8 +53,10 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     # Neurons of convolutions are channels: what is followed through a forward pass is known better.
     settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
     taken = {*(name for g in settled for name in (*g.owners, g.output)), *(left.module for left in left_dense)}
-    channels, leaking = channel_groups(module, inputs, calls, taken)
-    left_dense += leaking
+    channels, mixed = channel_groups(module, inputs, calls, taken)
+    found_apart, mixing = _apart_in_tuples(module, inputs, mixed)
+    channels += found_apart
+    left_dense += mixing
     followed = {side.module for group, _ in channels for side in group.sides}
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
     block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels}, runs)
@@ -56,7 +64,10 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     failed = {g.name: shared for g in ran if runs[block_of[g.name]] > 1}
     failed |= {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
     failed |= tied(module, ran)
-    failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
+    uneven = uncuttable(module, inputs, [g for g in ran if g.name not in failed])
+    changed = {g.name: g for g in in_another_way(module, inputs, [g for g in ran if g.name in uneven])}
+    ran = [changed.get(g.name, g) for g in ran]
+    failed |= {name: reason for name, reason in uneven.items() if name not in changed}
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])
     ran = [replace(g, outer=None) if g.outer in failed else g for g in ran]
@@ -68,6 +79,21 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     groups = _with_widths(module, inputs, broadcast_where_it_works(module, inputs, groups))
     structure = Structure(blocks, tuple(groups), 0, tuple(left_dense))
     return replace(structure, tokens=_tokens(calls, structure))
+
+
+def _apart_in_tuples(
+    module: nn.Module, inputs: Mapping[str, Tensor], mixed: Sequence[tuple[Group, str]]
+) -> tuple[list[tuple[Group, str]], list[LeftDense]]:
+    """Those of these groups of channels, with their blocks, whose tuples stay apart where channels do not, and the
+    others. No two meet in a convolution."""
+    able = {g.name: g for g in in_another_way(module, inputs, [g for g, _ in mixed])}
+    found: list[tuple[Group, str]] = []
+    for group, block in mixed:
+        ends = {end for other, _ in found for end in (other.name, other.output)}
+        if group.name in able and not ends & {group.name, group.output}:
+            found.append((able[group.name], block))
+    names = {group.name for group, _ in found}
+    return found, [LeftDense(g.name, "its channels do not stay apart") for g, _ in mixed if g.name not in names]
 
 
 def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[Group]) -> list[Group]:

@@ -71,6 +71,33 @@ class Projections:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Which units of a group leave together: ``size`` of them.
+
+    Of n units, either those n/size apart (``strided``), which is what keeps equal parts equal, or consecutive ones.
+    """
+
+    size: int
+    strided: bool
+
+    def __str__(self) -> str:
+        which = f"one of each of {self.size} equal parts" if self.strided else f"{self.size} in a row"
+        return f"{which} leave together"
+
+    def tuples(self, units: int) -> tuple[tuple[int, ...], ...]:
+        """The units that leave together, in order; each is in one tuple.
+
+        >>> Together(2, strided=True).tuples(6)
+        ((0, 3), (1, 4), (2, 5))
+        >>> Together(2, strided=False).tuples(6)
+        ((0, 1), (2, 3), (4, 5))
+        """
+        step, count = (units // self.size, units // self.size) if self.strided else (1, units)
+        first = range(count) if self.strided else range(0, count, self.size)
+        return tuple(tuple(i + step * j for j in range(self.size)) for i in first)
+
+
+@dataclass(frozen=True)
 class Group:
     """The interchangeable units of one attention, FFN or convolution.
 
@@ -87,6 +114,9 @@ class Group:
     in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
     ``mixing`` names a norm over all units there: a unit's features are set to zero both before it and before the
     projection, and what it divides by counts the units that are gone.
+
+    ``together`` says which units only leave together, because the network takes the units in equal parts and treats
+    the parts differently, say. Where it is None, every unit may leave alone.
 
     ``outer`` names the group that an inner one goes with: the FLOPs of modules that both own are proportional to what
     both keep. The inner one keeps a unit at least, and is gone with the last unit of the outer one, whose stand-ins
@@ -126,6 +156,7 @@ class Group:
     masked: str | None = None
     unowned: tuple[str, ...] = ()
     mixing: str | None = None
+    together: Together | None = None
 
     @property
     def has_stream(self) -> bool:
@@ -135,7 +166,21 @@ class Group:
     @property
     def least(self) -> int:
         """Units that stay at least: with none of them, what has no stream around it would let nothing through."""
-        return 0 if self.has_stream and self.stand_ins else 1
+        return 0 if self.has_stream and self.stand_ins else self.step
+
+    @property
+    def step(self) -> int:
+        """How many units leave together."""
+        return 1 if self.together is None else self.together.size
+
+    @property
+    def tuples(self) -> tuple[tuple[int, ...], ...]:
+        """The units that leave together; each alone where nothing else is said."""
+        return (self.together or Together(1, strided=False)).tuples(self.units)
+
+    def first(self, count: int) -> tuple[int, ...]:
+        """``count`` units, a multiple of `step`, that can stay when the others leave: those of the first tuples."""
+        return tuple(sorted(i for units in self.tuples[: count // self.step] for i in units))
 
 
 @dataclass(frozen=True)
@@ -178,6 +223,10 @@ class Structure:
     def without_widths(self) -> "Structure":
         """The same structure with heads that stay as wide as they are."""
         return replace(self, groups=tuple(group for group in self.groups if group.kind != "width"))
+
+    def without_tuples(self) -> "Structure":
+        """The same structure with units that may leave alone."""
+        return replace(self, groups=tuple(replace(group, together=None) for group in self.groups))
 
     def feature_axis(self, block: str) -> int:
         """The axis of the output of ``block`` that holds its features: that of the last group in it."""

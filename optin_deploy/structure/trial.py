@@ -1,21 +1,32 @@
-"""Whether groups can be cut as their adapters say: half of their units, and then all of them, are removed, and masked,
-on the sample batch."""
+"""Whether groups can be cut as their adapters say: some of their units are removed, and masked, on the sample batch.
 
-from collections.abc import Mapping, Sequence
+Units are interchangeable when the network does not care which of them stay. So uneven ones are kept, once mostly the
+first and once mostly the last: a forward pass that treats the first half of its features differently, shifts a quarter
+of them or looks at their places would move a boundary between units.
+
+Where units are not interchangeable one by one, they may be in tuples, one of each of several equal parts or several in
+a row (`Together`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.masking import masked
-from optin_deploy.network import named_outputs
 from optin_deploy.plans import Plan
-from optin_deploy.slicing import sliced
-from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.residual import same_tensor
+from optin_deploy.slicing import layer_size, sliced
+from optin_deploy.structure.compared import Verdict, compared, told
+from optin_deploy.structure.groups import Group, Side, Structure, Together
 
-# What a module raises whose forward pass does not follow its parameters.
-_UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+Inputs = Mapping[str, Tensor]
+Keep = Callable[[Group], tuple[int, ...]]
+
+# Sizes of tuples that are tried where units may not leave alone.
+_SIZES = (2, 3, 4, 5, 6, 8, 16)
+_TUPLES = tuple(Together(size, strided) for size in _SIZES for strided in (True, False))
+# The part of a group's tuples from one end on that a trial keeps, but for the second; of so few all but one.
+_KEPT, _FEW = 0.6, 4
 
 
 def tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
@@ -34,55 +45,136 @@ def tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
     return found
 
 
-@torch.no_grad()
-def uncuttable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> dict[str, str]:
+def uncuttable(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> dict[str, str]:
     """Which of these groups give something else sliced than masked, and why: group name -> reason."""
-    return _failing(module, inputs, groups, every=2)
+    return _uncuttable(module, inputs, groups, alike=False)
 
 
-@torch.no_grad()
-def with_working_stand_ins(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
-    """The groups, those without stand-ins that give something else than the masked network when no unit is left."""
-    # Of two samples, what stands in for a module that gives a pair could be taken for one.
-    odd = {name: torch.cat((t, t[:1])) if len(t) == 2 else t for name, t in inputs.items()}
-    failing = _failing(module, odd, [g for g in groups if g.stand_ins], every=None)
-    return [replace(group, stand_ins=()) if group.name in failing else group for group in groups]
+def _uncuttable(module: nn.Module, inputs: Inputs, groups: Sequence[Group], *, alike: bool) -> dict[str, str]:
+    found = failing(module, inputs, groups, mostly_first, alike=alike)
+    # Heads that can get narrower can take any basis, so that it does not matter which dimensions stay.
+    rest = [g for g in groups if g.name not in found and g.kind != "width"]
+    return found | failing(module, inputs, rest, mostly_last, alike=alike)
 
 
-def _failing(
-    module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], every: int | None
-) -> dict[str, str]:
-    """Which of these groups give something else sliced than masked, and why: group name -> reason.
+def mostly_first(group: Group) -> tuple[int, ...]:
+    """The first units of a group but for one of them, as many as a trial keeps."""
+    return _some(group, 1)
 
-    All are tried at once; where that fails, those on each type of module by themselves, and of a type that fails, each
-    one.
 
-    Args:
-        every: which units stay: every so many-th, or none.
+def mostly_last(group: Group) -> tuple[int, ...]:
+    """The last units of a group but for one of them, as many as a trial keeps."""
+    return _some(group, -1)
+
+
+def _some(group: Group, direction: int) -> tuple[int, ...]:
+    tuples = group.tuples[::direction]
+    if len(tuples) <= _FEW:
+        kept = tuples[: max(1, len(tuples) - 1)]
+    else:
+        first, _, *others = tuples[: round(_KEPT * len(tuples))]
+        kept = (first, *others)
+    return tuple(sorted(unit for units in kept for unit in units))
+
+
+def in_another_way(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
+    """Those of these groups, which cannot be cut as they are, that can be cut in another way.
+
+    The features of a unit may lie in a row where the adapter took them to lie part by part. Or units leave together,
+    in the smallest tuples that work.
     """
-    if not groups or _failure(module, inputs, groups, every) is None:
-        return {}
-    found: dict[str, str] = {}
-    for together in _by_type(module, groups):
-        if _failure(module, inputs, together, every) is None:
-            continue
-        for group in together:
-            reason = _failure(module, inputs, [group], every)
-            if reason is not None:
-                found[group.name] = reason
+    found: list[Group] = []
+    left = list(groups)
+    for form in (None, *_TUPLES):
+        changed = [c for group in left if (c := _changed(module, group, form)) is not None]
+        bad = _uncuttable(module, inputs, changed, alike=True)
+        found += [group for group in changed if group.name not in bad]
+        done = {group.name for group in found}
+        left = [group for group in left if group.name not in done]
     return found
 
 
-@torch.no_grad()
-def broadcast_where_it_works(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
+def _changed(module: nn.Module, group: Group, form: Together | None) -> Group | None:
+    """The group in tuples, or with its features in a row where there is no ``form``; None where it has no such way."""
+    if form is not None:
+        fits = group.units % form.size == 0 and group.units > form.size
+        return replace(group, together=form) if fits else None
+    sides = tuple(_in_a_row(module, group, side) for side in group.sides)
+    return replace(group, sides=sides, qkv=None) if sides != group.sides else None
+
+
+def _in_a_row(module: nn.Module, group: Group, side: Side) -> Side:
+    """The side with all features of a unit in one part."""
+    features = layer_size(module.get_submodule(side.module), side)
+    parts = len(side.widths) or features // (group.units * group.width)
+    return replace(side, widths=(features // group.units,)) if parts > 1 and side.axis == "out" else side
+
+
+def with_working_stand_ins(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
+    """The groups, those without stand-ins that give something else than the masked network when no unit is left."""
+    # Of two samples, what stands in for a module that gives a pair could be taken for one.
+    odd = {name: torch.cat((t, t[:1])) if len(t) == 2 else t for name, t in inputs.items()}
+    bad = failing(module, odd, [g for g in groups if g.stand_ins], _none)
+    return [replace(group, stand_ins=()) if group.name in bad else group for group in groups]
+
+
+def broadcast_where_it_works(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
     """The groups, of which those say that they change in place whose stand-ins cannot be broadcast (`Group.in_place`).
 
     Args:
         groups: with their residual streams, and stand-ins that work at their whole size.
     """
     free = [g for g in groups if g.least == 0 and not g.in_place and g.outer is None]
-    whole = _failing(module, inputs, free, every=None)
+    whole = failing(module, inputs, free, _none)
     return [replace(g, in_place=True) if g.name in whole else g for g in groups]
+
+
+def _none(_: Group) -> tuple[int, ...]:
+    return ()
+
+
+def failing(
+    module: nn.Module, inputs: Inputs, groups: Sequence[Group], keep: Keep, *, alike: bool = False
+) -> dict[str, str]:
+    """Which of these groups give something else sliced than masked, and why: group name -> reason.
+
+    All are tried at once, which mostly tells the groups whose projections give something else. Where it does not, those
+    on each type of module are tried by themselves, and of a type that fails, each one.
+
+    Args:
+        keep: which units stay.
+        alike: whether groups of one type are taken to fail when one cannot be run.
+    """
+    if not groups:
+        return {}
+    kept = {g.name: keep(g) for g in groups}
+    verdict = _tried(module, inputs, groups, kept)
+    if verdict.passed:
+        return {}
+    # Behind a module whose units have all left, others may give something else through no fault of their own.
+    if verdict.groups and all(kept.values()):
+        off = verdict.groups
+        found = {g.name: reason(len(kept[g.name]), g.units, None, off[g.name]) for g in groups if g.name in off}
+        rest = [g for g in groups if g.name not in found]
+        return found | failing(module, inputs, rest, keep, alike=alike)
+    if len(groups) == 1:
+        only = groups[0]
+        return {only.name: reason(len(kept[only.name]), only.units, verdict.error, verdict.largest)}
+    found = {}
+    of_types = _by_type(module, groups)
+    for together in of_types if len(of_types) > 1 else [[g] for g in groups]:
+        found |= failing(module, inputs, together, keep, alike=alike)
+        if alike and len(of_types) == 1 and found:
+            return dict.fromkeys((g.name for g in groups), next(iter(found.values())))
+    return found
+
+
+def reason(kept: int, units: int, error: str | None, off: float) -> str:
+    """What is wrong with ``kept`` of so many units: an error, or how far the output is off, relative to its norm."""
+    left = f"its units are not interchangeable: with {kept} of {units} left"
+    if error is not None:
+        return f"{left}, the network cannot be run ({error})"
+    return f"{left}, it is {100 * min(off, 9.99):.2g} % off what it gives with the rest masked"
 
 
 def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
@@ -94,22 +186,9 @@ def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     return list(found.values())
 
 
-def _failure(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], every: int | None) -> str | None:
-    """Why the network with some units of these groups only is not the masked one; None where it is."""
-    structure = Structure((), tuple(groups), 0)
-    kept = {g.name: tuple(range(0, g.units, every)) if every is not None else () for g in groups}
-    masks = {g.name: _mask(module, g, kept[g.name]) for g in groups}
-    with masked(module, structure, masks):
-        expected = named_outputs(module(**inputs))
+def _tried(module: nn.Module, inputs: Inputs, groups: Sequence[Group], kept: Mapping[str, tuple[int, ...]]) -> Verdict:
     try:
-        given = named_outputs(sliced(module, structure, Plan(kept))(**inputs))
-    except _UNFIT as error:
-        return f"cannot be run when it is cut ({' '.join(str(error).split())[:120]})"
-    if set(given) == set(expected) and all(same_tensor(given[n].double(), t.double()) for n, t in expected.items()):
-        return None
-    return "gives something else cut than masked"
-
-
-def _mask(module: nn.Module, group: Group, kept: Sequence[int]) -> Tensor:
-    parameter = next(module.get_submodule(group.output).parameters())
-    return torch.tensor([i in kept for i in range(group.units)], dtype=parameter.dtype, device=parameter.device)
+        small = sliced(module, Structure((), tuple(groups), 0), Plan(kept))
+    except Exception as error:
+        return Verdict({}, 0.0, told(error))
+    return compared(module, small, groups, kept, inputs)

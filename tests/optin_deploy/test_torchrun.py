@@ -20,6 +20,7 @@ from tiny_models import save_bert, save_lines, texts
 
 from optin_deploy import cli, torchrun
 from optin_deploy.calibration import load_calibration
+from optin_deploy.errors import GateError
 from optin_deploy.models import load_network
 from optin_deploy.pruning import prune
 from optin_deploy.scoring import Scoring
@@ -159,6 +160,13 @@ def test_what_only_one_process_knows_is_told_by_it(error: Exception, monkeypatch
         raise error
     with pytest.raises(SystemExit), quiet_unless_main():
         raise typer.Abort
+
+
+def test_a_gate_is_told_once_and_ends_all_with_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 1)
+    with pytest.raises(SystemExit) as ended, quiet_unless_main():
+        raise GateError("not what was promised")
+    assert ended.value.code == 3
 
 
 def members(folder: Path, *processes: str) -> Callable[[int], torchrun._Members]:
