@@ -124,12 +124,12 @@ def _expected(
     module.eval()
     rows = []
     for batch in batches:
-        with torch.inference_mode():
+        with torch.no_grad():
             result = module(**batch)
         expected = [result] if isinstance(result, Tensor) else list(result)
         if len(expected) != len(output_names):
             raise ExportError(f"the module returns {len(expected)} tensors, but {len(output_names)} outputs are named")
-        rows.append([tensor.numpy() for tensor in expected])
+        rows.append([tensor.detach().numpy() for tensor in expected])
     return rows
 
 
@@ -177,7 +177,7 @@ def _settled(
         return found, near_ties
     apart = _apart(expected, actual, allowed)
     for sample in np.flatnonzero(~(apart <= 1)):
-        with torch.inference_mode():
+        with torch.no_grad():
             made = alternatives({name: tensor[sample : sample + 1] for name, tensor in batch.items()})
         candidates = [output.numpy() for output in made]
         distances = _apart(candidates, [output[sample : sample + 1] for output in actual], allowed)

@@ -102,7 +102,9 @@ def unfit(value: Any, alone: Any, size: int) -> str | None:
     if odd is not None:
         return odd
     if value.dtype in _WITHOUT_ARRAYS:
-        return f"is {str(value.dtype).removeprefix('torch.')}, which ONNX Runtime gives no arrays of (.float() mends it)"
+        return (
+            f"is {str(value.dtype).removeprefix('torch.')}, which ONNX Runtime gives no arrays of (.float() mends it)"
+        )
     if value.dim() == 0:
         return "is one number for the whole batch"
     if not isinstance(alone, Tensor):

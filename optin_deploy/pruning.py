@@ -12,6 +12,8 @@ from optin_deploy.compensation import compensate
 from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
 from optin_deploy.distributed import ranks_of
 from optin_deploy.errors import UserError
+from optin_deploy.gradient_check import check_gradients, needs_gradients
+from optin_deploy.intake.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.ridge import STRENGTHS
@@ -94,6 +96,13 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
 
 
+def ready(network: Network, batches: Batches) -> Network:
+    """The network as `Network.checked` puts it right; UserError where it cannot be pruned, or not on ``batches``."""
+    found = network.checked()
+    check_batches(found.module, found.inputs, batches)
+    return found
+
+
 def examine_as(network: Network, groups: Collection[str], *, tokens: bool = False) -> Anatomy:
     """`examine`, narrow where ``groups``, by their names, are those of a network whose heads may get narrower."""
     anatomy = examine(network, tokens=tokens)
@@ -158,7 +167,10 @@ def prune(
     scoring = scoring or Scoring()
     if rounds > 1 and tokens != "off":
         raise UserError(f"rounds={rounds}: tokens merge in one round")
+    network = ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow, tokens=tokens != "off")
+    if needs_gradients(scoring):
+        check_gradients(network, anatomy.structure)
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
@@ -188,6 +200,7 @@ def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "aut
     Raises:
         UserError: the plan does not fit the network.
     """
+    network = ready(network, batches)
     anatomy = examine_as(network, plan.kept, tokens=bool(plan.tokens))
     plan.check(anatomy.structure)
     if anatomy.stack is not None:
