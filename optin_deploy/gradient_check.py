@@ -1,7 +1,9 @@
-"""Whether gradients pass through a network, tried on one sample before they are needed on all."""
+"""Whether derivatives pass through a network, tried on one sample before they are needed on all."""
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optin_deploy.criteria.loss import differentiable
 from optin_deploy.errors import UserError
@@ -11,34 +13,55 @@ from optin_deploy.network import Network
 from optin_deploy.scoring import Scoring
 from optin_deploy.structure.groups import Structure
 
-_WITHOUT = "take a criterion that needs no gradients (magnitude, or trajectory with the scorer forward)"
 
+def check_gradients(network: Network, structure: Structure, scoring: Scoring) -> None:
+    """Raise UserError where the derivatives that ``scoring`` takes fail, or leave on the module what cannot be copied.
 
-def needs_gradients(scoring: Scoring) -> bool:
-    """Whether scores are found by backward passes."""
-    if scoring.criterion == "trajectory":
-        return scoring.scorer != "forward"
-    return scoring.criterion in ("trajectory-obs", "fisher")
-
-
-def check_gradients(network: Network, structure: Structure) -> None:
-    """Raise UserError where a backward pass fails, or leaves something on the module that cannot be copied."""
+    Criteria that take none have nothing to fail.
+    """
+    if scoring.criterion not in ("trajectory-obs", "trajectory", "fisher"):
+        return
     module = network.module
-    sample = {name: tensor[:1] for name, tensor in network.inputs.items()}
-    device = next(module.parameters()).device
-    masks = {g.name: torch.ones(1, g.units, device=device, requires_grad=True) for g in structure.groups}
+    masks = {
+        g.name: torch.ones(1, g.units, device=module.get_submodule(g.output).get_parameter("weight").device)
+        for g in structure.groups
+    }
+    forward = scoring.criterion == "trajectory" and scoring.scorer == "forward"
     try:
-        with torch.random.fork_rng(devices=[]), differentiable(network), masked(module, structure, masks):
-            sums = [y.double().sum() for y in network.forward(sample).values() if y.is_floating_point()]
-            total = torch.stack(sums).sum() if sums else torch.zeros(())
-            if total.requires_grad:
-                torch.autograd.grad(total, list(masks.values()), allow_unused=True)
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            (_forward if forward else _backward)(network, structure, masks)
     except Exception as error:  # whatever a user's module raises
-        raise UserError(f"no gradient passes {called(module)} ({_told(module, error)}): {_WITHOUT}") from error
+        other = "" if forward else ", or trajectory with the scorer forward, which takes them otherwise"
+        raise UserError(
+            f"no derivative passes {called(module)} ({_told(error)}): take the criterion magnitude, which needs none"
+            f"{other}"
+        ) from error
     copyable(module)
 
 
-def _told(module: nn.Module, error: Exception) -> str:
+def _backward(network: Network, structure: Structure, masks: dict[str, Tensor]) -> None:
+    wanted = {name: mask.requires_grad_() for name, mask in masks.items()}
+    with differentiable(network), masked(network.module, structure, wanted):
+        sums = [y.double().sum() for y in network.forward(_sample(network)).values() if y.is_floating_point()]
+        total = torch.stack(sums).sum() if sums else torch.zeros(())
+        if total.requires_grad:
+            torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+
+
+@torch.no_grad()
+def _forward(network: Network, structure: Structure, masks: dict[str, Tensor]) -> None:
+    # The fused kernels of attention have no forward derivatives.
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        duals = {name: forward_ad.make_dual(mask, torch.ones_like(mask)) for name, mask in masks.items()}
+        with masked(network.module, structure, duals):
+            network.forward(_sample(network))
+
+
+def _sample(network: Network) -> dict[str, Tensor]:
+    return {name: tensor[:1].clone() for name, tensor in network.inputs.items()}
+
+
+def _told(error: Exception) -> str:
     if "Inference tensors" in str(error):
         return "it keeps tensors from a run under torch.inference_mode outside of the module; run it under no_grad"
     return line(error)

@@ -16,7 +16,7 @@ from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
-from optin_deploy.gradient_check import check_gradients, needs_gradients
+from optin_deploy.gradient_check import check_gradients
 from optin_deploy.intake.inputs import check_batches
 from optin_deploy.latency.measure import Target
 from optin_deploy.models import load_network
@@ -122,8 +122,8 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         seed=recipe.seed,
     )
     _check_labels(recipe, network, calibration)
-    if recipe.has_budget and needs_gradients(scoring_of(recipe)):
-        check_gradients(network, anatomy.structure)
+    if recipe.has_budget:
+        check_gradients(network, anatomy.structure, scoring_of(recipe))
     _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)

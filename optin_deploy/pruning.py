@@ -12,7 +12,7 @@ from optin_deploy.compensation import compensate
 from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
 from optin_deploy.distributed import ranks_of
 from optin_deploy.errors import UserError
-from optin_deploy.gradient_check import check_gradients, needs_gradients
+from optin_deploy.gradient_check import check_gradients
 from optin_deploy.intake.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
@@ -169,8 +169,7 @@ def prune(
         raise UserError(f"rounds={rounds}: tokens merge in one round")
     network = ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow, tokens=tokens != "off")
-    if needs_gradients(scoring):
-        check_gradients(network, anatomy.structure)
+    check_gradients(network, anatomy.structure, scoring)
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)

@@ -60,7 +60,8 @@ def check_parameters(module: nn.Module) -> None:
     devices = {parameter.device for parameter in named.values()}
     if len(devices) > 1:
         raise UserError(f"{called(module)} is on several devices ({', '.join(sorted(map(str, devices)))}): move to one")
-    bad = next((name for name, parameter in named.items() if not parameter.isfinite().all()), None)
+    with torch.no_grad():
+        bad = next((name for name, parameter in named.items() if not parameter.isfinite().all()), None)
     if bad is not None:
         raise UserError(f"the weights of {called(module)} hold NaN or infinity in {bad}")
 
