@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 
+@torch.inference_mode(False)
 def score(
     network: Network,
     batches: Batches,

@@ -22,13 +22,11 @@ def check_gradients(network: Network, structure: Structure, scoring: Scoring) ->
     if scoring.criterion not in ("trajectory-obs", "trajectory", "fisher"):
         return
     module = network.module
-    masks = {
-        g.name: torch.ones(1, g.units, device=module.get_submodule(g.output).get_parameter("weight").device)
-        for g in structure.groups
-    }
     forward = scoring.criterion == "trajectory" and scoring.scorer == "forward"
     try:
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            device = next(module.parameters()).device
+            masks = {g.name: torch.ones(1, g.units, device=device) for g in structure.groups}
             (_forward if forward else _backward)(network, structure, masks)
     except Exception as error:  # whatever a user's module raises
         other = "" if forward else ", or trajectory with the scorer forward, which takes them otherwise"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from optin_deploy.batchnorm import reestimate
@@ -128,6 +129,7 @@ def _nothing_prunable(network: Network, structure: Structure) -> str:
     )
 
 
+@torch.inference_mode(False)
 def prune(
     network: Network,
     batches: Batches,
@@ -193,6 +195,7 @@ def prune(
     return Pruned(network.with_module(small), plan, scores, anatomy)
 
 
+@torch.inference_mode(False)
 def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "auto") -> Pruned:
     """Slice by ``plan`` and repair, as `prune` does once there is one; there are no scores then.
 

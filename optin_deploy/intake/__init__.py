@@ -88,6 +88,8 @@ def check_network(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapp
         for note in (*notes, *found.notes):
             logger.warning("%s: %s", called(module), note)
         for name, key in outputs.items():
+            if name in inputs:
+                raise UserError(f"output {name} has the name of an input: give it another in the network's outputs")
             if key not in found.whole:
                 raise UserError(f"there is no output {key!r}; the network gives {', '.join(found.whole)}")
             reason = unfit(found.whole[key], found.single.get(key), found.size)

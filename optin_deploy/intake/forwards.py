@@ -1,13 +1,14 @@
 """What forward passes of a module on its sample inputs show: that it runs, gives the same again, and what it gives."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from optin_deploy.errors import UserError
 from optin_deploy.intake.modules import called, copyable, line
@@ -38,7 +39,7 @@ def run_samples(module: nn.Module, inputs: Mapping[str, Tensor]) -> Samples:
     """
     size = len(next(iter(inputs.values())))
     other = {name: t[:1] if size > 1 else torch.cat((t, t)) for name, t in inputs.items()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _without_autocast(module):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         given = {name: tensor.clone() for name, tensor in inputs.items()}
         first = {name: _kept(value) for name, value in all_outputs(_run(module, given, inputs)).items()}
         changed = [name for name, tensor in given.items() if not _equal(tensor, inputs[name])]
@@ -48,6 +49,7 @@ def run_samples(module: nn.Module, inputs: Mapping[str, Tensor]) -> Samples:
         _check_same(module, first, second, changed, moved)
         # Copies, so that a network that changes its inputs does not change the user's.
         third = all_outputs(_run(module, {name: t.clone() for name, t in other.items()}, other, of=size))
+        _check_autocast(module, {name: t[:1].clone() for name, t in inputs.items()})
     copyable(module)
     notes = []
     if changed:
@@ -158,37 +160,43 @@ def _state(module: nn.Module) -> dict[str, tuple[int, int]]:
 
 def _hooked(module: nn.Module) -> list[str]:
     """A note of hooks that the user has put on the module."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    names = [name or "the whole" for name, part in module.named_modules() if any(vars(part).get(h) for h in hooks)]
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    names = [
+        name or "the whole"
+        for name, part in module.named_modules()
+        # Torch's own, of weight norms and the like, are objects of its classes.
+        if any(not type(h).__module__.startswith("torch.") for kind in kinds for h in vars(part).get(kind, {}).values())
+    ]
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return [f"There are hooks on {names[0]}{more}: they run in every pass, and stay on what is left of the module."]
 
 
-@contextmanager
-def _without_autocast(module: nn.Module) -> Iterator[None]:
-    """Raise UserError where a part of the module runs under an autocast that its forward turns on."""
+def _check_autocast(module: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Raise UserError where the forward turns an autocast on."""
+    watching = _Autocast()
+    # A mode of torch's that some modules do not run in: that they run otherwise is known.
+    with suppress(Exception), watching:
+        module(**batch)
+    if watching.seen is not None:
+        kind = str(watching.seen).removeprefix("torch.")
+        raise UserError(
+            f"{called(module)} turns torch.autocast({kind}) on in its forward: networks are pruned in float32, so take "
+            "it out; --precision makes files of lower precision"
+        )
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            on = next((device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)), None)
-            if on is not None:
-                kind = str(torch.get_autocast_dtype(on)).removeprefix("torch.")
-                raise UserError(
-                    f"{called(module)} turns torch.autocast({kind}) on around {name}: networks are pruned in float32, "
-                    "so take it out of forward; --precision makes files of lower precision"
-                )
 
-        return hook
+class _Autocast(TorchFunctionMode):
+    """Notes whether any function of torch's is called under an autocast, and in which type that computes."""
 
-    parts = [(name, part) for name, part in module.named_modules() if name and next(part.children(), None) is None]
-    handles = [part.register_forward_pre_hook(look(name)) for name, part in parts]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    seen: torch.dtype | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on = next((device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)), None)
+        if on is not None:
+            self.seen = torch.get_autocast_dtype(on)
+        return func(*args, **(kwargs or {}))
 
 
 def counted_outputs(found: Samples) -> tuple[list[str], dict[str, str]]:

@@ -23,8 +23,8 @@ def plain_inputs(module: nn.Module, inputs: object) -> dict[str, Tensor]:
     if not isinstance(inputs, Mapping) or not inputs:
         raise UserError(f"inputs are a mapping of forward's argument names to tensors, not {_described(inputs)}")
     for name, value in inputs.items():
-        if not isinstance(name, str):
-            raise UserError(f"input {name!r} has no name: give forward's argument names")
+        if not isinstance(name, str) or not name.isidentifier():
+            raise UserError(f"input {name!r} has no name that an argument can have: give forward's argument names")
         reason = _unfit_input(value)
         if reason is not None:
             raise UserError(f"input {name} {reason}")

@@ -26,6 +26,11 @@ def own_module(given: object, notes: list[str]) -> nn.Module:
     if not isinstance(given, nn.Module):
         hint = ": give an instance of it" if isinstance(given, type) else ""
         raise UserError(f"a torch.nn.Module is needed, not a {type(given).__name__}{hint}")
+    scripted = next((name for name, part in given.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if scripted:
+        raise UserError(
+            f"{scripted} is scripted or traced: give the Python module that it was made of, with its weights"
+        )
     if isinstance(given, torch.jit.ScriptModule):
         raise UserError(
             "the module is scripted or traced: give the Python module that it was made of, with its weights"
@@ -90,8 +95,9 @@ def copyable(module: nn.Module) -> nn.Module:
         copied(module, sharing(module))
     except Exception as error:  # whatever an attribute raises
         where = next(_uncopyable(module), "an attribute")
+        why = "it holds a tensor with a graph; detach() that" if "graph leaves" in str(error) else line(error)
         raise UserError(
-            f"{called(module)} cannot be copied because of {where} ({line(error)}): keep it out of the module"
+            f"{called(module)} cannot be copied because of {where} ({why}): keep it out of the module"
         ) from error
     return module
 

@@ -182,6 +182,15 @@ def test_a_module_made_in_inference_mode() -> None:
     pruned_as(custom_network(made(), sample()), network)
 
 
+def test_a_caller_in_inference_mode() -> None:
+    network = custom_network(made(Tables), sample())
+    with torch.inference_mode():
+        made_there = prune(network, batches(), 0.7, align=1)
+        assert made_there.plan == api.prune(network, batches(), 0.7, align=1).plan
+        api.score(network, batches())
+    assert made_there.plan == prune(network, batches(), 0.7, align=1).plan
+
+
 def test_what_runs_before_scoring_leaves_no_tensors_of_inference_mode() -> None:
     network = custom_network(made(Tables), sample())
     agreement(network, network.module, batches())
@@ -381,6 +390,13 @@ class Autocast(Plain):
             return super().forward(x).float()
 
 
+class AutocastFunctions(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = x @ torch.eye(6)
+        return super().forward(x.float())
+
+
 class ByPlace(Plain):
     def forward(self, *inputs: Tensor) -> Tensor:
         return super().forward(inputs[0])
@@ -461,7 +477,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "inputs changed": (Scaling, r"gives another output .* changes its input x in place; write x = x \* 2"),
     "batch of three": (Fixed, r"takes a batch of 3, and fails on x \(1, 4, 6\), a batch of 1"),
     "squeezed": (Squeezed, r"does not have the batch.* as its first axis \(\(3,\) for 3 samples and \(\) for one\)"),
-    "autocast": (Autocast, r"turns torch.autocast\(bfloat16\) on around embed"),
+    "autocast": (Autocast, r"turns torch.autocast\(bfloat16\) on in its forward"),
+    "autocast of functions": (AutocastFunctions, r"turns torch.autocast\(bfloat16\) on in its forward"),
     "by place": (ByPlace, "takes inputs by their place only: put it into a module whose forward names them"),
     "by place only": (ByPlaceOnly, "takes inputs by their place only"),
     "more inputs": (NeedsMore, r"x \(3, 4, 6\): its forward takes x: .*, of which x, mask must be given"),
@@ -476,7 +493,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "float8": (with_parameter(torch.ones(3).to(torch.float8_e4m3fn)), r"extra is quantized or sharded \(float8"),
     "sparse": (with_parameter(torch.eye(3).to_sparse()), "extra is sparse or nested"),
     "quantized": (quantized, "head is quantized; give the network before"),
-    "scripted": (lambda: torch.jit.script(Plain()), "scripted or traced"),
+    "scripted": (lambda: torch.jit.script(Plain()), "the module is scripted or traced"),
+    "scripted inside": (lambda: nn.Sequential(Plain(), torch.jit.script(nn.ReLU())), "1 is scripted or traced"),
     "traced": (lambda: torch.jit.trace(Plain(), sample()["x"]), "scripted or traced"),
     "exported": (exported, "exported graph of operators: give the module that was exported"),
     "a program": (lambda: torch.export.export(Plain(), (), sample()), "exported program"),
@@ -526,6 +544,7 @@ def test_a_batch_of_one_only_is_told() -> None:
         ({"x": torch.ones(3, 4, 6).to_sparse()}, "input x is no dense tensor"),
         ({"x": torch.ones(1).expand(1 << 20, 4, 1 << 6)}, "the sample inputs hold 268435456 values"),
         ({0: torch.ones(3, 4, 6)}, "input 0 has no name"),
+        ({"a b": torch.ones(3, 4, 6)}, "input 'a b' has no name that an argument can have"),
         ({}, "a mapping of forward's argument names to tensors, not a dict"),
         (torch.ones(3, 4, 6), "not a Tensor"),
         ((torch.ones(3, 4, 6),), "not a tuple"),
@@ -602,6 +621,19 @@ class WithoutGradient(Plain):
         return Broken.apply(super().body(x))
 
 
+class Holder:
+    """An object of the user's."""
+
+
+class HoldsGraph(Plain):
+    """Keeps a tensor with a graph where no container is looked into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.holder = Holder()
+        self.holder.seen = self.body(x)  # type: ignore[attr-defined]
+        return self.head(self.holder.seen.mean(1))  # type: ignore[attr-defined]
+
+
 class HoldsAfterwards(Plain):
     """Holds what cannot be copied once gradients flow."""
 
@@ -616,6 +648,7 @@ class HoldsAfterwards(Plain):
     [
         (WithoutGradient, "no derivative passes WithoutGradient .*magnitude"),
         (HoldsAfterwards, "because of held"),
+        (HoldsGraph, r"because of holder \(it holds a tensor with a graph; detach\(\) that\)"),
     ],
 )
 def test_what_shows_with_gradients_only_is_found_before_scoring(cls: Any, told: str) -> None:
@@ -656,6 +689,7 @@ ENTRIES: dict[str, Callable[[Network, Path], object]] = {
         (lambda: own(made(nan), sample(), {"output": "output"}), "NaN or infinity in head.bias"),
         (lambda: own(made(), sample(), {"logits": "logits"}), "there is no output 'logits'; the network gives output"),
         (lambda: own(made(Squeezed), sample(), {"y": "output"}), "output y does not have the batch"),
+        (lambda: own(made(), sample(), {"x": "output"}), "output x has the name of an input"),
     ],
 )
 def test_every_way_in_is_checked(entry: str, make: Callable[[], Network], told: str, tmp_path: Path) -> None:
