@@ -27,8 +27,9 @@ class OutputParity:
     """How far one output of the ONNX file is from torch's, at worst over all batches, in the output's own unit.
 
     `shape` is the output's in the batch with the largest error. Errors are infinite where a shape differs or a value
-    is NaN or infinite on either side; such an output never passes. Of all `samples`, `near_ties` were compared with an
-    alternative that the module may as rightly give.
+    is NaN or infinite on either side; such an output never passes. Of integers and truth values (answers, masks) both
+    errors are the part of the values that differ, and the reference is 1. Of all `samples`, `near_ties` were compared
+    with an alternative that the module may as rightly give.
     """
 
     output: str
@@ -124,13 +125,33 @@ def _expected(
     module.eval()
     rows = []
     for batch in batches:
-        with torch.inference_mode():
-            result = module(**batch)
-        expected = [result] if isinstance(result, Tensor) else list(result)
+        expected = _given(module, batch)
         if len(expected) != len(output_names):
             raise ExportError(f"the module returns {len(expected)} tensors, but {len(output_names)} outputs are named")
-        rows.append([tensor.numpy() for tensor in expected])
+        rows.append([_array(tensor) for tensor in expected])
     return rows
+
+
+def _given(module: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors that the module gives; ExportError where it fails, or gives something else."""
+    try:
+        # Copies, so that a module that changes its inputs does not change those of the file.
+        with torch.no_grad():
+            result = module(**{name: tensor.clone() for name, tensor in batch.items()})
+    except Exception as error:  # whatever a user's module raises
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
+        raise ExportError(f"{type(module).__name__} fails on {shapes}: {first_line(error)}") from error
+    found = [result] if isinstance(result, Tensor) else result
+    if not isinstance(found, tuple | list) or not all(isinstance(each, Tensor) for each in found):
+        raise ExportError(
+            f"{type(module).__name__} gives a {type(result).__name__}: a tensor or a tuple of them is compared"
+        )
+    return list(found)
+
+
+def _array(tensor: Tensor) -> Array:
+    # NumPy has no bfloat16, of which every value is a float32 too.
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
 
 
 def _run(session: Any, batch: Mapping[str, Tensor], output_names: Sequence[str]) -> list[Array]:
@@ -177,7 +198,7 @@ def _settled(
         return found, near_ties
     apart = _apart(expected, actual, allowed)
     for sample in np.flatnonzero(~(apart <= 1)):
-        with torch.inference_mode():
+        with torch.no_grad():
             made = alternatives({name: tensor[sample : sample + 1] for name, tensor in batch.items()})
         candidates = [output.numpy() for output in made]
         distances = _apart(candidates, [output[sample : sample + 1] for output in actual], allowed)
@@ -191,16 +212,26 @@ def _settled(
 
 def _apart(some: Sequence[Array], others: Sequence[Array], allowed: Sequence[float]) -> Array:
     """By sample, the largest error of all outputs in units of what is allowed; infinite where a value is not finite."""
-    errors = [
-        np.abs(a.astype(np.float64) - b.astype(np.float64)).reshape(max(len(a), len(b)), -1).max(axis=1, initial=0)
-        / most
-        for a, b, most in zip(some, others, allowed, strict=True)
-    ]
+    errors = [_by_sample(*each) for each in zip(some, others, allowed, strict=True)]
     return np.nan_to_num(np.max(errors, axis=0), nan=math.inf, posinf=math.inf)
 
 
+def _by_sample(some: Array, others: Array, allowed: float) -> Array:
+    if _is_answer(some):
+        return (some != others).reshape(max(len(some), len(others)), -1).mean(axis=1) / allowed
+    errors = np.abs(some.astype(np.float64) - others.astype(np.float64)).reshape(max(len(some), len(others)), -1)
+    largest: Array = errors.max(axis=1, initial=0) / allowed
+    return largest
+
+
 def _largest(values: Array) -> float:
-    return float(np.abs(values[np.isfinite(values)]).max(initial=0))
+    """The largest value that is finite; 1 of answers, which differ or do not."""
+    return 1.0 if _is_answer(values) else float(np.abs(values[np.isfinite(values)]).max(initial=0))
+
+
+def _is_answer(values: Array) -> bool:
+    """Whether the values are integers or truth values: which one it is counts, not how far apart two are."""
+    return bool(values.dtype.kind in "iub")
 
 
 def _difference(reference: Array, actual: Array) -> _Difference:
@@ -208,6 +239,9 @@ def _difference(reference: Array, actual: Array) -> _Difference:
         return _Difference(math.inf, math.inf, 0.0, reference.shape)
     if reference.size == 0:
         return _Difference(0.0, 0.0, 0.0, reference.shape)
+    if _is_answer(reference):
+        differing = float((reference != actual).mean())
+        return _Difference(differing, differing, 1.0, reference.shape)
     error = np.abs(reference.astype(np.float64) - actual.astype(np.float64))
     return _Difference(float(error.max()), float(error.mean()), float(np.abs(reference).max()), reference.shape)
 

@@ -7,7 +7,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,25 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: Dynamic
 
     A dynamic dimension whose sample has size 1 is repeated to 2 first, since torch.export bakes in sizes of 1.
     Raises ExportError when the module cannot be traced or fixes a dimension that `dynamic_axes` asks to be dynamic.
+    Nothing is printed.
     """
+    _check_inputs(module, inputs)
     _check_axes(inputs, dynamic_axes)
     samples = {name: _without_ones(tensor, dynamic_axes.get(name, {})) for name, tensor in inputs.items()}
     # DYNAMIC and not named Dims: a named Dim has to state the exact range (a position table's length, say), which
     # only tracing finds out. It does not tie two dimensions of one name together; the ONNX file's names do that.
     shapes = {name: dict.fromkeys(dynamic_axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in samples}
-    module.eval()
+    # What torch prints of a graph that it cannot finish is many lines.
+    quiet = io.StringIO()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _named_parameters(module, samples):
+        module.eval()
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            redirect_stdout(quiet),
+            redirect_stderr(quiet),
+            _named_parameters(module, samples),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(module, (), kwargs=samples, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises a dozen unrelated types
@@ -128,6 +138,16 @@ def symbols(program: torch.export.ExportedProgram, dynamic_axes: DynamicAxes) ->
             if found.setdefault(symbol, label) != label:
                 raise ExportError(f"{where} must equal the dimension named {found[symbol]}: give both one name")
     return found
+
+
+def _check_inputs(module: object, inputs: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise ExportError(f"a torch.nn.Module is exported, not a {type(module).__name__}")
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise ExportError("the inputs are a mapping of forward's argument names to tensors, with one at least")
+    odd = next((name for name, value in inputs.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ExportError(f"input {odd} is a {type(inputs[odd]).__name__}: a tensor is needed")
 
 
 def _check_axes(inputs: Mapping[str, Tensor], dynamic_axes: DynamicAxes) -> None:

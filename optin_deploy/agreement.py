@@ -29,7 +29,7 @@ class Agreement:
     correlation: float | None = None
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Agreement, ...]:
     """`Agreement` of every output; padding tokens are left out."""
     sums: dict[str, list[float]] = {name: [0.0, 0.0, 0.0, 0.0] for name in network.outputs}
@@ -41,7 +41,7 @@ def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str
         for name, y in dense.items():
             weight = _weights(network, name, y, batch)
             places = weight.reshape(*weight.shape, *[1] * (y.dim() - weight.dim()))
-            a, b = ((t * places).flatten(1).double() for t in (y, small[name]))
+            a, b = ((t * places).reshape(len(t), -1).double() for t in (y, small[name]))
             sums[name][0] += float(F.cosine_similarity(a, b, dim=1).sum())
             sums[name][1] += float((a - b).square().sum())
             sums[name][2] += float(a.square().sum())

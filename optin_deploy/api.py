@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from optin_deploy.costs import count_flops
 from optin_deploy.engines import build_engines, timing_cache, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.exporting import write_onnx
+from optin_deploy.gradient_check import check_gradients
 from optin_deploy.job import check_measurable, check_runtimes, target_of
 from optin_deploy.measuring import export_files
 from optin_deploy.network import Network, custom_network
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 
+@torch.inference_mode(False)
 def score(
     network: Network,
     batches: Batches,
@@ -82,7 +85,9 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
+    network = pruning.ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
+    check_gradients(network, anatomy.structure, scoring)
     dense = in_principal_bases(network, anatomy.structure, batches)
     found = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
     return Scores(found, scoring, sum(len(next(iter(batch.values()))) for batch in batches))
@@ -110,7 +115,7 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
         Plan(blocks.0.attn: ..., blocks.0.mlp: ..., ...)
     """
     pruning.check_share(flops)
-    anatomy = examine_as(network, scores)
+    anatomy = examine_as(network.checked(), scores)
     for group in anatomy.structure.groups:
         if group.name not in scores or len(scores[group.name]) != group.units:
             raise UserError(f"the scores are of another network: they have none for the {group.units} of {group.name}")
@@ -367,7 +372,10 @@ def compare(
         >>> optin_deploy.compare(network, pruned.network, batch_sizes=(1,), seconds=0.2, threads=1)
         ONNX Runtime, batch 1: ...× [...–...]..., p50 ... -> ... ms, A/A noise ±... %, realised ...
     """
-    variants = {"dense": dense, "pruned": pruned}
+    variants = {
+        name: each.checked() if isinstance(each, Network) else each
+        for name, each in {"dense": dense, "pruned": pruned}.items()
+    }
     networks = {name: each for name, each in variants.items() if isinstance(each, Network)}
     known = inputs or next((network.inputs for network in networks.values()), None)
     if known is None:
@@ -422,7 +430,7 @@ def _network(given: Network | nn.Module, inputs: Mapping[str, Tensor] | None) ->
     if isinstance(given, Network):
         if inputs is not None:
             raise UserError("inputs= is for a module: a network has its own")
-        return given
+        return given.checked()
     if inputs is None:
         raise UserError(f"a {type(given).__name__} is no network of optin_deploy: give inputs=, a sample batch by name")
     return custom_network(given, inputs)

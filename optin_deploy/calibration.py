@@ -206,7 +206,7 @@ def _accepted(network: Network, calibration: Calibration) -> Calibration:
         row = int((sign * batch[name]).flatten(1).amax(1).argmax())
         sample = {n: t[row : row + 1] for n, t in batch.items()}
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 network.forward(sample)
         except (RuntimeError, IndexError, ValueError) as error:
             values, shape = sample[name], tuple(sample[name].shape)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.files import whole_directory, write_tensors
+from optin_deploy.intake.inputs import MOST_VALUES
 from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
@@ -40,8 +41,6 @@ from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.structure.merging_blocks import with_merging
 
-# Two samples of any network are far smaller.
-_MOST_VALUES = 1 << 27
 JSON_NAME = "optin.json"
 WEIGHTS_NAME = "model.safetensors"
 
@@ -99,8 +98,8 @@ class _Description(_Strict):
     @field_validator("inputs")
     @classmethod
     def _small(cls, given: dict[str, _Input]) -> dict[str, _Input]:
-        if sum(math.prod(each.shape) for each in given.values()) > _MOST_VALUES:
-            raise ValueError(f"sample inputs of more than {_MOST_VALUES} values are none of a checkpoint")
+        if sum(math.prod(each.shape) for each in given.values()) > MOST_VALUES:
+            raise ValueError(f"sample inputs of more than {MOST_VALUES} values are none of a checkpoint")
         return given
 
     @model_validator(mode="after")

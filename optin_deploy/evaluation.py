@@ -134,7 +134,7 @@ def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
 
 def _run(network: Network, module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    with torch.inference_mode():
+    with torch.no_grad():
         return network.forward({name: t.to(device) for name, t in batch.items()}, module)
 
 

@@ -16,12 +16,15 @@ from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
+from optin_deploy.gradient_check import check_gradients
+from optin_deploy.intake.inputs import check_batches
 from optin_deploy.latency.measure import Target
-from optin_deploy.models import check_weights, load_network
+from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
+from optin_deploy.scoring import Scoring
 from optin_deploy.search import check_budget
 from optin_deploy.sparsity import can_be_sparse
 from optin_deploy.structure.merging_blocks import MergingBlocks
@@ -59,6 +62,11 @@ class Job:
         return target_of(self.recipe)
 
 
+def scoring_of(recipe: Recipe) -> Scoring:
+    """How ``recipe`` has units scored."""
+    return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
+
+
 def target_of(recipe: Recipe) -> Target:
     """Where a latency budget of ``recipe`` holds, or would."""
     threads = recipe.threads or usable_cores().physical
@@ -80,7 +88,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     device = _device(recipe.device)
     earlier = Plan({})
     if network is not None:
-        check_weights(network)
+        network = network.checked()
     else:
         network = load_network(
             recipe.model,
@@ -103,6 +111,9 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         )
     if recipe.flops is not None:
         check_budget(anatomy.structure, anatomy.costs, recipe.flops)
+    if calibration is not None:
+        for batches in (calibration.batches, calibration.held_out):
+            check_batches(network.module, network.inputs, batches)
     calibration = calibration or load_calibration(
         network,
         recipe.calibration,
@@ -112,6 +123,8 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         seed=recipe.seed,
     )
     _check_labels(recipe, network, calibration)
+    if recipe.has_budget:
+        check_gradients(network, anatomy.structure, scoring_of(recipe))
     _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
@@ -215,7 +228,7 @@ def _check_finite(network: Network, calibration: Calibration) -> None:
         return max((float(t.abs().max()) for t in batch.values() if t.is_floating_point()), default=0.0)
 
     for batch in (calibration.held_out[0], max(calibration.batches, key=largest)):
-        with torch.inference_mode():
+        with torch.no_grad():
             outputs = network.forward(batch)
         bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
         if bad:

@@ -29,7 +29,7 @@ def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str,
 
 def class_count(network: Network) -> int:
     """How many classes the network tells apart."""
-    with torch.inference_mode():
+    with torch.no_grad():
         return network.forward(network.inputs)[network.logits or ""].shape[-1]
 
 

@@ -52,9 +52,7 @@ def load_network(
         if weights != "pretrained" or image_size is not None:
             raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
         network = checkpoint.load_network(Path(model))
-        check_weights(network)
-        _check_forward(network)
-        return network
+        return _checked(network)
     timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
     saved = timm_files.saved(Path(model))
     if timm_name:
@@ -63,9 +61,12 @@ def load_network(
         network = _saved_timm_network(model, saved, weights, image_size, seed)
     else:
         network = _transformers_network(model, weights, image_size, sequence_length, seed)
+    return _checked(network)
+
+
+def _checked(network: Network) -> Network:
     check_weights(network)
-    _check_forward(network)
-    return network
+    return network.checked()
 
 
 def check_weights(network: Network) -> None:
@@ -228,12 +229,3 @@ def _with_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     stored = {own[name].data_ptr(): tensor for name, tensor in state.items() if name in own}
     missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() in stored]
     return {**state, **{name: stored[own[name].data_ptr()] for name in missing if own[name].numel()}}
-
-
-def _check_forward(network: Network) -> None:
-    try:
-        with torch.inference_mode():
-            network.forward(network.inputs)
-    except UNFIT as error:
-        shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}
-        raise UserError(f"{network.source.name} does not take inputs of shape {shapes}: {reason(error)}") from error

@@ -6,13 +6,13 @@ other way by noise on what tokens are compared by, as small as rounding. An ONNX
 for one and the same outcome of all decisions, as exactly as anywhere else.
 """
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from exporters import Alternatives
+from optin_deploy.copies import copied, sharing
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.structure.merging_blocks import MergingBlocks
 
@@ -54,8 +54,7 @@ def alternatives(network: Network) -> Alternatives | None:
 
 def _with_noise(module: nn.Module, merging: list[str]) -> nn.Module:
     """A copy of the module, which shares its weights, with noise in the blocks of these names."""
-    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    made = copy.deepcopy(module, shared)
+    made = copied(module, sharing(module))
     for name in merging:
         blocks = made.get_submodule(name)
         assert isinstance(blocks, MergingBlocks)

@@ -1,14 +1,14 @@
 """A network as the product sees it: a module, what goes in, what comes out, and how to build it again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.structure.intake import prunable_form
+from optin_deploy.intake import check_network, take_in
+from optin_deploy.outputs import named_outputs as named_outputs
 from optin_deploy.task_head import HeadKind
 
 Library = Literal["timm", "transformers", "custom"]
@@ -56,6 +56,7 @@ class Network:
         head: what the numbers of that output mean (see `task_head`).
         preprocessing: what makes inputs out of images or texts (see ``calibration``).
         origin: see `Origin`.
+        notes: what was put right or left out when the network was taken in, a sentence each.
     """
 
     module: nn.Module
@@ -69,6 +70,7 @@ class Network:
     head: HeadKind = "classes"
     preprocessing: Any = None
     origin: Origin = field(default_factory=Origin)
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.module.parameters())
@@ -78,14 +80,18 @@ class Network:
             f"{', '.join(self.outputs)}; {parameters:,} parameters>"
         )
 
+    def checked(self) -> "Network":
+        """The same network, with what `intake.check_network` puts right; UserError where it cannot be pruned."""
+        module = check_network(self.module, self.inputs, self.outputs)
+        return self if module is self.module else self.with_module(module)
+
     def with_module(self, module: nn.Module) -> "Network":
         """The same network around another (pruned) module."""
         return replace(self, module=module)
 
     def forward(self, batch: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Tensor]:
         """Outputs by name for a batch of inputs, of this network or of another ``module`` in its place."""
-        given = named_outputs((module or self.module)(**batch))
-        return {name: given[key] for name, key in self.outputs.items()}
+        return dict(zip(self.outputs, _of_keys((module or self.module)(**batch), self.outputs.values()), strict=True))
 
     def valid_tokens(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Bool ``(batch, tokens)``, False at padding; None where every token counts."""
@@ -109,43 +115,45 @@ class TensorOutputs(nn.Module):
         self.keys = tuple(outputs.values())
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        given = named_outputs(self.module(**inputs))
-        return tuple(given[key] for key in self.keys)
+        return _of_keys(self.module(**inputs), self.keys)
 
 
-def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors of a module's output by name: a tensor is ``output``, tuples number it, mappings keep their keys."""
-    if isinstance(output, Tensor):
-        return {"output": output}
-    if isinstance(output, Mapping):
-        return {str(k): v for k, v in output.items() if isinstance(v, Tensor)}
-    if isinstance(output, tuple | list):
-        return {f"output_{i}": v for i, v in enumerate(output) if isinstance(v, Tensor)}
-    raise UserError(f"the network gives a {type(output).__name__}; a tensor, a tuple or a mapping of tensors is needed")
+def _of_keys(output: Any, keys: Iterable[str]) -> tuple[Tensor, ...]:
+    """The tensors of these names, of what a module gives; UserError where one is missing."""
+    given = named_outputs(output)
+    try:
+        return tuple(given[key] for key in keys)
+    except KeyError as error:
+        raise UserError(f"the network gives no {error.args[0]} for this batch, as it did for the sample") from error
 
 
 def custom_network(
     module: nn.Module, inputs: Mapping[str, Tensor], *, logits: str | None = None, preprocessing: Any = None
 ) -> Network:
-    """A `Network` around the user's own module, which is put in eval mode: adapters are merged in a copy.
+    """A `Network` around the user's own module, which is put in eval mode; all else is put right in a copy.
+
+    Outputs are named as in `outputs.named_outputs`. What cannot be one is left out, and told in ``notes`` and the log.
 
     Args:
         inputs: a sample batch by forward's argument names, first axis the batch.
         logits: name of the output with class logits ("output" when the module gives one tensor), if there is one.
         preprocessing: an ``ImagePreprocessing`` or ``TextPreprocessing`` to calibrate and evaluate on files.
+
+    Raises:
+        UserError: the module cannot be pruned or exported as it is, see ``intake``; or there is no such output.
     """
-    module = prunable_form(module.eval())
-    with torch.inference_mode():
-        outputs = named_outputs(module(**inputs))
-    if logits is not None and logits not in outputs:
-        raise UserError(f"there is no output {logits!r}; the network gives {', '.join(outputs)}")
-    source = Source("custom", f"{type(module).__module__}.{type(module).__qualname__}")
+    taken = take_in(module, inputs)
+    names = {key: name for name, key in taken.outputs.items()}
+    if logits is not None and logits not in (*taken.outputs, *names):
+        raise UserError(f"there is no output {logits!r}; the network gives {', '.join(taken.outputs)}")
+    source = Source("custom", f"{type(taken.module).__module__}.{type(taken.module).__qualname__}")
     return Network(
-        module,
-        dict(inputs),
-        {name: name for name in outputs},
+        taken.module,
+        taken.inputs,
+        taken.outputs,
         source,
         "user",
-        logits=logits,
+        logits=names.get(logits, logits) if logits is not None else None,
         preprocessing=preprocessing,
+        notes=taken.notes,
     )

@@ -43,7 +43,7 @@ def is_map(network: Network, name: str, output: Tensor) -> bool:
     return output.shape[1] == 1 or name == network.logits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pictures(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Picture]:
     """Of the first `MOST` samples, every output that is a map; none where there are no maps."""
     found: list[Picture] = []

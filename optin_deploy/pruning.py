@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from optin_deploy.batchnorm import reestimate
@@ -13,6 +14,8 @@ from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
 from optin_deploy.cut_check import check_cut
 from optin_deploy.distributed import ranks_of
 from optin_deploy.errors import UserError
+from optin_deploy.gradient_check import check_gradients
+from optin_deploy.intake.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.ridge import STRENGTHS
@@ -95,6 +98,13 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
 
 
+def ready(network: Network, batches: Batches) -> Network:
+    """The network as `Network.checked` puts it right; UserError where it cannot be pruned, or not on ``batches``."""
+    found = network.checked()
+    check_batches(found.module, found.inputs, batches)
+    return found
+
+
 def examine_as(network: Network, groups: Collection[str], *, tokens: bool = False) -> Anatomy:
     """`examine`, narrow where ``groups``, by their names, are those of a network whose heads may get narrower."""
     anatomy = examine(network, tokens=tokens)
@@ -120,6 +130,7 @@ def _nothing_prunable(network: Network, structure: Structure) -> str:
     )
 
 
+@torch.inference_mode(False)
 def prune(
     network: Network,
     batches: Batches,
@@ -160,7 +171,9 @@ def prune(
     scoring = scoring or Scoring()
     if rounds > 1 and tokens != "off":
         raise UserError(f"rounds={rounds}: tokens merge in one round")
+    network = ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow, tokens=tokens != "off")
+    check_gradients(network, anatomy.structure, scoring)
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
@@ -184,6 +197,7 @@ def prune(
     return Pruned(network.with_module(small), plan, scores, anatomy)
 
 
+@torch.inference_mode(False)
 def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "auto") -> Pruned:
     """Slice by ``plan`` and repair, as `prune` does once there is one; there are no scores then.
 
@@ -191,6 +205,7 @@ def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "aut
         UserError: the plan does not fit the network.
         GateError: what the plan leaves computes something else than the masked network.
     """
+    network = ready(network, batches)
     anatomy = examine_as(network, plan.kept, tokens=bool(plan.tokens))
     plan.check(anatomy.structure)
     if anatomy.stack is not None:

@@ -14,7 +14,6 @@ The closed form is that of low-rank approximation in a data metric (Eckart & You
 arXiv 2602.05243.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.copies import copied
 from optin_deploy.distributed import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Rows, Structure
@@ -80,7 +80,7 @@ def _copied(module: nn.Module, groups: Sequence[Group]) -> nn.Module:
     changed = {*(g.output for g in groups), *(rows.module for rows in qkv)}
     apart = {id(t) for name in changed for t in module.get_submodule(name).state_dict(keep_vars=True).values()}
     every = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(module, {id(t): t for t in every if id(t) not in apart})
+    return copied(module, {id(t): t for t in every if id(t) not in apart})
 
 
 def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, _Sums]:

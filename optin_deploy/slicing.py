@@ -1,12 +1,12 @@
 """Cutting units out of a network: smaller parameters, no masks, no hooks."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.copies import copied
 from optin_deploy.plans import Plan
 from optin_deploy.projections import Conv, Geometry, feature_dim
 from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
@@ -89,7 +89,7 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     It equals the masked ``module``. Raises UserError when the plan does not fit the structure.
     """
     plan.check(structure)
-    small = copy.deepcopy(module)
+    small = copied(module)
     # In this order: heads leave before those that stay get narrower.
     for group in structure.groups:
         kept = plan.kept.get(group.name, range(group.units))

@@ -4,7 +4,6 @@ A block is taken out of the network with the inputs that it has there, and repea
 samples of a batch become the stack's inputs; the others (position tables and the like) are part of it.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from optin_deploy.copies import copied
 from optin_deploy.errors import UserError
 from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
@@ -121,7 +121,7 @@ class Stack(nn.Module):
 
     def __init__(self, block: nn.Module, depth: int, given: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(depth))
+        self.blocks = nn.ModuleList(copied(block) for _ in range(depth))
         leaves, self.layout = pytree.tree_flatten(given)
         self.batched = [i for i, leaf in enumerate(leaves) if _is_batched(leaf)]
         self.others = {i: leaf for i, leaf in enumerate(leaves) if i not in self.batched and not _is_tensor(leaf)}

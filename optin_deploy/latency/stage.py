@@ -1,6 +1,5 @@
 """The stages that a latency budget adds to a run: tables before the search, then building and measuring within it."""
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from optin_deploy import rundir
+from optin_deploy.copies import copied
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_text
 from optin_deploy.job import Job
@@ -71,7 +71,7 @@ def plan_for_latency(
     if anatomy.stack is not None and schedule:
         costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs)
         tokens = costs.at(schedule)
-    on_cpu = dense if job.device.type == "cpu" else dense.with_module(copy.deepcopy(dense.module).cpu())
+    on_cpu = dense if job.device.type == "cpu" else dense.with_module(copied(dense.module).cpu())
     with stages.stage("meet the latency") as advance:
         met = meet(
             on_cpu,

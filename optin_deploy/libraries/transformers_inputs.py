@@ -1,6 +1,7 @@
 """What a network from transformers takes and gives: sample inputs of every kind, and which of its outputs count."""
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.network import named_outputs
+from optin_deploy.outputs import all_outputs, named_outputs, unfit
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 
 IMAGE_INPUT = "pixel_values"
@@ -17,6 +18,7 @@ AUDIO_INPUT = "input_features"
 TEXT_INPUT = "input_ids"
 MASK_INPUT = "attention_mask"
 DECODER_INPUT = "decoder_input_ids"
+logger = logging.getLogger(__name__)
 _SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while " * 64
 _SAMPLES = 2
 _INNER_STATES = ("hidden_state", "hidden_states", "pooler_output")
@@ -121,11 +123,24 @@ def counted_outputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[str
     """Names of the outputs that are exported and compared.
 
     What the network is for (logits, boxes, masks, embeddings) if it gives any of that, else its last hidden state.
-    Outputs that compare the samples of a batch with each other do not count.
+    Outputs that compare the samples of a batch with each other do not count, nor do those inside of others (all hidden
+    states, what the parts of a network give) where there are any beside them.
+
+    Raises:
+        UserError: none counts.
     """
-    with torch.inference_mode():
-        given = named_outputs(module(**inputs))
+    with torch.no_grad():
+        output = module(**inputs)
         alone = named_outputs(module(**{name: tensor[:1] for name, tensor in inputs.items()}))
-    own = [n for n, t in given.items() if t.dim() and t.shape[1:] == alone[n].shape[1:] and len(alone[n]) == 1]
+    size, given = len(next(iter(inputs.values()))), all_outputs(output)
+    reasons = {name: unfit(value, alone.get(name), size) for name, value in given.items()}
+    fit = [name for name, reason in reasons.items() if reason is None]
+    if not fit:
+        told = ", ".join(f"{name} {reason}" for name, reason in reasons.items())[:400] or "it gives nothing"
+        raise UserError(f"{type(module).__name__} gives no output that can be exported: {told}")
+    own = [name for name in fit if not isinstance(output, Mapping) or name in output] or fit
+    left_out = [name for name in given if name not in own]
+    if left_out:
+        logger.info("outputs that are not exported: %s", ", ".join(left_out))
     task = [n for n in own if not n.endswith(_INNER_STATES)]
     return task or [n for n in own if n in _PLAIN_OUTPUTS] or own

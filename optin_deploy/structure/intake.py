@@ -1,12 +1,12 @@
 """What is done to a module before it is described: it computes the same, with parts that can be pruned."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from optin_deploy.copies import copied
 from optin_deploy.errors import UserError
 from optin_deploy.structure.torch import through_modules
 
@@ -29,23 +29,23 @@ def _merged(module: nn.Module) -> nn.Module:
     from peft import PeftModel, PromptLearningConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    copied = copy.deepcopy(module)
-    for name, child in list(copied.named_modules()):
+    whole = copied(module)
+    for name, child in list(whole.named_modules()):
         if isinstance(child, PeftModel) and isinstance(child.active_peft_config, PromptLearningConfig):
             kind = child.active_peft_config.peft_type
             raise UserError(f"{kind} adds tokens and not weights: it cannot be merged; prune the network without it")
         if isinstance(child, PeftModel):
-            return _merged(_replaced(copied, name, _tried(child, child.merge_and_unload)))
+            return _merged(_replaced(whole, name, _tried(child, child.merge_and_unload)))
     # Adapters that were put into a network of another class.
-    layers = [(name, child) for name, child in copied.named_modules() if isinstance(child, BaseTunerLayer)]
+    layers = [(name, child) for name, child in whole.named_modules() if isinstance(child, BaseTunerLayer)]
     for name, child in layers:
         if hasattr(child, "unload_and_optionally_merge_module"):
             unload = partial(child.unload_and_optionally_merge_module, merge=True, safe_merge=False, adapter_names=None)
-            copied = _replaced(copied, name, _tried(child, unload))
+            whole = _replaced(whole, name, _tried(child, unload))
         else:
             _tried(child, child.merge)
-            copied = _replaced(copied, name, child.get_base_layer())
-    return copied
+            whole = _replaced(whole, name, child.get_base_layer())
+    return whole
 
 
 def _tried(adapters: object, merge: Callable[[], Any]) -> Any:

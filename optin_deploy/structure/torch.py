@@ -3,13 +3,13 @@ path of ``nn.TransformerEncoderLayer`` passes by both; so a network that is take
 the same parameters, which computes the same through four linear layers. At padding, where the fast path of
 ``nn.TransformerEncoder`` gives zeros, there is what its layers compute, as in training and in an exported file."""
 
-import copy
 from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.copies import copied, sharing
 from optin_deploy.slicing import slimmed
 from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, StandIn, join
 from optin_deploy.structure.registry import adapter
@@ -110,14 +110,14 @@ def through_modules(module: nn.Module) -> nn.Module:
     plain = [m for m in module.modules() if _is_plain(m)]
     if not plain:
         return module
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo = sharing(module)
     # Whatever holds one of them, under however many names, holds the same one in the copy.
     memo |= {id(m): Attention(m).train(m.training) for m in plain}
-    copied = copy.deepcopy(module, memo)
-    for child in copied.modules():
+    through = copied(module, memo)
+    for child in through.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False
-    return _with_samples_first(copied)
+    return _with_samples_first(through)
 
 
 class _Encoder(nn.TransformerEncoder):

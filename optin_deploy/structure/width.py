@@ -4,12 +4,12 @@ An attention is unchanged when queries, keys and values get another basis, head 
 only: norms of queries and keys, rotary positions, gates and the like stand against it, so it is tried.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.copies import copied
 from optin_deploy.structure.groups import Group, join
 
 # How far outputs may move, relative to their norm, under a change of basis.
@@ -54,7 +54,7 @@ def narrowable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence
 
 
 def _unchanged(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> bool:
-    other = copy.deepcopy(module)
+    other = copied(module)
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         heads = other.get_submodule(group.output).get_parameter("weight").shape[1] // group.units

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporters import ExportError, check_parity, compare_outputs
+from exporters import ExportError, check_parity, compare_outputs, onnx_from_program, trace
 
 
 def changed(path: Path, target: Path, value: float) -> Path:
@@ -182,3 +182,60 @@ def test_outputs_without_a_batch_have_no_alternatives() -> None:
     given = [{"total": torch.tensor(7.0).numpy()}]
     (parity,) = compare_outputs(Total(), given, [batch], ["total"], alternatives=either)
     assert (parity.passed, parity.max_abs_error, parity.near_ties) == (False, 1.0, 0)
+
+
+class Answering(torch.nn.Module):
+    """Gives a class number for each token, and whether it is sure; ``shifted`` of the numbers are one off."""
+
+    def __init__(self, shifted: int = 0) -> None:
+        super().__init__()
+        self.shifted = shifted
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        answers = (x * 1000).long()
+        return answers + (torch.arange(x.shape[1]) < self.shifted), x > 0.5
+
+
+def test_answers_differ_or_do_not_however_far_they_are_apart(tmp_path: Path) -> None:
+    batch = {"x": torch.rand(2, 100, generator=torch.Generator().manual_seed(0)) + 30}
+    axes, names = {"x": {0: "batch"}}, ("answers", "sure")
+    onnx_from_program(trace(Answering(), batch, axes), tmp_path / "x.onnx", output_names=names, dynamic_axes=axes)
+    answers, sure = check_parity(Answering(), tmp_path / "x.onnx", [batch], names, threads=1)
+    assert (answers.max_abs_error, answers.max_abs_reference, answers.passed) == (0.0, 1.0, True)
+    assert sure.passed
+    # One off in thirty thousand is less than the tolerance of numbers.
+    answers, sure = check_parity(Answering(3), tmp_path / "x.onnx", [batch], names, threads=1)
+    assert answers.max_abs_error == pytest.approx(0.03)
+    assert not answers.passed
+    (answers, _) = check_parity(Answering(3), tmp_path / "x.onnx", [batch], names, tolerance=0.05, threads=1)
+    assert answers.passed
+
+
+@pytest.mark.parametrize(
+    ("forward", "told"),
+    [
+        (lambda x: {"y": x}, "gives a dict: a tensor or a tuple"),
+        (lambda x: (x, None), "gives a tuple: a tensor or a tuple"),
+        (lambda x: x.view(7, -1), r"fails on x \(2, 4\): shape"),
+    ],
+)
+def test_modules_that_cannot_be_compared_are_told(forward: Any, told: str, tmp_path: Path) -> None:
+    module = torch.nn.Linear(4, 4)
+    batch, axes = {"input": torch.ones(2, 4)}, {"input": {0: "batch"}}
+    onnx_from_program(trace(module, batch, axes), tmp_path / "x.onnx", output_names=["y"], dynamic_axes=axes)
+    module.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(ExportError, match=told):
+        check_parity(module, tmp_path / "x.onnx", [{"x": torch.ones(2, 4)}], ["y"])
+
+
+def test_a_module_that_changes_its_input_is_compared_on_the_same(tmp_path: Path) -> None:
+    class Doubling(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2)
+
+    batch, axes = {"x": torch.ones(2, 4)}, {"x": {0: "batch"}}
+    program = trace(Doubling(), {"x": torch.ones(2, 4)}, axes)
+    onnx_from_program(program, tmp_path / "x.onnx", output_names=["y"], dynamic_axes=axes)
+    (parity,) = check_parity(Doubling(), tmp_path / "x.onnx", [batch], ["y"])
+    assert parity.passed
+    assert bool((batch["x"] == 1).all())

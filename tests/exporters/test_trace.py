@@ -151,3 +151,36 @@ def test_where_a_program_cannot_be_written_the_process_goes_on(tmp_path: Path) -
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, f"{tmp_path / 'net.pt2'} cannot be written: File too large\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "told"),
+    [
+        (torch.relu, {"x": torch.ones(2)}, "not a builtin_function_or_method"),
+        (nn.Linear(2, 2), {}, "with one at least"),
+        (nn.Linear(2, 2), torch.ones(2, 2), "a mapping of forward's argument names"),
+        (nn.Linear(2, 2), {"input": None}, "input input is a NoneType"),
+        (nn.Linear(2, 2), {"x": torch.ones(2, 2)}, "cannot trace Linear"),
+        (nn.ModuleList(), {"x": torch.ones(2, 2)}, "cannot trace ModuleList"),
+    ],
+)
+def test_what_cannot_be_traced_is_told_in_one_line(module: Any, inputs: Any, told: str) -> None:
+    with pytest.raises(ExportError, match=told) as caught:
+        trace(module, inputs, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_exported_graph_is_told() -> None:
+    module = torch.export.export(nn.Linear(2, 2), (torch.ones(2, 2),)).module()
+    with pytest.raises(ExportError, match=r"cannot trace .*eval"):
+        trace(module, {"input": torch.ones(2, 2)}, {})
+
+
+def test_nothing_is_printed_of_a_graph_that_depends_on_values(capfd: pytest.CaptureFixture[str]) -> None:
+    class Deciding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum().item() > 0 else x
+
+    with pytest.raises(ExportError, match=r"cannot trace Deciding: .*data-dependent"):
+        trace(Deciding(), {"x": torch.ones(2)}, {})
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,119 @@
+"""What a module gives: tensors by name, of whatever they are nested in, and why some cannot be outputs of a file."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optin_deploy.errors import UserError
+
+# Deeper than any network nests what it gives; a list that holds itself has no end.
+_MOST_LEVELS = 32
+# Types that ONNX Runtime has no arrays for.
+_WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def named_outputs(output: Any) -> dict[str, Tensor]:
+    """The tensors of a module's output by name, in order; what is no dense real tensor is left out.
+
+    A tensor is ``output``, tuples and lists number it (``output_0``), mappings and dataclasses name it by their keys
+    and fields. What is nested has the names on the way joined, as in ``hidden_states_2``.
+
+    Raises:
+        UserError: the output is none of these.
+    """
+    return {name: value for name, value in all_outputs(output).items() if _is_plain(value)}
+
+
+def all_outputs(output: Any) -> dict[str, Any]:
+    """Like `named_outputs`, with all that it leaves out: sparse and complex tensors, None, numbers, objects."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    root = ("output",) if isinstance(output, tuple | list) else ()
+    parts = _parts(output)
+    if parts is None:
+        raise UserError(
+            f"the network gives a {type(output).__name__}; a tensor, a tuple or a mapping of tensors is needed"
+        )
+    leaves = [leaf for key, value in parts for leaf in _leaves(value, (*root, key), 1)]
+    # What is not nested keeps its name, whatever stands before it.
+    names: dict[int, str] = {}
+    for nested in (False, True):
+        for index, (path, _) in enumerate(leaves):
+            if (len(path) > len(root) + 1) is nested:
+                names[index] = unused("_".join(path), names.values())
+    return {names[index]: value for index, (_, value) in enumerate(leaves)}
+
+
+def unused(name: str, taken: Any) -> str:
+    """``name``, or where it is among those taken, with the first number from 2 on that makes another of it."""
+    found, number = name, 2
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    return found
+
+
+def _leaves(value: Any, path: tuple[str, ...], level: int) -> Iterator[tuple[tuple[str, ...], Any]]:
+    parts = None if isinstance(value, Tensor) else _parts(value)
+    if parts is None:
+        yield path, value
+        return
+    if level == _MOST_LEVELS:
+        raise UserError(f"the network nests its outputs deeper than {_MOST_LEVELS} levels, in {'_'.join(path[:3])}")
+    for key, part in parts:
+        yield from _leaves(part, (*path, key), level + 1)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]] | None:
+    """What a container holds, by its keys; None for what is no container."""
+    if isinstance(value, Mapping):
+        return [(str(key), part) for key, part in value.items()]
+    if isinstance(value, tuple | list):
+        return [(str(index), part) for index, part in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and _odd_kind(value) is None
+
+
+def _odd_kind(tensor: Tensor) -> str | None:
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "is a sparse or nested tensor"
+    if tensor.is_quantized:
+        return "is a quantized tensor"
+    return "holds complex numbers (torch.view_as_real makes real ones)" if tensor.is_complex() else None
+
+
+def unfit(value: Any, alone: Any, size: int) -> str | None:
+    """Why what a module gives cannot be an output of a file; None where it can.
+
+    Args:
+        value: of a batch of ``size`` samples.
+        alone: of its first sample alone; None where that does not give it.
+    """
+    if not isinstance(value, Tensor):
+        return f"is {value!r}" if value is None or isinstance(value, bool | int | float) else _typed(value)
+    odd = _odd_kind(value)
+    if odd is not None:
+        return odd
+    if value.dtype in _WITHOUT_ARRAYS:
+        return (
+            f"is {str(value.dtype).removeprefix('torch.')}, which ONNX Runtime gives no arrays of (.float() mends it)"
+        )
+    if value.dim() == 0:
+        return "is one number for the whole batch"
+    if not isinstance(alone, Tensor):
+        return "is not given for every batch"
+    if value.shape[0] != size or alone.shape[:1] != (1,) or alone.shape[1:] != value.shape[1:]:
+        shapes = f"{tuple(value.shape)} for {size} samples and {tuple(alone.shape)} for one"
+        return f"does not have the batch, and that alone, as its first axis ({shapes})"
+    return "is empty" if value.numel() == 0 else None
+
+
+def _typed(value: Any) -> str:
+    return f"is a {type(value).__name__}"
