@@ -259,7 +259,8 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
         raise UserError(f"checkpoint {path} does not fit {description.source.name}: {reason(error)}") from error
     load_weights(small, path)
     transformers_models.read_generation(small, path)
-    return small.eval(), description
+    # Some attentions keep what they have made of their weights, those before loading, until they are in train mode.
+    return small.train().eval(), description
 
 
 def load_weights(small: nn.Module, path: Path) -> None:

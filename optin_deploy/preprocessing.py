@@ -161,8 +161,8 @@ class ProcessorPreprocessing:
             raise UserError(f"{told}, fails: {reason}") from error
         if pixels.dim() != 4 or len(pixels) != 1 or pixels.shape[1] != self.channels:
             raise UserError(
-                f"{told}, gives {self.input_name} of shape {tuple(pixels.shape)}: (1, {self.channels}, height, width) is "
-                "needed; calibrate on tensors"
+                f"{told}, gives {self.input_name} of shape {tuple(pixels.shape)}: (1, {self.channels}, height, width) "
+                "is needed; calibrate on tensors"
             )
         for name in self.masks:
             if not (torch.as_tensor(given[name]) == 1).all():

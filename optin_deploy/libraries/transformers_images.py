@@ -1,5 +1,6 @@
 """Image processors of transformers: read, and looked at by what they make of a few pictures."""
 
+import importlib.util
 import inspect
 import logging
 import math
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 # Far more than any processor makes of a picture; without end, memory would be full before the first is made.
 _MOST_PIXELS = 1 << 13
 _LEAST_CROP = 0.05
+_OF_PILLOW_ONLY = (Image.Resampling.BOX, Image.Resampling.HAMMING)
 # Width and height of pictures that tell whether all come out in one size. The built-in pictures are as the first.
 _PROBES = ((256, 256), (300, 300), (320, 200), (200, 330))
 
@@ -52,8 +54,19 @@ def _assumed(size: tuple[int, int]) -> ImagePreprocessing:
 def read_processor(name: str) -> Any:
     """The image processor of a local directory or model id; OSError where there is none."""
     processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    _check_numbers(name, processor.to_dict())
+    told = processor.to_dict()
+    _check_numbers(name, told)
+    if told.get("resample") in _OF_PILLOW_ONLY:
+        # By default, transformers resizes with torchvision, which ends with an error for these.
+        processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **_with_pillow())
+        logger.warning("%s resizes pictures in a way that only Pillow has: its processor runs on Pillow", name)
     return processor
+
+
+def _with_pillow() -> dict[str, Any]:
+    """How transformers is told to prepare pictures with Pillow and NumPy; later versions 5 have backends by name."""
+    named = importlib.util.find_spec("transformers.image_processing_backends") is not None
+    return {"backend": "pil"} if named else {"use_fast": False}
 
 
 def _for_channels(preprocessing: PicturePreprocessing, channels: int, name: str) -> PicturePreprocessing | None:
