@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from optin_deploy import Network, load_network
 from optin_deploy.calibration import load_calibration
 from optin_deploy.evaluation import spearman
-from optin_deploy.sample_files import image_files, read_images, read_table
+from optin_deploy.picture_files import image_files, read_images
+from optin_deploy.sample_files import read_table
 
 Batch = dict[str, Tensor]
 # Photographs that no seed calibrates on.

@@ -16,15 +16,14 @@ from torch import Tensor
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
+from optin_deploy.picture_files import check_fit, image_files, reading
 from optin_deploy.places import check_there
-from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
+from optin_deploy.preprocessing import PicturePreprocessing, TextPreprocessing, different_shapes
 from optin_deploy.sample_files import (
     check_texts,
-    image_files,
     is_table,
     read_tensors,
     read_texts,
-    reading,
     selecting,
     table_columns,
 )
@@ -88,21 +87,30 @@ def load_calibration(
         raise UserError(f"--calibration-column {column}: only a CSV or TSV file given as --calibration has columns")
     if labels is not None:
         items, classes, preprocess, kind = _labelled(network, path, column, labels)
-        return _accepted(network, _calibration(items, preprocess, path, kind, samples, seed, classes))
+        calibration = _accepted(network, _calibration(items, preprocess, path, kind, samples, seed, classes))
+        return _fitting(network, calibration) if kind == "image" else calibration
     if path is not None and path.suffix.lower() in (".npz", ".safetensors"):
         tensors = read_tensors(network, path)
         rows = range(len(next(iter(tensors.values()))))
         return _accepted(network, _calibration(rows, selecting(tensors), path, "tensor", samples, seed))
-    if isinstance(preprocessing, ImagePreprocessing):
+    if isinstance(preprocessing, PicturePreprocessing):
+        check_fit(network)
         if path is not None:
-            return _calibration(image_files(path), reading(preprocessing), path, "image", samples, seed)
+            files = image_files(path)
+            return _fitting(network, _calibration(files, reading(preprocessing), path, "image", samples, seed))
         images = builtin_images((samples or DEFAULT_SAMPLES["image"]) + _HELD_OUT, seed)
-        return _calibration(images, preprocessing, None, "image", samples, seed)
+        if not preprocessing.fixed:
+            height, width = preprocessing.size
+            images = [image.resize((width, height), Image.Resampling.BICUBIC) for image in images]
+        return _fitting(network, _calibration(images, preprocessing, None, "image", samples, seed))
     if isinstance(preprocessing, TextPreprocessing):
         texts = builtin_texts() if path is None else read_texts(path, column)
         check_texts(texts, preprocessing, path)
         return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
-    raise UserError("a module of your own without preprocessing needs tensors: --calibration FILE.npz or .safetensors")
+    raise UserError(
+        f"{network.source.name} is a network without preprocessing, which needs tensors: --calibration FILE.npz or "
+        ".safetensors"
+    )
 
 
 def _labelled(
@@ -112,7 +120,8 @@ def _labelled(
     preprocessing = network.preprocessing
     if network.logits is None:
         raise UserError(f"--calibration-labels {labels}: the network has no class logits")
-    if isinstance(preprocessing, ImagePreprocessing) and path is not None:
+    if isinstance(preprocessing, PicturePreprocessing) and path is not None:
+        check_fit(network)
         if labels != "folders":
             raise UserError(f"--calibration-labels {labels}: images are labelled by their class folders: say `folders`")
         files = [file for file in image_files(path) if file.parent != path]
@@ -214,6 +223,28 @@ def _accepted(network: Network, calibration: Calibration) -> Calibration:
                 f"calibration on {calibration.source}: the network fails on {name} of shape {shape} with values from "
                 f"{values.min()} to {values.max()}: {' '.join(str(error).split())[:200]}"
             ) from error
+    return calibration
+
+
+def _fitting(network: Network, calibration: Calibration) -> Calibration:
+    """``calibration`` on pictures as it is; UserError when they have different shapes, or the network takes none of
+    their shape, where their own sizes decide that."""
+    preprocessing: PicturePreprocessing = network.preprocessing
+    if preprocessing.fixed:
+        return calibration
+    name, batches = preprocessing.input_name, chain(calibration.batches, calibration.held_out)
+    shapes = list(dict.fromkeys(tuple(batch[name].shape[2:]) for batch in batches))
+    if len(shapes) > 1:
+        raise UserError(f"calibration on {calibration.source}: {different_shapes(*shapes[:2], 'of them')}")
+    try:
+        with torch.inference_mode():
+            network.forward({n: tensor[:1] for n, tensor in calibration.held_out[0].items()})
+    except (RuntimeError, IndexError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"calibration on {calibration.source}: the network takes no pictures of {' x '.join(map(str, shapes[0]))} "
+            f"(height x width), in which its image processor leaves them: {told}"
+        ) from error
     return calibration
 
 

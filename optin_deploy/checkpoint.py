@@ -30,11 +30,12 @@ from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
 from optin_deploy.libraries.transformers import read_tokenizer
+from optin_deploy.libraries.transformers_images import read_processor
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.network import Network, Source
 from optin_deploy.places import regular
 from optin_deploy.plans import Plan
-from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, ProcessorPreprocessing, TextPreprocessing
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.find_stack import token_stack
@@ -62,11 +63,26 @@ class _Source(_Strict):
 class _Image(_Strict):
     input_name: str
     size: tuple[_Size, _Size]
-    mean: tuple[float, float, float]
-    std: tuple[_Positive, _Positive, _Positive]
+    mean: tuple[float, float, float] | tuple[float]
+    std: tuple[_Positive, _Positive, _Positive] | tuple[_Positive]
     interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
     crop_pct: Annotated[float, Field(gt=0, le=8)]
     crop_mode: Literal["center", "squash", "border"]
+    assumed: bool = False
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} values in mean, {len(self.std)} in std")
+        return self
+
+
+class _Processor(_Strict):
+    input_name: str
+    channels: Annotated[int, Field(ge=1, le=1 << 10)]
+    size: tuple[_Size, _Size]
+    fixed: bool
+    masks: tuple[str, ...] = ()
 
 
 class _Text(_Strict):
@@ -91,7 +107,9 @@ class _Description(_Strict):
     sequence_inputs: tuple[str, ...]
     token_mask: str | None
     logits: str | None
+    class_names: tuple[tuple[str, ...], ...] = ()
     image: _Image | None = None
+    processor: _Processor | None = None
     text: _Text | None = None
     versions: dict[str, str]
 
@@ -104,7 +122,7 @@ class _Description(_Strict):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        image = (self.image.input_name,) if self.image else ()
+        image = tuple(each.input_name for each in (self.image, self.processor) if each)
         mask = (self.token_mask,) if self.token_mask else ()
         for name in (*self.sequence_inputs, *mask, *image, *(self.text.input_names if self.text else ())):
             if name not in self.inputs:
@@ -138,7 +156,17 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         sequence_inputs=network.sequence_inputs,
         token_mask=network.token_mask,
         logits=network.logits,
+        class_names=network.class_names,
         image=_Image(**asdict(preprocessing)) if isinstance(preprocessing, ImagePreprocessing) else None,
+        processor=_Processor(
+            input_name=preprocessing.input_name,
+            channels=preprocessing.channels,
+            size=preprocessing.size,
+            fixed=preprocessing.fixed,
+            masks=preprocessing.masks,
+        )
+        if isinstance(preprocessing, ProcessorPreprocessing)
+        else None,
         text=_Text(
             input_names=preprocessing.input_names,
             max_length=preprocessing.max_length,
@@ -154,6 +182,8 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         write_tensors(directory / WEIGHTS_NAME, state)
         if isinstance(preprocessing, TextPreprocessing):
             preprocessing.tokenizer.save_pretrained(directory)
+        if isinstance(preprocessing, ProcessorPreprocessing):
+            preprocessing.processor.save_pretrained(directory)
         if network.source.library == "transformers":
             transformers_models.write_configs(network.module, network.source, directory)
         for name, content in network.origin.files.items():
@@ -188,6 +218,7 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
         sequence_inputs=description.sequence_inputs,
         token_mask=description.token_mask,
         logits=description.logits,
+        class_names=description.class_names,
         preprocessing=_preprocessing(description, path),
         origin=read_origin(str(path), PROCESSOR_FILES + TOKENIZER_FILES if has_files else ()),
     )
@@ -229,7 +260,8 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
         raise UserError(f"checkpoint {path} does not fit {description.source.name}: {reason(error)}") from error
     load_weights(small, path)
     transformers_models.read_generation(small, path)
-    return small.eval(), description
+    # Some attentions keep what they have made of their weights, those before loading, until they are in train mode.
+    return small.train().eval(), description
 
 
 def load_weights(small: nn.Module, path: Path) -> None:
@@ -275,7 +307,16 @@ def _dtype_name(tensor: Tensor) -> Any:
 def _preprocessing(description: _Description, path: Path) -> Preprocessing | None:
     if description.image:
         return ImagePreprocessing(**description.image.model_dump())
+    if description.processor:
+        return ProcessorPreprocessing(_processor(path), **description.processor.model_dump())
     if description.text:
         text = description.text
         return TextPreprocessing(read_tokenizer(str(path)), text.input_names, text.max_length, text.decoder_start)
     return None
+
+
+def _processor(path: Path) -> Any:
+    try:
+        return read_processor(str(path))
+    except (OSError, *UNFIT) as error:
+        raise UserError(f"the image processor in {path} cannot be read: {reason(error)}") from error

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_count, class_number, class_numbers
 from optin_deploy.network import Network
+from optin_deploy.picture_files import check_fit, check_images, image_files, read_images
 from optin_deploy.places import check_there
-from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
-from optin_deploy.sample_files import check_images, check_texts, image_files, read_images, read_table, table_columns
+from optin_deploy.preprocessing import ImagePreprocessing, PicturePreprocessing, TextPreprocessing
+from optin_deploy.sample_files import check_texts, read_table, table_columns
 
 _BATCH_SIZE = 64
 
@@ -32,8 +33,9 @@ class Dataset:
 def load_dataset(network: Network, path: Path, columns: str | None = None) -> Dataset:
     """A folder with one folder of images per class (top-1), or a CSV or TSV file.
 
-    Class folders are in the order of their names; where some classes have none, folders are named by class number from
-    0 or by label.
+    Class folders are named as the network calls its classes, by ImageNet synset or by class number from 0. Where the
+    network has no names, and there is a folder for every class, they may be in the order that the network's library
+    sorts folders in (see ``labels``).
 
     Args:
         columns: "text,label" (accuracy) or "first,second,score" (Spearman's correlation of the cosine of the two
@@ -44,10 +46,10 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
         UserError: the data is unreadable, empty, or does not suit the network.
     """
     check_there(path, "evaluation data")
-    if isinstance(network.preprocessing, ImagePreprocessing):
+    if isinstance(network.preprocessing, PicturePreprocessing):
         return _images(network, path)
     if not isinstance(network.preprocessing, TextPreprocessing):
-        raise UserError("a module of your own without preprocessing cannot be evaluated on files")
+        raise UserError(f"{network.source.name} is a network without preprocessing: it cannot be evaluated on files")
     if path.is_dir():
         raise UserError(f"{path} is a folder: a text network is evaluated on a CSV or TSV file")
     names = columns.split(",") if columns else [str(i + 1) for i in range(len(read_table(path)[0]))]
@@ -61,6 +63,13 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
 
 
 def _images(network: Network, path: Path) -> Dataset:
+    preprocessing: PicturePreprocessing = network.preprocessing
+    check_fit(network)
+    if isinstance(preprocessing, ImagePreprocessing) and preprocessing.assumed:
+        raise UserError(
+            f"the files of {network.source.name} do not say how pictures are prepared, so that top-1 would be a guess: "
+            "save its image processor beside the weights (preprocessor_config.json)"
+        )
     files = image_files(path)
     labelled = [file for file in files if file.parent != path]
     if not labelled:
@@ -70,12 +79,11 @@ def _images(network: Network, path: Path) -> Dataset:
     folders = [file.relative_to(path).parts[0] for file in labelled]
     numbers = class_numbers(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
-    assert isinstance(network.preprocessing, ImagePreprocessing)
-    check_images(labelled, network.preprocessing)
+    check_images(labelled, preprocessing)
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
         def logits(part: list[Path]) -> Tensor:
-            return _run(network, module, network.preprocessing(read_images(part)))[network.logits or ""]
+            return _run(network, module, preprocessing(read_images(part)))[network.logits or ""]
 
         return _accuracy(labelled, labels, logits, advance)
 
@@ -152,10 +160,15 @@ def _accuracy(
     right = 0
     for start in range(0, len(items), _BATCH_SIZE):
         part = items[start : start + _BATCH_SIZE]
-        predicted = logits(list(part)).argmax(-1).cpu()
+        predicted = _classes(logits(list(part))).cpu()
         right += int((predicted == torch.tensor(labels[start : start + _BATCH_SIZE])).sum())
         advance(len(part))
     return 100 * right / len(items)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Class numbers of ``(samples, classes)``; one logit says no (0) or yes (1)."""
+    return (logits[:, 0] > 0).long() if logits.shape[-1] == 1 else logits.argmax(-1)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -54,6 +54,8 @@ class Network:
         token_mask: the input that is 0 at padding tokens, if there is one.
         logits: the output that holds the logits of a task head, if there is one; scores then have a task term.
         head: what the numbers of that output mean (see `task_head`).
+        class_names: what timm's files call each class, in the order of class numbers: a name, perhaps a description.
+            Networks of transformers have names in their configuration.
         preprocessing: what makes inputs out of images or texts (see ``calibration``).
         origin: see `Origin`.
         notes: what was put right or left out when the network was taken in, a sentence each.
@@ -68,6 +70,7 @@ class Network:
     token_mask: str | None = None
     logits: str | None = None
     head: HeadKind = "classes"
+    class_names: tuple[tuple[str, ...], ...] = ()
     preprocessing: Any = None
     origin: Origin = field(default_factory=Origin)
     notes: tuple[str, ...] = ()

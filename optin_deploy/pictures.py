@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.preprocessing import ImagePreprocessing
+from optin_deploy.preprocessing import PicturePreprocessing
 
 MOST = 4
 # Of the longer side, in pixels: four samples then add some 100 kB to a report.
@@ -82,11 +82,9 @@ def _drawn(dense: Tensor, pruned: Tensor) -> tuple[str, str]:
 def _image(network: Network, batch: Mapping[str, Tensor], sample: int) -> str | None:
     """The input as it was before it was normalised."""
     preprocessing = network.preprocessing
-    if not isinstance(preprocessing, ImagePreprocessing):
+    if not isinstance(preprocessing, PicturePreprocessing):
         return None
-    x = batch[preprocessing.input_name][sample].float().cpu()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return _png((x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+    return _png(preprocessing.shown(batch[preprocessing.input_name][sample].float().cpu()).numpy())
 
 
 def _png(pixels: NDArray[np.float64], *, nearest: bool = False) -> str:

@@ -1,83 +1,22 @@
-"""Samples in files, read and checked: pictures, tables, texts, tensors."""
+"""Samples in files, read and checked: tables, texts, tensors."""
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.places import hidden, regular
-from optin_deploy.preprocessing import MOST_PIXELS, ImagePreprocessing, TextPreprocessing
+from optin_deploy.places import regular
+from optin_deploy.preprocessing import TextPreprocessing
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 # What tensors are made of that the network's own type can be made of: no 8-bit floats, no complex numbers.
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_INTEGERS, torch.bool)
-
-
-def image_files(path: Path) -> list[Path]:
-    """All pictures below the folder ``path`` in the order of their names; UserError when there are none.
-
-    Hidden ones are left out, and those in hidden folders: editors and archivers put copies there.
-    """
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not a folder: a vision network calibrates on a folder of images, .npz or .safetensors"
-        )
-    found = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    files = sorted(p for p in found if not any(map(hidden, p.relative_to(path).parts)))
-    if not files:
-        raise UserError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return files
-
-
-def read_images(files: Sequence[Path]) -> list[Image.Image]:
-    """The pictures in RGB; UserError for one that cannot be read."""
-    images = []
-    for file in files:
-        with _opened(file) as image:
-            images.append(image.convert("RGB"))
-    return images
-
-
-def check_images(files: Sequence[Path], preprocessing: ImagePreprocessing) -> None:
-    """Raise UserError for a file that cannot be read as a picture to its end, or is too large to be read or resized."""
-    for file in files:
-        with _opened(file) as image:
-            _check_resized(file, image, preprocessing)
-            # Of a JPEG all is read, but an eighth of the size made of it: so many pictures take less time.
-            image.draft("RGB", (1, 1))
-            image.load()
-
-
-def _check_resized(file: Path, image: Image.Image, preprocessing: ImagePreprocessing) -> None:
-    """Raise UserError for a picture too elongated: all of it is resized before it is cropped."""
-    width, height = image.size
-    resized_width, resized_height = preprocessing.resized(width, height)
-    if resized_width * resized_height > MOST_PIXELS or min(resized_width, resized_height) < 1:
-        raise UserError(
-            f"image {file} is too elongated: its {width} x {height} pixels would be resized to {resized_width} x "
-            f"{resized_height}; crop it or remove it"
-        )
-
-
-def reading(preprocessing: ImagePreprocessing) -> Callable[[list[Path]], dict[str, Tensor]]:
-    """What makes a batch of inputs of picture files, each read when it is its turn."""
-
-    def inputs(files: list[Path]) -> dict[str, Tensor]:
-        for file in files:
-            with _opened(file) as image:
-                _check_resized(file, image, preprocessing)
-        return preprocessing(read_images(files))
-
-    return inputs
 
 
 def check_texts(texts: Sequence[str], preprocessing: TextPreprocessing, path: Path | None) -> None:
@@ -87,19 +26,6 @@ def check_texts(texts: Sequence[str], preprocessing: TextPreprocessing, path: Pa
         raise UserError(
             f"{path}: {len(bare)} of {len(texts)} texts give no tokens, the first of them {bare[0][:40]!r}: remove them"
         )
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    try:
-        # Opening a pipe would wait for somebody to write to it.
-        if not file.is_file():
-            raise OSError("no file")
-        with Image.open(file) as image:
-            yield image
-    except Exception as error:  # of any type: whatever the parser of the format meets
-        told = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(f"image {file} cannot be read: remove it or repair it ({told})") from error
 
 
 def is_table(path: Path | None) -> bool:

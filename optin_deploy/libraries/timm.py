@@ -1,7 +1,8 @@
 """Networks from timm, by name."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -12,6 +13,8 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network, Origin, Source
 from optin_deploy.preprocessing import ImagePreprocessing
 from optin_deploy.structure.intake import prunable_form
+
+logger = logging.getLogger(__name__)
 
 # `deit_small` means `deit_small_patch16_224`; timm's own short names come first.
 _ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
@@ -100,16 +103,8 @@ def network_of(
     if size and (size % patch[0] or size % patch[1]):
         raise UserError(f"image size {size} does not fit {source.name}: give a multiple of its patch size {patch[0]}")
     height, width = (size, size) if size else config["input_size"][1:]
-    preprocessing = ImagePreprocessing(
-        input_name=INPUT_NAME,
-        size=(height, width),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-    )
-    inputs = {INPUT_NAME: torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))}
+    channels = source.arguments.get("in_chans", config["input_size"][0])
+    inputs = {INPUT_NAME: torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))}
     classifies = getattr(module, "num_classes", 0) > 0
     return Network(
         module=prunable_form(module),
@@ -118,9 +113,47 @@ def network_of(
         source=source,
         weights=weights,
         logits="logits" if classifies else None,
-        preprocessing=preprocessing,
+        class_names=_class_names(known),
+        preprocessing=_preprocessing(source.name, config, channels, (height, width)),
         origin=origin or _origin(known, weights),
     )
+
+
+def _preprocessing(
+    name: str, config: Mapping[str, Any], channels: int, size: tuple[int, int]
+) -> ImagePreprocessing | None:
+    """Pictures as timm prepares them; None, with a warning, for networks of neither colours nor grey."""
+    if channels not in (1, 3):
+        logger.warning(
+            "%s takes %d channels and no pictures: calibrate it on tensors (.npz, .safetensors)", name, channels
+        )
+        return None
+    return ImagePreprocessing(
+        input_name=INPUT_NAME,
+        size=size,
+        mean=_for_channels(config["mean"], channels),
+        std=_for_channels(config["std"], channels),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Means or deviations for as many channels, as timm's loaders make them of those for other channels."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
+
+
+def _class_names(known: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """What ``pretrained_cfg`` calls each class: its label, and the description of that."""
+    labels, descriptions = known.get("label_names") or (), known.get("label_descriptions") or {}
+    if isinstance(labels, Mapping):
+        by_number = {int(number): str(label) for number, label in labels.items()}
+        labels = [by_number.get(number, "") for number in range(max(by_number, default=-1) + 1)]
+    told = [(str(label), str(descriptions.get(label, ""))) for label in labels]
+    return tuple(tuple(name for name in names if name) for names in told)
 
 
 def _origin(known: Mapping[str, Any], weights: str) -> Origin:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import timm
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from timm.models import PretrainedCfg
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Source
@@ -17,7 +18,9 @@ from optin_deploy.places import regular
 # Far more than any network has of anything but classes: a depth without end would be built until memory is full.
 _MOST = 10_000
 _Pixels = Annotated[int, Field(ge=1, le=_MOST)]
-_Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+# Of a class, as JSON writes the keys of a mapping.
+_Number = Annotated[int, Field(ge=0, lt=10_000_000)]
+_Channels = Field(min_length=1, max_length=_MOST)
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class Saved:
 
 
 class _Preparing(BaseModel):
-    """What is read of ``pretrained_cfg``; what it does not say is the architecture's own."""
+    """What is read of ``pretrained_cfg``; what it does not say is timm's default, whatever the architecture."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     input_size: tuple[Literal[3], _Pixels, _Pixels] | None = None
-    mean: _Channels | None = None
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
+    mean: Annotated[list[float], _Channels] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0)]], _Channels] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=2)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None
@@ -55,6 +58,8 @@ class _Config(BaseModel):
 
     architecture: str
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    label_names: list[str] | dict[_Number, str] | None = None
+    label_descriptions: dict[str, str] | None = None
     model_args: dict[str, Any] = {}
     pretrained_cfg: _Preparing = _Preparing()
 
@@ -72,6 +77,8 @@ def saved(directory: Path) -> Saved | None:
         return None
     if not isinstance(told, dict) or "architecture" not in told or "model_type" in told:
         return None
+    if "pretrained_cfg" not in told:  # all in one, as early versions wrote it
+        told = {"label_names": told.get("labels"), **told, "pretrained_cfg": told}
     try:
         config = _Config.model_validate(told)
     except ValidationError as error:
@@ -81,7 +88,10 @@ def saved(directory: Path) -> Saved | None:
         raise UserError(f"{path}: timm {timm.__version__} has no architecture {config.architecture!r}")
     return Saved(
         source=Source("timm", config.architecture, _arguments(config, path)),
-        pretrained_cfg=_own(config.architecture) | config.pretrained_cfg.model_dump(exclude_none=True),
+        pretrained_cfg=_own(config.architecture)
+        | _defaults()
+        | config.pretrained_cfg.model_dump(exclude_none=True)
+        | config.model_dump(include={"label_names", "label_descriptions"}),
         weights=directory / "model.safetensors",
     )
 
@@ -102,6 +112,12 @@ def _arguments(config: _Config, path: Path) -> dict[str, Any]:
     if height != (_own(config.architecture).get("input_size") or (3, 224, 224))[-1]:
         arguments["img_size"] = height
     return arguments
+
+
+def _defaults() -> dict[str, Any]:
+    """How timm prepares pictures where ``config.json`` does not say it."""
+    default = PretrainedCfg().to_dict()
+    return {name: default[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
 
 
 def _own(architecture: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm.data
 import torch
 import transformers
 from torch import nn
@@ -15,8 +14,9 @@ from transformers.modelcard import TASK_MAPPING
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import transformers_inputs as inputs_of
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
+from optin_deploy.libraries.transformers_images import read_image_preprocessing
 from optin_deploy.network import Network, Source
-from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.preprocessing import Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
 
 # Progress is shown by the pipeline.
@@ -28,7 +28,6 @@ CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 _REFUSAL = "load it with optin_deploy.load(path): it is pruned by optin-deploy"
 # Far more than any network has, and built within seconds: layers without end would be made before they are refused.
 _MOST_LAYERS = 10_000
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def read_config(name: str) -> Any:
@@ -214,13 +213,14 @@ def network_of(
 
 
 def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing | None:
-    """The tokenizer or image processor beside the weights; UserError when there is none.
+    """The tokenizer or image processor beside the weights; UserError when there is no tokenizer.
 
-    None for networks that take sounds, or pictures and texts together: they are calibrated on ready tensors.
+    None for networks that take sounds, pictures of other channels than the processor makes, or pictures and texts
+    together: they are calibrated on ready tensors.
     """
     kinds = inputs_of.input_kinds(module)
     if kinds == [inputs_of.IMAGE_INPUT]:
-        return _image_preprocessing(name, module.config)
+        return read_image_preprocessing(name, module)
     if kinds != [inputs_of.TEXT_INPUT]:
         return None
     tokenizer = read_tokenizer(name)
@@ -258,24 +258,3 @@ def text_preprocessing(
     names = tuple(n for n in tokenizer.model_input_names if n in arguments)
     length = min(max_length, positions - offset, tokenizer.model_max_length)
     return TextPreprocessing(tokenizer, names, length, decoder_start)
-
-
-def _image_preprocessing(name: str, config: Any) -> ImagePreprocessing:
-    processor: dict[str, Any] = {}
-    if Path(name, "preprocessor_config.json").is_file() or not Path(name).is_dir():
-        processor, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
-    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
-    if isinstance(size, dict):
-        size = (size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge")))
-    height, width = size if isinstance(size, tuple) else inputs_of.image_size(config)[1:]
-    resized = processor.get("size", {})
-    shortest = resized.get("shortest_edge", height) if isinstance(resized, dict) else height
-    return ImagePreprocessing(
-        input_name=inputs_of.IMAGE_INPUT,
-        size=(height, width),
-        mean=tuple(processor.get("image_mean", timm.data.IMAGENET_DEFAULT_MEAN)),
-        std=tuple(processor.get("image_std", timm.data.IMAGENET_DEFAULT_STD)),
-        interpolation=_RESAMPLING.get(processor.get("resample", 3), "bicubic"),
-        crop_pct=height / shortest if processor.get("do_center_crop") else 1.0,
-        crop_mode="center" if processor.get("do_center_crop") else "squash",
-    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.outputs import all_outputs, named_outputs, unfit
-from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.preprocessing import PicturePreprocessing, Preprocessing, TextPreprocessing
 
 IMAGE_INPUT = "pixel_values"
 AUDIO_INPUT = "input_features"
@@ -61,8 +61,8 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
     if isinstance(preprocessing, TextPreprocessing):
         inputs = preprocessing([_SAMPLE_TEXT] * _SAMPLES)
         return {name: tensor[:, :sequence_length] for name, tensor in inputs.items()}
-    if isinstance(preprocessing, ImagePreprocessing):
-        size: tuple[int, ...] = (3, *preprocessing.size)
+    if isinstance(preprocessing, PicturePreprocessing):
+        size: tuple[int, ...] = (preprocessing.channels, *preprocessing.size)
         return {IMAGE_INPUT: torch.randn(_SAMPLES, *size, generator=generator)}
     inputs = {}
     for kind in input_kinds(module):

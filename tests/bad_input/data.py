@@ -226,6 +226,16 @@ def _class_folders(count: int, spoil: Callable[[Path], object] = lambda _: None)
     return make
 
 
+def _named_folders(*names: str) -> Callable[[Material], Sequence[str]]:
+    def make(material: Material) -> Sequence[str]:
+        material.copy("shallow")
+        for name in names:
+            save_images(Path("classes", name), 1)
+        return pruning("shallow", "--evaluate", "classes")
+
+    return make
+
+
 def _in_folders(name: bytes) -> Callable[[Path], object]:
     return lambda file: file.parent.rename(os.fsdecode(b"classes/" + name))
 
@@ -278,6 +288,24 @@ ROWS = (
     Row("images-without-pixels", _pictures(_written(lambda _: _png(0, 0))), PICTURE),
     Row("images-link-to-itself", _pictures(_in_place(lambda file: file.symlink_to(file.name))), PICTURE),
     Row("images-link-to-nothing", _pictures(_in_place(lambda file: file.symlink_to("gone.png"))), PICTURE),
+    Row(
+        "images-of-16-bits",
+        _pictures(_in_place(lambda file: Image.fromarray(np.ones((9, 9), np.uint16)).save(file))),
+        r"image pictures/002\.png holds integers of 16 bits",
+    ),
+    Row(
+        "images-of-numbers",
+        _vision(
+            "p",
+            lambda p: (p.mkdir(), Image.fromarray(np.ones((9, 9), np.float32)).save(p / "a.tif"), save_images(p, 3)),
+        ),
+        r"image p/a\.tif holds floating-point numbers",
+    ),
+    Row(
+        "images-of-unread-formats",
+        _vision("p", lambda p: (p.mkdir(), (p / "a.heic").touch())),
+        "p holds no images .*heic",
+    ),
     Row("images-pipe", _pictures(_in_place(os.mkfifo)), PICTURE),
     Row(
         "images-elongated", _resized(2, "--calibration", 1, 1_000_000), r"c0/000\.png is too elongated: its 1 x 1000000"
@@ -364,6 +392,12 @@ ROWS = (
     Row("evaluation-ragged", _scored("w1\t0\nw2\n"), r"dev\.tsv has no column 2"),
     Row("evaluation-four-columns", _scored("a\tb\tc\td\n"), r"dev\.tsv: 4 columns"),
     Row("evaluation-not-utf8", _scored(b"caf\xe9\t0\n"), r"dev\.tsv cannot be read as a table in UTF-8"),
+    Row(
+        "evaluation-parts-of-a-set",
+        _named_folders("train", "val"),
+        "classes holds .*parts of a data set and no classes",
+    ),
+    Row("evaluation-one-class-twice", _named_folders("1", "01"), "folders '01' and '1' are both of class 1"),
     Row("evaluation-class-folders", _class_folders(3), "classes has 3 class folders, .* 10 classes"),
     Row("evaluation-class-without-images", _class_without_images, "classes has 9 class folders, .*'c9' without images"),
     Row("evaluation-elongated", _resized(10, "--evaluate", 1, 1_000_000), r"c0/000\.png is too elongated"),
