@@ -23,6 +23,7 @@ from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.search import check_budget
+from optin_deploy.sentences import tell_default
 from optin_deploy.sparsity import can_be_sparse
 from optin_deploy.structure.merging_blocks import MergingBlocks
 from profilers import (
@@ -57,6 +58,10 @@ class Job:
         """Where a latency budget holds."""
         return target_of(self.recipe)
 
+    def served(self, network: Network) -> Network:
+        """``network`` as it is exported and measured: with sentence embeddings for its output where asked for."""
+        return network.with_pooling() if self.recipe.pooling_in_graph else network
+
 
 def target_of(recipe: Recipe) -> Target:
     """Where a latency budget of ``recipe`` holds, or would."""
@@ -86,12 +91,15 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
             weights=recipe.weights,
             image_size=recipe.image_size,
             sequence_length=recipe.sequence_length,
+            max_text_length=recipe.max_text_length,
             seed=recipe.seed,
         )
         if checkpoint.is_checkpoint(recipe.model):
             earlier = checkpoint.read_plan(Path(recipe.model))
     if recipe.has_budget and any(isinstance(part, MergingBlocks) for part in network.module.modules()):
         raise UserError(f"--model {recipe.model}: its tokens merge already; prune the network that it was made of")
+    if recipe.pooling_in_graph:
+        check_pooling(network)
     anatomy = examine(network, narrow=recipe.narrows_heads and recipe.has_budget, tokens=recipe.tokens != "off")
     if anatomy.stack is not None and not isinstance(recipe.tokens, str):
         anatomy.stack.check(recipe.tokens)
@@ -140,6 +148,13 @@ def _tell(job: Job) -> None:
         ", ".join(map(str, recipe.measured_batch_sizes)),
         recipe.threads or usable_cores().physical,
     )
+
+
+def check_pooling(network: Network) -> None:
+    """Raise UserError where there is nothing to pool to sentence embeddings; log where nothing says how."""
+    network.with_pooling()
+    if network.sentences is None:
+        tell_default(network.source.name)
 
 
 def check_runtimes(recipe: Recipe) -> None:
