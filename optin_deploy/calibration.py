@@ -109,7 +109,7 @@ def load_calibration(
     if isinstance(preprocessing, TextPreprocessing):
         texts = builtin_texts() if path is None else read_texts(path, column)
         check_texts(texts, preprocessing, path)
-        if network.logits is not None and column is not None and "," in column:
+        if network.logits is not None and isinstance(texts[0], str) and column is not None and "," in column:
             logger.warning(
                 "--calibration-column %s: each column is a text of its own; a classifier of pairs takes them as one "
                 "input, which is written %s",

@@ -107,7 +107,8 @@ def check(network: Network, reference: Reference, similarity: str, path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [*(("bert", mode) for mode in FLAGS), ("roberta", "cls"), ("mpnet", "mean"), ("distilbert", "max")]
+    ("kind", "mode"),
+    [*(("bert", mode) for mode in FLAGS), ("roberta", "cls"), ("mpnet", "mean"), ("distilbert", "max")],
 )
 def test_poolings(tmp_path: Path, kind: str, mode: str) -> None:
     encoder = save_encoder(tmp_path / "m", kind)
@@ -338,7 +339,7 @@ def test_a_run_exports_what_it_evaluates(tmp_path: Path) -> None:
         "threads": 1,
         "pooling_in_graph": True,
     }
-    result = optin_deploy.prune_export(optin_deploy.Recipe(**common), tmp_path / "run", quiet=True)
+    result = optin_deploy.prune_export(optin_deploy.Recipe(**common), output=tmp_path / "run", quiet=True)
     assert [entry.output for entry in result.report.agreement] == ["last_hidden_state", "sentence_embedding"]
     session = onnxruntime.InferenceSession(tmp_path / "run" / "pruned.onnx")
     assert [output.name for output in session.get_outputs()] == ["sentence_embedding"]
