@@ -44,7 +44,8 @@ def load_network(
             saved, or a checkpoint of our own.
         weights: "pretrained", "random", or a ``.safetensors`` file. A checkpoint of our own has its weights.
         image_size: pixels, for vision networks that can take other sizes than their own.
-        sequence_length: tokens in the sample input, at most as many as the network has positions for.
+        sequence_length: tokens in the sample input, at most as many as the network has positions for; a checkpoint of
+            our own keeps the length that it was pruned at.
         max_text_length: tokens that texts for calibration and evaluation are cut to; what the model takes when None.
         seed: of random weights.
 

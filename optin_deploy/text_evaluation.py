@@ -37,10 +37,12 @@ def load_texts(network: Network, preprocessing: TextPreprocessing, path: Path, c
         UserError: the table is unreadable, empty, or does not suit the network.
     """
     table = read_table(path)
-    groups = table.split(columns) if columns else [(str(i + 1),) for i in range(table.width)]
-    groups = _grouped(groups, table)
+    own = table.header or [str(i + 1) for i in range(table.width)]
+    groups = _grouped(table.split(columns) if columns else [(name,) for name in own], table)
     names = [name for group in groups for name in group]
     rows = table.select(names)
+    if columns is None:
+        _check_texts_are_no_numbers(path, rows)
     if len(names) == 3 and network.logits is None:
         return _similarities(network, preprocessing, path, rows)
     if network.logits is None:
@@ -52,6 +54,16 @@ def load_texts(network: Network, preprocessing: TextPreprocessing, path: Path, c
     tell_cut(texts, preprocessing, str(path))
     labels = [row[-1].strip() for row in rows]
     return _answers(network, preprocessing, path, (texts, labels), table.names_of_classes(names[-1]))
+
+
+def _check_texts_are_no_numbers(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    """Raise UserError where a column that is taken for texts holds numbers alone: numbers of rows, perhaps."""
+    for column in range(len(rows[0]) - 1):
+        if all(row[column].strip().isdecimal() for row in rows):
+            raise UserError(
+                f"{path}: column {column + 1} holds numbers only, where texts are expected; name the columns with "
+                "--evaluate-columns, as in text,label or first,second,label"
+            )
 
 
 def _grouped(groups: list[tuple[str, ...]], table: Table) -> list[tuple[str, ...]]:

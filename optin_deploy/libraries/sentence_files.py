@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast, get_args
+from typing import Any, TypeGuard, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -264,16 +264,22 @@ def _modes(reader: _Reader, config: Mapping[str, Any], folder: str) -> tuple[Poo
 def _dense(reader: _Reader, folder: str) -> nn.Module:
     config, place = reader.json(_join(folder, "config.json")) or {}, reader.place(folder)
     _check_features(config, place)
-    sizes = [config.get("in_features"), config.get("out_features")]
-    if not all(isinstance(size, int) and 0 < size <= _MOST_WIDTH for size in sizes):
-        raise UserError(f"{place}: config.json of a Dense names in_features and out_features; found {sizes}")
+    inputs, outputs = config.get("in_features"), config.get("out_features")
+    if not (_is_width(inputs) and _is_width(outputs)):
+        found = f"{str(inputs)[:20]} and {str(outputs)[:20]}"
+        raise UserError(f"{place}: config.json of a Dense names in_features and out_features; found {found}")
     made = Dense(
-        *cast("list[int]", sizes),
+        inputs,
+        outputs,
         _activation(config.get("activation_function", "torch.nn.modules.activation.Tanh"), place),
         bias=config.get("bias") is not False,
         residual=config.get("use_residual") is True,
     )
     return _with_weights(reader, made, folder)
+
+
+def _is_width(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 < value <= _MOST_WIDTH
 
 
 def _activation(name: Any, place: str) -> nn.Module:
@@ -293,7 +299,7 @@ def _activation(name: Any, place: str) -> nn.Module:
 def _layer_norm(reader: _Reader, folder: str) -> nn.Module:
     config = reader.json(_join(folder, "config.json")) or {}
     width = config.get("dimension")
-    if not isinstance(width, int) or not 0 < width <= _MOST_WIDTH:
+    if not _is_width(width):
         raise UserError(
             f"{reader.place(folder)}: config.json of a LayerNorm names its dimension; found {str(width)[:40]}"
         )

@@ -238,3 +238,14 @@ def test_encoders_take_no_pairs_for_accuracy(tmp_path: Path) -> None:
     save_encoder(tmp_path / "m")
     network = load_network(str(tmp_path / "m"), sequence_length=8)
     assert "no class logits" in refusal(network, save_lines(tmp_path / "t.tsv", ["w1\t0", "w2\t1"]))
+
+
+def test_numbers_of_rows_are_no_texts(tmp_path: Path) -> None:
+    module = save_pair_classifier(tmp_path / "m")
+    network = load_network(str(tmp_path / "m"), sequence_length=8)
+    with torch.inference_mode():
+        wanted = [int(module(**network.preprocessing.tokenizer(t, return_tensors="pt")).logits.argmax()) for t in FIRST]
+    rows = [{"idx": i, "sentence": t, "label": w} for i, (t, w) in enumerate(zip(FIRST, wanted, strict=True))]
+    path = save_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
+    assert "column 1 holds numbers only, where texts are expected" in refusal(network, path)
+    assert figure(network, path, "sentence,label") == ("accuracy", 100)
