@@ -145,6 +145,8 @@ def _labelled(
         (group,) = table.split(column)
         check_groups([group], f"--calibration-column {column}")
         rows = [row for row in table.select([*group, labels]) if any(cell.strip() for cell in row[:-1])]
+        if not rows:
+            raise UserError(f"{path} holds no texts in {column}")
         classes = class_numbers_of(network, [row[-1] for row in rows], path, table.names_of_classes(labels))
         of_text = dict(zip(stripped(as_texts(rows, group)), classes, strict=True))
         check_texts(list(of_text), preprocessing, path)

@@ -110,6 +110,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         )
     if recipe.flops is not None:
         check_budget(anatomy.structure, anatomy.costs, recipe.flops)
+    given = calibration is not None
     calibration = calibration or load_calibration(
         network,
         recipe.calibration,
@@ -121,6 +122,12 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     _check_labels(recipe, network, calibration)
     _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
+    if dataset is not None and dataset.pairs and not given and not _has_pairs(recipe):
+        logger.warning(
+            "%s holds pairs of texts, the calibration texts are single ones: give pairs, with --calibration-column "
+            "first+second",
+            dataset.name,
+        )
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
     job = Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)
     _tell(job)
@@ -148,6 +155,12 @@ def _tell(job: Job) -> None:
         ", ".join(map(str, recipe.measured_batch_sizes)),
         recipe.threads or usable_cores().physical,
     )
+
+
+def _has_pairs(recipe: Recipe) -> bool:
+    """Whether calibration inputs are pairs of texts, or ready tensors."""
+    tensors = recipe.calibration is not None and recipe.calibration.suffix.lower() in (".npz", ".safetensors")
+    return tensors or "+" in (recipe.calibration_column or "")
 
 
 def check_pooling(network: Network) -> None:

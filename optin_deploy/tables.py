@@ -46,6 +46,8 @@ _HEADERS = frozenset(
         "score",
     ]
 )
+# A text may hold some zero bytes, a part of its bytes; of UTF-16 they are half, of programs and pictures many.
+_MOST_ZEROS = 0.1
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -242,7 +244,7 @@ def _decoded(path: Path, what: str) -> str:
     cannot = f"{path} cannot be read as {what} in UTF-8"
     if data.startswith(_UTF16):
         raise UserError(f"{cannot}: it is UTF-16; convert it with iconv -f UTF-16 -t UTF-8")
-    if b"\0" in data:
+    if data.count(0) > _MOST_ZEROS * len(data):
         raise UserError(f"{cannot}: it holds zero bytes, as binary files and UTF-16 do")
     try:
         return data.decode("utf-8-sig")

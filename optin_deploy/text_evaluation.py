@@ -122,14 +122,15 @@ def _answers(
         right = answers(kind, given) == wanted[order]
         return 100 * int(right.sum()) / len(texts)
 
-    return Dataset("Spearman × 100" if ranked else "accuracy", str(path), len(texts), len(texts), measure)
+    metric, pairs = "Spearman × 100" if ranked else "accuracy", isinstance(texts[0], tuple)
+    return Dataset(metric, str(path), len(texts), len(texts), measure, pairs)
 
 
 def _scores(path: Path, labels: Sequence[str]) -> Tensor:
     try:
         scores = torch.tensor([float(label) for label in labels], dtype=torch.float64)
     except ValueError as error:
-        raise UserError(f"{path}: the third column must be a number: {error}") from error
+        raise UserError(f"{path}: the last column must be a number: {error}") from error
     if not scores.isfinite().all() or len(scores.unique()) < 2:
         raise UserError(f"{path}: a correlation needs finite scores, and at least two different ones")
     return scores

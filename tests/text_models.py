@@ -60,6 +60,7 @@ def save_encoder(
     path: Path, kind: str = "bert", *, limit: int = 32, positions: int = 40, **changes: object
 ) -> nn.Module:
     """A plain encoder with its tokenizer in ``path``."""
+    torch.manual_seed(0)
     name, config_class, padding = ENCODERS[kind]
     config = config_class(**{**SIZES, "max_position_embeddings": positions, "pad_token_id": padding, **changes})
     module = _with_large_weights(getattr(transformers, name)(config))
@@ -72,6 +73,7 @@ def save_encoder(
 def save_pair_classifier(path: Path, kind: str = "bert", *, labels: int = 3, **changes: object) -> nn.Module:
     """A classifier of pairs with its tokenizer in ``path``."""
     name = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}[kind]
+    torch.manual_seed(0)
     _, config_class, padding = ENCODERS[kind]
     options = {**SIZES, "max_position_embeddings": 40, "pad_token_id": padding, "num_labels": labels, **changes}
     module = _with_large_weights(getattr(transformers, name)(config_class(**options)))
@@ -81,7 +83,6 @@ def save_pair_classifier(path: Path, kind: str = "bert", *, labels: int = 3, **c
 
 
 def _with_large_weights(module: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
     # Weights as small as the initial ones would make all outputs alike.
     with torch.no_grad():
         for parameter in module.parameters():

@@ -203,7 +203,7 @@ def test_bad_tables(
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (["w1,w2,high", "w1,w3,2"], "third column must be a number"),
+        (["w1,w2,high", "w1,w3,2"], "last column must be a number"),
         (["w1,w2,nan", "w1,w3,2"], "finite scores"),
         (["w1,w2,3", "w1,w3,3"], "two different"),
     ],

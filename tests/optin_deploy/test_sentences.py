@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import checkpoint
+from optin_deploy.agreement import agreement
 from optin_deploy.calibration import load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import load_dataset
@@ -322,6 +323,18 @@ def test_what_is_scored_is_the_same_with_and_without_modules(tmp_path: Path) -> 
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def test_as_many_tokens_as_dimensions_are_no_padding(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "m")
+    add_modules(tmp_path / "m", flags("mean"))
+    network = load_network(str(tmp_path / "m"), sequence_length=8)
+    batch = network.preprocessing([" ".join(f"w{i}" for i in range(40)), "w1 w2"])
+    assert batch["input_ids"].shape == (2, 32)
+    other = load_network(str(tmp_path / "m"), weights="random", sequence_length=8).module
+    (row,) = agreement(network.with_pooling(), other, [batch])
+    a, b = (network.with_pooling().forward(batch, module)["sentence_embedding"] for module in (network.module, other))
+    assert row.cosine == pytest.approx(float(F.cosine_similarity(a, b).mean()), abs=1e-6)
+
+
 def test_a_run_exports_what_it_evaluates(tmp_path: Path) -> None:
     save_encoder(tmp_path / "m")
     add_modules(tmp_path / "m", flags("cls"), [("Normalize", None, {})], whole={"similarity_fn_name": "dot"})
@@ -442,10 +455,10 @@ def test_damaged_files(tmp_path: Path, name: str, content: str, told: str) -> No
 def test_missing_folders(tmp_path: Path) -> None:
     save_encoder(tmp_path / "m" / "0_Transformer")
     add_modules(tmp_path / "m", flags("mean"), folder="0_Transformer")
-    (tmp_path / "m" / "1_Pooling" / "config.json").unlink()
-    assert "config.json is missing: it says how tokens are pooled" in refusal(tmp_path / "m")
     (tmp_path / "m" / "0_Transformer").rename(tmp_path / "moved")
     assert "0_Transformer does not exist, though modules.json names it" in refusal(tmp_path / "m")
+    (tmp_path / "m" / "1_Pooling" / "config.json").unlink()
+    assert "config.json is missing: it says how tokens are pooled" in refusal(tmp_path / "m")
 
 
 def test_pooling_of_a_classifier_is_refused() -> None:

@@ -16,6 +16,7 @@ import optin_deploy
 from optin_deploy.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import load_dataset
+from optin_deploy.job import prepare
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.task_head import HeadKind
@@ -249,3 +250,19 @@ def test_numbers_of_rows_are_no_texts(tmp_path: Path) -> None:
     path = save_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
     assert "column 1 holds numbers only, where texts are expected" in refusal(network, path)
     assert figure(network, path, "sentence,label") == ("accuracy", 100)
+
+
+def test_pairs_to_evaluate_and_single_texts_to_calibrate_on_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_pair_classifier(tmp_path / "m")
+    path = save_lines(tmp_path / "t.tsv", [f"{a}\t{b}\t0" for a, b in zip(FIRST, SECOND, strict=True)])
+    for column, told in (("1", True), ("1+2", False)):
+        recipe = optin_deploy.Recipe(
+            model=str(tmp_path / "m"), flops=0.7, sequence_length=8, evaluate=path,
+            calibration=path, calibration_column=column, runtimes=("ort-cpu",), threads=1,
+        )  # fmt: skip
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            prepare(recipe)
+        assert ("the calibration texts are single ones" in caplog.text) is told
