@@ -15,7 +15,7 @@ from optin_deploy import Network, load_network
 from optin_deploy.calibration import load_calibration
 from optin_deploy.evaluation import spearman
 from optin_deploy.picture_files import image_files, read_images
-from optin_deploy.sample_files import read_table
+from optin_deploy.tables import read_table
 
 Batch = dict[str, Tensor]
 # Photographs that no seed calibrates on.
@@ -43,7 +43,7 @@ def stsb(data: Path, seed: int, samples: int | None = None) -> Case:
     """all-MiniLM-L6-v2 on STS-B dev, calibrated on unlabelled STS-B train sentences."""
     network = load_network(common.minilm_directory())
     calibration = load_calibration(network, data / "stsb" / "train.csv", column="1,2", samples=samples, seed=seed)
-    rows = read_table(data / "stsb" / "dev.csv")
+    rows = read_table(data / "stsb" / "dev.csv").rows
     gold = torch.tensor([float(row[2]) for row in rows], dtype=torch.float64)
     texts = sorted({text for row in rows for text in row[:2]}, key=lambda text: (len(text), text))
     place = {text: i for i, text in enumerate(texts)}
@@ -80,12 +80,12 @@ def sst2(data: Path, seed: int, samples: int | None = None) -> Case:
     train = data / "sst2" / "train.tsv"
     calibration = load_calibration(network, train, column="1", labels="2", samples=samples, seed=seed)
     used = {tuple(row[row != 0].tolist()) for batch in calibration.batches for row in batch["input_ids"]}
-    texts = sorted({row[0].strip() for row in read_table(train)}, key=lambda text: (len(text), text))
+    texts = sorted({row[0].strip() for row in read_table(train).rows}, key=lambda text: (len(text), text))
     prepared = []
     for batch in _prepared(network, texts):
         fresh = torch.tensor([tuple(row[row != 0].tolist()) not in used for row in batch["input_ids"]])
         prepared.append({name: t[fresh] for name, t in batch.items()})
-    dev = sorted(read_table(data / "sst2" / "dev.tsv"), key=lambda row: len(row[0]))
+    dev = sorted(read_table(data / "sst2" / "dev.tsv").rows, key=lambda row: len(row[0]))
     dev_batches, dev_labels = _prepared(network, [row[0] for row in dev]), torch.tensor([int(row[1]) for row in dev])
 
     def logits(module: nn.Module, batches: Sequence[Batch]) -> Tensor:

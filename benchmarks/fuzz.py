@@ -144,7 +144,7 @@ def _report(folder: Path) -> tuple[Target, list[bytes]]:
 
 
 def _tables(folder: Path) -> tuple[Target, list[bytes]]:
-    """CSV and TSV files of texts, for calibration (names of columns, numbers) and evaluation (labels, scores)."""
+    """CSV, TSV and JSON files of texts, for calibration (names of columns, numbers) and evaluation (labels, scores)."""
     from optin_deploy.calibration import load_calibration
     from optin_deploy.errors import UserError
     from optin_deploy.evaluation import load_dataset
@@ -152,7 +152,7 @@ def _tables(folder: Path) -> tuple[Target, list[bytes]]:
     network = _small_bert(folder / "bert")
 
     def one(data: bytes) -> None:
-        for name in ("t.csv", "t.tsv"):
+        for name in ("t.csv", "t.tsv", "t.json", "t.jsonl"):
             path = folder / name
             path.write_bytes(data)
             for read in (
@@ -171,6 +171,36 @@ def _tables(folder: Path) -> tuple[Target, list[bytes]]:
         b'text\tlabel\na good one\t1\nno "good\t0\n',
         b"one sentence,another,0.5\nfirst,second,4.25\n",
         b"one\ttwo\t1\nthree\tfour\t2e-3\n",
+        b'[{"text": "a good one", "label": 1}, {"text": "no", "label": 2.0}, {"text": null, "label": true}]',
+        b'{"text": {"0": "a good one", "1": "no"}, "label": {"0": "1", "1": [0]}}',
+        b'{"text": "a good one", "label": 1}\n{"text": "bad, this", "label": 0}\n',
+    ]
+
+
+def _sentences(folder: Path) -> tuple[Target, list[bytes]]:
+    """The files of sentence-transformers, one after the other in one input: what is read of them, and of nothing."""
+    from optin_deploy.errors import UserError
+    from optin_deploy.libraries.sentence_files import read_sentence_files
+
+    names = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "config_sentence_transformers.json")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def one(data: bytes) -> None:
+        for name, content in zip(names, [*data.split(b"\n"), b"", b"", b"", b""], strict=False):
+            (folder / name).write_bytes(content)
+        try:
+            read_sentence_files(str(folder))
+        except UserError as error:
+            _check_line(error)
+
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"), ("Normalize", "3_Normalize")]
+    modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    own = {"in_features": 8, "out_features": 4, "activation_function": "torch.nn.Tanh"}
+    whole = {"prompts": {"a": "one "}, "default_prompt_name": "a", "similarity_fn_name": "dot"}
+    return one, [
+        b"\n".join(json.dumps(value).encode() for value in (modules, {"pooling_mode": "cls"}, own, whole)),
+        b"\n".join(json.dumps(value).encode() for value in (modules[:2], {"pooling_mode_max_tokens": True}, {}, {})),
     ]
 
 
@@ -198,7 +228,14 @@ def _latency(folder: Path) -> tuple[Target, list[bytes]]:
     return one, [json.dumps(table).encode()]
 
 
-TARGETS = {"checkpoint": _checkpoint, "recipe": _recipe, "report": _report, "tables": _tables, "latency": _latency}
+TARGETS = {
+    "checkpoint": _checkpoint,
+    "recipe": _recipe,
+    "report": _report,
+    "tables": _tables,
+    "latency": _latency,
+    "sentences": _sentences,
+}
 
 
 def _check_line(error: Exception) -> None:

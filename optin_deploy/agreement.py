@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.network import Network
 from optin_deploy.pictures import is_map
+from optin_deploy.sentences import EMBEDDING
 from optin_deploy.task_head import class_axis
 
 
@@ -77,7 +78,7 @@ def correlation(dense: Tensor, pruned: Tensor) -> Tensor:
 def _weights(network: Network, name: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """1 where an output counts, 0 at padding: ``(batch, tokens)`` for an output per token, else ``(batch,)``."""
     valid = network.valid_tokens(batch)
-    one_per_sample = name == network.logits and output.dim() == 2
+    one_per_sample = name == EMBEDDING or (name == network.logits and output.dim() == 2)
     if valid is None or one_per_sample or output.shape[:2] != valid.shape:
         return output.new_ones(len(output))
     return valid.to(output.dtype)

@@ -1,7 +1,8 @@
 """Unlabelled samples for scores and repair: from files, or a small built-in set."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
@@ -14,25 +15,32 @@ from PIL import Image
 from torch import Tensor
 
 from optin_deploy.errors import UserError
-from optin_deploy.labels import class_count, class_number, class_numbers
+from optin_deploy.labels import class_numbers
 from optin_deploy.network import Network
 from optin_deploy.picture_files import check_fit, image_files, reading
 from optin_deploy.places import check_there
 from optin_deploy.preprocessing import PicturePreprocessing, TextPreprocessing, different_shapes
-from optin_deploy.sample_files import (
-    check_texts,
-    is_table,
-    read_tensors,
-    read_texts,
-    selecting,
-    table_columns,
-)
+from optin_deploy.sample_files import read_tensors, selecting
 from optin_deploy.shelf import Shelf
+from optin_deploy.tables import TABLE_KINDS, is_table, read_table
+from optin_deploy.texts import (
+    as_texts,
+    check_groups,
+    check_texts,
+    class_numbers_of,
+    length,
+    read_texts,
+    stripped,
+    tell_cut,
+)
 
 DEFAULT_SAMPLES = {"image": 128, "text": 1024, "tensor": 1024}
 _BATCH_SIZE = {"image": 16, "text": 32, "tensor": 32}
 # Samples kept from scores and repair, on which the pruned network is compared with the dense one.
 _HELD_OUT = 32
+# Tokens of a batch, padding included: as many as 32 texts of 128 have. Longer texts come in smaller batches.
+_MOST_TOKENS = 4096
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,10 @@ def load_calibration(
     """Samples for ``network``.
 
     Args:
-        path: a folder of images, a text file with one text a line, a CSV or TSV file, ready tensors by input name
-            (``.npz``, ``.safetensors``; first axis the sample), or None for the built-in set.
-        column: of a CSV or TSV file: a name of its header line, or a number counting from 1 in a file without header;
-            several, separated by commas, add up.
+        path: a folder of images, a text file with one text a line, a table of texts (see `tables`), ready tensors by
+            input name (``.npz``, ``.safetensors``; first axis the sample), or None for the built-in set.
+        column: of a table: a name of its header, or a number counting from 1; several, separated by commas, add up.
+            ``first+second`` are pairs, which the network takes as one input.
         labels: where class labels are, for a criterion that needs them: a column of the table (named like ``column``),
             or "folders" for images in one folder per class (see `evaluation.load_dataset`).
         samples: at most this many, drawn at random; 128 images, 1,024 texts or tensors when None.
@@ -84,7 +92,9 @@ def load_calibration(
     check_there(path, "calibration data")
     preprocessing = network.preprocessing
     if column is not None and not is_table(path):
-        raise UserError(f"--calibration-column {column}: only a CSV or TSV file given as --calibration has columns")
+        raise UserError(
+            f"--calibration-column {column}: only a table ({TABLE_KINDS}) given as --calibration has columns"
+        )
     if labels is not None:
         items, classes, preprocess, kind = _labelled(network, path, column, labels)
         calibration = _accepted(network, _calibration(items, preprocess, path, kind, samples, seed, classes))
@@ -106,6 +116,13 @@ def load_calibration(
     if isinstance(preprocessing, TextPreprocessing):
         texts = builtin_texts() if path is None else read_texts(path, column)
         check_texts(texts, preprocessing, path)
+        if network.logits is not None and isinstance(texts[0], str) and column is not None and "," in column:
+            logger.warning(
+                "--calibration-column %s: each column is a text of its own; a classifier of pairs takes them as one "
+                "input, which is written %s",
+                column,
+                column.replace(",", "+", 1),
+            )
         return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
     raise UserError(
         f"{network.source.name} is a network without preprocessing, which needs tensors: --calibration FILE.npz or "
@@ -132,12 +149,17 @@ def _labelled(
         return files, [numbers[f] for f in folders], reading(preprocessing), "image"
     if isinstance(preprocessing, TextPreprocessing) and path is not None and is_table(path):
         if column is None or "," in column:
-            raise UserError(f"--calibration-labels {labels}: name the one text column with --calibration-column")
-        rows, count = table_columns(path, [column, labels]), class_count(network)
-        try:
-            of_text = {t.strip(): class_number(network, c.strip(), count) for t, c in rows if t.strip()}
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(
+                f"--calibration-labels {labels}: name the one text column, or first+second, with --calibration-column"
+            )
+        table = read_table(path)
+        (group,) = table.split(column)
+        check_groups([group], f"--calibration-column {column}")
+        rows = [row for row in table.select([*group, labels]) if any(cell.strip() for cell in row[:-1])]
+        if not rows:
+            raise UserError(f"{path} holds no texts in {column}")
+        classes = class_numbers_of(network, [row[-1] for row in rows], path, table.names_of_classes(labels))
+        of_text = dict(zip(stripped(as_texts(rows, group)), classes, strict=True))
         check_texts(list(of_text), preprocessing, path)
         return list(of_text), list(of_text.values()), preprocessing, "text"
     raise UserError(f"--calibration-labels {labels}: only a table of texts and a folder of class folders have labels")
@@ -185,13 +207,18 @@ def _calibration(
     plenty = len(items) >= count + _HELD_OUT
     held = _HELD_OUT if plenty else max(1, len(items) // 8)
     used = order[: min(count, len(items) - held)]
-    parts, digest = _parts(items, used, kind, seed), hashlib.sha256()
+    others = order[len(used) : len(used) + held]
+    if isinstance(preprocess, TextPreprocessing):
+        tell_cut([items[i] for i in used + others], preprocess, "built-in samples" if path is None else str(path))
+    digest, parts = hashlib.sha256(), []
     batches: Shelf[dict[str, Tensor]] = Shelf()
-    for part in parts:
-        batches.append(preprocess([items[i] for i in part]))
-        _add(digest, batches[-1])
+    for whole in _parts(items, used, kind, seed):
+        for part, batch in _bounded(items, preprocess, whole, kind):
+            parts.append(part)
+            batches.append(batch)
+            _add(digest, batches[-1])
     held_out = [
-        preprocess([items[i] for i in part]) for part in _split(order[len(used) : len(used) + held], _BATCH_SIZE[kind])
+        batch for part in _split(others, _BATCH_SIZE[kind]) for _, batch in _bounded(items, preprocess, part, kind)
     ]
     labels = None if classes is None else tuple(torch.tensor([classes[i] for i in part]) for part in parts)
     for batch in (*held_out, *({"labels": each} for each in labels or ())):
@@ -208,12 +235,9 @@ def _calibration(
 
 
 def _accepted(network: Network, calibration: Calibration) -> Calibration:
-    """``calibration`` as it is; UserError when the network fails on the samples with the extremes of an input."""
-    for name, sign in ((n, sign) for n, t in network.inputs.items() if not t.is_floating_point() for sign in (1, -1)):
-        batches = chain(calibration.batches, calibration.held_out)
-        batch = max(batches, key=lambda b: int((sign * b[name]).max()))
-        row = int((sign * batch[name]).flatten(1).amax(1).argmax())
-        sample = {n: t[row : row + 1] for n, t in batch.items()}
+    """``calibration`` as it is; UserError when the network fails on the samples with the extremes of an input, or on
+    one of the longest."""
+    for name, sample in _extremes(network, calibration):
         try:
             with torch.no_grad():
                 network.forward(sample)
@@ -248,12 +272,38 @@ def _fitting(network: Network, calibration: Calibration) -> Calibration:
     return calibration
 
 
+def _extremes(network: Network, calibration: Calibration) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name of an input, and the sample that has its largest or smallest value, or the longest sequence."""
+    for name, sign in ((n, sign) for n, t in network.inputs.items() if not t.is_floating_point() for sign in (1, -1)):
+        batches = chain(calibration.batches, calibration.held_out)
+        batch = max(batches, key=lambda b: int((sign * b[name]).max()))
+        row = int((sign * batch[name]).flatten(1).amax(1).argmax())
+        yield name, {n: t[row : row + 1] for n, t in batch.items()}
+    for name in network.sequence_inputs[:1]:
+        batch = max(chain(calibration.batches, calibration.held_out), key=lambda b: b[name].shape[1])
+        row = 0 if network.token_mask is None else int(batch[network.token_mask].sum(1).argmax())
+        yield name, {n: t[row : row + 1] for n, t in batch.items()}
+
+
+def _bounded(
+    items: Sequence[Any], preprocess: Callable[[list[Any]], dict[str, Tensor]], part: list[int], kind: str
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """The batch of the items of ``part``, or several of them where long texts would make it large."""
+    batch = preprocess([items[i] for i in part])
+    if kind != "text" or len(part) == 1 or max(t.shape[:2].numel() for t in batch.values()) <= _MOST_TOKENS:
+        yield part, batch
+        return
+    middle = len(part) // 2
+    for half in (part[:middle], part[middle:]):
+        yield from _bounded(items, preprocess, half, kind)
+
+
 def _parts(items: Sequence[Any], used: list[int], kind: str, seed: int) -> list[list[int]]:
     """Indices batch by batch. Texts of like length share a batch, so that little is padding; batches come in random
     order, so that the first ones are as good a sample as any."""
     if kind != "text":
         return _split(used, _BATCH_SIZE[kind])
-    parts = _split(sorted(used, key=lambda i: len(items[i])), _BATCH_SIZE[kind])
+    parts = _split(sorted(used, key=lambda i: length(items[i])), _BATCH_SIZE[kind])
     order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
     return [parts[i] for i in order]
 

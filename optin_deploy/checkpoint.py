@@ -4,10 +4,11 @@ optin.json           format version, source, units kept per group and tokens per
                      shapes, versions
 model.safetensors    the sliced weights
 
-Networks of transformers have more of what `save_pretrained` writes beside weights, none of which is needed to load:
+Networks of transformers have more of what `save_pretrained` writes beside weights:
 
 config.json, generation_config.json     of the dense network; `AutoModel.from_pretrained` refuses the weights
 tokenizer*, preprocessor_config.json    what makes inputs out of texts and images
+modules.json, 1_Pooling/ …              of sentence-transformers: how sentence embeddings are made; these are read
 README.md                               a model card, which a run writes at its end
 """
 
@@ -29,6 +30,7 @@ from optin_deploy.intake.inputs import MOST_VALUES
 from optin_deploy.libraries import UNFIT, build, reason
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
+from optin_deploy.libraries.sentence_files import read_sentence_files, sentences_of
 from optin_deploy.libraries.transformers import read_tokenizer
 from optin_deploy.libraries.transformers_images import read_processor
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
@@ -36,6 +38,7 @@ from optin_deploy.network import Network, Source
 from optin_deploy.places import regular
 from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, ProcessorPreprocessing, TextPreprocessing
+from optin_deploy.sentences import Sentences
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.find_stack import token_stack
@@ -89,6 +92,8 @@ class _Text(_Strict):
     input_names: tuple[str, ...]
     max_length: Annotated[int, Field(ge=1)]
     decoder_start: int | None = None
+    prompt: str = ""
+    lower_case: bool = False
 
 
 class _Input(_Strict):
@@ -111,6 +116,7 @@ class _Description(_Strict):
     image: _Image | None = None
     processor: _Processor | None = None
     text: _Text | None = None
+    sentences: bool = False
     versions: dict[str, str]
 
     @field_validator("inputs")
@@ -171,9 +177,12 @@ def save(network: Network, plan: Plan, path: Path) -> None:
             input_names=preprocessing.input_names,
             max_length=preprocessing.max_length,
             decoder_start=preprocessing.decoder_start,
+            prompt=preprocessing.prompt,
+            lower_case=preprocessing.lower_case,
         )
         if isinstance(preprocessing, TextPreprocessing)
         else None,
+        sentences=network.sentences is not None and not network.sentences.is_default,
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")},
     )
     with whole_directory(path) as directory:
@@ -186,7 +195,8 @@ def save(network: Network, plan: Plan, path: Path) -> None:
             preprocessing.processor.save_pretrained(directory)
         if network.source.library == "transformers":
             transformers_models.write_configs(network.module, network.source, directory)
-        for name, content in network.origin.files.items():
+        for name, content in {**network.origin.files, **(network.sentences.files if network.sentences else {})}.items():
+            (directory / name).parent.mkdir(exist_ok=True, parents=True)
             (directory / name).write_bytes(content)
         (directory / JSON_NAME).write_text(description.model_dump_json(indent=1), encoding="utf-8")
 
@@ -209,6 +219,7 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
     inputs = _sample_inputs(description)
     # A tokenizer that preprocessing holds is written by itself.
     has_files = description.source.library == "transformers" and description.text is None
+    preprocessing = _preprocessing(description, path)
     return Network(
         module=small,
         inputs=inputs,
@@ -219,7 +230,8 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
         token_mask=description.token_mask,
         logits=description.logits,
         class_names=description.class_names,
-        preprocessing=_preprocessing(description, path),
+        preprocessing=preprocessing,
+        sentences=_sentences(path, preprocessing) if description.sentences else None,
         origin=read_origin(str(path), PROCESSOR_FILES + TOKENIZER_FILES if has_files else ()),
     )
 
@@ -311,7 +323,7 @@ def _preprocessing(description: _Description, path: Path) -> Preprocessing | Non
         return ProcessorPreprocessing(_processor(path), **description.processor.model_dump())
     if description.text:
         text = description.text
-        return TextPreprocessing(read_tokenizer(str(path)), text.input_names, text.max_length, text.decoder_start)
+        return TextPreprocessing(read_tokenizer(str(path)), **text.model_dump())
     return None
 
 
@@ -320,3 +332,13 @@ def _processor(path: Path) -> Any:
         return read_processor(str(path))
     except (OSError, *UNFIT) as error:
         raise UserError(f"the image processor in {path} cannot be read: {reason(error)}") from error
+
+
+def _sentences(path: Path, preprocessing: Preprocessing | None) -> Sentences:
+    """How the checkpoint at ``path`` makes sentence embeddings; UserError where what says so is gone."""
+    files = read_sentence_files(str(path))
+    if files is None or not files.embeds or not isinstance(preprocessing, TextPreprocessing):
+        raise UserError(
+            f"checkpoint {path} is damaged: modules.json, which says how sentences are embedded, is missing"
+        )
+    return sentences_of(files, preprocessing.tokenizer)

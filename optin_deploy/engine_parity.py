@@ -11,7 +11,7 @@ from exporters.engine import Range, Shape
 from optin_deploy.engines import Wanted, wanted_engines
 from optin_deploy.job import is_measurable
 from optin_deploy.near_ties import alternatives
-from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.network import Network
 from optin_deploy.recipe import Recipe
 from profilers import infer_file, lacking_device
 
@@ -52,7 +52,7 @@ def check_engine_parity(
     fitting = admitted(batches, check_engine(engine).inputs)
     feeds = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in fitting]
     outputs = infer_file(runtime, engine, feeds, threads)
-    module = TensorOutputs(network.module, network.outputs)
+    module = network.tensor_outputs()
     return compare_outputs(module, outputs, fitting, tuple(network.outputs), tolerance, alternatives(network))
 
 

@@ -26,10 +26,10 @@ from optin_deploy.engine_parity import check_engine_parity, is_checkable, unchec
 from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.errors import GateError
 from optin_deploy.files import whole_directory
-from optin_deploy.job import check_runtimes
+from optin_deploy.job import check_pooling, check_runtimes
 from optin_deploy.measuring import checked, parity_batches, parity_tolerance
 from optin_deploy.models import load_network
-from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.network import Network
 from optin_deploy.places import check_new
 from optin_deploy.progress import Stages
 from optin_deploy.recipe import Layout, Recipe, check_engine_options, check_layout
@@ -114,8 +114,12 @@ def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Calibration]:
             weights=recipe.weights,
             image_size=recipe.image_size,
             sequence_length=recipe.sequence_length,
+            max_text_length=recipe.max_text_length,
             seed=recipe.seed,
         )
+        if recipe.pooling_in_graph:
+            check_pooling(network)
+            network = network.with_pooling()
         samples = load_calibration(
             network,
             recipe.calibration,
@@ -162,7 +166,7 @@ def _triton(
 
 def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
-    module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
+    module = in_precision(network.tensor_outputs(), recipe.precision, recipe.opset)
     names, axes = tuple(network.outputs), network.dynamic_axes
     with stages.stage("export ONNX"):
         program = trace(module, network.inputs, axes)

@@ -26,6 +26,7 @@ from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
 from optin_deploy.scoring import Scoring
 from optin_deploy.search import check_budget
+from optin_deploy.sentences import tell_default
 from optin_deploy.sparsity import can_be_sparse
 from optin_deploy.structure.merging_blocks import MergingBlocks
 from profilers import (
@@ -61,6 +62,10 @@ class Job:
         """Where a latency budget holds."""
         return target_of(self.recipe)
 
+    def served(self, network: Network) -> Network:
+        """``network`` as it is exported and measured: with sentence embeddings for its output where asked for."""
+        return network.with_pooling() if self.recipe.pooling_in_graph else network
+
 
 def scoring_of(recipe: Recipe) -> Scoring:
     """How ``recipe`` has units scored."""
@@ -95,12 +100,15 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
             weights=recipe.weights,
             image_size=recipe.image_size,
             sequence_length=recipe.sequence_length,
+            max_text_length=recipe.max_text_length,
             seed=recipe.seed,
         )
         if checkpoint.is_checkpoint(recipe.model):
             earlier = checkpoint.read_plan(Path(recipe.model))
     if recipe.has_budget and any(isinstance(part, MergingBlocks) for part in network.module.modules()):
         raise UserError(f"--model {recipe.model}: its tokens merge already; prune the network that it was made of")
+    if recipe.pooling_in_graph:
+        check_pooling(network)
     anatomy = examine(network, narrow=recipe.narrows_heads and recipe.has_budget, tokens=recipe.tokens != "off")
     if anatomy.stack is not None and not isinstance(recipe.tokens, str):
         anatomy.stack.check(recipe.tokens)
@@ -114,6 +122,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     if calibration is not None:
         for batches in (calibration.batches, calibration.held_out):
             check_batches(network.module, network.inputs, batches)
+    given = calibration is not None
     calibration = calibration or load_calibration(
         network,
         recipe.calibration,
@@ -127,6 +136,12 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         check_gradients(network, anatomy.structure, scoring_of(recipe))
     _check_finite(network, calibration)
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
+    if dataset is not None and dataset.pairs and not given and not _has_pairs(recipe):
+        logger.warning(
+            "%s holds pairs of texts, the calibration texts are single ones: give pairs, with --calibration-column "
+            "first+second",
+            dataset.name,
+        )
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
     job = Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)
     _tell(job)
@@ -155,6 +170,19 @@ def _tell(job: Job) -> None:
         ", ".join(map(str, recipe.measured_batch_sizes)),
         recipe.threads or usable_cores().physical,
     )
+
+
+def _has_pairs(recipe: Recipe) -> bool:
+    """Whether calibration inputs are pairs of texts, or ready tensors."""
+    tensors = recipe.calibration is not None and recipe.calibration.suffix.lower() in (".npz", ".safetensors")
+    return tensors or "+" in (recipe.calibration_column or "")
+
+
+def check_pooling(network: Network) -> None:
+    """Raise UserError where there is nothing to pool to sentence embeddings; log where nothing says how."""
+    network.with_pooling()
+    if network.sentences is None:
+        tell_default(network.source.name)
 
 
 def check_runtimes(recipe: Recipe) -> None:

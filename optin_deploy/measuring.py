@@ -33,7 +33,7 @@ from optin_deploy.engines import build_engines, more_builds, wanted_engines
 from optin_deploy.files import tell_written
 from optin_deploy.job import Job, is_measurable
 from optin_deploy.near_ties import alternatives
-from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.network import Network
 from optin_deploy.parts import merging_places, narrow_widths, own_flops, places
 from optin_deploy.progress import Advance, Stages, as_steps
 from optin_deploy.recipe import Recipe
@@ -85,7 +85,7 @@ def _export_kept(network: Network, onnx: Path, program: Path, recipe: Recipe, ba
 
 def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
     """Write the program and, where it is not there, the ONNX file, in the recipe's precision, calibrated on batches."""
-    module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
+    module = in_precision(network.tensor_outputs(), recipe.precision, recipe.opset)
     traced = trace(module, network.inputs, network.dynamic_axes)
     save_program(traced, program)
     if onnx.is_file():
@@ -101,7 +101,7 @@ def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> 
     """How far the ONNX file is from the network in float32; its precision says how far it may be."""
     # TF32 is a way of GPUs to compute a file in float32: on a CPU the file has to be as exact as that is.
     tolerance = parity_tolerance(recipe) if recipe.precision != "tf32" else PARITY_TOLERANCES["fp32"]
-    module, names = TensorOutputs(network.module, network.outputs), tuple(network.outputs)
+    module, names = network.tensor_outputs(), tuple(network.outputs)
     batches = parity_batches(network, held_out, recipe.precision)
     with runnable_on_cpu(onnx, recipe.precision) as file:
         return check_parity(module, file, batches, names, tolerance, recipe.threads, alternatives(network))

@@ -16,8 +16,11 @@ from optin_deploy.libraries import UNFIT, initialised, ready, reason, timm_files
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import cached_if_unreachable, read_origin
+from optin_deploy.libraries.sentence_files import SentenceFiles, read_sentence_files, sentences_of
 from optin_deploy.network import Network, Origin, Source
 from optin_deploy.places import check_regular_inside, regular
+from optin_deploy.preprocessing import TextPreprocessing
+from optin_deploy.sentences import FEATURES
 
 DEFAULT_SEQUENCE_LENGTH = 128
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -31,6 +34,7 @@ def load_network(
     weights: str = "pretrained",
     image_size: int | None = None,
     sequence_length: int = DEFAULT_SEQUENCE_LENGTH,
+    max_text_length: int | None = None,
     seed: int = 0,
 ) -> Network:
     """The network that ``model`` names, on the CPU, in fp32 and eval mode.
@@ -40,7 +44,9 @@ def load_network(
             saved, or a checkpoint of our own.
         weights: "pretrained", "random", or a ``.safetensors`` file. A checkpoint of our own has its weights.
         image_size: pixels, for vision networks that can take other sizes than their own.
-        sequence_length: tokens in the sample input, at most as many as the network has positions for.
+        sequence_length: tokens in the sample input, at most as many as the network has positions for; a checkpoint of
+            our own keeps the length that it was pruned at.
+        max_text_length: tokens that texts for calibration and evaluation are cut to; what the model takes when None.
         seed: of random weights.
 
     Raises:
@@ -51,8 +57,7 @@ def load_network(
     if checkpoint.is_checkpoint(model):
         if weights != "pretrained" or image_size is not None:
             raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
-        network = checkpoint.load_network(Path(model))
-        return _checked(network)
+        return _checked(_with_text_length(checkpoint.load_network(Path(model)), max_text_length))
     timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
     saved = timm_files.saved(Path(model))
     if timm_name:
@@ -60,13 +65,35 @@ def load_network(
     elif saved:
         network = _saved_timm_network(model, saved, weights, image_size, seed)
     else:
-        network = _transformers_network(model, weights, image_size, sequence_length, seed)
+        network = _transformers_network(model, weights, image_size, sequence_length, max_text_length, seed)
+    _check_has_texts(network, max_text_length)
     return _checked(network)
 
 
 def _checked(network: Network) -> Network:
     check_weights(network)
     return network.checked()
+
+
+def _with_text_length(network: Network, max_text_length: int | None) -> Network:
+    """The network of a checkpoint, its texts cut to that length."""
+    _check_has_texts(network, max_text_length)
+    preprocessing = network.preprocessing
+    if max_text_length is None or not isinstance(preprocessing, TextPreprocessing):
+        return network
+    limit = transformers_models.text_limit(network.module, preprocessing.tokenizer)
+    # Files of sentence-transformers say less than that, or more.
+    limit = preprocessing.max_length if network.sentences else max(limit or max_text_length, preprocessing.max_length)
+    if max_text_length > limit:
+        raise UserError(
+            f"--max-text-length {max_text_length}: {network.source.name} takes texts of {limit} tokens at most"
+        )
+    return replace(network, preprocessing=replace(preprocessing, max_length=max_text_length))
+
+
+def _check_has_texts(network: Network, max_text_length: int | None) -> None:
+    if max_text_length is not None and not isinstance(network.preprocessing, TextPreprocessing):
+        raise UserError(f"--max-text-length {max_text_length}: {network.source.name} takes no texts")
 
 
 def check_weights(network: Network) -> None:
@@ -112,14 +139,26 @@ def _check_size_is_own(model: str, image_size: int | None) -> None:
         )
 
 
-def _transformers_network(model: str, weights: str, image_size: int | None, sequence_length: int, seed: int) -> Network:
-    config = _transformers_config(model)
+def _transformers_network(
+    model: str,
+    weights: str,
+    image_size: int | None,
+    sequence_length: int,
+    max_text_length: int | None,
+    seed: int,
+) -> Network:
+    sentences = read_sentence_files(model) if Path(model).is_dir() else None
+    encoder = _encoder_directory(model, sentences)
+    config = _transformers_config(encoder)
     _check_size_is_own(model, image_size)
     with cached_if_unreachable(model):
-        source = transformers_models.source_of(config)
+        if not Path(model).is_dir():
+            sentences = read_sentence_files(model)
+            _encoder_directory(model, sentences)
+        source = transformers_models.source_of(config, sentences.task if sentences else None)
         try:
             if weights == "pretrained":
-                module = transformers_models.load_pretrained(model, source)
+                module = transformers_models.load_pretrained(encoder, source)
             else:
                 module = _initialised(source, weights, seed)
         except OSError as error:
@@ -127,7 +166,7 @@ def _transformers_network(model: str, weights: str, image_size: int | None, sequ
         except UNFIT as error:
             raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
         try:
-            preprocessing = transformers_models.read_preprocessing(model, module, sequence_length)
+            preprocessing = transformers_models.read_preprocessing(encoder, module, max_text_length, sentences)
         except (OSError, *UNFIT) as error:
             raise UserError(f"the preprocessing of {model} cannot be used: {reason(error)}") from error
         origin = read_origin(model, transformers_models.companions(module))
@@ -135,9 +174,41 @@ def _transformers_network(model: str, weights: str, image_size: int | None, sequ
         origin = Origin(files=origin.files)
     try:
         network = transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
-        return replace(network, origin=origin)
+        network = replace(network, origin=origin)
+        return with_sentences(network, sentences) if sentences and sentences.embeds else network
     except UNFIT as error:
         raise UserError(f"{model} does not take what its own preprocessing gives: {reason(error)}") from error
+
+
+def _encoder_directory(model: str, sentences: SentenceFiles | None) -> str:
+    """Where the encoder of a model is: files of sentence-transformers may name a folder for it."""
+    if sentences is None or not sentences.folder:
+        return model
+    encoder = Path(model, sentences.folder)
+    if not encoder.is_dir():
+        if not Path(model).is_dir():
+            raise UserError(
+                f"{model} keeps its encoder in the folder {sentences.folder}: download it, give its directory"
+            )
+        raise UserError(f"{encoder} does not exist, though modules.json names it: it is to hold the encoder")
+    check_regular_inside(encoder)
+    return str(encoder)
+
+
+def with_sentences(network: Network, files: SentenceFiles) -> Network:
+    """``network`` with the sentence embeddings that its files say it makes; UserError where it cannot."""
+    if not isinstance(network.preprocessing, TextPreprocessing) or FEATURES not in network.outputs:
+        raise UserError(
+            f"modules.json makes sentence embeddings of texts, {network.source.name} takes "
+            f"{', '.join(network.inputs)} and gives {', '.join(network.outputs)}: no {FEATURES} of tokens"
+        )
+    sentences = sentences_of(files, network.preprocessing.tokenizer)
+    try:
+        with torch.inference_mode():
+            replace(network, sentences=sentences).with_pooling().forward(network.inputs)
+    except RuntimeError as error:
+        raise UserError(f"modules.json does not fit {network.source.name}: {reason(error)}") from error
+    return replace(network, sentences=sentences)
 
 
 def _transformers_config(model: str) -> object:

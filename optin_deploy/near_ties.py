@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from exporters import Alternatives
 from optin_deploy.copies import copied, sharing
-from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.network import Network
 from optin_deploy.structure.merging_blocks import MergingBlocks
 
 # Powers of ten, relative to the length of what is compared. In float32, errors deep in a network are some 1e-6: with
@@ -44,7 +44,7 @@ def alternatives(network: Network) -> Alternatives | None:
     merging = [name for name, part in network.module.named_modules() if isinstance(part, MergingBlocks)]
     if not merging:
         return None
-    nudged = TensorOutputs(_with_noise(network.module, merging), network.outputs)
+    nudged = network.tensor_outputs(_with_noise(network.module, merging))
 
     def found(sample: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return nudged(**{name: t.expand(_CANDIDATES, *t.shape[1:]) for name, t in sample.items()})

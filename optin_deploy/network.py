@@ -1,5 +1,6 @@
 """A network as the product sees it: a module, what goes in, what comes out, and how to build it again."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.intake import check_network, take_in
 from optin_deploy.outputs import named_outputs as named_outputs
+from optin_deploy.sentences import EMBEDDING, FEATURES, SentenceHead, Sentences
 from optin_deploy.task_head import HeadKind
 
 Library = Literal["timm", "transformers", "custom"]
@@ -59,6 +61,7 @@ class Network:
         preprocessing: what makes inputs out of images or texts (see ``calibration``).
         origin: see `Origin`.
         notes: what was put right or left out when the network was taken in, a sentence each.
+        sentences: how sentence embeddings are made of the network's token features, where its files say so.
     """
 
     module: nn.Module
@@ -74,6 +77,7 @@ class Network:
     preprocessing: Any = None
     origin: Origin = field(default_factory=Origin)
     notes: tuple[str, ...] = ()
+    sentences: Sentences | None = None
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.module.parameters())
@@ -94,7 +98,41 @@ class Network:
 
     def forward(self, batch: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Tensor]:
         """Outputs by name for a batch of inputs, of this network or of another ``module`` in its place."""
-        return dict(zip(self.outputs, _of_keys((module or self.module)(**batch), self.outputs.values()), strict=True))
+        output = (module or self.module)(**batch)
+        if not self.pools:
+            return dict(zip(self.outputs, _of_keys(output, self.outputs.values()), strict=True))
+        assert self.sentences is not None
+        given = named_outputs(output)
+        if EMBEDDING not in given:
+            features = given[FEATURES]
+            head = copy.deepcopy(self.sentences.head).to(features.device)
+            given[EMBEDDING] = head(features, batch[self.token_mask] if self.token_mask else None)
+        return {name: given[key] for name, key in self.outputs.items()}
+
+    @property
+    def pools(self) -> bool:
+        """Whether the output is sentence embeddings, pooled behind the module."""
+        return self.sentences is not None and EMBEDDING in self.outputs
+
+    def with_pooling(self) -> "Network":
+        """The same network with sentence embeddings for its output; token features that nothing is said of are pooled
+        to their mean.
+
+        Raises:
+            UserError: it gives no token features.
+        """
+        if FEATURES not in self.outputs:
+            raise UserError(
+                f"{self.source.name} gives {', '.join(self.outputs)}, no token features ({FEATURES}): there is nothing "
+                "to pool to sentence embeddings"
+            )
+        sentences = self.sentences or Sentences()
+        return replace(self, outputs={EMBEDDING: EMBEDDING}, sentences=sentences)
+
+    def tensor_outputs(self, module: nn.Module | None = None) -> "TensorOutputs":
+        """The network as exporters want it, or another ``module`` in its place."""
+        head = self.sentences.head if self.sentences is not None and self.pools else None
+        return TensorOutputs(module or self.module, self.outputs, head, self.token_mask)
 
     def valid_tokens(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Bool ``(batch, tokens)``, False at padding; None where every token counts."""
@@ -110,15 +148,31 @@ class Network:
 
 
 class TensorOutputs(nn.Module):
-    """A module that gives a tuple of tensors, as exporters want it, around one that gives anything."""
+    """A module that gives a tuple of tensors, as exporters want it, around one that gives anything.
 
-    def __init__(self, module: nn.Module, outputs: Mapping[str, str]) -> None:
+    With a ``head``, sentence embeddings are one of the outputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        outputs: Mapping[str, str],
+        head: SentenceHead | None = None,
+        token_mask: str | None = None,
+    ) -> None:
         super().__init__()
         self.module = module
         self.keys = tuple(outputs.values())
+        self.head = copy.deepcopy(head)
+        self.token_mask = token_mask
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        return _of_keys(self.module(**inputs), self.keys)
+        output = self.module(**inputs)
+        if self.head is None:
+            return _of_keys(output, self.keys)
+        given = named_outputs(output)
+        given[EMBEDDING] = self.head(given[FEATURES], inputs[self.token_mask] if self.token_mask else None)
+        return tuple(given[key] for key in self.keys)
 
 
 def _of_keys(output: Any, keys: Iterable[str]) -> tuple[Tensor, ...]:

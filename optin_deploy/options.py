@@ -62,21 +62,26 @@ RUN_OPTIONS: dict[str, Any] = {
     "sequence_length": Annotated[
         int | None, option("tokens at which FLOPs are counted and speed is measured [128]", MODEL)
     ],
+    "max_text_length": Annotated[
+        int | None,
+        option("tokens that texts for calibration and evaluation are cut to [what the model takes]", DATA),
+    ],
     "calibration": Annotated[
         Path | None,
-        option("unlabelled samples: image folder, text file, CSV/TSV, .npz or .safetensors [built-in samples]", DATA),
+        option("unlabelled samples: image folder, text file, table, .npz or .safetensors [built-in samples]", DATA),
     ],
     "calibration_column": Annotated[
-        str | None, option("text columns of a CSV/TSV, by name or number, comma-separated", DATA)
+        str | None,
+        option("text columns of a table, by name or number, comma-separated; first+second are pairs, one input", DATA),
     ],
     "calibration_labels": Annotated[
         str | None,
-        option("labels, for --criterion fisher: a column of a CSV/TSV, or `folders` for class folders", DATA),
+        option("labels, for --criterion fisher: a column of a table, or `folders` for class folders", DATA),
     ],
     "calibration_samples": Annotated[int | None, option("how many samples to draw [128 images, 1024 texts]", DATA)],
     "evaluate": Annotated[
         Path | None,
-        option("labelled data: folder of class folders, or a CSV/TSV of text,label or first,second,score", DATA),
+        option("labelled data: folder of class folders, or a table of text,label or first,second,label", DATA),
     ],
     "evaluate_columns": Annotated[str | None, option("these columns, by name or number, comma-separated", DATA)],
     "criterion": Annotated[
@@ -129,6 +134,15 @@ RUN_OPTIONS: dict[str, Any] = {
     "ridge": Annotated[
         str | None, option("strength of the ridge in that refit; auto chooses it on held-out batches [auto]", PRUNE)
     ],
+    "pooling_in_graph": Annotated[
+        bool | None,
+        typer.Option(
+            "--pooling-in-graph",
+            help="export sentence embeddings, pooled as evaluated, in place of token features",
+            rich_help_panel=EXPORT,
+            show_default=False,
+        ),
+    ],
     "opset": Annotated[int | None, option("ONNX opset [20]", EXPORT)],
     "precision": Annotated[
         str | None, option("of what is exported and measured: fp32, tf32, fp16, bf16, int8 or fp8 [fp32]", EXPORT)
@@ -166,8 +180,10 @@ EXPORT_OPTIONS = (
     "weights",
     "image_size",
     "sequence_length",
+    "max_text_length",
     "calibration",
     "calibration_column",
+    "pooling_in_graph",
     "opset",
     "precision",
     "parity_tolerance",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy import checkpoint, rundir
-from optin_deploy.agreement import agreement
+from optin_deploy.agreement import Agreement, agreement
 from optin_deploy.assembly import VARIANTS, again, assemble
 from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
@@ -181,7 +181,8 @@ def _on_own_device(job: Job, ranks: Ranks) -> Job:
 def _finished(job: Job, directory: Path, plan: Plan, small: Network, stages: Stages, command: str) -> Result:
     """Export, measure and report."""
     results = _compared(job, small, directory, stages)
-    results |= export_and_measure(job, small, directory, stages)
+    served = replace(job, network=job.served(job.network))
+    results |= export_and_measure(served, job.served(small), directory, stages)
     results["latency_budget"] = read_latency(directory) if job.recipe.has_latency else None
     report = assemble(job, plan, small, results, directory, stages.seconds, command)
     write_report(report, directory)
@@ -372,12 +373,19 @@ def _read_plan(directory: Path) -> Plan:
         raise UserError(f"{path} is damaged: remove it and {directory / 'checkpoint'}, to prune again") from error
 
 
+def _agreement(job: Job, small: Network) -> list[Agreement]:
+    """Agreement of every output and, where the model says how they are made, of the sentence embeddings."""
+    network, held_out = job.network, job.calibration.held_out
+    found = [*agreement(network, small.module, held_out)]
+    return found if network.sentences is None else [*found, *agreement(network.with_pooling(), small.module, held_out)]
+
+
 def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:
     """Agreement on held-out inputs, and the labelled set where one is given."""
     with stages.stage("compare outputs"):
         agreed = rundir.kept_json(
             directory / "agreement.json",
-            lambda: [asdict(a) for a in agreement(job.network, small.module, job.calibration.held_out)],
+            lambda: [asdict(a) for a in _agreement(job, small)],
         )
         drawn = rundir.kept_json(
             directory / "pictures.json",

@@ -16,6 +16,8 @@ from optin_deploy.errors import UserError
 # As many as Pillow opens without a warning.
 MOST_PIXELS = 89_478_485
 _EDGES = ("shortest_edge", "longest_edge")
+# Special tokens around a text or a pair.
+_MOST_ADDED = 8
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,10 @@ def different_shapes(one: Sequence[int], other: Sequence[int], which: str) -> st
     )
 
 
+Text = str | tuple[str, str]
+"""One input of a text network: a text, or a pair of texts that it takes as one sequence."""
+
+
 @dataclass(frozen=True)
 class TextPreprocessing:
     """A transformers tokenizer.
@@ -189,27 +195,42 @@ class TextPreprocessing:
     Attributes:
         tokenizer: a ``PreTrainedTokenizerBase``.
         input_names: which of the tokenizer's tensors the network takes.
-        max_length: longer texts are cut to this many tokens.
+        max_length: longer texts are cut to this many tokens; of a pair, the longer text is cut first.
         decoder_start: for encoder-decoders the token that the decoder's input begins with; the text follows, as in
             training on repeating it.
+        prompt: put in front of every text.
+        lower_case: texts are lower-cased first.
     """
 
     tokenizer: Any
     input_names: tuple[str, ...]
     max_length: int
     decoder_start: int | None = None
+    prompt: str = ""
+    lower_case: bool = False
 
-    def without_tokens(self, texts: Sequence[str]) -> list[str]:
+    def without_tokens(self, texts: Sequence[Text]) -> list[Text]:
         """Those of ``texts`` that the tokenizer makes nothing of; none where it adds special tokens."""
         if self.tokenizer("")["input_ids"]:
             return []
-        found = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        found = self.tokenizer(*self._columns(texts), truncation=True, max_length=self.max_length)["input_ids"]
         return [text for text, ids in zip(texts, found, strict=True) if not ids]
 
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token tensors ``(texts, longest text)`` by input name, padded."""
+    def cut(self, texts: Sequence[Text]) -> int:
+        """How many of ``texts`` are longer than ``max_length`` tokens."""
+        # No tokenizer makes many more tokens than there are bytes: what is shorter need not be counted.
+        long = [
+            t for t in texts if len("".join(t).encode()) + len(self.prompt.encode()) + _MOST_ADDED > self.max_length
+        ]
+        if not long:
+            return 0
+        found = self.tokenizer(*self._columns(long), truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self.max_length for ids in found)
+
+    def __call__(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        """Token tensors ``(texts, longest text)`` by input name, padded. All are texts, or all pairs."""
         encoded = self.tokenizer(
-            list(texts),
+            *self._columns(texts),
             padding=True,
             # Masks of decoders, and positions counted from the start, are for padding behind the text.
             padding_side="right",
@@ -223,6 +244,13 @@ class TextPreprocessing:
             start = torch.full_like(ids[:, :1], self.decoder_start)
             batch["decoder_input_ids"] = torch.cat([start, ids[:, :-1]], dim=1)
         return batch
+
+    def _columns(self, texts: Sequence[Text]) -> list[list[str]]:
+        """What the tokenizer takes: the texts, or the first and the second texts of pairs."""
+        pairs = [text if isinstance(text, tuple) else (text,) for text in texts]
+        columns = [list(column) for column in zip(*pairs, strict=True)]
+        columns[0] = [self.prompt + text for text in columns[0]]
+        return [[text.lower() for text in column] for column in columns] if self.lower_case else columns
 
 
 PicturePreprocessing = ImagePreprocessing | ProcessorPreprocessing

@@ -70,6 +70,7 @@ class Recipe(BaseModel):
     weights: str = "pretrained"
     image_size: Annotated[int | None, Field(ge=1, le=_MOST_PIXELS)] = None
     sequence_length: Annotated[int, Field(ge=4, le=_MOST_UNITS)] = 128
+    max_text_length: Annotated[int | None, Field(ge=4, le=_MOST_UNITS)] = None
 
     calibration: Path | None = None
     calibration_column: _Columns = None
@@ -95,6 +96,7 @@ class Recipe(BaseModel):
     compensate: bool = True
     ridge: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] = "auto"
 
+    pooling_in_graph: bool = False
     opset: Annotated[int, Field(ge=18, le=23)] = 20
     precision: Precision = "fp32"
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None

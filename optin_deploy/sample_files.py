@@ -1,7 +1,6 @@
-"""Samples in files, read and checked: tables, texts, tensors."""
+"""Samples in files, read and checked: tensors."""
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,93 +11,10 @@ from torch import Tensor
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.places import regular
-from optin_deploy.preprocessing import TextPreprocessing
 
 # What tensors are made of that the network's own type can be made of: no 8-bit floats, no complex numbers.
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_INTEGERS, torch.bool)
-
-
-def check_texts(texts: Sequence[str], preprocessing: TextPreprocessing, path: Path | None) -> None:
-    """Raise UserError for a text without tokens: no network takes a sequence of length 0."""
-    bare = preprocessing.without_tokens(texts)
-    if bare:
-        raise UserError(
-            f"{path}: {len(bare)} of {len(texts)} texts give no tokens, the first of them {bare[0][:40]!r}: remove them"
-        )
-
-
-def is_table(path: Path | None) -> bool:
-    """Whether a file's name is one of a CSV or TSV file."""
-    return path is not None and path.suffix.lower() in (".csv", ".tsv")
-
-
-def read_table(path: Path) -> list[list[str]]:
-    """Rows of a CSV or TSV file, empty ones left out; UserError when it cannot be read or is empty."""
-    try:
-        with regular(path).open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".tsv":
-                rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-            else:
-                # Not strict, a quote that is never closed would swallow all lines behind it.
-                rows = list(csv.reader(file, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as a table in UTF-8: {error}") from error
-    rows = [row for row in rows if any(cell.strip() for cell in row)]
-    if not rows:
-        raise UserError(f"{path} holds no rows")
-    return rows
-
-
-def table_columns(path: Path, columns: Sequence[str]) -> list[list[str]]:
-    """The named columns of a CSV or TSV file, row by row.
-
-    A column is a name of the header line; numbers count from 1 and mean that there is no header line.
-    """
-    rows, columns = read_table(path), [c.strip() for c in columns]
-    if all(c.isdecimal() for c in columns):
-        indices = [int(c) - 1 for c in columns]
-        width = min(len(row) for row in rows)
-        wrong = [c for c, i in zip(columns, indices, strict=True) if not 0 <= i < width]
-        if wrong:
-            raise UserError(f"{path} has no column {wrong[0]}: its rows have {width} columns, counted from 1")
-        return [[row[i] for i in indices] for row in rows]
-    header, body = [name.strip() for name in rows[0]], rows[1:]
-    for name in columns:
-        if name not in header:
-            raise UserError(
-                f"{path} has no column {name!r} in its header ({', '.join(header)[:120]}); name one of these, or give "
-                "column numbers from 1 if there is no header line"
-            )
-    if not body:
-        raise UserError(f"{path} holds a header and no rows")
-    indices = [header.index(name) for name in columns]
-    short = next((i for i, row in enumerate(body, 2) if len(row) <= max(indices)), None)
-    if short:
-        raise UserError(f"{path}, row {short}: too few columns for {', '.join(columns)}")
-    return [[row[i] for i in indices] for row in body]
-
-
-def read_texts(path: Path, column: str | None) -> list[str]:
-    """Distinct texts of a text file (one a line) or of columns of a CSV or TSV file, in order."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: a text network calibrates on a text file, CSV, TSV, .npz or .safetensors")
-    if is_table(path):
-        if column is None:
-            raise UserError(
-                f"{path} is a table: name its text column with --calibration-column (a number if it has no header)"
-            )
-        texts = [cell for row in table_columns(path, column.split(",")) for cell in row]
-    else:
-        try:
-            # Not splitlines, which takes form feeds and the like for ends of lines.
-            texts = regular(path).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as text in UTF-8: {error}") from error
-    texts = [text for text in dict.fromkeys(text.strip() for text in texts) if text]
-    if not texts:
-        raise UserError(f"{path} holds no texts")
-    return texts
 
 
 def read_tensors(network: Network, path: Path) -> dict[str, Tensor]:

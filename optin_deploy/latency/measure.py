@@ -29,7 +29,7 @@ from exporters.engine import builder_version
 from optin_deploy.engines import timing_cache
 from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.latency.stacks import BlockType, block_types, part_name, stack
-from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
 from profilers import GPU_RUNTIMES, RUNTIMES, Case, environment, loads_for, measure_each, measure_files
 from profilers.statistics import paired_ratio
@@ -119,7 +119,7 @@ def export(
 
 def export_network(network: Network, module: nn.Module, target: Target, stem: Path) -> Path:
     """`export` of ``module`` in the place of the network's."""
-    return export(TensorOutputs(module, network.outputs), network.inputs, network.dynamic_axes, target, stem)
+    return export(network.tensor_outputs(module), network.inputs, network.dynamic_axes, target, stem)
 
 
 def measure_network(network: Network, structure: Structure, target: Target, progress: Progress) -> Measured:

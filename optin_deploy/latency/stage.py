@@ -29,7 +29,7 @@ def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None
     if not recipe.needs_table or (directory / "checkpoint").exists():
         return None
     with stages.stage("latency tables") as advance:
-        measured = measure_network(job.network, job.anatomy.structure, job.target, as_steps(advance))
+        measured = measure_network(job.served(job.network), job.anatomy.structure, job.target, as_steps(advance))
     if recipe.has_latency:
         check_latency(job.anatomy.structure, recipe, measured)
     return measured
@@ -71,6 +71,7 @@ def plan_for_latency(
     if anatomy.stack is not None and schedule:
         costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs)
         tokens = costs.at(schedule)
+    dense = job.served(dense)
     on_cpu = dense if job.device.type == "cpu" else dense.with_module(copied(dense.module).cpu())
     with stages.stage("meet the latency") as advance:
         met = meet(

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.modelcard import TASK_MAPPING
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import transformers_inputs as inputs_of
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
+from optin_deploy.libraries.sentence_files import SentenceFiles
 from optin_deploy.libraries.transformers_images import read_image_preprocessing
 from optin_deploy.network import Network, Source
 from optin_deploy.preprocessing import Preprocessing, TextPreprocessing
@@ -22,6 +24,10 @@ from optin_deploy.structure.intake import prunable_form
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
 
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEXT_LENGTH = 512
+"""Tokens that texts are cut to for models that have no limit."""
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 # transformers takes "transformers_weights" for the name of the weights' file, and ends with an error that tells the
 # value where it cannot be one. It would else give layers that a pruned network does not have random weights.
@@ -47,8 +53,14 @@ def _check_code(config: Mapping[str, Any]) -> None:
             raise UserError(f"{key} {value!r} is code to be fetched, which is never run: remove it from config.json")
 
 
-def source_of(config: Any) -> Source:
-    """The class that the configuration names (the plain encoder if none) and the configuration itself."""
+def source_of(config: Any, task: str | None = None) -> Source:
+    """The class that the configuration names (the plain encoder if none) and the configuration itself.
+
+    Args:
+        task: "feature-extraction" for the plain encoder, whatever class is named, as sentence-transformers loads it.
+    """
+    if task == "feature-extraction":
+        return Source("transformers", _encoder_class(config), config.to_dict())
     architectures = config.architectures or [""]
     if not isinstance(architectures, list | tuple) or not isinstance(architectures[0], str):
         raise UserError(
@@ -56,10 +68,22 @@ def source_of(config: Any) -> Source:
         )
     class_name = architectures[0]
     if not _is_model_class(class_name):
-        if type(config) not in transformers.AutoModel._model_mapping:
-            raise UserError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
-        class_name = transformers.AutoModel._model_mapping[type(config)].__name__
+        class_name = _plain_class(config)
     return Source("transformers", class_name, config.to_dict())
+
+
+def _plain_class(config: Any) -> str:
+    if type(config) not in transformers.AutoModel._model_mapping:
+        raise UserError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
+    found = transformers.AutoModel._model_mapping[type(config)]
+    return str((found[0] if isinstance(found, tuple | list) else found).__name__)
+
+
+def _encoder_class(config: Any) -> str:
+    """The plain encoder; of T5 and its kin, the encoder without the decoder."""
+    plain = _plain_class(config)
+    alone = plain.removesuffix("Model") + "EncoderModel"
+    return alone if config.model_type in ("t5", "mt5", "umt5", "longt5") and _is_model_class(alone) else plain
 
 
 def _is_model_class(name: str) -> bool:
@@ -212,8 +236,14 @@ def network_of(
     )
 
 
-def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing | None:
+def read_preprocessing(
+    name: str, module: nn.Module, max_text_length: int | None = None, sentences: SentenceFiles | None = None
+) -> Preprocessing | None:
     """The tokenizer or image processor beside the weights; UserError when there is no tokenizer.
+
+    Args:
+        max_text_length: tokens that texts are cut to; what the model takes when None.
+        sentences: files of sentence-transformers, which may have a length, a prompt and lower-casing of their own.
 
     None for networks that take sounds, pictures of other channels than the processor makes, or pictures and texts
     together: they are calibrated on ready tensors.
@@ -232,8 +262,7 @@ def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preproc
     if tokenizer.pad_token is None:
         # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    arguments = inspect.signature(module.forward).parameters
-    return text_preprocessing(tokenizer, arguments, module.config, max_length, inputs_of.decoder_start(module))
+    return text_preprocessing(tokenizer, module, name, max_text_length, sentences)
 
 
 def read_tokenizer(name: str) -> Any:
@@ -250,11 +279,44 @@ def read_tokenizer(name: str) -> Any:
 
 
 def text_preprocessing(
-    tokenizer: Any, arguments: Mapping[str, Any], config: Any, max_length: int, decoder_start: int | None = None
+    tokenizer: Any,
+    module: nn.Module,
+    name: str,
+    max_text_length: int | None = None,
+    sentences: SentenceFiles | None = None,
 ) -> TextPreprocessing:
-    """Texts are cut to ``max_length`` tokens, or to what the network has positions for."""
-    positions = getattr(config, "max_position_embeddings", max_length)
-    offset = getattr(config, "pad_token_id", 0) + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-    names = tuple(n for n in tokenizer.model_input_names if n in arguments)
-    length = min(max_length, positions - offset, tokenizer.model_max_length)
-    return TextPreprocessing(tokenizer, names, length, decoder_start)
+    """Texts are cut to what the model takes, or to less where ``max_text_length`` says so."""
+    arguments = inspect.signature(module.forward).parameters
+    return TextPreprocessing(
+        tokenizer,
+        tuple(n for n in tokenizer.model_input_names if n in arguments),
+        _text_length(name, text_limit(module, tokenizer, sentences.max_length if sentences else None), max_text_length),
+        inputs_of.decoder_start(module),
+        sentences.prompt if sentences else "",
+        lower_case=sentences is not None and sentences.lower_case,
+    )
+
+
+def text_limit(module: nn.Module, tokenizer: Any, max_seq_length: int | None = None) -> int | None:
+    """Tokens that a text is cut to by the model's own files; None where they have no limit.
+
+    ``max_seq_length``, of sentence-transformers, takes the place of the tokenizer's.
+    """
+    positions = inputs_of.most_positions(module)
+    own = max_seq_length or inputs_of.tokenizer_limit(tokenizer)
+    return min((limit for limit in (positions, own) if limit is not None), default=None)
+
+
+def _text_length(name: str, limit: int | None, wanted: int | None) -> int:
+    if wanted is None:
+        if limit is None:
+            logger.warning(
+                "%s has no longest text: neither its tokenizer nor its positions end. Texts are cut to %d tokens; "
+                "--max-text-length takes others",
+                name,
+                DEFAULT_TEXT_LENGTH,
+            )
+        return limit or DEFAULT_TEXT_LENGTH
+    if limit is not None and wanted > limit:
+        raise UserError(f"--max-text-length {wanted}: {name} takes texts of {limit} tokens at most")
+    return wanted

@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ TEXT_INPUT = "input_ids"
 MASK_INPUT = "attention_mask"
 DECODER_INPUT = "decoder_input_ids"
 logger = logging.getLogger(__name__)
-_SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while " * 64
+_SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while "
+# More tokens than any network takes.
+_MOST_POSITIONS = 1 << 24
 _SAMPLES = 2
 _INNER_STATES = ("hidden_state", "hidden_states", "pooler_output")
 _PLAIN_OUTPUTS = ("last_hidden_state", "pooler_output")
@@ -59,8 +62,10 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
     """
     generator = torch.Generator().manual_seed(0)
     if isinstance(preprocessing, TextPreprocessing):
-        inputs = preprocessing([_SAMPLE_TEXT] * _SAMPLES)
-        return {name: tensor[:, :sequence_length] for name, tensor in inputs.items()}
+        limits = (most_positions(module), tokenizer_limit(preprocessing.tokenizer))
+        length = min([sequence_length, *(limit for limit in limits if limit is not None)])
+        text = _SAMPLE_TEXT * max(64, length // len(_SAMPLE_TEXT.split()) + 1)
+        return replace(preprocessing, max_length=length)([text] * _SAMPLES)
     if isinstance(preprocessing, PicturePreprocessing):
         size: tuple[int, ...] = (preprocessing.channels, *preprocessing.size)
         return {IMAGE_INPUT: torch.randn(_SAMPLES, *size, generator=generator)}
@@ -81,6 +86,28 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
     if takes_decoder_ids(module):
         inputs[DECODER_INPUT] = _token_ids(module, sequence_length, generator)
     return inputs
+
+
+def most_positions(module: nn.Module) -> int | None:
+    """How many tokens the network has positions for; None where any number has."""
+    config: Any = module.config
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    # XLNet has -1 for none.
+    return positions - _first_position(module) if isinstance(positions, int) and positions > 0 else None
+
+
+def tokenizer_limit(tokenizer: Any) -> int | None:
+    """How many tokens a tokenizer cuts texts to; None where it does not, which it says by a huge number."""
+    return int(tokenizer.model_max_length) if tokenizer.model_max_length <= _MOST_POSITIONS else None
+
+
+def _first_position(module: nn.Module) -> int:
+    """The position of the first token: RoBERTa and its kin count from behind that of padding."""
+    for name, table in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+            return 0 if table.padding_idx is None else table.padding_idx + 1
+    return 0
 
 
 def image_size(config: Any) -> tuple[int, int, int]:

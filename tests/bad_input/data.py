@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import save_images, save_lines, texts
+from tiny_models import save_bert, save_images, save_lines, texts
 
 from bad_input.common import LONG, Marking, Material, Row, endless, pipe, pruning, pruning_text
 
@@ -147,6 +147,17 @@ def _scored(content: str | bytes, *more: str) -> Callable[[Material], Sequence[s
         material.copy("bert")
         Path("dev.tsv").write_bytes(content.encode() if isinstance(content, str) else content)
         return pruning_text("--evaluate", "dev.tsv", *more)
+
+    return make
+
+
+def _scored_pairs(content: str) -> Callable[[Material], Sequence[str]]:
+    """Evaluation of an encoder on pairs of sentences."""
+
+    def make(_: Material) -> Sequence[str]:
+        save_bert(Path("bert"), head=False)
+        Path("dev.tsv").write_text(content, encoding="utf-8")
+        return pruning_text("--evaluate", "dev.tsv")
 
     return make
 
@@ -384,11 +395,60 @@ ROWS = (
         _without_special_tokens(_scored("\t0\n" * 70 + "w1 w2\t1\n")),
         r"dev\.tsv: 70 of 71 texts give no tokens, the first of them ''",
     ),
+    Row(
+        "labels-without-texts",
+        _text("t.csv", "text,label\n,1\n ,0\n", "--calibration-column", "text", *FISHER[4:]),
+        r"t\.csv holds no texts in text",
+    ),
+    Row("labels-of-pairs", _scored("w1\tw2\t0\nw2\tw1\tmuch\n"), r"dev\.tsv: label 'much' is no class number"),
+    Row("evaluation-numbers-of-rows", _scored("1\tw2\t0\n2\tw1\t1\n"), r"dev\.tsv: column 1 holds numbers only"),
+    Row(
+        "evaluation-unknown-suffix", _scored_at("d.xlsx", lambda p: p.write_bytes(b"PK")), r"d\.xlsx: \.xlsx is unknown"
+    ),
+    Row(
+        "evaluation-packed", _scored_at("d.csv.xz", lambda p: p.write_bytes(b"x")), r"d\.csv\.xz: \.xz files are packed"
+    ),
+    Row("evaluation-cut-gzip", _scored_at("d.csv.gz", lambda p: p.write_bytes(b"\x1f\x8b")), r"d\.csv\.gz cannot be"),
+    Row("evaluation-folder", _scored_at("d", Path.mkdir), "d is a folder without tables"),
+    Row("table-json-damaged", _table('[{"text": "w1"}', "t.json"), r"t\.json cannot be read as JSON"),
+    Row("table-json-ragged", _table('{"text": ["a"], "b": []}', "t.json"), r"t\.json: its columns have lengths"),
+    Row(
+        "table-jsonl-null",
+        _table('{"text": "w1"}\n{"text": null}\n', "t.jsonl"),
+        r"t\.jsonl, row 2: column 'text' holds",
+    ),
+    Row("table-jsonl-damaged", _table('{"text": "w1"}\n{"te\n', "t.jsonl"), r"t\.jsonl cannot be read as JSON: line 2"),
+    Row("table-jsonl-deep", _table("[" * 100_000, "t.jsonl"), r"t\.jsonl cannot be read as JSON"),
+    Row("table-semicolons", _table("text;label\nw1;1\n"), r"t\.csv has no column 'text' .*is the separator ';'"),
+    Row("table-parquet-damaged", _table("PAR1", "t.parquet"), r"t\.parquet.*(pyarrow|cannot be read as Parquet)"),
+    Row(
+        "table-header-of-numbers",
+        _text("t.csv", "0,1\nw1,1\n", "--calibration-column", "1"),
+        r"t\.csv: its first line is",
+    ),
+    Row("table-three-in-a-pair", _text("t.csv", "a,b,c\n", "--calibration-column", "a+b+c"), "a pair has two columns"),
+    Row("texts-unknown-suffix", _text("t.pdf", "w1\nw2\n"), r"t\.pdf: \.pdf is unknown; texts are read"),
+    Row("texts-binary", _text("t.txt", b"\x7fELF\0\0\0\0\0"), r"t\.txt cannot be read as text .*zero bytes"),
+    Row(
+        "texts-longer-than-the-network",
+        lambda m: [*_text("t.txt", "w1\nw2\n")(m), "--max-text-length", "99"],
+        "--max-text-length 99: bert takes texts of 24 tokens at most",
+    ),
+    Row(
+        "texts-length-of-pictures",
+        _vision("p", lambda p: save_images(p, 2), "--max-text-length", "9"),
+        "--max-text-length 9: .* takes no texts",
+    ),
+    Row(
+        "pooling-of-a-classifier",
+        lambda m: [*_text("t.txt", "w1\nw2\n")(m), "--pooling-in-graph"],
+        "BertForSequenceClassification gives logits, no token features",
+    ),
     Row("labels-negative", _scored("w1\t0\nw2\t-1\n"), r"dev\.tsv: label '-1'"),
     Row("labels-of-10000-digits", _scored(f"w1\t{'1' * 10_000}\n"), r"dev\.tsv: "),
-    Row("scores-no-numbers", _scored("w1\tw2\t1\nw1\tw3\tmuch\n"), r"dev\.tsv: the third column .*much"),
-    Row("scores-nan", _scored("w1\tw2\t1\nw1\tw3\tnan\n"), r"dev\.tsv: a correlation needs finite scores"),
-    Row("scores-all-alike", _scored("w1\tw2\t1\nw1\tw3\t1\n"), r"dev\.tsv: .* two different ones"),
+    Row("scores-no-numbers", _scored_pairs("w1\tw2\t1\nw1\tw3\tmuch\n"), r"dev\.tsv: the last column .*much"),
+    Row("scores-nan", _scored_pairs("w1\tw2\t1\nw1\tw3\tnan\n"), r"dev\.tsv: a correlation needs finite scores"),
+    Row("scores-all-alike", _scored_pairs("w1\tw2\t1\nw1\tw3\t1\n"), r"dev\.tsv: .* two different ones"),
     Row("evaluation-ragged", _scored("w1\t0\nw2\n"), r"dev\.tsv has no column 2"),
     Row("evaluation-four-columns", _scored("a\tb\tc\td\n"), r"dev\.tsv: 4 columns"),
     Row("evaluation-not-utf8", _scored(b"caf\xe9\t0\n"), r"dev\.tsv cannot be read as a table in UTF-8"),

@@ -31,7 +31,7 @@ from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.picture_files import image_files
 from optin_deploy.preprocessing import ImagePreprocessing
-from optin_deploy.sample_files import read_texts
+from optin_deploy.texts import read_texts
 
 
 @pytest.fixture(scope="module")

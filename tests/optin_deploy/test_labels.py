@@ -10,8 +10,8 @@ from calibrations import check_split, refusal, rows
 from PIL import Image
 from tiny_models import classifier, own_network, save_bert, save_images, save_lines, texts, vision_network
 
-from optin_deploy import calibration as calibration_module
 from optin_deploy import labels as labels_module
+from optin_deploy import texts as texts_module
 from optin_deploy.calibration import Calibration, from_batches, load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
@@ -96,7 +96,7 @@ def test_the_classes_of_a_table_are_counted_once(
     path = save_lines(tmp_path / "t.csv", ["text,class", *(f"{t},{c}" for t, c in labelled_rows(90).items())])
     calls: list[int] = []
     count = labels_module.class_count
-    monkeypatch.setattr(calibration_module, "class_count", lambda network: calls.append(1) or count(network))
+    monkeypatch.setattr(texts_module, "class_count", lambda network: calls.append(1) or count(network))
     load_calibration(text, path, column="text", labels="class")
     assert calls == [1]
 
