@@ -30,7 +30,7 @@ from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
 from optin_deploy.libraries.transformers import read_tokenizer
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
-from optin_deploy.network import Network, Source
+from optin_deploy.network import Network, Source, named_outputs
 from optin_deploy.places import regular
 from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
@@ -39,6 +39,7 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.structure.merging_blocks import with_merging
+from optin_deploy.task_head import HeadKind, head_of
 
 # Two samples of any network are far smaller.
 _MOST_VALUES = 1 << 27
@@ -92,6 +93,8 @@ class _Description(_Strict):
     sequence_inputs: tuple[str, ...]
     token_mask: str | None
     logits: str | None
+    # Absent from checkpoints of versions that took all logits for those of classes.
+    head: HeadKind | None = None
     image: _Image | None = None
     text: _Text | None = None
     versions: dict[str, str]
@@ -139,6 +142,7 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         sequence_inputs=network.sequence_inputs,
         token_mask=network.token_mask,
         logits=network.logits,
+        head=network.head if network.logits is not None else None,
         image=_Image(**asdict(preprocessing)) if isinstance(preprocessing, ImagePreprocessing) else None,
         text=_Text(
             input_names=preprocessing.input_names,
@@ -189,6 +193,7 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
         sequence_inputs=description.sequence_inputs,
         token_mask=description.token_mask,
         logits=description.logits,
+        head=_head(description, small, inputs),
         preprocessing=_preprocessing(description, path),
         origin=read_origin(str(path), PROCESSOR_FILES + TOKENIZER_FILES if has_files else ()),
     )
@@ -265,6 +270,20 @@ def _sample_inputs(description: _Description) -> Mapping[str, Tensor]:
     if description.source.library == "transformers" and TEXT_INPUT in inputs:
         inputs[TEXT_INPUT] = end_of_text(inputs[TEXT_INPUT], description.source.arguments)
     return inputs
+
+
+def _head(description: _Description, module: nn.Module, inputs: Mapping[str, Tensor]) -> HeadKind:
+    """What the logits mean: as it was saved, else as it is found for a network that is pruned."""
+    if description.logits is None:
+        return "classes"
+    if description.head is None and description.source.library == "transformers":
+        return transformers_models.head(module, inputs)
+    with torch.no_grad():
+        logits = named_outputs(module(**inputs))[description.outputs[description.logits]]
+    try:
+        return head_of(logits, description.head)
+    except UserError as error:
+        raise UserError(f"{JSON_NAME} of {description.source.name}: {error}") from error
 
 
 def _dtype_name(tensor: Tensor) -> Any:

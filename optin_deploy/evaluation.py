@@ -14,6 +14,7 @@ from optin_deploy.network import Network
 from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 from optin_deploy.sample_files import check_images, check_texts, image_files, read_images, read_table, table_columns
+from optin_deploy.task_head import answers, is_single
 
 _BATCH_SIZE = 64
 
@@ -36,7 +37,8 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
     0 or by label.
 
     Args:
-        columns: "text,label" (accuracy) or "first,second,score" (Spearman's correlation of the cosine of the two
+        columns: "text,label" (accuracy, by sign where the network gives a single logit; Spearman's correlation where it
+            gives one number and labels are numbers) or "first,second,score" (Spearman's correlation of the cosine of the two
             sentences' mean-pooled features with the score), by header names or numbers from 1; without it, files of
             two and of three columns without header are taken in this order.
 
@@ -67,6 +69,8 @@ def _images(network: Network, path: Path) -> Dataset:
         raise UserError(f"{path} has no class folders: top-1 needs one folder of images per class")
     if network.logits is None:
         raise UserError("the network has no class logits: top-1 cannot be measured")
+    if network.head == "regression":
+        raise UserError("the network gives numbers, not classes: evaluate it on a table of texts and numbers, or not")
     folders = [file.relative_to(path).parts[0] for file in labelled]
     numbers = class_numbers(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
@@ -74,12 +78,13 @@ def _images(network: Network, path: Path) -> Dataset:
     check_images(labelled, network.preprocessing)
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
-        def logits(part: list[Path]) -> Tensor:
-            return _run(network, module, network.preprocessing(read_images(part)))[network.logits or ""]
+        def predicted(part: list[Path]) -> Tensor:
+            return _classes(network, _run(network, module, network.preprocessing(read_images(part))))
 
-        return _accuracy(labelled, labels, logits, advance)
+        return _accuracy(labelled, labels, predicted, advance)
 
-    return Dataset("top-1", str(path), len(labelled), len(labelled), measure)
+    metric = "accuracy" if network.head == "binary" else "top-1"
+    return Dataset(metric, str(path), len(labelled), len(labelled), measure)
 
 
 def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
@@ -87,6 +92,8 @@ def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
         raise UserError(
             "the network has no class logits: accuracy cannot be measured (sentence pairs need three columns)"
         )
+    if network.head == "regression" or (network.head == "binary" and _are_scores([row[1] for row in rows])):
+        return _scored_texts(network, path, rows)
     try:
         classes = class_count(network)
         labels = [class_number(network, row[1].strip(), classes) for row in rows]
@@ -97,21 +104,61 @@ def _texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
-        def logits(part: list[str]) -> Tensor:
-            return _run(network, module, network.preprocessing(part))[network.logits or ""]
+        def predicted(part: list[str]) -> Tensor:
+            return _classes(network, _run(network, module, network.preprocessing(part)))
 
-        return _accuracy([rows[i][0] for i in order], [labels[i] for i in order], logits, advance)
+        return _accuracy([rows[i][0] for i in order], [labels[i] for i in order], predicted, advance)
 
     return Dataset("accuracy", str(path), len(rows), len(rows), measure)
 
 
-def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
+def _are_scores(labels: Sequence[str]) -> bool:
+    """Whether labels are numbers other than those of no and yes."""
     try:
-        scores = torch.tensor([float(row[2]) for row in rows], dtype=torch.float64)
+        return not {float(label) for label in labels} <= {0.0, 1.0}
+    except ValueError:
+        return False
+
+
+def _scored_texts(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
+    """Spearman's correlation of the network's one number with the second column."""
+    scores = _scores([row[1] for row in rows], path, "second")
+    with torch.inference_mode():
+        given = network.forward(network.inputs)[network.logits or ""]
+    if given.dim() > 2 or not is_single(given):
+        raise UserError(
+            f"the network gives {tuple(given.shape[1:])} numbers for each sample: one score a text cannot say whether "
+            "they are right"
+        )
+    preprocessing = network.preprocessing
+    assert isinstance(preprocessing, TextPreprocessing)
+    check_texts([row[0] for row in rows], preprocessing, path)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+
+    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+        found = []
+        for start in range(0, len(order), _BATCH_SIZE):
+            part = [rows[i][0] for i in order[start : start + _BATCH_SIZE]]
+            found.append(_run(network, module, preprocessing(part))[network.logits or ""].reshape(-1).double().cpu())
+            advance(len(part))
+        return 100 * spearman(torch.cat(found), scores[order])
+
+    return Dataset("Spearman × 100", str(path), len(rows), len(rows), measure)
+
+
+def _scores(column: Sequence[str], path: Path, which: str) -> Tensor:
+    """A column of numbers, with which a correlation can be taken; float64."""
+    try:
+        scores = torch.tensor([float(value) for value in column], dtype=torch.float64)
     except ValueError as error:
-        raise UserError(f"{path}: the third column must be a number: {error}") from error
+        raise UserError(f"{path}: the {which} column must be a number: {error}") from error
     if not scores.isfinite().all() or len(scores.unique()) < 2:
         raise UserError(f"{path}: a correlation needs finite scores, and at least two different ones")
+    return scores
+
+
+def _pairs(network: Network, path: Path, rows: list[list[str]]) -> Dataset:
+    scores = _scores([row[2] for row in rows], path, "third")
     if "last_hidden_state" not in network.outputs:
         raise UserError("sentence pairs need a network that gives token features (last_hidden_state)")
     texts = sorted({text for row in rows for text in row[:2]}, key=lambda text: (len(text), text))
@@ -146,13 +193,20 @@ def _embed(network: Network, module: nn.Module, texts: list[str]) -> Tensor:
     return F.normalize((features * weights[..., None]).sum(1) / weights.sum(1, keepdim=True), dim=-1)
 
 
+def _classes(network: Network, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Class numbers ``(batch,)`` that the logits give; of a single logit 1 for yes."""
+    found = answers(network.head, outputs[network.logits or ""])
+    return found.reshape(len(found)).long()
+
+
 def _accuracy(
-    items: Sequence[object], labels: Sequence[int], logits: Callable[..., Tensor], advance: Callable[[int], None]
+    items: Sequence[object], labels: Sequence[int], predict: Callable[..., Tensor], advance: Callable[[int], None]
 ) -> float:
+    """How often ``predict`` gives the label of an item, in per cent."""
     right = 0
     for start in range(0, len(items), _BATCH_SIZE):
         part = items[start : start + _BATCH_SIZE]
-        predicted = logits(list(part)).argmax(-1).cpu()
+        predicted = predict(list(part)).cpu()
         right += int((predicted == torch.tensor(labels[start : start + _BATCH_SIZE])).sum())
         advance(len(part))
     return 100 * right / len(items)

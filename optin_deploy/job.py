@@ -13,6 +13,7 @@ from torch import Tensor
 from exporters import ExportError, check_builder
 from optin_deploy import checkpoint, rundir
 from optin_deploy.calibration import Calibration, load_calibration
+from optin_deploy.criteria.fisher import check_head
 from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
@@ -196,8 +197,7 @@ def is_measurable(runtime: str) -> bool:
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:
     if recipe.criterion != "fisher":
         return
-    if network.logits is None:
-        raise UserError("--criterion fisher: the network has no class logits; take another criterion")
+    check_head(network)
     if calibration.labels is None:
         raise UserError("--criterion fisher needs labels for the calibration data: give --calibration-labels")
 

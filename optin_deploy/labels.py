@@ -9,6 +9,7 @@ import torch
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.places import hidden
+from optin_deploy.task_head import is_single
 
 
 def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str, int]:
@@ -28,14 +29,36 @@ def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str,
 
 
 def class_count(network: Network) -> int:
-    """How many classes the network tells apart."""
+    """How many classes the network tells apart: two by a single logit, no and yes.
+
+    Raises:
+        UserError: one label cannot say what is right for a sample: the network gives numbers, several yes or no for
+            each sample, or answers for each token or pixel.
+    """
     with torch.inference_mode():
-        return network.forward(network.inputs)[network.logits or ""].shape[-1]
+        logits = network.forward(network.inputs)[network.logits or ""]
+    if network.head == "regression":
+        raise UserError("the network gives numbers, not classes: labels of classes mean nothing for it")
+    single = network.head == "binary" and is_single(logits)
+    if logits.dim() > 2:
+        raise UserError(
+            f"the network gives logits of shape {tuple(logits.shape)}, an answer for every token or pixel: one label a "
+            "sample cannot say whether they are right"
+        )
+    if network.head == "binary" and not single:
+        raise UserError(
+            f"the network gives {logits.shape[-1]} answers of yes or no for each sample: one label a sample cannot say "
+            "whether they are right"
+        )
+    return 2 if single else logits.shape[-1]
 
 
 def class_number(network: Network, label: str, classes: int) -> int:
     """The number of a class given by number, or by its name in the network's configuration; ValueError if neither."""
     names = _names(getattr(network.module, "config", None))
+    if network.head == "binary" and len(names) < 2:
+        # One name is that of the logit, "LABEL_0" where nobody gave any: what a yes says, and not what no does.
+        names = {name: 1 for name in names if name != "LABEL_0"}
     if label in names:
         number = names[label]
         if isinstance(number, str) and number.isdecimal():

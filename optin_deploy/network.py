@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.structure.intake import prunable_form
-from optin_deploy.task_head import HeadKind
+from optin_deploy.task_head import HeadKind, head_of
 
 Library = Literal["timm", "transformers", "custom"]
 
@@ -125,13 +125,21 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
 
 
 def custom_network(
-    module: nn.Module, inputs: Mapping[str, Tensor], *, logits: str | None = None, preprocessing: Any = None
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    logits: str | None = None,
+    head: HeadKind | None = None,
+    preprocessing: Any = None,
 ) -> Network:
     """A `Network` around the user's own module, which is put in eval mode: adapters are merged in a copy.
 
     Args:
         inputs: a sample batch by forward's argument names, first axis the batch.
-        logits: name of the output with class logits ("output" when the module gives one tensor), if there is one.
+        logits: name of the output with the task head's logits ("output" when the module gives one tensor), if there
+            is one.
+        head: what these mean: "classes" (one of several), "binary" (a yes or no for every number: one logit, or
+            several labels) or "regression" (plain numbers). None takes "binary" for a single class, else "classes".
         preprocessing: an ``ImagePreprocessing`` or ``TextPreprocessing`` to calibrate and evaluate on files.
     """
     module = prunable_form(module.eval())
@@ -139,6 +147,8 @@ def custom_network(
         outputs = named_outputs(module(**inputs))
     if logits is not None and logits not in outputs:
         raise UserError(f"there is no output {logits!r}; the network gives {', '.join(outputs)}")
+    if logits is None and head is not None:
+        raise UserError(f"head={head!r} says what logits mean: name that output with logits=")
     source = Source("custom", f"{type(module).__module__}.{type(module).__qualname__}")
     return Network(
         module,
@@ -147,5 +157,6 @@ def custom_network(
         source,
         "user",
         logits=logits,
+        head="classes" if logits is None else head_of(outputs[logits], head),
         preprocessing=preprocessing,
     )

@@ -118,6 +118,7 @@ def network_of(
         source=source,
         weights=weights,
         logits="logits" if classifies else None,
+        head="binary" if getattr(module, "num_classes", 0) == 1 else "classes",
         preprocessing=preprocessing,
         origin=origin or _origin(known, weights),
     )

@@ -9,15 +9,16 @@ from typing import Any
 import timm.data
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.modelcard import TASK_MAPPING
 
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import transformers_inputs as inputs_of
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
-from optin_deploy.network import Network, Source
+from optin_deploy.network import Network, Source, named_outputs
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
+from optin_deploy.task_head import HeadKind, head_of
 
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
@@ -209,8 +210,21 @@ def network_of(
         sequence_inputs=tuple(n for n, t in inputs.items() if not t.is_floating_point() and t.dim() == 2),
         token_mask="attention_mask" if "attention_mask" in inputs else None,
         logits="logits" if "logits" in names else None,
+        head=head(module, inputs) if "logits" in names else "classes",
         preprocessing=preprocessing,
     )
+
+
+def head(module: nn.Module, inputs: Mapping[str, Tensor]) -> HeadKind:
+    """What the logits of a transformers model mean; ``problem_type`` says it of logits ``(batch, labels)``.
+
+    A single label whose ``problem_type`` is not set is a yes or no, as in transformers' own pipelines: training one as
+    a regression sets it.
+    """
+    with torch.no_grad():
+        logits = named_outputs(module(**inputs))["logits"]
+    said = getattr(module.config, "problem_type", None) if logits.dim() == 2 else None
+    return head_of(logits, {"regression": "regression", "multi_label_classification": "binary"}.get(str(said)))
 
 
 def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing | None:
