@@ -35,6 +35,8 @@ from optin_deploy.task_head import HeadKind, class_axis
 TEMPERATURE = 4.0
 GRAM_TOKENS = 768
 LAST_BLOCK_WEIGHT = 0.5
+# Probabilities below come to nothing in the squares of float32.
+_SATURATED = 1e-30
 
 Batch = Mapping[str, Tensor]
 
@@ -201,6 +203,29 @@ def sigmoid_root(logits: Tensor) -> Tensor:
     scaled = logits.detach() / TEMPERATURE
     # 1 − p by itself: near 1, p has no digits left for it.
     return (torch.sigmoid(scaled) * torch.sigmoid(-scaled) / 2).sqrt()
+
+
+@torch.no_grad()
+def is_saturated(network: Network, batches: Sequence[Batch]) -> bool:
+    """Whether the probabilities that the logits give are so near 0 or 1 for every sample of all ``batches`` that no
+    small change of the logits changes any. One sample that is not is enough; the first mostly is."""
+    if network.logits is None or network.head == "regression":
+        return False
+    for batch in batches:
+        for size in (2, None):
+            logits = network.forward({name: t[:size] for name, t in batch.items()})[network.logits].float()
+            if bool((_spread(network.head, logits) > _SATURATED).any()):
+                return False
+    return True
+
+
+def _spread(head: HeadKind, logits: Tensor) -> Tensor:
+    """What the divergence of a small change is in proportion to, at temperature T."""
+    if head == "binary":
+        return sigmoid_root(logits).square()
+    axis = class_axis(logits)
+    top = (logits / TEMPERATURE).topk(2, dim=axis).values
+    return (top.select(axis, 1) - top.select(axis, 0)).exp()
 
 
 def bernoulli_divergence(dense: Tensor, changed: Tensor) -> Tensor:
