@@ -138,7 +138,8 @@ def score(
     if bad:
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
     if scoring.criterion != "random":
-        ranks_of(batches).told(lambda: check_signal(network, structure, batches[0], scores))
+        first = batches[0] if len(batches) else network.inputs
+        ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
     return scores
 
 

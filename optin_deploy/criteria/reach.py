@@ -49,14 +49,15 @@ class Reach:
 
 
 def find_reach(network: Network, structure: Structure, batch: Batch) -> Reach:
-    """Check the first samples of ``batch``, with plain checkpoints; one pass forth and a few back where nothing is
+    """Check the first samples of ``batch``, with plain checkpoints; one pass forth and back where nothing is
     suspicious."""
     some = {name: t[:_SAMPLES] for name, t in batch.items()}
     groups = tuple(group for group in structure.groups if group.kind != "width")
-    own = _derivatives(network, groups, some, restoring=False)
-    suspects = groups if own.suspicious else tuple(g for g in groups if not bool(own.slopes[g.name].any()))
+    first = _derivatives(network, groups, some, restoring=False, probes=1)
+    suspects = groups if first.suspicious else tuple(g for g in groups if not bool(first.slopes[g.name].any()))
     if not suspects:
         return Reach()
+    own = _derivatives(network, groups, some, restoring=False)
     sizes = _sizes(network, suspects, some)
     expected = {group.name: _difference(network, group, sizes[group.name], some) for group in suspects}
     errors = _errors(own, expected, sizes)
@@ -80,8 +81,10 @@ class _Derivatives:
     reason: str | None = None
 
 
-def _derivatives(network: Network, groups: Sequence[Group], batch: Batch, *, restoring: bool) -> _Derivatives:
-    slopes = {g.name: torch.zeros(_PROBES, dtype=torch.float64) for g in groups}
+def _derivatives(
+    network: Network, groups: Sequence[Group], batch: Batch, *, restoring: bool, probes: int = _PROBES
+) -> _Derivatives:
+    slopes = {g.name: torch.zeros(probes, dtype=torch.float64) for g in groups}
     with ExitStack() as stack:
         stack.enter_context(differentiable(network))
         seen = stack.enter_context(nullcontext([]) if restoring else watched(network.module))
@@ -90,11 +93,11 @@ def _derivatives(network: Network, groups: Sequence[Group], batch: Batch, *, res
             with _tapped(network, groups) as taps:
                 outputs = _outputs(network, batch)
             leaves = [(g.name, tap) for g in groups for tap in taps[g.name]]
-            for probe in range(_PROBES):
+            for probe in range(probes):
                 total = _probed(outputs, probe)
                 if not total.requires_grad or not leaves:
                     continue
-                each = gradients(total, [tap for _, tap in leaves], keep=True)
+                each = gradients(total, [tap for _, tap in leaves], keep=probe + 1 < probes)
                 for (name, _), gradient in zip(leaves, each, strict=True):
                     slopes[name][probe] += float((gradient.double() * _direction(name, gradient).double()).sum())
         except RuntimeError as error:
@@ -108,7 +111,9 @@ def _sizes(network: Network, groups: Sequence[Group], batch: Batch) -> dict[str,
     """Group -> the root mean square of what its projection gives."""
     with recorded_outputs(network.module, tuple(group.output for group in groups)) as given:
         network.forward(batch)
-    return {g.name: float(given[g.output].double().square().mean().sqrt()) if g.output in given else 0.0 for g in groups}
+    return {
+        g.name: float(given[g.output].double().square().mean().sqrt()) if g.output in given else 0.0 for g in groups
+    }
 
 
 @torch.no_grad()

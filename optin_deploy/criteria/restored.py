@@ -90,7 +90,9 @@ class _Watching(TorchFunctionMode):
         given = func(*args, **(kwargs or {}))
         if cut and not self.found and func is not _SWITCH:
             # Not shapes and types, which have no derivative anyway.
-            numbers = func in _LEAVES or any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(given))
+            numbers = func in _LEAVES or any(
+                isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(given)
+            )
             tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             if numbers and any(t.requires_grad for t in tensors):
                 self.found.append(True)

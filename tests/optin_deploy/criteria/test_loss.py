@@ -175,7 +175,9 @@ def test_one_logit_loses_what_two_do(scale: float) -> None:
     expected = two.task_change("output", z, z + change, 1)
     torch.testing.assert_close(one.task_change("output", single, moved, 1), expected, rtol=1e-9, atol=1e-300)
     root = one.task_root("output", single, moved - single)
-    torch.testing.assert_close(root.square().sum(), two.task_root("output", z, change).square().sum(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        root.square().sum(), two.task_root("output", z, change).square().sum(), rtol=1e-9, atol=0
+    )
 
 
 def test_a_logit_far_on_the_yes_side_counts_as_one_on_the_no_side() -> None:
