@@ -38,9 +38,9 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
 
     Args:
         columns: "text,label" (accuracy, by sign where the network gives a single logit; Spearman's correlation where it
-            gives one number and labels are numbers) or "first,second,score" (Spearman's correlation of the cosine of the two
-            sentences' mean-pooled features with the score), by header names or numbers from 1; without it, files of
-            two and of three columns without header are taken in this order.
+            gives one number and labels are numbers) or "first,second,score" (Spearman's correlation of the cosine of
+            the two sentences' mean-pooled features with the score), by header names or numbers from 1; without it,
+            files of two and of three columns without header are taken in this order.
 
     Raises:
         UserError: the data is unreadable, empty, or does not suit the network.

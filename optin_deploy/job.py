@@ -23,6 +23,7 @@ from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
+from optin_deploy.scoring import Scoring, check_reach
 from optin_deploy.search import check_budget
 from optin_deploy.sparsity import can_be_sparse
 from optin_deploy.structure.merging_blocks import MergingBlocks
@@ -57,6 +58,11 @@ class Job:
     def target(self) -> Target:
         """Where a latency budget holds."""
         return target_of(self.recipe)
+
+
+def scoring_of(recipe: Recipe) -> Scoring:
+    """How a run by ``recipe`` scores units."""
+    return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
 
 
 def target_of(recipe: Recipe) -> Target:
@@ -113,6 +119,8 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     )
     _check_labels(recipe, network, calibration)
     _check_finite(network, calibration)
+    if recipe.has_budget:
+        check_reach(network, anatomy.structure, calibration.batches, scoring_of(recipe))
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     run = rundir.fingerprint(recipe, network.module, calibration.digest, VERSION)
     job = Job(recipe, network, earlier, anatomy, calibration, dataset, device, run)

@@ -22,7 +22,7 @@ from optin_deploy.calibration import Calibration
 from optin_deploy.distributed import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.files import remove_partial, write_text
-from optin_deploy.job import Job, prepare
+from optin_deploy.job import Job, prepare, scoring_of
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.measure import Measured
 from optin_deploy.latency.stage import latency_fraction, latency_tables, plan_for_latency, read_latency
@@ -41,7 +41,7 @@ from optin_deploy.report.card import Facts
 from optin_deploy.report.card import render as render_card
 from optin_deploy.rotation import in_principal_bases
 from optin_deploy.schedule import Damages
-from optin_deploy.scoring import Scoring, save_scores, score, scoring_steps, token_damages, token_steps
+from optin_deploy.scoring import save_scores, score, scoring_steps, token_damages, token_steps
 from optin_deploy.shelf import Shelf
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
@@ -212,16 +212,12 @@ def _on_device(job: Job) -> Sequence[Mapping[str, Tensor]]:
     return Shelf({name: t.to(job.device) for name, t in batch.items()} for batch in job.calibration.batches)
 
 
-def _scoring(recipe: Recipe) -> Scoring:
-    return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
-
-
 def _scored(job: Job, batches: Shared, directory: Path, stages: Stages) -> tuple[Network, dict[str, Tensor]]:
     """The network in the basis that it is scored and pruned in, on the run's device, and its scores.
 
     Of several processes only the main one has scores that were kept; no other needs any.
     """
-    path, structure, scoring = directory / "scores.safetensors", job.anatomy.structure, _scoring(job.recipe)
+    path, structure, scoring = directory / "scores.safetensors", job.anatomy.structure, scoring_of(job.recipe)
     labels, ranks = job.calibration.labels, batches.ranks
     with stages.stage("score", scoring_steps(structure, batches, scoring) / ranks.world) as advance:
         if (directory / "checkpoint").exists() and path.is_file():
@@ -305,7 +301,7 @@ def _pruned(
                     scores,
                     batches,
                     recipe.flops,
-                    scoring=_scoring(recipe),
+                    scoring=scoring_of(recipe),
                     labels=job.calibration.labels,
                     align=recipe.alignment or 64,
                     ridge=ridge,
@@ -370,7 +366,7 @@ def _schedule(
 
 def _damages(job: Job, dense: Network, stack: TokenStack, batches: Shared, directory: Path, stages: Stages) -> Damages:
     """What merging tokens costs, measured once for all budgets."""
-    scoring, path, ranks = _scoring(job.recipe), directory / "merging.json", batches.ranks
+    scoring, path, ranks = scoring_of(job.recipe), directory / "merging.json", batches.ranks
     with stages.stage("try merging", token_steps(stack, batches) / ranks.world) as advance:
         found: dict[str, Any] = {}
         if not ranks.told(path.is_file):

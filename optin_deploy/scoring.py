@@ -16,7 +16,7 @@ from optin_deploy.criteria.forward import forward_scores, forward_steps
 from optin_deploy.criteria.loss import chunks, is_saturated
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.criteria.random import random_scores
-from optin_deploy.criteria.reach import Reach, find_reach
+from optin_deploy.criteria.reach import Reach, find_forward_reach, find_reach
 from optin_deploy.criteria.restored import plain_checkpoints, restored
 from optin_deploy.criteria.signal import check_signal, named
 from optin_deploy.criteria.trajectory import exact_scores, masked_totals, sketch_scores, task_factors
@@ -34,6 +34,7 @@ Scorer = Literal["sketch", "exact", "forward"]
 Batches = Sequence[Mapping[str, Tensor]]
 logger = logging.getLogger(__name__)
 
+_WITH_DERIVATIVES = ("trajectory-obs", "trajectory", "fisher")
 # Beside a sketch, heads are scored exactly on the first batches that hold this many tokens together.
 _EXACT_TOKENS = 3_000
 # A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
@@ -176,7 +177,7 @@ def _with_derivatives(
     Raises:
         UserError: the scorer needs derivatives that the network does not give.
     """
-    if scoring.criterion not in ("trajectory-obs", "trajectory", "fisher"):
+    if scoring.criterion not in _WITH_DERIVATIVES:
         yield network, False
         return
     if scoring.criterion != "fisher" and ranks_of(batches).told(lambda: is_saturated(network, batches)):
@@ -185,21 +186,11 @@ def _with_derivatives(
             "the logits change none; units are scored by the squared change of the logits"
         )
         network = replace(network, head="regression")
-    if scoring.scorer == "forward" and scoring.criterion == "trajectory":
-        yield network, True
-        return
-    reach = Reach(**ranks_of(batches).told(lambda: asdict(find_reach(network, structure, batches[0]))))
-    reached = not reach.cut and reach.reason is None
-    if not reached and not (scoring.criterion == "trajectory" and scoring.scorer == "exact"):
-        what = f"no derivative can be taken ({reach.reason})" if reach.reason else "no derivative reaches its units"
-        raise UserError(
-            f"{named(reach.cut) if reach.cut else network.source.name}: {what}, so they cannot be scored this way; give "
-            "--criterion trajectory --scorer exact, which masks each unit and needs none"
-        )
+    reach = _reach(network, structure, batches, scoring)
     if reach.wrong:
         tell(
-            f"derivatives for {named(reach.wrong)} are far from what the outputs do, as behind coarse rounding or where "
-            "a part of the graph is missing: scores there may be poor"
+            f"derivatives for {named(reach.wrong)} are far from what the outputs do, as behind coarse rounding or "
+            "where a part of the graph is missing: scores there may be poor"
         )
     if reach.restoring:
         tell(
@@ -207,7 +198,28 @@ def _with_derivatives(
             "brought back while units are scored"
         )
     with restored(network.module) if reach.restoring else nullcontext():
-        yield network, reached
+        yield network, not reach.cut and reach.reason is None
+
+
+def check_reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> None:
+    """Raise UserError where `score` would, since no derivative reaches some units: in little time, on two samples."""
+    if scoring.criterion in _WITH_DERIVATIVES:
+        with plain_checkpoints():
+            _reach(network, structure, batches, scoring)
+
+
+def _reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> Reach:
+    forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
+    find = find_forward_reach if forth else find_reach
+    reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
+    masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
+    if masking or (not reach.cut and reach.reason is None):
+        return reach
+    what = f"no derivative can be taken ({reach.reason})" if reach.reason else "no derivative reaches its units"
+    raise UserError(
+        f"{named(reach.cut) if reach.cut else network.source.name}: {what}, so they cannot be scored this way; give "
+        "--criterion trajectory --scorer exact, which masks each unit and needs none"
+    )
 
 
 def token_damages(

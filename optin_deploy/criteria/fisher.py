@@ -1,8 +1,9 @@
 """Fisher information of the masks, and what its authors build on it; the only criterion that needs labels.
 
 Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (NeurIPS 2022, arXiv 2204.09656), from the paper.
-With g_s the gradient of sample s's cross entropy (of the sigmoids, where logits are a yes or no each) for the masks of a group, all of them one, the group's empirical
-Fisher information is I = (1/S) Σ_s g_s g_sᵀ, and masks m cost about ½ (1 − m)ᵀ I (1 − m). Three steps:
+With g_s the gradient of sample s's cross entropy for the masks of a group, all of them one, the group's empirical
+Fisher information is I = (1/S) Σ_s g_s g_sᵀ, and masks m cost about ½ (1 − m)ᵀ I (1 − m). Where every logit is a yes or
+no (``task_head``) it is the cross entropy of the sigmoids. Three steps:
 
 1. *Mask search* takes the diagonal of I (`fisher_scores`). The search itself is ours (``search``).
 2. *Mask rearrangement* (`rearranged`) counts in the rest of I, group by group.

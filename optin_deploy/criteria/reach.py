@@ -10,12 +10,14 @@ v random signs at the output of the group's projection. A group that moves no ou
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optin_deploy.criteria.loss import Batch, differentiable, gradients, signs
 from optin_deploy.criteria.restored import restored, watched
@@ -72,6 +74,32 @@ def find_reach(network: Network, structure: Structure, batch: Batch) -> Reach:
     return brought if brought.reason is None and (nearer or found.reason is not None) else found
 
 
+@torch.no_grad()
+def find_forward_reach(network: Network, structure: Structure, batch: Batch) -> Reach:
+    """The same for derivatives that are taken forth, with a pass for each group; nothing is brought back for them."""
+    some = {name: t[:_SAMPLES] for name, t in batch.items()}
+    groups = tuple(group for group in structure.groups if group.kind != "width")
+    sizes = _sizes(network, groups, some)
+    expected = {group.name: _difference(network, group, sizes[group.name], some) for group in groups}
+    try:
+        found = _Derivatives({group.name: _forward_slopes(network, group, some) for group in groups})
+    except RuntimeError as error:
+        return Reach(reason=" ".join(str(error).split())[:160])
+    return _judged(found, _errors(found, expected, sizes), restoring=False)
+
+
+def _forward_slopes(network: Network, group: Group, batch: Batch) -> Tensor:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output + forward_ad.make_dual(torch.zeros_like(output), _direction(group.name, output))
+
+    # The fused kernels of attention have no forward derivatives.
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _hooks(network, [(group, hook)]):
+        pairs = {name: forward_ad.unpack_dual(y) for name, y in _outputs(network, batch).items()}
+        changes = {n: torch.zeros_like(y.primal) if y.tangent is None else y.tangent for n, y in pairs.items()}
+        norms = {name: y.primal.double().norm() for name, y in pairs.items()}
+        return torch.tensor([float(_probed(changes, p, norms)) for p in range(_PROBES)], dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class _Derivatives:
     """``slopes``: group -> ⟨d, v⟩ of every probe, ``(probes,)``, float64, for signs v of size 1."""
@@ -87,8 +115,11 @@ def _derivatives(
     slopes = {g.name: torch.zeros(probes, dtype=torch.float64) for g in groups}
     with ExitStack() as stack:
         stack.enter_context(differentiable(network))
-        seen = stack.enter_context(nullcontext([]) if restoring else watched(network.module))
-        stack.enter_context(restored(network.module) if restoring else nullcontext())
+        seen: list[bool] = []
+        if restoring:
+            stack.enter_context(restored(network.module))
+        else:
+            seen = stack.enter_context(watched(network.module))
         try:
             with _tapped(network, groups) as taps:
                 outputs = _outputs(network, batch)

@@ -223,8 +223,10 @@ class Sparsity(_Value):
 
 
 class Agreement(_Value):
-    """How alike the dense and pruned networks' values of one output are; see `optin_deploy.agreement.Agreement`. Figures
-    that mean nothing for an output are None; top1_agreement and sign_agreement are 0 to 1."""
+    """How alike the dense and pruned networks' values of one output are; see `optin_deploy.agreement.Agreement`.
+
+    Figures that mean nothing for an output are None; top1_agreement and sign_agreement are 0 to 1.
+    """
 
     output: str
     cosine: float

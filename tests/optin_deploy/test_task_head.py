@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from optin_deploy import checkpoint
 from optin_deploy.agreement import agreement
+from optin_deploy.calibration import from_batches
 from optin_deploy.classifier import fit, refit_classifier
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.criteria.trajectory import exact_scores
@@ -26,9 +27,11 @@ from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.models import load_network
 from optin_deploy.network import Network, Source, custom_network
 from optin_deploy.pictures import is_map, pictures
+from optin_deploy.pipeline import prune_export
 from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine, prune, remove
-from optin_deploy.report import wording
+from optin_deploy.pruning import examine, prune
+from optin_deploy.recipe import Recipe
+from optin_deploy.report import read_report, wording
 from optin_deploy.report.schema import Agreement as Told
 from optin_deploy.scoring import Scoring
 from optin_deploy.task_head import HeadKind, answers, class_axis, head_of
@@ -257,7 +260,7 @@ def test_all_heads_are_pruned_by_scores_with_a_signal(outputs: int, head: HeadKi
     network.module.head = nn.Linear(32, outputs)
     pruned = prune(network, own_batches(), 0.6, scoring=Scoring(criterion))
     for scores in pruned.scores.values():
-        assert 1e-200 < float(scores.max()) and float(scores.max()) > float(scores.min())
+        assert float(scores.max()) > max(1e-200, float(scores.min()))
     (found,) = agreement(network, pruned.network.module, own_batches(1))
     assert found.top1_agreement is None
 
@@ -471,3 +474,62 @@ def test_timm_sources_with_one_class_are_pruned(tmp_path: Path) -> None:
     checkpoint.save(pruned.network, pruned.plan, tmp_path / "saved")
     assert checkpoint.load_network(tmp_path / "saved").head == "binary"
     assert all(float(scores.max()) > 1e-200 for scores in pruned.scores.values())
+
+
+# Whole runs
+
+
+def quick(**options: Any) -> Recipe:
+    measuring: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.1, "threads": 1}
+    return Recipe(model="mine", flops=0.6, **measuring, **options)
+
+
+class Single(TinyModule):
+    """One logit for each sample, without an axis, and without gradients in its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.embed(self.norm(features))
+        with torch.no_grad():
+            x = self.blocks[0](x)
+        return self.head(x.mean(1))[:, 0]
+
+
+def test_a_run_tells_what_its_head_means(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = custom_network(Single(), {"features": torch.randn(2, 5, 8)}, logits="output")
+    calibration = from_batches(own_batches())
+    result = prune_export(quick(), output=tmp_path / "run", network=network, calibration=calibration, quiet=True)
+    report = read_report(tmp_path / "run")
+    assert report.agreement[0].sign_agreement is not None and report.agreement[0].top1_agreement is None
+    for text in (
+        (tmp_path / "run" / name).read_text() for name in ("report.md", "report.html", "checkpoint/README.md")
+    ):
+        assert "top answer" not in text
+        assert "same yes or no" in text.lower()
+        assert "cuts its own derivatives off" in text
+    assert "same yes or no" in repr(result.report)
+    # Continued, it says the same.
+    again = prune_export(quick(), output=tmp_path / "run", network=network, calibration=calibration, quiet=True)
+    assert again.report.warnings == report.warnings
+    small = checkpoint.load(tmp_path / "run" / "checkpoint", Single())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small(**own_batches(1)[0]), result.network.module(**own_batches(1)[0]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_what_cannot_be_scored_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    class Rounded(Single):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features).mul(1e3).round()
+
+    network = custom_network(Rounded(), {"features": torch.randn(2, 5, 8)}, logits="output")
+    with pytest.raises(UserError, match="no derivative reaches"):
+        prune_export(
+            quick(), output=tmp_path / "run", network=network, calibration=from_batches(own_batches()), quiet=True
+        )
+    assert not (tmp_path / "run").exists()
