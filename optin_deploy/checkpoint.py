@@ -276,10 +276,13 @@ def _head(description: _Description, module: nn.Module, inputs: Mapping[str, Ten
     """What the logits mean: as it was saved, else as it is found for a network that is pruned."""
     if description.logits is None:
         return "classes"
-    if description.head is None and description.source.library == "transformers":
-        return transformers_models.head(module, inputs)
     with torch.no_grad():
-        logits = named_outputs(module(**inputs))[description.outputs[description.logits]]
+        logits = named_outputs(module(**inputs)).get(description.outputs[description.logits])
+    if logits is None:
+        # What is no output is told where outputs are asked for.
+        return description.head or "classes"
+    if description.head is None and description.source.library == "transformers":
+        return transformers_models.head(module, logits)
     try:
         return head_of(logits, description.head)
     except UserError as error:

@@ -25,7 +25,8 @@ from optin_deploy.network import Network
 from optin_deploy.replay import recorded_outputs
 from optin_deploy.structure.groups import Group, Structure
 
-_SAMPLES = 2
+# Samples that are checked first, and before anything is refused: few may all lie where a derivative is 0.
+_SAMPLES, _MORE = 2, 16
 _PROBES = 4
 # Relative to the root mean square of what the projection gives.
 _STEP = 1e-2
@@ -53,7 +54,11 @@ class Reach:
 def find_reach(network: Network, structure: Structure, batch: Batch) -> Reach:
     """Check the first samples of ``batch``, with plain checkpoints; one pass forth and back where nothing is
     suspicious."""
-    some = {name: t[:_SAMPLES] for name, t in batch.items()}
+    found = _find(network, structure, {name: t[:_SAMPLES] for name, t in batch.items()})
+    return _find(network, structure, {name: t[:_MORE] for name, t in batch.items()}) if found.cut else found
+
+
+def _find(network: Network, structure: Structure, some: Batch) -> Reach:
     groups = tuple(group for group in structure.groups if group.kind != "width")
     first = _derivatives(network, groups, some, restoring=False, probes=1)
     suspects = groups if first.suspicious else tuple(g for g in groups if not bool(first.slopes[g.name].any()))

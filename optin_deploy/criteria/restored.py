@@ -74,6 +74,8 @@ class _Restoring(TorchFunctionMode):
         with torch.inference_mode(False), torch.enable_grad():
             if func in _CUTS and args[0].requires_grad:
                 return args[0].view_as(args[0])
+            if func is Tensor.requires_grad_ and not args[0].is_leaf:
+                return args[0]
             given = (args, kwargs or {})
             if not _in_place(func):
                 given = tree_map_only(Tensor, _with_graph, given)

@@ -201,6 +201,8 @@ def network_of(
     """`Network` around a transformers model; a sample text has ``sequence_length`` tokens where that many fit."""
     inputs = inputs_of.sample_inputs(module, preprocessing, sequence_length)
     names = inputs_of.counted_outputs(module, inputs)
+    with torch.no_grad():
+        logits = named_outputs(module(**inputs))["logits"] if "logits" in names else None
     return Network(
         module=prunable_form(module),
         inputs=inputs,
@@ -210,19 +212,18 @@ def network_of(
         sequence_inputs=tuple(n for n, t in inputs.items() if not t.is_floating_point() and t.dim() == 2),
         token_mask="attention_mask" if "attention_mask" in inputs else None,
         logits="logits" if "logits" in names else None,
-        head=head(module, inputs) if "logits" in names else "classes",
+        head=head(module, logits) if logits is not None else "classes",
         preprocessing=preprocessing,
     )
 
 
-def head(module: nn.Module, inputs: Mapping[str, Tensor]) -> HeadKind:
-    """What the logits of a transformers model mean; ``problem_type`` says it of logits ``(batch, labels)``.
+def head(module: nn.Module, logits: Tensor) -> HeadKind:
+    """What ``logits`` of a transformers model mean; ``problem_type`` says it of those of whole samples, ``(batch,
+    labels)``.
 
     A single label whose ``problem_type`` is not set is a yes or no, as in transformers' own pipelines: training one as
     a regression sets it.
     """
-    with torch.no_grad():
-        logits = named_outputs(module(**inputs))["logits"]
     said = getattr(module.config, "problem_type", None) if logits.dim() == 2 else None
     return head_of(logits, {"regression": "regression", "multi_label_classification": "binary"}.get(str(said)))
 

@@ -49,6 +49,22 @@ def detached_after(call: Call, args: Any, kwargs: Any) -> Any:
     return call(*args, **kwargs).detach()
 
 
+def detached_and_switched_off(call: Call, args: Any, kwargs: Any) -> Any:
+    return call(*args, **kwargs).detach().requires_grad_(False)
+
+
+def half_detached(call: Call, args: Any, kwargs: Any) -> Any:
+    y = call(*args, **kwargs)
+    return torch.cat([y[..., :5].detach(), y[..., 5:]], dim=-1)
+
+
+def masked_without_gradients(call: Call, args: Any, kwargs: Any) -> Any:
+    """What has no derivative anyway."""
+    with torch.no_grad():
+        keep = (args[0].abs().sum(-1, keepdim=True) > 0).float()
+    return call(args[0] * keep, *args[1:], **kwargs)
+
+
 def detached_before(call: Call, args: Any, kwargs: Any) -> Any:
     return call(args[0].detach(), *args[1:], **kwargs)
 
@@ -141,19 +157,31 @@ OBS, SKETCH, EXACT, FORWARD = (
     Scoring("trajectory", "forward"),
 )
 CUTS = [in_no_grad, in_inference_mode, switched_off, detached_after]
+MORE_CUTS = [detached_and_switched_off, half_detached]
 
 
 @pytest.mark.parametrize("where", ["blocks.0", "blocks.1", "blocks.1.mlp", "blocks.0.attn"])
-@pytest.mark.parametrize("way", [*CUTS, detached_before, data_before])
+@pytest.mark.parametrize("way", [*CUTS, *MORE_CUTS, detached_before, data_before])
 def test_what_is_cut_off_is_brought_back(where: str, way: Any) -> None:
     structure, told = tiny.structure("vit"), []
     given = scores_of(changed("vit", where, way), structure, OBS, told)
     same(given, scores_of(tiny.network("vit"), structure, OBS), 1e-3)
-    # What the first block is given is what no unit stands before.
-    nothing_lost = where == "blocks.0" and way in (detached_before, data_before)
-    assert len(told) == (
-        0 if nothing_lost or (where == "blocks.0.attn" and way in (detached_before, data_before)) else 1
-    )
+    # What no unit stands before loses nothing.
+    early = where in ("blocks.0", "blocks.0.attn") and way in (detached_before, data_before)
+    assert len(told) == (0 if early else 1)
+
+
+@pytest.mark.parametrize("way", CUTS)
+def test_the_whole_network_may_run_without_gradients(way: Any) -> None:
+    structure = tiny.structure("vit")
+    same(scores_of(changed("vit", "", way), structure, OBS), scores_of(tiny.network("vit"), structure, OBS))
+
+
+def test_a_mask_made_without_gradients_changes_nothing() -> None:
+    structure, told = tiny.structure("vit"), []
+    given = scores_of(changed("vit", "blocks.1", masked_without_gradients), structure, OBS, told)
+    same(given, scores_of(tiny.network("vit"), structure, OBS))
+    assert told == []
 
 
 @pytest.mark.parametrize("scoring", [SKETCH, EXACT, Scoring("fisher")], ids=["sketch", "exact", "fisher"])
