@@ -1,7 +1,7 @@
 """Agreement of the dense and the pruned network on unlabelled inputs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,21 @@ from torch import Tensor, nn
 from optin_deploy.network import Network
 from optin_deploy.pictures import is_map
 from optin_deploy.sentences import EMBEDDING
-from optin_deploy.task_head import class_axis
+from optin_deploy.task_head import answers
+from optin_deploy.text_evaluation import spearman
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How near one output of the pruned network is to the dense one's, on inputs it was not repaired with.
 
-    ``cosine`` is the mean over samples of the cosine between the flattened outputs, ``relative_error`` the norm of the
-    difference over that of the dense output, ``top1_agreement`` the part of equal arg-max (logits only; of pixels, for
-    class maps), ``correlation`` the mean over samples of Pearson's over pixels (maps of one value only).
+    ``cosine`` is the mean over samples of the cosine between the flattened outputs; of one number for each sample it is
+    that of all samples together. ``relative_error`` is the norm of the difference over that of the dense output. The
+    others are told of what they mean something for: ``top1_agreement``, the part of equal arg-max, of logits that tell
+    classes (of pixels, for class maps); ``sign_agreement``, the part of equal signs, of logits that are a yes or no
+    each; ``rank_correlation``, Spearman's over samples, the mean over the numbers of a sample, of plain numbers and of
+    a single logit for each sample; ``correlation``, the mean over samples of Pearson's over pixels, of maps of one
+    value.
     """
 
     output: str
@@ -28,42 +33,78 @@ class Agreement:
     top1_agreement: float | None
     samples: int
     correlation: float | None = None
+    sign_agreement: float | None = None
+    rank_correlation: float | None = None
+
+
+@dataclass
+class _Sums:
+    """Over samples, but for ``values``: one row of numbers for each sample, dense and pruned, where ranks count."""
+
+    cosine: float = 0.0
+    error: float = 0.0
+    norm: float = 0.0
+    equal: float = 0.0
+    correlation: float | None = None
+    values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
 def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Agreement, ...]:
     """`Agreement` of every output; padding tokens are left out."""
-    sums: dict[str, list[float]] = {name: [0.0, 0.0, 0.0, 0.0] for name in network.outputs}
-    correlations: dict[str, float] = {}
+    sums = {name: _Sums() for name in network.outputs}
     samples = 0
     for batch in batches:
         dense, small = network.forward(batch), network.forward(batch, pruned)
         samples += len(next(iter(dense.values())))
         for name, y in dense.items():
-            weight = _weights(network, name, y, batch)
-            places = weight.reshape(*weight.shape, *[1] * (y.dim() - weight.dim()))
-            a, b = ((t * places).reshape(len(t), -1).double() for t in (y, small[name]))
-            sums[name][0] += float(F.cosine_similarity(a, b, dim=1).sum())
-            sums[name][1] += float((a - b).square().sum())
-            sums[name][2] += float(a.square().sum())
-            if name == network.logits:
-                axis = class_axis(y)
-                equal = (y.argmax(axis) == small[name].argmax(axis)).reshape(len(y), -1)
-                share = (equal * places.reshape(len(y), -1)).sum(1) / places.reshape(len(y), -1).expand_as(equal).sum(1)
-                sums[name][3] += float(share.sum())
-            elif is_map(network, name, y):
-                correlations[name] = correlations.get(name, 0.0) + float(correlation(y, small[name]).sum())
-    return tuple(
-        Agreement(
-            output=name,
-            cosine=cosine / samples,
-            relative_error=(error / max(norm, 1e-300)) ** 0.5,
-            top1_agreement=equal / samples if name == network.logits else None,
-            samples=samples,
-            correlation=correlations[name] / samples if name in correlations else None,
-        )
-        for name, (cosine, error, norm, equal) in sums.items()
+            _add(sums[name], network, name, y, small[name], batch)
+    return tuple(_agreement(network, name, found, samples) for name, found in sums.items())
+
+
+def _add(found: _Sums, network: Network, name: str, y: Tensor, small: Tensor, batch: Mapping[str, Tensor]) -> None:
+    weight = _weights(network, name, y, batch)
+    places = weight.reshape(*weight.shape, *[1] * (y.dim() - weight.dim()))
+    a, b = ((t * places).reshape(len(t), -1).double() for t in (y, small))
+    found.cosine += float(F.cosine_similarity(a, b, dim=1).sum())
+    found.error += float((a - b).square().sum())
+    found.norm += float(a.square().sum())
+    head = network.head if name == network.logits else None
+    if head in ("classes", "binary"):
+        equal = (answers(head, y) == answers(head, small)).reshape(len(y), -1)
+        counted = places.expand_as(y) if head == "binary" else places
+        counted = counted.reshape(len(y), -1).expand_as(equal)
+        found.equal += float(((equal * counted).sum(1) / counted.sum(1)).sum())
+    if is_map(network, name, y) and y.shape[1] == 1:
+        found.correlation = (found.correlation or 0.0) + float(correlation(y, small).sum())
+    if a.shape[1] == 1 or (head == "regression" and y.dim() == 2):
+        found.values.append((a.cpu(), b.cpu()))
+
+
+def _agreement(network: Network, name: str, found: _Sums, samples: int) -> Agreement:
+    head = network.head if name == network.logits else None
+    cosine, ranks = found.cosine / samples, None
+    if found.values:
+        dense, small = (torch.cat(each) for each in zip(*found.values, strict=True))
+        ranks = _rank_correlation(dense, small)
+        if dense.shape[1] == 1:
+            cosine = float(F.cosine_similarity(dense[:, 0], small[:, 0], dim=0))
+    return Agreement(
+        output=name,
+        cosine=cosine,
+        relative_error=(found.error / max(found.norm, 1e-300)) ** 0.5,
+        top1_agreement=found.equal / samples if head == "classes" else None,
+        samples=samples,
+        correlation=None if found.correlation is None else found.correlation / samples,
+        sign_agreement=found.equal / samples if head == "binary" else None,
+        rank_correlation=ranks,
     )
+
+
+def _rank_correlation(dense: Tensor, pruned: Tensor) -> float | None:
+    """The mean over columns of Spearman's correlation; None where one of them is constant."""
+    each = torch.tensor([spearman(a, b) for a, b in zip(dense.T, pruned.T, strict=True)])
+    return float(each.mean()) if len(dense) > 1 and bool(each.isfinite().all()) else None
 
 
 def correlation(dense: Tensor, pruned: Tensor) -> Tensor:

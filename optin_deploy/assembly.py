@@ -84,7 +84,7 @@ def assemble(
                 {"runtime": r, "reason": why} for r in recipe.measured_runtimes if (why := lacking_device(r))
             ],
             "gates": gates,
-            "warnings": [*job.network.notes, *_warnings(recipe, results["layers"])],
+            "warnings": [*job.network.notes, *results["notes"], *_warnings(recipe, results["layers"])],
             "stage_seconds": stage_seconds,
             "environment": {**environment(), "pruned on": str(job.device)},
         }

@@ -34,7 +34,7 @@ from optin_deploy.libraries.sentence_files import read_sentence_files, sentences
 from optin_deploy.libraries.transformers import read_tokenizer
 from optin_deploy.libraries.transformers_images import read_processor
 from optin_deploy.libraries.transformers_inputs import TEXT_INPUT, end_of_text
-from optin_deploy.network import Network, Source
+from optin_deploy.network import Network, Source, named_outputs
 from optin_deploy.places import regular
 from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, ProcessorPreprocessing, TextPreprocessing
@@ -44,6 +44,7 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.structure.merging_blocks import with_merging
+from optin_deploy.task_head import HeadKind, head_of
 
 JSON_NAME = "optin.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -113,6 +114,8 @@ class _Description(_Strict):
     token_mask: str | None
     logits: str | None
     class_names: tuple[tuple[str, ...], ...] = ()
+    # Absent from checkpoints of versions that took all logits for those of classes.
+    head: HeadKind | None = None
     image: _Image | None = None
     processor: _Processor | None = None
     text: _Text | None = None
@@ -163,6 +166,7 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         token_mask=network.token_mask,
         logits=network.logits,
         class_names=network.class_names,
+        head=network.head if network.logits is not None else None,
         image=_Image(**asdict(preprocessing)) if isinstance(preprocessing, ImagePreprocessing) else None,
         processor=_Processor(
             input_name=preprocessing.input_name,
@@ -230,6 +234,7 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
         token_mask=description.token_mask,
         logits=description.logits,
         class_names=description.class_names,
+        head=_head(description, small, inputs),
         preprocessing=preprocessing,
         sentences=_sentences(path, preprocessing) if description.sentences else None,
         origin=read_origin(str(path), PROCESSOR_FILES + TOKENIZER_FILES if has_files else ()),
@@ -310,6 +315,23 @@ def _sample_inputs(description: _Description) -> Mapping[str, Tensor]:
     if description.source.library == "transformers" and TEXT_INPUT in inputs:
         inputs[TEXT_INPUT] = end_of_text(inputs[TEXT_INPUT], description.source.arguments)
     return inputs
+
+
+def _head(description: _Description, module: nn.Module, inputs: Mapping[str, Tensor]) -> HeadKind:
+    """What the logits mean: as it was saved, else as it is found for a network that is pruned."""
+    if description.logits is None:
+        return "classes"
+    with torch.no_grad():
+        logits = named_outputs(module(**inputs)).get(description.outputs[description.logits])
+    if logits is None:
+        # What is no output is told where outputs are asked for.
+        return description.head or "classes"
+    if description.head is None and description.source.library == "transformers":
+        return transformers_models.head(module, logits)
+    try:
+        return head_of(logits, description.head)
+    except UserError as error:
+        raise UserError(f"{JSON_NAME} of {description.source.name}: {error}") from error
 
 
 def _dtype_name(tensor: Tensor) -> Any:

@@ -13,6 +13,7 @@ from optin_deploy.network import Network
 from optin_deploy.picture_files import check_fit, check_images, image_files, read_images
 from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, PicturePreprocessing, TextPreprocessing
+from optin_deploy.task_head import answers
 from optin_deploy.text_evaluation import load_texts
 
 _BATCH_SIZE = 64
@@ -55,18 +56,21 @@ def _images(network: Network, path: Path) -> Dataset:
         raise UserError(f"{path} has no class folders: top-1 needs one folder of images per class")
     if network.logits is None:
         raise UserError("the network has no class logits: top-1 cannot be measured")
+    if network.head == "regression":
+        raise UserError("the network gives numbers, not classes: evaluate it on a table of texts and numbers, or not")
     folders = [file.relative_to(path).parts[0] for file in labelled]
     numbers = class_numbers(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
     check_images(labelled, preprocessing)
 
     def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
-        def logits(part: list[Path]) -> Tensor:
-            return _run(network, module, preprocessing(read_images(part)))[network.logits or ""]
+        def predicted(part: list[Path]) -> Tensor:
+            return _classes(network, _run(network, module, preprocessing(read_images(part))))
 
-        return _accuracy(labelled, labels, logits, advance)
+        return _accuracy(labelled, labels, predicted, advance)
 
-    return Dataset("top-1", str(path), len(labelled), len(labelled), measure)
+    metric = "accuracy" if network.head == "binary" else "top-1"
+    return Dataset(metric, str(path), len(labelled), len(labelled), measure)
 
 
 def _run(network: Network, module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,18 +79,20 @@ def _run(network: Network, module: nn.Module, batch: Mapping[str, Tensor]) -> di
         return network.forward({name: t.to(device) for name, t in batch.items()}, module)
 
 
+def _classes(network: Network, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Class numbers ``(batch,)`` that the logits give; of a single logit 1 for yes."""
+    found = answers(network.head, outputs[network.logits or ""])
+    return found.reshape(len(found)).long()
+
+
 def _accuracy(
-    items: Sequence[object], labels: Sequence[int], logits: Callable[..., Tensor], advance: Callable[[int], None]
+    items: Sequence[object], labels: Sequence[int], predict: Callable[..., Tensor], advance: Callable[[int], None]
 ) -> float:
+    """How often ``predict`` gives the label of an item, in per cent."""
     right = 0
     for start in range(0, len(items), _BATCH_SIZE):
         part = items[start : start + _BATCH_SIZE]
-        predicted = _classes(logits(list(part))).cpu()
+        predicted = predict(list(part)).cpu()
         right += int((predicted == torch.tensor(labels[start : start + _BATCH_SIZE])).sum())
         advance(len(part))
     return 100 * right / len(items)
-
-
-def _classes(logits: Tensor) -> Tensor:
-    """Class numbers of ``(samples, classes)``; one logit says no (0) or yes (1)."""
-    return (logits[:, 0] > 0).long() if logits.shape[-1] == 1 else logits.argmax(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from exporters import ExportError, check_builder, check_opset
 from optin_deploy import checkpoint, rundir
 from optin_deploy.calibration import Calibration, load_calibration
+from optin_deploy.criteria.fisher import check_head
 from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
@@ -24,7 +25,7 @@ from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import Anatomy, examine
 from optin_deploy.recipe import Recipe, check_options
-from optin_deploy.scoring import Scoring
+from optin_deploy.scoring import Scoring, check_reach
 from optin_deploy.search import check_budget
 from optin_deploy.sentences import tell_default
 from optin_deploy.sparsity import can_be_sparse
@@ -68,7 +69,7 @@ class Job:
 
 
 def scoring_of(recipe: Recipe) -> Scoring:
-    """How ``recipe`` has units scored."""
+    """How a run by ``recipe`` scores units."""
     return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
 
 
@@ -135,6 +136,8 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     if recipe.has_budget:
         check_gradients(network, anatomy.structure, scoring_of(recipe))
     _check_finite(network, calibration)
+    if recipe.has_budget:
+        check_reach(network, anatomy.structure, calibration.batches, scoring_of(recipe))
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     if dataset is not None and dataset.pairs and not given and not _has_pairs(recipe):
         logger.warning(
@@ -243,8 +246,7 @@ def is_measurable(runtime: str) -> bool:
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:
     if recipe.criterion != "fisher":
         return
-    if network.logits is None:
-        raise UserError("--criterion fisher: the network has no class logits; take another criterion")
+    check_head(network)
     if calibration.labels is None:
         raise UserError("--criterion fisher needs labels for the calibration data: give --calibration-labels")
 

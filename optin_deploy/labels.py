@@ -21,6 +21,7 @@ from timm.utils.misc import natural_key
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.places import hidden
+from optin_deploy.task_head import is_single
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +88,28 @@ def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str,
 
 
 def class_count(network: Network) -> int:
-    """How many classes the network tells apart; UserError where it does not give one class a sample."""
+    """How many classes the network tells apart: two by a single logit, no and yes.
+
+    Raises:
+        UserError: one label cannot say what is right for a sample: the network gives numbers, several yes or no for
+            each sample, or answers for each token or pixel.
+    """
     with torch.no_grad():
         logits = network.forward(network.inputs)[network.logits or ""]
-    if logits.dim() != 2 or network.head == "regression" or (network.head == "binary" and logits.shape[-1] > 1):
-        meaning = {"binary": "several labels", "regression": "plain numbers"}.get(network.head, "several answers")
+    if network.head == "regression":
+        raise UserError("the network gives numbers, not classes: labels of classes mean nothing for it")
+    single = network.head == "binary" and is_single(logits)
+    if logits.dim() > 2:
         raise UserError(
-            f"{network.source.name} gives {meaning} a sample (logits of shape {tuple(logits.shape[1:])}): accuracy is "
-            "measured of networks that give one class"
+            f"the network gives logits of shape {tuple(logits.shape)}, an answer for every token or pixel: one label a "
+            "sample cannot say whether they are right"
         )
-    # One logit says yes or no.
-    return max(logits.shape[-1], 2)
+    if network.head == "binary" and not single:
+        raise UserError(
+            f"the network gives {logits.shape[-1]} answers of yes or no for each sample: one label a sample cannot say "
+            "whether they are right"
+        )
+    return 2 if single else logits.shape[-1]
 
 
 def class_number(network: Network, label: str, classes: int) -> int:
@@ -143,6 +155,9 @@ def _named_numbers(network: Network) -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = [(name, n) for n, told in enumerate(network.class_names) for name in told]
     pairs += [(str(name), number) for number, name in by_number.items()] if isinstance(by_number, Mapping) else []
     pairs += [(str(name), number) for name, number in by_name.items()] if isinstance(by_name, Mapping) else []
+    if network.head == "binary" and len({name for name, _ in pairs}) == 1:
+        # The one name says what a yes means; what a no means has no name.
+        return [(name, 1) for name, _ in pairs if not _PLACEHOLDER.fullmatch(name)]
     return pairs
 
 

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.intake import check_network, take_in
 from optin_deploy.outputs import named_outputs as named_outputs
 from optin_deploy.sentences import EMBEDDING, FEATURES, SentenceHead, Sentences
-from optin_deploy.task_head import HeadKind
+from optin_deploy.task_head import HeadKind, head_of
 
 Library = Literal["timm", "transformers", "custom"]
 
@@ -185,7 +186,12 @@ def _of_keys(output: Any, keys: Iterable[str]) -> tuple[Tensor, ...]:
 
 
 def custom_network(
-    module: nn.Module, inputs: Mapping[str, Tensor], *, logits: str | None = None, preprocessing: Any = None
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    logits: str | None = None,
+    head: HeadKind | None = None,
+    preprocessing: Any = None,
 ) -> Network:
     """A `Network` around the user's own module, which is put in eval mode; all else is put right in a copy.
 
@@ -193,7 +199,10 @@ def custom_network(
 
     Args:
         inputs: a sample batch by forward's argument names, first axis the batch.
-        logits: name of the output with class logits ("output" when the module gives one tensor), if there is one.
+        logits: name of the output with the task head's logits ("output" when the module gives one tensor), if there
+            is one.
+        head: what these mean: "classes" (one of several), "binary" (a yes or no for every number: one logit, or
+            several labels) or "regression" (plain numbers). None takes "binary" for a single class, else "classes".
         preprocessing: an ``ImagePreprocessing`` or ``TextPreprocessing`` to calibrate and evaluate on files.
 
     Raises:
@@ -203,8 +212,10 @@ def custom_network(
     names = {key: name for name, key in taken.outputs.items()}
     if logits is not None and logits not in (*taken.outputs, *names):
         raise UserError(f"there is no output {logits!r}; the network gives {', '.join(taken.outputs)}")
+    if logits is None and head is not None:
+        raise UserError(f"head={head!r} says what logits mean: name that output with logits=")
     source = Source("custom", f"{type(taken.module).__module__}.{type(taken.module).__qualname__}")
-    return Network(
+    network = Network(
         taken.module,
         taken.inputs,
         taken.outputs,
@@ -214,3 +225,8 @@ def custom_network(
         preprocessing=preprocessing,
         notes=taken.notes,
     )
+    if network.logits is None:
+        return network
+    with torch.no_grad():
+        given = network.forward(network.inputs)[network.logits]
+    return replace(network, head=head_of(given, head))

@@ -37,10 +37,11 @@ class Picture:
 
 
 def is_map(network: Network, name: str, output: Tensor) -> bool:
-    """Whether an output is drawn: one value, or class logits, for each pixel of a map."""
+    """Whether an output is drawn: one value, or the logits of classes, for each pixel of a map. Of several answers for
+    each pixel (a yes or no for every label) no picture shows all."""
     if output.dim() != 4 or min(output.shape[2:]) < _FEWEST_PIXELS:
         return False
-    return output.shape[1] == 1 or name == network.logits
+    return output.shape[1] == 1 or (name == network.logits and network.head == "classes")
 
 
 @torch.no_grad()

@@ -49,6 +49,8 @@ from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.torchrun import joined, launched_ranks, local_device
 
 logger = logging.getLogger(__name__)
+# What the report says of how units were scored, where it is not just as the options say.
+_NOTES_NAME = "scoring.json"
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ def _finished(job: Job, directory: Path, plan: Plan, small: Network, stages: Sta
     served = replace(job, network=job.served(job.network))
     results |= export_and_measure(served, job.served(small), directory, stages)
     results["latency_budget"] = read_latency(directory) if job.recipe.has_latency else None
+    notes = directory / _NOTES_NAME
+    results["notes"] = rundir.read_json(notes) if notes.is_file() and job.recipe.has_budget else []
     report = assemble(job, plan, small, results, directory, stages.seconds, command)
     write_report(report, directory)
     _write_card(report, job.network, directory / "checkpoint")
@@ -223,9 +227,20 @@ def _scored(job: Job, batches: Shared, directory: Path, stages: Stages) -> tuple
         dense = in_principal_bases(job.network, structure, batches)
         if ranks.told(path.is_file):
             return dense, _kept_scores(path, structure) if ranks.main else {}
-        scores = score(dense, structure, job.anatomy.costs, batches, scoring, labels=labels, advance=advance)
+        told: list[str] = []
+
+        def tell(sentence: str) -> None:
+            logger.warning(sentence)
+            told.append(f"{sentence[0].upper()}{sentence[1:]}.")
+
+        costs = job.anatomy.costs
+        scores = score(dense, structure, costs, batches, scoring, labels=labels, advance=advance, tell=tell)
         if not ranks.main:
             return dense, scores
+        if told:
+            # Before the scores, which tell a later try that nothing is left to do.
+            with rundir.recorded(directory / _NOTES_NAME):
+                write_text(directory / _NOTES_NAME, json.dumps(told) + "\n")
         with rundir.recorded(path):
             save_scores(scores, path)
         return dense, scores

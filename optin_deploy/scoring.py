@@ -1,7 +1,9 @@
 """Scores of every unit by the chosen criterion. A higher score matters more."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +13,13 @@ from torch import Tensor
 from optin_deploy.costs import Costs
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.criteria.forward import forward_scores, forward_steps
-from optin_deploy.criteria.loss import chunks
+from optin_deploy.criteria.loss import chunks, is_saturated
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.criteria.random import random_scores
-from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.reach import Reach, find_forward_reach, find_reach
+from optin_deploy.criteria.restored import plain_checkpoints, restored
+from optin_deploy.criteria.signal import check_signal, named
+from optin_deploy.criteria.trajectory import exact_scores, masked_totals, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.distributed import ranks_of, shared_like
 from optin_deploy.errors import UserError
@@ -27,7 +32,9 @@ from optin_deploy.structure.token_stack import TokenStack
 Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
 Scorer = Literal["sketch", "exact", "forward"]
 Batches = Sequence[Mapping[str, Tensor]]
+logger = logging.getLogger(__name__)
 
+_WITH_DERIVATIVES = ("trajectory-obs", "trajectory", "fisher")
 # Beside a sketch, heads are scored exactly on the first batches that hold this many tokens together.
 _EXACT_TOKENS = 3_000
 # A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
@@ -36,7 +43,7 @@ _CHUNK_TOKENS = 512
 _LONG, _LONG_TOKENS = 128, 256
 # Merging is tried on so many samples: it is run once for each block and number of tokens.
 _MERGED_SAMPLES = 32
-# Forward passes are many: the weight of the task part is found on fewer samples.
+# Passes without derivatives are many: the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
 
 
@@ -109,36 +116,110 @@ def score(
     *,
     labels: Sequence[Tensor] | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    tell: Callable[[str], None] = logger.warning,
 ) -> dict[str, Tensor]:
     """Scores on ``batches``, which lie on the network's device.
 
     Args:
         costs: of ``structure``; random scores are in proportion to them.
         labels: class numbers for each batch, for the criterion "fisher".
+        tell: called with a sentence where scores are not found just as ``scoring`` says.
 
     Returns:
         group name -> float64 ``(units,)`` on the CPU; a higher score matters more.
 
     Raises:
-        UserError: the network gives NaN or infinity on the calibration data; labels are missing.
+        UserError: the network gives NaN or infinity on the calibration data; labels are missing; no derivative reaches
+            some units; scores say nothing of them.
     """
     scoring = scoring or Scoring()
-    if scoring.criterion == "trajectory-obs":
-        scores = _obs(network, structure, batches, scoring, advance)
-    elif scoring.criterion == "trajectory":
-        scores = _trajectory(network, structure, batches, scoring, advance)
-    elif scoring.criterion == "fisher":
-        if labels is None:
-            raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
-        scores = _fisher(network, structure, batches, labels, advance)
-    elif scoring.criterion == "magnitude":
-        scores = magnitude_scores(network.module, structure)
-    else:
-        scores = random_scores(structure, costs, scoring.seed)
+    with plain_checkpoints(), _with_derivatives(network, structure, batches, scoring, tell) as (ready, gradients):
+        scores = _scores(ready, structure, costs, batches, scoring, labels, gradients, advance)
     bad = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
     if bad:
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
+    if scoring.criterion != "random":
+        first = batches[0] if len(batches) else network.inputs
+        ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
     return scores
+
+
+def _scores(
+    network: Network,
+    structure: Structure,
+    costs: Costs,
+    batches: Batches,
+    scoring: Scoring,
+    labels: Sequence[Tensor] | None,
+    gradients: bool,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    if scoring.criterion == "trajectory-obs":
+        return _obs(network, structure, batches, scoring, advance)
+    if scoring.criterion == "trajectory":
+        return _trajectory(network, structure, batches, scoring, gradients, advance)
+    if scoring.criterion == "fisher":
+        if labels is None:
+            raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
+        return _fisher(network, structure, batches, labels, advance)
+    if scoring.criterion == "magnitude":
+        return magnitude_scores(network.module, structure)
+    return random_scores(structure, costs, scoring.seed)
+
+
+@contextmanager
+def _with_derivatives(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring, tell: Callable[[str], None]
+) -> Iterator[tuple[Network, bool]]:
+    """The network with a loss that its outputs do not saturate, its derivatives brought back where it cuts them off,
+    and whether there are any: masking units one by one needs none.
+
+    Raises:
+        UserError: the scorer needs derivatives that the network does not give.
+    """
+    if scoring.criterion not in _WITH_DERIVATIVES:
+        yield network, False
+        return
+    if scoring.criterion != "fisher" and ranks_of(batches).told(lambda: is_saturated(network, batches)):
+        tell(
+            f"{network.logits} is saturated: probabilities are 0 or 1 on all calibration data, where small changes of "
+            "the logits change none; units are scored by the squared change of the logits"
+        )
+        network = replace(network, head="regression")
+    reach = _reach(network, structure, batches, scoring)
+    if reach.wrong:
+        tell(
+            f"derivatives for {named(reach.wrong)} are far from what the outputs do, as behind coarse rounding or "
+            "where a part of the graph is missing: scores there may be poor"
+        )
+    if reach.restoring:
+        tell(
+            "the network cuts its own derivatives off (no_grad, inference_mode or detach): they are "
+            "brought back while units are scored"
+        )
+    with restored(network.module) if reach.restoring else nullcontext():
+        yield network, not reach.cut and reach.reason is None
+
+
+def check_reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> None:
+    """Raise UserError where `score` would, since no derivative reaches some units: in little time, on two samples."""
+    if scoring.criterion in _WITH_DERIVATIVES:
+        with plain_checkpoints():
+            _reach(network, structure, batches, scoring)
+
+
+def _reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> Reach:
+    forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
+    find = find_forward_reach if forth else find_reach
+    reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
+    masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
+    if masking or (not reach.cut and reach.reason is None):
+        return reach
+    what = f"no derivative can be taken ({reach.reason})" if reach.reason else "no derivative reaches its units"
+    raise UserError(
+        f"{named(reach.cut) if reach.cut else network.source.name}: {what}, so they cannot be scored this way; give "
+        "--criterion trajectory --scorer exact, which masks each unit and needs none"
+    )
 
 
 def token_damages(
@@ -161,11 +242,18 @@ def token_damages(
     if not task:
         raise UserError("--task-weight 0: what merging tokens costs is measured at the outputs; give --tokens numbers")
     samples = _samples_at_once(network, structure, batches)
-    factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
+    # What there is to be told, `score` has told.
+    backward = replace(scoring, criterion="trajectory-obs")
+    with plain_checkpoints(), _with_derivatives(network, structure, batches, backward, _nothing) as (ready, _):
+        factors = _factors(ready, structure, batches, chunks(batches[:1], samples)[0], scoring)
     some = _merged_batches(batches)
-    found = damages(network, structure, stack, some, factors, advance)
+    found = damages(ready, structure, stack, some, factors, advance)
     part = sum(map(_size, batches)) / sum(map(_size, some))
     return Damages(found.tokens, found.loss * part * (1 + manifold / task))
+
+
+def _nothing(_: str) -> None:
+    pass
 
 
 def token_steps(stack: TokenStack, batches: Batches) -> int:
@@ -226,13 +314,22 @@ def _samples_at_once(network: Network, structure: Structure, batches: Batches) -
 
 
 def _trajectory(
-    network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
+    network: Network,
+    structure: Structure,
+    batches: Batches,
+    scoring: Scoring,
+    gradients: bool,
+    advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     if scoring.scorer == "forward":
         return _forward(network, structure, batches, scoring, advance)
     exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
     some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
-    factors = _factors(network, structure, batches, batches[0], scoring)
+    if gradients:
+        factors = _factors(network, structure, batches, batches[0], scoring)
+    else:
+        first = chunks(batches[:1], _FACTOR_SAMPLES)[0]
+        factors = _factors(network, structure, batches, first, scoring, masked_totals)
     own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
     found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed, advance=advance)
     scores = _per_sample(_together(batches, exactly, found), some)

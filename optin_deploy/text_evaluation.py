@@ -13,7 +13,7 @@ from optin_deploy.network import Network, named_outputs
 from optin_deploy.preprocessing import Text, TextPreprocessing
 from optin_deploy.sentences import EMBEDDING, FEATURES, Sentences, similarity, tell_default
 from optin_deploy.tables import Table, read_table
-from optin_deploy.task_head import HeadKind, answers
+from optin_deploy.task_head import answers, is_single
 from optin_deploy.texts import as_texts, check_texts, class_numbers_of, length, tell_cut
 
 _BATCH_SIZE = 64
@@ -89,25 +89,25 @@ def _answers(
 ) -> Dataset:
     """What a head says of texts against their labels."""
     texts, labels = samples
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = network.forward(network.inputs)[network.logits or ""]
-    if logits.dim() != 2:
+    kind = network.head
+    if logits.dim() > 2:
         raise UserError(
             f"{network.source.name} gives logits of shape {tuple(logits.shape)}, several for each text: one label a "
             "text says nothing of them"
         )
-    kind: HeadKind = "binary" if logits.shape[1] == 1 and network.head == "classes" else network.head
-    if kind != "classes" and logits.shape[1] > 1:
+    if kind != "classes" and not is_single(logits):
         raise UserError(
             f"{network.source.name} gives {logits.shape[1]} answers for each text: one label a text says nothing of "
             "them"
         )
-    if kind == "classes":
-        wanted = torch.tensor(class_numbers_of(network, labels, path, class_names))
-    elif kind == "binary" and all(label.lower() in _TRUTH for label in labels):
-        wanted = torch.tensor([[_TRUTH[label.lower()]] for label in labels])
-    else:
+    if kind == "regression" or (kind == "binary" and _are_scores(labels)):
         wanted = _scores(path, labels)
+    elif kind == "binary" and all(label.lower() in _TRUTH for label in labels):
+        wanted = torch.tensor([_TRUTH[label.lower()] for label in labels])
+    else:
+        wanted = torch.tensor(class_numbers_of(network, labels, path, class_names))
     order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
     ranked = wanted.is_floating_point()
 
@@ -118,12 +118,20 @@ def _answers(
             advance(len(found[-1]))
         given = torch.cat(found)
         if ranked:
-            return 100 * spearman(given[:, 0].double(), wanted[order])
-        right = answers(kind, given) == wanted[order]
+            return 100 * spearman(given.reshape(-1).double(), wanted[order])
+        right = answers(kind, given).reshape(-1) == wanted[order]
         return 100 * int(right.sum()) / len(texts)
 
     metric, pairs = "Spearman × 100" if ranked else "accuracy", isinstance(texts[0], tuple)
     return Dataset(metric, str(path), len(texts), len(texts), measure, pairs)
+
+
+def _are_scores(labels: Sequence[str]) -> bool:
+    """Whether labels are numbers other than those of no and yes."""
+    try:
+        return not {float(label) for label in labels} <= {0.0, 1.0}
+    except ValueError:
+        return False
 
 
 def _scores(path: Path, labels: Sequence[str]) -> Tensor:
@@ -182,13 +190,13 @@ def _bounded(texts: Sequence[Text], preprocessing: TextPreprocessing) -> Iterato
     yield from _bounded(texts[middle:], preprocessing)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _raw(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     return named_outputs(module(**{name: t.to(device) for name, t in batch.items()}))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _run(network: Network, module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     return network.forward({name: t.to(device) for name, t in batch.items()}, module)

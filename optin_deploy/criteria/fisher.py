@@ -2,7 +2,8 @@
 
 Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (NeurIPS 2022, arXiv 2204.09656), from the paper.
 With g_s the gradient of sample s's cross entropy for the masks of a group, all of them one, the group's empirical
-Fisher information is I = (1/S) Σ_s g_s g_sᵀ, and masks m cost about ½ (1 − m)ᵀ I (1 − m). Three steps:
+Fisher information is I = (1/S) Σ_s g_s g_sᵀ, and masks m cost about ½ (1 − m)ᵀ I (1 − m). Where every logit is a yes or
+no (``task_head``) it is the cross entropy of the sigmoids. Three steps:
 
 1. *Mask search* takes the diagonal of I (`fisher_scores`). The search itself is ours (``search``).
 2. *Mask rearrangement* (`rearranged`) counts in the rest of I, group by group.
@@ -27,6 +28,7 @@ from optin_deploy.plans import Plan
 from optin_deploy.projections import valid_rows
 from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.task_head import is_single
 
 # Label of positions that do not count, as in torch and transformers.
 IGNORED = -100
@@ -49,23 +51,32 @@ def mask_gradients(
 
     Args:
         labels: for each batch the int64 classes, ``(batch,)``, or ``(batch, tokens)`` (any number of axes) where the
-            network gives logits for every position; positions of -100 do not count.
+            network gives logits for every position; positions of -100 do not count. Where logits are a yes or no each,
+            1 or 0 for each of them; the axis of a single logit may be left out.
         advance: called with 1 after every batch.
 
     Raises:
         UserError: the network has no class logits, or the labels do not fit them.
     """
-    if network.logits is None:
-        raise UserError("fisher needs class logits, which this network does not give: take another criterion")
+    check_head(network)
     if len(labels) != len(batches):
         raise UserError(f"fisher needs labels for every batch: {len(labels)} given for {len(batches)} batches")
     gradients: dict[str, list[Tensor]] = {g.name: [] for g in structure.groups}
+    entropy = _binary_cross_entropy if network.head == "binary" else _cross_entropy
     for index in own_indices(batches):
-        found = sample_gradients(network, structure, batches[index], partial(_cross_entropy, labels[index]))
+        found = sample_gradients(network, structure, batches[index], partial(entropy, labels[index]))
         for name, gradient in found.items():
             gradients[name].append(gradient)
         advance(1)
     return {name: torch.cat(parts) for name, parts in gradients.items()}
+
+
+def check_head(network: Network) -> None:
+    """Raise UserError where the network has no logits whose cross entropy with labels could be taken."""
+    if network.logits is None:
+        raise UserError("--criterion fisher: the network has no class logits; take another criterion")
+    if network.head == "regression":
+        raise UserError("--criterion fisher: the network gives numbers, not classes; take another criterion")
 
 
 def sample_gradients(
@@ -107,6 +118,25 @@ def _cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
     each = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (labels != IGNORED).reshape(len(labels), -1).sum(1).clamp_min(1)
     return (each.reshape(len(labels), -1).sum(1) / counted).sum()
+
+
+def _binary_cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
+    """Sum of the samples' cross entropies, each the mean over its labelled logits."""
+    if logits.numel() == labels.numel() and is_single(logits):
+        labels = labels.reshape(logits.shape)
+    if logits.shape != labels.shape:
+        raise UserError(
+            f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}, each of which is "
+            "a yes or no: give 1 or 0 for each"
+        )
+    labels = labels.to(logits.device)
+    counted = labels != IGNORED
+    if not bool(((labels == 0) | (labels == 1) | ~counted).all()):
+        raise UserError(f"labels of a yes or no are 1 or 0, not {labels[counted].unique().tolist()[:5]}")
+    wanted = labels.clamp_min(0).to(logits.dtype)
+    each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * counted
+    each, counted = (t.reshape(len(labels), -1) for t in (each, counted))
+    return (each.sum(1) / counted.sum(1).clamp_min(1)).sum()
 
 
 def fisher_scores(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,12 +4,15 @@ manifold  Σ_l w_l ‖G(F_l) − G(F̃_l)‖²_F: F_l are the token features tha
 L2-normalised features of a fixed sample of tokens, w is 1, and 0.5 for the last block (Khaki & Plataniotis, ICLR 2024).
 What a convolution in a row of convolutions gives is compared only where the network has no other blocks.
 
-task  a sum over the network's outputs: T² Σ KL(p ‖ p̃) for class logits, with p the softmax at temperature T, for each
-sample, token or pixel; Σ ‖y − ỹ‖² / ‖y‖² over samples for any other output (a map, an embedding, boxes).
+task  a sum over the network's outputs. For the logits of a task head (see ``task_head``), each sample, token or pixel:
+T² Σ KL(p ‖ p̃), with p the softmax at temperature T, where they tell classes; the same with p the sigmoid of every
+number, Bernoulli distributions, where each is a yes or no; Σ (y − ỹ)² where they are plain numbers, one of which may be
+near 0 for some samples: factors set its unit (`criteria.trajectory.task_factors`). For any other output (a map, an
+embedding, boxes) Σ ‖y − ỹ‖² / ‖y‖² over samples.
 
 To second order each part is a quadratic form in the change that it is given. With E a random sign matrix shaped like a
 Gram matrix, the squared derivative of ⟨E, G⟩ is an unbiased estimate of the manifold's; the Hessian of KL is the Fisher
-information of the softmax, diag(p) − ppᵀ, whose root makes a probe of random signs.
+information of the softmax, diag(p) − ppᵀ, or of the sigmoids, p(1 − p), whose root makes a probe of random signs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +30,13 @@ from optin_deploy.network import Network
 from optin_deploy.replay import recorded_outputs, resumed
 from optin_deploy.structure.groups import Structure, channels_last
 from optin_deploy.structure.residual import first_tensor
-from optin_deploy.task_head import class_axis
+from optin_deploy.task_head import HeadKind, class_axis
 
 TEMPERATURE = 4.0
 GRAM_TOKENS = 768
 LAST_BLOCK_WEIGHT = 0.5
+# Probabilities below come to nothing in the squares of float32.
+_SATURATED = 1e-30
 
 Batch = Mapping[str, Tensor]
 
@@ -127,13 +132,22 @@ class Trajectory:
         """A random tensor v, shaped like the output, with E[⟨v, δ⟩²] the output's task term for a small change δ."""
         with torch.no_grad():
             rows = output[self.valid] if self.valid is not None and self.padded(output) else output
-            probe = softmax_probe(rows, generator) if name == self.network.logits else signs(rows, generator)
+            probe = self._head_probe(name, rows, generator)
             if self.valid is not None and self.padded(output):
                 # Drawn for what counts only, so that more padding gives the same draws.
                 probe = torch.zeros_like(output).masked_scatter(self.valid[:, :, None], probe)
-            if name == self.network.logits:
-                return probe
-            return probe / self.norm(output)
+            return probe / self.norm(output) if self.head(name) is None else probe
+
+    def head(self, name: str) -> HeadKind | None:
+        """What the numbers of an output mean, if it is that of a task head."""
+        return self.network.head if name == self.network.logits else None
+
+    def _head_probe(self, name: str, rows: Tensor, generator: torch.Generator) -> Tensor:
+        if self.head(name) == "classes":
+            return softmax_probe(rows, generator)
+        if self.head(name) == "binary":
+            return sigmoid_root(rows) * signs(rows, generator)
+        return signs(rows, generator)
 
     def task_root(self, name: str, dense: Tensor, change: Tensor) -> Tensor:
         """What squares and sums to the output's task term for small changes: ``(copies, *output's shape)``.
@@ -142,7 +156,11 @@ class Trajectory:
             change: of stacked copies of the batch, ``(copies * batch, …)``.
         """
         given = change.reshape(-1, *dense.shape)
-        if name == self.network.logits:
+        if self.head(name) == "binary":
+            return self.counted(dense) * sigmoid_root(dense) * given
+        if self.head(name) == "regression":
+            return self.counted(dense) * given
+        if self.head(name) == "classes":
             axis = class_axis(dense)
             p = torch.softmax(dense / TEMPERATURE, dim=axis)
             mean = (p * given).sum(axis + 1 if axis >= 0 else axis, keepdim=True)
@@ -159,7 +177,11 @@ class Trajectory:
         # In float64: the terms cancel, and what is left of a small change in float32 is noise of either sign.
         y, moved = dense.double(), changed.double().reshape(copies, *dense.shape)
         counted = self.counted(dense).double()
-        if name == self.network.logits:
+        if self.head(name) == "binary":
+            return TEMPERATURE**2 * (counted * bernoulli_divergence(y, moved)).reshape(copies, -1).sum(1).cpu()
+        if self.head(name) == "regression":
+            return ((moved - y) * counted).square().reshape(copies, -1).sum(1).cpu()
+        if self.head(name) == "classes":
             axis = class_axis(y)
             log_p = torch.log_softmax(y / TEMPERATURE, dim=axis)
             log_q = torch.log_softmax(moved / TEMPERATURE, dim=axis + 1 if axis >= 0 else axis)
@@ -174,6 +196,43 @@ def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     p = torch.softmax(logits.detach() / TEMPERATURE, dim=axis)
     noise = p.sqrt() * signs(p, generator)
     return (noise - p * noise.sum(axis, keepdim=True)) / 2**0.5
+
+
+def sigmoid_root(logits: Tensor) -> Tensor:
+    """r with T² KL of the Bernoulli distributions at temperature T, to second order, (r · δ)² for changes δ."""
+    scaled = logits.detach() / TEMPERATURE
+    # 1 − p by itself: near 1, p has no digits left for it.
+    return (torch.sigmoid(scaled) * torch.sigmoid(-scaled) / 2).sqrt()
+
+
+@torch.no_grad()
+def is_saturated(network: Network, batches: Sequence[Batch]) -> bool:
+    """Whether the probabilities that the logits give are so near 0 or 1 for every sample of all ``batches`` that no
+    small change of the logits changes any. One sample that is not is enough; the first mostly is."""
+    if network.logits is None or network.head == "regression":
+        return False
+    for batch in batches:
+        for size in (2, None):
+            logits = network.forward({name: t[:size] for name, t in batch.items()})[network.logits].float()
+            if bool((_spread(network.head, logits) > _SATURATED).any()):
+                return False
+    return True
+
+
+def _spread(head: HeadKind, logits: Tensor) -> Tensor:
+    """What the divergence of a small change is in proportion to, at temperature T."""
+    if head == "binary":
+        return sigmoid_root(logits).square()
+    axis = class_axis(logits)
+    top = (logits / TEMPERATURE).topk(2, dim=axis).values
+    return (top.select(axis, 1) - top.select(axis, 0)).exp()
+
+
+def bernoulli_divergence(dense: Tensor, changed: Tensor) -> Tensor:
+    """KL of the yes and no of every logit at temperature T: Σ over both of p (log p − log p̃), elementwise."""
+    y, moved = dense / TEMPERATURE, changed / TEMPERATURE
+    yes = y.sigmoid() * (F.logsigmoid(y) - F.logsigmoid(moved))
+    return yes + (-y).sigmoid() * (F.logsigmoid(-y) - F.logsigmoid(-moved))
 
 
 def probe_losses(

@@ -171,6 +171,27 @@ def _masked_runs(
         yield units, moved
 
 
+def masked_totals(
+    network: Network,
+    structure: Structure,
+    batches: Sequence[Batch],
+    *,
+    probes: int,
+    factors: Mapping[str, float],
+    seed: int,
+    manifold: float = 1.0,
+) -> dict[str, Tensor]:
+    """In the place of `sketch_scores` for `task_factors`, without derivatives: ``probes`` units of each group, masked
+    one by one; the others get 0."""
+    only = {g.name: range(0, g.units, -(-g.units // probes)) for g in structure.groups}
+    groups = structure.groups
+    without_task = exact_scores(network, structure, groups, batches, factors={}, seed=seed, only=only)
+    if not factors:
+        return {name: manifold * values for name, values in without_task.items()}
+    both = exact_scores(network, structure, groups, batches, factors=factors, seed=seed, only=only)
+    return {name: values - (1 - manifold) * without_task[name] for name, values in both.items()}
+
+
 def repeated(output: Any, copies: int, batch: int) -> Any:
     """A block's output for stacked copies of the batch."""
 

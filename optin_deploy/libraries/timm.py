@@ -113,6 +113,7 @@ def network_of(
         source=source,
         weights=weights,
         logits="logits" if classifies else None,
+        head="binary" if getattr(module, "num_classes", 0) == 1 else "classes",
         class_names=_class_names(known),
         preprocessing=_preprocessing(source.name, config, channels, (height, width)),
         origin=origin or _origin(known, weights),

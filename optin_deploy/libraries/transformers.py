@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.modelcard import TASK_MAPPING
 
 from optin_deploy.errors import UserError
@@ -17,9 +17,10 @@ from optin_deploy.libraries import transformers_inputs as inputs_of
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.libraries.sentence_files import SentenceFiles
 from optin_deploy.libraries.transformers_images import read_image_preprocessing
-from optin_deploy.network import Network, Source
+from optin_deploy.network import Network, Source, named_outputs
 from optin_deploy.preprocessing import Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
+from optin_deploy.task_head import HeadKind, head_of
 
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
@@ -223,6 +224,8 @@ def network_of(
     """`Network` around a transformers model; a sample text has ``sequence_length`` tokens where that many fit."""
     inputs = inputs_of.sample_inputs(module, preprocessing, sequence_length)
     names = inputs_of.counted_outputs(module, inputs)
+    with torch.no_grad():
+        logits = named_outputs(module(**inputs))["logits"] if "logits" in names else None
     return Network(
         module=prunable_form(module),
         inputs=inputs,
@@ -232,8 +235,20 @@ def network_of(
         sequence_inputs=tuple(n for n, t in inputs.items() if not t.is_floating_point() and t.dim() == 2),
         token_mask="attention_mask" if "attention_mask" in inputs else None,
         logits="logits" if "logits" in names else None,
+        head=head(module, logits) if logits is not None else "classes",
         preprocessing=preprocessing,
     )
+
+
+def head(module: nn.Module, logits: Tensor) -> HeadKind:
+    """What ``logits`` of a transformers model mean; ``problem_type`` says it of those of whole samples, ``(batch,
+    labels)``.
+
+    A single label whose ``problem_type`` is not set is a yes or no, as in transformers' own pipelines: training one as
+    a regression sets it.
+    """
+    said = getattr(module.config, "problem_type", None) if logits.dim() == 2 else None
+    return head_of(logits, {"regression": "regression", "multi_label_classification": "binary"}.get(str(said)))
 
 
 def read_preprocessing(

@@ -100,7 +100,12 @@ def _outputs(report: Report) -> str:
     found = report.evaluation
     if found is not None:
         return f"{found.metric} {found.dense:.2f} → {found.kept:.2f}"
-    return f"cosine of {report.agreement[0].output} {report.agreement[0].cosine:.4f}" if report.agreement else "—"
+    if not report.agreement:
+        return "—"
+    first = report.agreement[0]
+    if first.sign_agreement is not None or first.rank_correlation is not None:
+        return f"{first.output}: {wording.likeness(first)}"
+    return f"cosine of {first.output} {first.cosine:.4f}"
 
 
 def lines(reports: Mapping[str, Report]) -> list[Line]:

@@ -24,6 +24,15 @@ _KINDS = {
 }
 
 
+# Figures of agreement that not all outputs have: field, title, whether it is a share.
+_ANSWERS = (
+    ("top1_agreement", "Same top answer", True),
+    ("sign_agreement", "Same yes or no", True),
+    ("rank_correlation", "Rank correlation", False),
+    ("correlation", "Correlation", False),
+)
+
+
 def render(report: Report) -> str:
     """The whole page. Every text of the report is escaped."""
     environment = Environment(
@@ -54,6 +63,8 @@ def render(report: Report) -> str:
         sparsity=wording.sparsity(report),
         precision=wording.precision(report),
         headline=item,
+        likeness=_likeness(report),
+        answers=[each for each in _ANSWERS if any(getattr(row, each[0]) is not None for row in report.agreement)],
         random=report.model.weights == "random",
         device=wording.device_name(report, item.runtime) if item else None,
         faster=wording.faster,
@@ -79,6 +90,18 @@ def render(report: Report) -> str:
         protocol=_rows(report.protocol),
         environment=_rows(report.environment),
     )
+
+
+def _likeness(report: Report) -> tuple[str, str]:
+    """A figure for the agreement of the first output, and what it is."""
+    if not report.agreement:
+        return "—", ""
+    first = report.agreement[0]
+    if first.sign_agreement is not None:
+        return numbers.percent(first.sign_agreement), "same yes or no as the dense network"
+    if first.rank_correlation is not None:
+        return f"{first.rank_correlation:.3f}", "rank correlation with the dense network"
+    return f"{first.cosine:.3f}", "cosine with the dense network"
 
 
 def _breakable(name: str) -> Markup:

@@ -223,8 +223,10 @@ class Sparsity(_Value):
 
 
 class Agreement(_Value):
-    """How alike the dense and pruned networks' values of one output are; top1_agreement is 0 to 1, or None, as is the
-    correlation of maps."""
+    """How alike the dense and pruned networks' values of one output are; see `optin_deploy.agreement.Agreement`.
+
+    Figures that mean nothing for an output are None; top1_agreement and sign_agreement are 0 to 1.
+    """
 
     output: str
     cosine: float
@@ -232,6 +234,8 @@ class Agreement(_Value):
     top1_agreement: float | None
     samples: int
     correlation: float | None = None
+    sign_agreement: float | None = None
+    rank_correlation: float | None = None
 
 
 class Picture(_Value):

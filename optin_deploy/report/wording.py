@@ -79,6 +79,10 @@ def agreement(entry: Agreement) -> str:
     told = f"cosine {entry.cosine:.4f}, relative error {numbers.percent(entry.relative_error)}"
     if entry.top1_agreement is not None:
         told += f", same top answer on {numbers.percent(entry.top1_agreement)}"
+    if entry.sign_agreement is not None:
+        told += f", same yes or no on {numbers.percent(entry.sign_agreement)}"
+    if entry.rank_correlation is not None:
+        told += f", rank correlation {entry.rank_correlation:.3f}"
     if entry.correlation is not None:
         told += f", correlation of the maps {entry.correlation:.3f}"
     return f"{told} ({entry.samples} held-out sample{'' if entry.samples == 1 else 's'})"
@@ -345,8 +349,17 @@ def _quality(report: Report) -> str:
     if not report.agreement:
         return ""
     first = report.agreement[0]
-    if first.correlation is not None:
-        return f"; correlation of the maps {first.correlation:.3f}"
-    if first.top1_agreement is not None:
-        return f"; same top answer on {numbers.percent(first.top1_agreement)}"
-    return f"; cosine of the outputs {first.cosine:.3f}"
+    return f"; {likeness(first)}"
+
+
+def likeness(entry: Agreement) -> str:
+    """How alike one output of both networks is, by the one figure that says most of it."""
+    if entry.sign_agreement is not None:
+        return f"same yes or no on {numbers.percent(entry.sign_agreement)}"
+    if entry.correlation is not None:
+        return f"correlation of the maps {entry.correlation:.3f}"
+    if entry.top1_agreement is not None:
+        return f"same top answer on {numbers.percent(entry.top1_agreement)}"
+    if entry.rank_correlation is not None:
+        return f"rank correlation {entry.rank_correlation:.3f}"
+    return f"cosine of the outputs {entry.cosine:.3f}"

@@ -1,5 +1,6 @@
 """From the reports of a sweep's runs to the sweep's own."""
 
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -58,6 +59,10 @@ def _quality(report: Report) -> Quality:
     agreed = report.agreement[0]
     if agreed.top1_agreement is not None:
         return Quality(kind="top1", name="same top answer", source=agreed.output, dense=1.0)
+    if agreed.sign_agreement is not None:
+        return Quality(kind="sign", name="same yes or no", source=agreed.output, dense=1.0)
+    if agreed.rank_correlation is not None:
+        return Quality(kind="rank", name="rank correlation", source=agreed.output, dense=1.0)
     return Quality(kind="cosine", name="cosine", source=agreed.output, dense=1.0)
 
 
@@ -66,10 +71,10 @@ def _value(report: Report, quality: Quality) -> float:
         assert report.evaluation is not None
         return report.evaluation.kept
     agreed = report.agreement[0]
-    if quality.kind == "top1":
-        assert agreed.top1_agreement is not None
-        return agreed.top1_agreement
-    return agreed.cosine
+    told = {"top1": agreed.top1_agreement, "sign": agreed.sign_agreement, "rank": agreed.rank_correlation}
+    value = told.get(quality.kind, agreed.cosine)
+    # The ranks of outputs that are all the same say nothing.
+    return math.nan if value is None else value
 
 
 def _point(run: SweepRun, cost: Interval, *, significant: bool = True) -> Point:

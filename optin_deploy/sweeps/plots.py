@@ -11,7 +11,7 @@ from optin_deploy.sweeps import schema, wording
 
 def front(drawn: schema.Front, quality: schema.Quality) -> str:
     """Quality over cost: intervals as bars, the front joined by a line, dominated points hollow; an SVG string."""
-    scale = 100 if quality.kind == "top1" else 1
+    scale = 100 if quality.kind in ("top1", "sign") else 1
     with matplotlib.rc_context(STYLE):
         figure, axes = panel(3.0)
         best = [point for point in drawn.points if not point.dominated]
@@ -33,7 +33,7 @@ def front(drawn: schema.Front, quality: schema.Quality) -> str:
             axes.annotate(point.network, at, beside, textcoords="offset points", fontsize=8)
         axes.margins(x=0.16, y=0.14)
         axes.set_xlabel("FLOPs, pruned ÷ dense" if drawn.cost == "flops" else "p50 latency, pruned ÷ dense")
-        axes.set_ylabel(f"{quality.name}, %" if quality.kind == "top1" else quality.name)
+        axes.set_ylabel(f"{quality.name}, %" if quality.kind in ("top1", "sign") else quality.name)
         axes.set_title(wording.title(drawn))
         axes.grid(True)
         return svg(figure, f"front-{wording.title(drawn)}", "Quality over cost, dense and pruned")

@@ -175,7 +175,7 @@ def _link(source: Path, target: Path) -> None:
     # The weights of a large ONNX file lie beside it; it comes last, since it is what tells that all are there.
     dense = source / "dense.onnx"
     files = [*sorted(source.glob("dense.onnx?*")), dense] if dense.is_file() else []
-    scores = [source / name for name in ("scores.safetensors", "merging.json")]
+    scores = [source / name for name in ("scoring.json", "scores.safetensors", "merging.json")]
     for file in [*files, *(each for each in scores if each.is_file())]:
         with rundir.recorded(target / file.name):
             link_or_copy(file, target / file.name)

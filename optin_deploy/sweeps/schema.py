@@ -20,10 +20,12 @@ class Quality(_Value):
     """What the networks are judged by; more is better.
 
     "evaluation": a metric on labelled data (``source``), in its own unit. "top1": part of the held-out inputs, 0 to 1,
-    on which the output ``source`` has the same top answer as the dense network's. "cosine": with the dense one's.
+    on which the output ``source`` has the same top answer as the dense network's. "sign": part of its yes-or-no answers
+    that are the same. "rank": Spearman's correlation of its numbers with the dense one's. "cosine": with the dense
+    one's.
     """
 
-    kind: Literal["evaluation", "top1", "cosine"]
+    kind: Literal["evaluation", "top1", "sign", "rank", "cosine"]
     name: str
     source: str
     dense: float

@@ -37,13 +37,18 @@ def judged_by(quality: Quality) -> str:
     """What the networks are judged by, in a sentence."""
     if quality.kind == "evaluation":
         return f"Judged by {quality.name} on {quality.source}."
-    what = "the part of held-out inputs with the dense network's top answer" if quality.kind == "top1" else "the cosine"
+    what = {
+        "top1": "the part of held-out inputs with the dense network's top answer",
+        "sign": "the part of its yes-or-no answers that are the dense network's",
+        "rank": "Spearman's correlation of its numbers with the dense network's",
+        "cosine": "the cosine",
+    }[quality.kind]
     return f"Judged by agreement with the dense network: {what}, output {quality.source}."
 
 
 def worth(value: float, quality: Quality) -> str:
     """A figure of quality as it is written."""
-    if quality.kind == "top1":
+    if quality.kind in ("top1", "sign"):
         return numbers.percent(value)
     return f"{value:.2f}" if quality.kind == "evaluation" else f"{value:.4f}"
 

@@ -107,6 +107,7 @@ ROWS = (
     Row("checkpoint-no-inputs", _described(_put("inputs", value={})), DAMAGED),
     Row("checkpoint-other-outputs", _described(_put("outputs", value={"logits": "no such"})), "no such"),
     Row("checkpoint-other-logits", _described(_put("logits", value="no such")), "no such"),
+    Row("checkpoint-other-head", _described(_put("head", value="softmax")), DAMAGED + "head"),
     Row("checkpoint-picture-size", _described(_put("image", "size", value=[-1, 1 << 30])), DAMAGED + r"image\.size"),
     Row("checkpoint-picture-std", _described(_put("image", "std", value=[0, 0, 0])), DAMAGED + r"image\.std"),
     Row("checkpoint-path-as-name", _described(_put("source", "name", value="../../etc/passwd")), r"\.\./\.\./etc"),

@@ -20,16 +20,25 @@ from optin_deploy.criteria.loss import (
     signs,
     softmax_probe,
 )
+from optin_deploy.task_head import HeadKind
 
-# Shape of an output -> whether it holds class logits.
+# Shape of an output -> what its numbers mean, None where it is not a task head's.
 OUTPUTS = [
-    ((3, 4), True),
-    ((3, 7, 4), True),
-    ((3, 4, 2, 3), True),
-    ((3,), False),
-    ((3, 5), False),
-    ((3, 7, 4), False),
-    ((3, 4, 2, 3), False),
+    ((3, 4), "classes"),
+    ((3, 7, 4), "classes"),
+    ((3, 4, 2, 3), "classes"),
+    ((3,), "binary"),
+    ((3, 1), "binary"),
+    ((3, 5), "binary"),
+    ((3, 7, 4), "binary"),
+    ((3, 1, 2, 3), "binary"),
+    ((3,), "regression"),
+    ((3, 2), "regression"),
+    ((3, 7, 4), "regression"),
+    ((3,), None),
+    ((3, 5), None),
+    ((3, 7, 4), None),
+    ((3, 4, 2, 3), None),
 ]
 
 
@@ -37,10 +46,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def trajectory_of(shape: tuple[int, ...], logits: bool) -> Trajectory:
+def trajectory_of(shape: tuple[int, ...], head: HeadKind | None) -> Trajectory:
     """Of a network with an output of that shape; with 7 tokens, some are padding."""
     name = "bert" if len(shape) == 3 else "vit"
-    network = replace(tiny.network(name), logits="output" if logits else None)
+    network = replace(tiny.network(name), logits="output" if head else None, head=head or "classes")
     return Trajectory(network, tiny.structure(name), network.inputs, seed=0)
 
 
@@ -55,7 +64,14 @@ def plain_task(trajectory: Trajectory, y: Tensor, moved: Tensor) -> Tensor:
         elif y.dim() == 4:
             positions = [(slice(None), r, c) for r in range(y.shape[2]) for c in range(y.shape[3])]
         old, new = ([t[sample][p] if p else t[sample] for p in positions] for t in (y, moved))
-        if trajectory.network.logits:
+        if trajectory.network.logits and trajectory.network.head == "regression":
+            total = total + sum((a - b).square().sum() for a, b in zip(old, new, strict=True))
+        elif trajectory.network.logits and trajectory.network.head == "binary":
+            for a, b in zip(old, new, strict=True):
+                for u, v in zip(a.reshape(-1), b.reshape(-1), strict=True):
+                    p, q = 1 / (1 + (-u / 4).exp()), 1 / (1 + (-v / 4).exp())
+                    total = total + 16 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+        elif trajectory.network.logits:
             for a, b in zip(old, new, strict=True):
                 p, q = torch.softmax(a / 4, dim=0), torch.softmax(b / 4, dim=0)
                 total = total + 16 * sum(p[k] * (p[k].log() - q[k].log()) for k in range(len(p)))
@@ -102,20 +118,20 @@ def mean_square(function: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch)
         basis.place += 1
 
 
-@pytest.mark.parametrize(("shape", "logits"), OUTPUTS)
+@pytest.mark.parametrize(("shape", "head"), OUTPUTS)
 def test_probes_have_the_task_term_as_mean_square(
-    shape: tuple[int, ...], logits: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], head: HeadKind | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trajectory, y, change = trajectory_of(shape, logits), random(*shape), random(*shape, seed=1)
+    trajectory, y, change = trajectory_of(shape, head), random(*shape), random(*shape, seed=1)
     generator = torch.Generator()
     given = mean_square(lambda: torch.sum(trajectory.task_probe("output", y, generator) * change), monkeypatch)
     expected = second_order(lambda step: plain_task(trajectory, y, y + step * change))
     assert given == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("shape", "logits"), OUTPUTS)
-def test_many_probes_come_near_the_task_term(shape: tuple[int, ...], logits: bool) -> None:
-    trajectory, y, change = trajectory_of(shape, logits), random(*shape), random(*shape, seed=1)
+@pytest.mark.parametrize(("shape", "head"), OUTPUTS)
+def test_many_probes_come_near_the_task_term(shape: tuple[int, ...], head: HeadKind | None) -> None:
+    trajectory, y, change = trajectory_of(shape, head), random(*shape), random(*shape, seed=1)
     generator, probes = torch.Generator().manual_seed(0), 2000
     squares = [float(torch.sum(trajectory.task_probe("output", y, generator) * change)) ** 2 for _ in range(probes)]
     expected = second_order(lambda step: plain_task(trajectory, y, y + step * change))
@@ -123,9 +139,9 @@ def test_many_probes_come_near_the_task_term(shape: tuple[int, ...], logits: boo
     assert sum(squares) / probes == pytest.approx(expected, rel=4 * math.sqrt(2 / probes))
 
 
-@pytest.mark.parametrize(("shape", "logits"), OUTPUTS)
-def test_changes_are_those_of_the_plain_loop(shape: tuple[int, ...], logits: bool) -> None:
-    trajectory, y, copies = trajectory_of(shape, logits), random(*shape), 3
+@pytest.mark.parametrize(("shape", "head"), OUTPUTS)
+def test_changes_are_those_of_the_plain_loop(shape: tuple[int, ...], head: HeadKind | None) -> None:
+    trajectory, y, copies = trajectory_of(shape, head), random(*shape), 3
     moved = y + torch.stack([0.1 * random(*shape, seed=s) for s in range(copies)])
     given = trajectory.task_change("output", y.float(), moved.flatten(0, 1).float(), copies)
     expected = torch.stack([plain_task(trajectory, y, m) for m in moved])
@@ -133,9 +149,9 @@ def test_changes_are_those_of_the_plain_loop(shape: tuple[int, ...], logits: boo
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize(("shape", "logits"), OUTPUTS)
-def test_squares_of_roots_sum_to_the_task_term(shape: tuple[int, ...], logits: bool) -> None:
-    trajectory, y = trajectory_of(shape, logits), random(*shape)
+@pytest.mark.parametrize(("shape", "head"), OUTPUTS)
+def test_squares_of_roots_sum_to_the_task_term(shape: tuple[int, ...], head: HeadKind | None) -> None:
+    trajectory, y = trajectory_of(shape, head), random(*shape)
     changes = torch.stack([random(*shape, seed=s) for s in range(3)])
     given = trajectory.task_root("output", y, changes.flatten(0, 1))
     assert given.shape == changes.shape
@@ -145,12 +161,31 @@ def test_squares_of_roots_sum_to_the_task_term(shape: tuple[int, ...], logits: b
 
 
 def test_an_output_that_is_zero_gives_no_nan() -> None:
-    trajectory, y = trajectory_of((3, 5), False), torch.zeros(3, 5)
+    trajectory, y = trajectory_of((3, 5), None), torch.zeros(3, 5)
     assert bool(trajectory.task_probe("output", y, torch.Generator()).isfinite().all())
     assert bool(trajectory.task_change("output", y, y, 1).isfinite().all())
 
 
-@pytest.mark.parametrize("shape", [(16, 4), (16, 1, 4), (16, 4, 1, 1)])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_one_logit_loses_what_two_do(scale: float) -> None:
+    """With z = z1 - z0 the sigmoid is the softmax of both, at every temperature."""
+    one, two = trajectory_of((6, 1), "binary"), trajectory_of((6, 2), "classes")
+    z, change = scale * random(6, 2), random(6, 2, seed=1)
+    single, moved = (t[:, 1:] - t[:, :1] for t in (z, z + change))
+    expected = two.task_change("output", z, z + change, 1)
+    torch.testing.assert_close(one.task_change("output", single, moved, 1), expected, rtol=1e-9, atol=1e-300)
+    root = one.task_root("output", single, moved - single)
+    torch.testing.assert_close(
+        root.square().sum(), two.task_root("output", z, change).square().sum(), rtol=1e-9, atol=0
+    )
+
+
+def test_a_logit_far_on_the_yes_side_counts_as_one_on_the_no_side() -> None:
+    roots = loss.sigmoid_root(torch.tensor([-200.0, 200.0]))
+    assert float(roots[0]) == float(roots[1]) > 0
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (16, 1, 4), (16, 4, 1, 1), (16, 4, 1, 1, 1)])
 def test_softmax_probes_have_the_fisher_information_as_covariance(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,9 +245,9 @@ def test_only_outputs_of_real_numbers_are_compared() -> None:
     assert list(trajectory.run()[1]) == ["output_0", "output_1", "output_2"]
 
 
-@pytest.mark.parametrize("logits", [True, False])
-def test_padding_draws_no_signs(logits: bool) -> None:
-    trajectory, y = trajectory_of((3, 7, 4), logits), random(3, 7, 4)
+@pytest.mark.parametrize("head", ["classes", "binary", "regression", None])
+def test_padding_draws_no_signs(head: HeadKind | None) -> None:
+    trajectory, y = trajectory_of((3, 7, 4), head), random(3, 7, 4)
     valid = trajectory.inputs["attention_mask"].bool()
     given = trajectory.task_probe("output", y, torch.Generator().manual_seed(0))
     assert not bool(given[~valid].any())
@@ -228,7 +263,7 @@ def test_gradients_of_what_does_not_depend_on_a_leaf_are_zero() -> None:
     leaves = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
     assert [g.tolist() for g in gradients(torch.ones(()), leaves, keep=True)] == [[0, 0], [0, 0, 0]]
     assert [g.tolist() for g in gradients(2 * leaves[0].sum(), leaves, keep=False)] == [[2, 2], [0, 0, 0]]
-    assert float(probe_losses(trajectory_of((3, 5), False), {}, {}, 0.0, {}, torch.Generator())) == 0
+    assert float(probe_losses(trajectory_of((3, 5), None), {}, {}, 0.0, {}, torch.Generator())) == 0
 
 
 # Gram matrices
