@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -66,12 +67,12 @@ def build(source: Source) -> nn.Module:
         raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {reason}") from error
 
 
-def source_of(name: str, image_size: int | None, classes: int | None = None) -> Source:
-    """The source of a timm model; ``image_size`` in pixels and ``classes`` where they differ from the model's own."""
+def source_of(name: str, image_size: int | None, told: Mapping[str, Any] = MappingProxyType({})) -> Source:
+    """The source of a timm model; ``image_size`` in pixels, and other arguments, where they are not the model's own."""
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: give a positive number of pixels")
     own = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    arguments = {} if classes is None else {"num_classes": classes}
+    arguments = dict(told)
     if image_size is not None and (own is None or own.input_size[-1] != image_size):
         arguments["img_size"] = image_size
     return Source("timm", name, arguments)

@@ -13,8 +13,9 @@ from torch import nn
 
 import optin_deploy
 from optin_deploy.errors import UserError
-from optin_deploy.libraries.timm_files import classes_in, saved
+from optin_deploy.libraries.timm_files import saved, told_by_weights
 from optin_deploy.models import load_network
+from optin_deploy.weight_files import WeightsFile
 
 SIZE = 32
 
@@ -66,7 +67,7 @@ def test_files_that_say_nothing_of_classes(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, other)
     text.write_text("no tensors")
     for path in (own, other, text, tmp_path / "none.safetensors", tmp_path / "weights.pth"):
-        assert classes_in("test_vit", path) is None
+        assert told_by_weights("test_vit", WeightsFile(path)) == {}
 
 
 # Directories
