@@ -29,6 +29,7 @@ from optin_deploy.sample_files import (
     table_columns,
 )
 from optin_deploy.shelf import Shelf
+from optin_deploy.unread import unread
 
 DEFAULT_SAMPLES = {"image": 128, "text": 1024, "tensor": 1024}
 _BATCH_SIZE = {"image": 16, "text": 32, "tensor": 32}
@@ -102,6 +103,8 @@ def load_calibration(
         texts = builtin_texts() if path is None else read_texts(path, column)
         check_texts(texts, preprocessing, path)
         return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
+    if told := unread(network):
+        raise UserError(f"{told}, and give them as --calibration FILE.npz or .safetensors")
     raise UserError("a module of your own without preprocessing needs tensors: --calibration FILE.npz or .safetensors")
 
 

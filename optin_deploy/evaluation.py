@@ -14,6 +14,7 @@ from optin_deploy.network import Network
 from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, TextPreprocessing
 from optin_deploy.sample_files import check_images, check_texts, image_files, read_images, read_table, table_columns
+from optin_deploy.unread import unread
 
 _BATCH_SIZE = 64
 
@@ -47,6 +48,8 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
     if isinstance(network.preprocessing, ImagePreprocessing):
         return _images(network, path)
     if not isinstance(network.preprocessing, TextPreprocessing):
+        if told := unread(network):
+            raise UserError(f"--evaluate {path}: {told}, and evaluate the pruned network in Python")
         raise UserError("a module of your own without preprocessing cannot be evaluated on files")
     if path.is_dir():
         raise UserError(f"{path} is a folder: a text network is evaluated on a CSV or TSV file")

@@ -99,9 +99,14 @@ def _saved_timm_network(
 ) -> Network:
     _check_size_is_own(model, image_size)
     own = weights == "pretrained"
-    module = _initialised(saved.source, _own_weights(Path(model)) if own else weights, seed)
+    source, file = saved.source, _own_weights(Path(model)) if own else weights
+    if file != "random":
+        # What the configuration does not say: timm writes only those arguments that it is told.
+        told = timm_files.told_by_weights(source.name, named(file))
+        source = replace(source, arguments={**told, **source.arguments})
+    module = _initialised(source, file, seed)
     origin = read_origin(model, ()) if own else Origin()
-    return timm_models.network_of(module, saved.source, weights, saved.pretrained_cfg, origin)
+    return timm_models.network_of(module, source, weights, saved.pretrained_cfg, origin)
 
 
 def _own_weights(directory: Path) -> str:
@@ -145,6 +150,7 @@ def _transformers_network(model: str, weights: str, image_size: int | None, sequ
         origin = read_origin(model, transformers_models.companions(module))
     if weights != "pretrained":
         origin = Origin(files=origin.files)
+    source = transformers_models.with_padding(source, module)
     try:
         network = transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
         return replace(network, origin=origin)

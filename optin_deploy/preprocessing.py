@@ -12,6 +12,8 @@ from torch import Tensor
 
 # As many as Pillow opens without a warning.
 MOST_PIXELS = 89_478_485
+# What files of pictures are read as.
+PICTURE_CHANNELS = 3
 
 
 @dataclass(frozen=True)

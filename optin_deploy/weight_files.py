@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from optin_deploy.pickles import conversion, converted_name
 from optin_deploy.places import regular
 
 INDEX_SUFFIX = ".index.json"
+# At the end of the name of one of several files.
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 LFS_POINTER = b"version https://git-lfs"
 # What a name ends with -> what such a file is, and what to do.
 _OTHERS = {

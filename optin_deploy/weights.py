@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.weight_files import WeightsFile, read_tensors
+from optin_deploy.weight_files import INDEX_SUFFIX, SHARD, WeightsFile, read_tensors
 from optin_deploy.weight_names import Part, chosen, listed, of_training, parts_of, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def load_weights(
         UserError: the file cannot be read, does not fit, or holds the network several times.
     """
     given = read_tensors(file.path)
-    tensors = {name: given[there] for name, there in unwrapped(given).items()}
+    originals = unwrapped(given)
+    tensors = {name: given[there] for name, there in originals.items()}
     own = module.state_dict()
     part, naming, copies = _part(tensors, [{name: name for name in own}, *namings], file)
     found = {naming[name]: tensors[there] for name, there in part.found.items()}
@@ -75,10 +76,14 @@ def load_weights(
     state = _completed(module, found)
     told = _unfit(module, state, unknown)
     if told:
-        raise UserError(f"weights file {file} does not fit the model: {_foreign(tensors.keys() - own.keys()) or told}")
+        told = _one_of_several(file) or _foreign(tensors.keys() - own.keys()) or told
+        raise UserError(f"weights file {file} does not fit the model: {told}")
     _check_beside(part, [name for name in beside if name not in within], file)
-    if part.prefix:
-        logger.info("%s: the network's names stand behind %s", file, part.prefix)
+    before = sorted({originals[there].removesuffix(name) for name, there in part.found.items()} - {""})
+    if before:
+        logger.info("%s: the network's names stand behind %s", file, listed(before))
+    if lacking := sorted({to.removesuffix(name) for name, to in naming.items() if to.endswith(name)} - {""}):
+        logger.info("%s: the names lack the network's %s", file, listed(lacking))
     if copies:
         logger.info("%s: %d tensors of other copies of the network are not used", file, len(copies))
     module.load_state_dict(state)
@@ -199,6 +204,14 @@ def _hint(module: nn.Module, other: Sequence[str], given: tuple[int, ...], wante
     if len(wanted) == 4 == len(given) and given[2:] == wanted[2:] and given[1] != wanted[1] and len(other) == 1:
         return f"the file is of pictures of {given[1]} channels: set in_chans (transformers: num_channels) to that"
     return _REFIT
+
+
+def _one_of_several(file: WeightsFile) -> str | None:
+    found = SHARD.search(file.path.name)
+    if found is None:
+        return None
+    index = file.path.with_name(f"{file.path.name[: found.start()]}.safetensors{INDEX_SUFFIX}")
+    return f"it is one of several files: give {index}"
 
 
 def _foreign(names: Iterable[str]) -> str | None:

@@ -13,11 +13,10 @@ from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.pickles import SUFFIXES as PICKLES
 from optin_deploy.pickles import conversion
 from optin_deploy.places import regular
-from optin_deploy.weight_files import INDEX_SUFFIX, LFS_POINTER, shards
+from optin_deploy.weight_files import INDEX_SUFFIX, LFS_POINTER, SHARD, shards
 
 WEIGHTS, INDEX = "model.safetensors", f"model.safetensors{INDEX_SUFFIX}"
 _VARIANT = re.compile(r"model\.([^.]+)\.safetensors|model\.safetensors\.index\.([^.]+)\.json")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _ADAPTER = "adapter_config.json"
 _OF_TASK = {
     "SEQ_CLS": "SequenceClassification",
@@ -49,9 +48,7 @@ def check_directory(directory: Path) -> None:
     """Raise UserError where ``directory`` shows that it is no network of transformers or timm, and what it is."""
     names = sorted(entry.name for entry in directory.iterdir())
     if not names:
-        raise UserError(
-            f"{directory} is an empty directory, without config.json: give that of a network with its weights"
-        )
+        raise UserError(f"{directory} is an empty directory, without config.json: give that of a network")
     for name in ("config.json", *TOKENIZER_FILES, *PROCESSOR_FILES):
         # Of two forms of a tokenizer, the other may be whole.
         if is_pointer(directory / name) and not (name.endswith(".model") and "tokenizer.json" in names):
@@ -74,7 +71,7 @@ def weights_in(directory: Path) -> Path:
         UserError: there is none that is loaded, and what there is instead; or files of an index are missing.
     """
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    variants = [name for name in names if _VARIANT.fullmatch(name) and not _SHARD.search(name)]
+    variants = [name for name in names if _VARIANT.fullmatch(name) and not SHARD.search(name)]
     found = next((name for name in (WEIGHTS, INDEX) if name in names), None)
     if found is None and len(variants) == 1:
         found = variants[0]
@@ -136,11 +133,11 @@ def _without_weights(directory: Path, names: Sequence[str], variants: Sequence[s
     if variants:
         choices = " or ".join(f"--weights {directory / name}" for name in variants)
         return f"{directory} holds its weights in {len(variants)} forms: choose {choices}"
-    if shard := next((name for name in names if _SHARD.search(name) and name.endswith(".safetensors")), None):
+    if shard := next((name for name in names if SHARD.search(name) and name.endswith(".safetensors")), None):
         return f"{directory} holds {shard} without {INDEX}, which says what is in which file: fetch that, too"
     if other := next((name for name in names if name.endswith(".safetensors")), None):
         return f"{directory} holds {other} and no {WEIGHTS}: give --weights {directory / other}"
-    pickles = [n for n in names if n.endswith((".bin.index.json", *PICKLES)) and not _SHARD.search(n)]
+    pickles = [n for n in names if n.endswith((".bin.index.json", *PICKLES)) and not SHARD.search(n)]
     pickle = next((n for n in pickles if n.startswith("pytorch_model")), next(iter(pickles), None))
     # What trainers leave beside weights.
     if pickle is not None and not pickle.startswith(("training_args", "optimizer", "scheduler", "rng_state")):
@@ -170,7 +167,9 @@ def _adapter_told(directory: Path) -> str:
 def _merging(directory: Path, target: Path, base: Any, task: Any) -> str:
     """The command that merges an adapter."""
     source, labels = str(directory), _labels(directory)
-    more = f", num_labels={labels}" if labels is not None and task in ("SEQ_CLS", "TOKEN_CLS", None) else ""
+    # The head of the network itself may be of another size: that of the adapter replaces it.
+    headed = labels is not None and task in ("SEQ_CLS", "TOKEN_CLS", None)
+    more = f", num_labels={labels}, ignore_mismatched_sizes=True" if headed else ""
     if task in _OF_TASK:
         load = f"from peft import AutoPeftModelFor{_OF_TASK[task]} as M; m = M.from_pretrained({source!r}{more})"
     else:

@@ -11,7 +11,7 @@ from torch import nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network, Origin, Source
-from optin_deploy.preprocessing import ImagePreprocessing
+from optin_deploy.preprocessing import PICTURE_CHANNELS, ImagePreprocessing
 from optin_deploy.structure.intake import prunable_form
 
 # `deit_small` means `deit_small_patch16_224`; timm's own short names come first.
@@ -92,25 +92,35 @@ def network_of(
 ) -> Network:
     """`Network` around a timm module; UserError when the image size does not fit it.
 
-    How pictures are prepared is said by ``pretrained_cfg``, else by what timm knows of the module; so is the origin.
+    Pictures of other than three channels are calibrated on ready tensors. How others are prepared is said by
+    ``pretrained_cfg``, else by what timm knows of the module; so is the origin.
     """
     known = dict(pretrained_cfg or getattr(module, "pretrained_cfg", None) or {})
-    config: dict[str, Any] = timm.data.resolve_data_config({}, pretrained_cfg=known)
     size = source.arguments.get("img_size")
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
     if size and (size % patch[0] or size % patch[1]):
         raise UserError(f"image size {size} does not fit {source.name}: give a multiple of its patch size {patch[0]}")
-    height, width = (size, size) if size else config["input_size"][1:]
-    preprocessing = ImagePreprocessing(
-        input_name=INPUT_NAME,
-        size=(height, width),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-    )
-    inputs = {INPUT_NAME: torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))}
+    known_size = known.get("input_size") or (PICTURE_CHANNELS, 224, 224)
+    height, width = (size, size) if size else known_size[1:]
+    channels, preprocessing = source.arguments.get("in_chans", PICTURE_CHANNELS), None
+    if channels == PICTURE_CHANNELS:
+        config: dict[str, Any] = timm.data.resolve_data_config({}, pretrained_cfg=known)
+        for name in ("mean", "std"):
+            if len(config[name]) != channels:
+                raise UserError(
+                    f"pretrained_cfg.{name} of {source.name} has {len(config[name])} numbers, its pictures have "
+                    f"{channels} channels: correct config.json"
+                )
+        preprocessing = ImagePreprocessing(
+            input_name=INPUT_NAME,
+            size=(height, width),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+    inputs = {INPUT_NAME: torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))}
     classifies = getattr(module, "num_classes", 0) > 0
     return Network(
         module=prunable_form(module),

@@ -20,7 +20,7 @@ _MOST = 10_000
 # Dimensions of the weights of a convolution of pictures.
 _OF_CONVOLUTION = 4
 _Pixels = Annotated[int, Field(ge=1, le=_MOST)]
-_Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+_Channels = Annotated[list[float], Field(min_length=1, max_length=_MOST)]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class _Preparing(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    input_size: tuple[Literal[3], _Pixels, _Pixels] | None = None
+    input_size: tuple[_Pixels, _Pixels, _Pixels] | None = None
     mean: _Channels | None = None
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=_MOST)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
     crop_pct: Annotated[float, Field(gt=0, le=2)] | None = None
     crop_mode: Literal["center", "squash", "border"] | None = None

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.libraries import transformers_inputs as inputs_of
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.network import Network, Source
-from optin_deploy.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.preprocessing import PICTURE_CHANNELS, ImagePreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.weight_names import listed
 
@@ -314,10 +315,11 @@ def network_of(
 def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preprocessing | None:
     """The tokenizer or image processor beside the weights; UserError when there is none.
 
-    None for networks that take sounds, or pictures and texts together: they are calibrated on ready tensors.
+    None for networks that take sounds, pictures of other than three channels, or pictures and texts together: they are
+    calibrated on ready tensors.
     """
     kinds = inputs_of.input_kinds(module)
-    if kinds == [inputs_of.IMAGE_INPUT]:
+    if kinds == [inputs_of.IMAGE_INPUT] and inputs_of.image_size(module.config)[0] == PICTURE_CHANNELS:
         return _image_preprocessing(name, module.config)
     if kinds != [inputs_of.TEXT_INPUT]:
         return None
@@ -327,11 +329,50 @@ def read_preprocessing(name: str, module: nn.Module, max_length: int) -> Preproc
             f"the tokenizer of {name} gives no tokens: correct model_max_length {tokenizer.model_max_length} in "
             "tokenizer_config.json"
         )
-    if tokenizer.pad_token is None:
+    if type(module).__name__.endswith("ForSequenceClassification") and hasattr(module, "score"):
+        _pad_by_config(name, tokenizer, module.config.get_text_config())
+    elif tokenizer.pad_token is None:
         # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     arguments = inspect.signature(module.forward).parameters
     return text_preprocessing(tokenizer, arguments, module.config, max_length, inputs_of.decoder_start(module))
+
+
+def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
+    """Have tokenizer and configuration of a decoder's classifier agree about the padding token: it finds the end of a
+    text by that. Where neither says one, it is a special token that no text ends with.
+
+    Raises:
+        UserError: there is no such token.
+    """
+    known = range(config.vocab_size)
+    if config.pad_token_id in known:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        return
+    if tokenizer.pad_token is None or tokenizer.pad_token_id not in known:
+        last = tokenizer("")["input_ids"][-1:]
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+        special = (tokenizer.eos_token, tokenizer.bos_token, *others, tokenizer.unk_token)
+        ids = [i for i in tokenizer.convert_tokens_to_ids([t for t in special if t]) if i in known and i not in last]
+        if not ids:
+            raise UserError(
+                f"{name} has no padding token, by which its classifier finds the end of a text: set pad_token in "
+                "tokenizer_config.json and pad_token_id in config.json"
+            )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
+    config.pad_token_id = tokenizer.pad_token_id
+    logger.info("%s: texts are padded with %s, which is set as pad_token_id", name, tokenizer.pad_token)
+
+
+def with_padding(source: Source, module: nn.Module) -> Source:
+    """``source`` with the padding token of ``module`` where it says none."""
+    arguments, config = dict(source.arguments), module.config.get_text_config()  # type: ignore[operator, union-attr]
+    where = "text_config" if config is not module.config and "text_config" in arguments else None
+    told = dict(arguments[where]) if where else arguments
+    if told.get("pad_token_id") is not None or getattr(config, "pad_token_id", None) is None:
+        return source
+    told["pad_token_id"] = config.pad_token_id
+    return replace(source, arguments={**arguments, where: told} if where else told)
 
 
 def read_tokenizer(name: str) -> Any:

@@ -129,7 +129,7 @@ ROWS = (
     Row(
         "weights-pickle",
         _pickle_by_name,
-        r"never loaded\); convert it: python -c \".*torch\.load\('w\.pth', weights_only=True\).*'w\.safetensors'\)\"",
+        r"never loaded\); convert it: python -c \".*convert\('w\.pth', 'w\.safetensors'\)\"",
         runs_code=True,
     ),
     Row("weights-directory", _directory, UNREADABLE),
