@@ -30,7 +30,11 @@ _MOST_SHOWN = 6
 
 def conversion(source: Path, target: Path) -> str:
     """The command for a shell that converts the pickle ``source`` to the safetensors file ``target``."""
-    code = f"from optin_deploy.pickles import convert; convert({str(source)!r}, {str(target)!r})"
+    return python_command(f"from optin_deploy.pickles import convert; convert({str(source)!r}, {str(target)!r})")
+
+
+def python_command(code: str) -> str:
+    """The command for a shell that runs ``code``, one line of Python."""
     # Within double quotes a shell reads these as its own; single ones hide all but themselves.
     quoted = f'"{code}"' if not re.search(r'["$`\\!]', code) else "'" + code.replace("'", "'\"'\"'") + "'"
     return f"python -c {quoted}"
@@ -63,7 +67,9 @@ def convert(source: str | Path, target: str | Path) -> None:
             raise ValueError("it holds no tensors")
         save_file(tensors, target, {"format": "pt"})
     except Exception as error:  # of any type, on damaged files
-        told = " ".join(str(error).split())[:200] or type(error).__name__
+        # Torch says first how to unpickle without restriction.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+        told = " ".join(reason.split())[:200] or type(error).__name__
         sys.exit(f"{source} cannot be converted: {told}; load it where it was made, and save model.state_dict()")
     tops = sorted({name.partition(".")[0] for name in tensors})
     more = f" and {len(tops) - _MOST_SHOWN} more" if len(tops) > _MOST_SHOWN else ""
@@ -85,8 +91,10 @@ def _read(path: Path) -> Any:
         unknown: Iterable[str] = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     else:
         unknown = _USUAL
-    with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    known = [(_stand_in(name), name) for name in unknown]
+    # By its name alone, torch would take a file for one of safetensors.
+    with torch.serialization.safe_globals(known), path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _stand_in(name: str) -> type:

@@ -13,7 +13,7 @@ def unread(network: Network) -> str | None:
         if network.source.library != "custom" and sample.dim() == _OF_PICTURES and sample.shape[1] != PICTURE_CHANNELS:
             shape = ", ".join(map(str, sample.shape[1:]))
             return (
-                f"{network.source.name} takes pictures of {sample.shape[1]} channels, and files of pictures are "
-                f"read with {PICTURE_CHANNELS}: prepare them as a tensor {name!r} of shape (samples, {shape})"
+                f"{network.source.name} takes {sample.shape[1]}-channel pictures, and files of pictures are "
+                f"read with {PICTURE_CHANNELS} channels: prepare them as a tensor {name!r} of shape (samples, {shape})"
             )
     return None

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from optin_deploy.errors import UserError
 from optin_deploy.libraries.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.pickles import SUFFIXES as PICKLES
-from optin_deploy.pickles import conversion
+from optin_deploy.pickles import conversion, python_command
 from optin_deploy.places import regular
 from optin_deploy.weight_files import INDEX_SUFFIX, LFS_POINTER, SHARD, shards
 
@@ -183,7 +183,7 @@ def _merging(directory: Path, target: Path, base: Any, task: Any) -> str:
     kind = "AutoTokenizer" if task in _OF_TASK else "AutoProcessor"
     files = source if has_own else str(base)
     code += f"; from transformers import {kind} as P; P.from_pretrained({files!r}).save_pretrained({str(target)!r})"
-    return f'python -c "{code}"'
+    return python_command(code)
 
 
 def _labels(directory: Path) -> int | None:
