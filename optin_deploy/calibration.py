@@ -33,6 +33,7 @@ from optin_deploy.texts import (
     stripped,
     tell_cut,
 )
+from optin_deploy.unread import unread
 
 DEFAULT_SAMPLES = {"image": 128, "text": 1024, "tensor": 1024}
 _BATCH_SIZE = {"image": 16, "text": 32, "tensor": 32}
@@ -124,6 +125,8 @@ def load_calibration(
                 column.replace(",", "+", 1),
             )
         return _accepted(network, _calibration(texts, preprocessing, path, "text", samples, seed))
+    if told := unread(network):
+        raise UserError(f"{told}, and give them as --calibration FILE.npz or .safetensors")
     raise UserError(
         f"{network.source.name} is a network without preprocessing, which needs tensors: --calibration FILE.npz or "
         ".safetensors"

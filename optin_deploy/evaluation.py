@@ -15,6 +15,7 @@ from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, PicturePreprocessing, TextPreprocessing
 from optin_deploy.task_head import answers
 from optin_deploy.text_evaluation import load_texts
+from optin_deploy.unread import unread
 
 _BATCH_SIZE = 64
 
@@ -38,6 +39,8 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
     if isinstance(network.preprocessing, PicturePreprocessing):
         return _images(network, path)
     if not isinstance(network.preprocessing, TextPreprocessing):
+        if told := unread(network):
+            raise UserError(f"--evaluate {path}: {told}, and evaluate the pruned network in Python")
         raise UserError(f"{network.source.name} is a network without preprocessing: it cannot be evaluated on files")
     return load_texts(network, network.preprocessing, path, columns)
 

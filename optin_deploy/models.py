@@ -1,30 +1,28 @@
 """From what the user names to a `Network`: timm, transformers, or a checkpoint of our own."""
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from optin_deploy import checkpoint
-from optin_deploy.checkpoint import check_kinds
 from optin_deploy.errors import UserError
 from optin_deploy.libraries import UNFIT, initialised, ready, reason, timm_files
 from optin_deploy.libraries import timm as timm_models
 from optin_deploy.libraries import transformers as transformers_models
 from optin_deploy.libraries.hub import cached_if_unreachable, read_origin
+from optin_deploy.libraries.model_directories import check_directory, file_told, variant_of, weights_in
 from optin_deploy.libraries.sentence_files import SentenceFiles, read_sentence_files, sentences_of
 from optin_deploy.network import Network, Origin, Source
-from optin_deploy.places import check_regular_inside, regular
+from optin_deploy.places import check_regular_inside
 from optin_deploy.preprocessing import TextPreprocessing
 from optin_deploy.sentences import FEATURES
+from optin_deploy.weight_files import named
+from optin_deploy.weights import load_weights
 
 DEFAULT_SEQUENCE_LENGTH = 128
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-_WRAPPER = "module."
 _CHOICES = "use --weights random (for speed only), --weights FILE.safetensors, or --model DIRECTORY"
 
 
@@ -42,7 +40,8 @@ def load_network(
     Args:
         model: a timm name or its short form, a transformers model id, a local directory that transformers or timm has
             saved, or a checkpoint of our own.
-        weights: "pretrained", "random", or a ``.safetensors`` file. A checkpoint of our own has its weights.
+        weights: "pretrained", "random", or a ``.safetensors`` file, with ``#PART`` behind it where it holds the network
+            several times, as in ``w.safetensors#ema``. A checkpoint of our own has its weights.
         image_size: pixels, for vision networks that can take other sizes than their own.
         sequence_length: tokens in the sample input, at most as many as the network has positions for; a checkpoint of
             our own keeps the length that it was pruned at.
@@ -58,6 +57,8 @@ def load_network(
         if weights != "pretrained" or image_size is not None:
             raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
         return _checked(_with_text_length(checkpoint.load_network(Path(model)), max_text_length))
+    if Path(model).is_dir():
+        check_directory(Path(model))
     timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
     saved = timm_files.saved(Path(model))
     if timm_name:
@@ -104,7 +105,8 @@ def check_weights(network: Network) -> None:
 
 
 def _timm_network(name: str, weights: str, image_size: int | None, seed: int) -> Network:
-    source = timm_models.source_of(name, image_size, timm_files.classes_in(name, Path(weights)))
+    told = timm_files.told_by_weights(name, named(weights)) if weights not in ("pretrained", "random") else {}
+    source = timm_models.source_of(name, image_size, told)
     if weights == "pretrained":
         try:
             with cached_if_unreachable(name):
@@ -125,11 +127,24 @@ def _saved_timm_network(
 ) -> Network:
     _check_size_is_own(model, image_size)
     own = weights == "pretrained"
-    if own and not saved.weights.is_file():
-        raise UserError(f"{model} holds no model.safetensors (pickles are never loaded): {_CHOICES}")
-    module = _initialised(saved.source, str(saved.weights) if own else weights, seed)
+    source, file = saved.source, _own_weights(Path(model)) if own else weights
+    if file != "random":
+        # What the configuration does not say: timm writes only those arguments that it is told.
+        told = timm_files.told_by_weights(source.name, named(file))
+        source = replace(source, arguments={**told, **source.arguments})
+    module = _initialised(source, file, seed)
     origin = read_origin(model, ()) if own else Origin()
-    return timm_models.network_of(module, saved.source, weights, saved.pretrained_cfg, origin)
+    return timm_models.network_of(module, source, weights, saved.pretrained_cfg, origin)
+
+
+def _own_weights(directory: Path) -> str:
+    """The file of weights in ``directory``; UserError, which tells the other choices too, where there is none."""
+    try:
+        return str(weights_in(directory))
+    except UserError as error:
+        # What tells a command to be given needs no other choice.
+        more = "" if "--weights" in str(error) or "python -c" in str(error) else f"; or {_CHOICES}"
+        raise UserError(f"{error}{more}") from error
 
 
 def _check_size_is_own(model: str, image_size: int | None) -> None:
@@ -158,11 +173,14 @@ def _transformers_network(
         source = transformers_models.source_of(config, sentences.task if sentences else None)
         try:
             if weights == "pretrained":
-                module = transformers_models.load_pretrained(encoder, source)
+                file = Path(_own_weights(Path(encoder))) if Path(encoder).is_dir() else None
+                module = transformers_models.load_pretrained(encoder, source, variant_of(file) if file else None)
             else:
                 module = _initialised(source, weights, seed)
         except OSError as error:
-            raise UserError(f"the weights of {model} cannot be fetched or found: {_CHOICES}") from error
+            raise UserError(
+                f"the weights of {model} cannot be fetched or found ({reason(error)}): {_CHOICES}"
+            ) from error
         except UNFIT as error:
             raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
         try:
@@ -172,6 +190,7 @@ def _transformers_network(
         origin = read_origin(model, transformers_models.companions(module))
     if weights != "pretrained":
         origin = Origin(files=origin.files)
+    source = transformers_models.with_padding(source, module)
     try:
         network = transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
         network = replace(network, origin=origin)
@@ -221,8 +240,10 @@ def _transformers_config(model: str) -> object:
         if Path(model).is_dir():
             raise UserError(f"{Path(model, 'config.json')} cannot be used: {reason(error)}") from error
         if Path(model).is_file():
+            told = file_told(Path(model))
             raise UserError(
-                f"--model {model} is a file: name the model that its weights are of, as in --model deit_small "
+                told
+                or f"--model {model} is a file: name the model that its weights are of, as in --model deit_small "
                 f"--weights {model}, or give a directory"
             ) from error
         near = difflib.get_close_matches(model, timm_models.short_names(), n=3, cutoff=0.6)
@@ -237,66 +258,16 @@ def _initialised(source: Source, weights: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = initialised(source)
-    if weights != "random":
-        load_weights(module, Path(weights))
-    return ready(source, module)
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``module``; UserError when it is unreadable or does not fit."""
-    if path.suffix != ".safetensors":
-        raise UserError(
-            f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
-            + (_conversion(path) if path.suffix in _PICKLES else "")
-        )
-    try:
-        state = load_file(regular(path))
-    except (OSError, *UNFIT) as error:
-        raise UserError(f"weights file {path} cannot be read: {reason(error)}") from error
-    state = _without_wrapper(module, state)
-    check_kinds(module, state, path)
-    state = _with_tied(module, state)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        told = _unfit(module, state) or reason(error)
-        raise UserError(f"weights file {path} does not fit the model: {told}") from error
-
-
-def _conversion(path: Path) -> str:
-    code = (
-        "import torch; from safetensors.torch import save_file; "
-        f"s = torch.load({str(path)!r}, weights_only=True); s = s.get('state_dict', s); "
-        f"save_file({{k: v.clone().contiguous() for k, v in s.items()}}, {str(path.with_suffix('.safetensors'))!r})"
+    if weights == "random":
+        return ready(source, module)
+    if source.library != "transformers":
+        load_weights(module, named(weights))
+        return ready(source, module)
+    module = transformers_models.without_pooler(module)
+    load_weights(
+        module,
+        named(weights),
+        namings=transformers_models.file_names(module),
+        unused=transformers_models.unused_names(module),
     )
-    return f'; convert it: python -c "{code}"'
-
-
-def _without_wrapper(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` by the names of ``module`` where it was saved from torch's ``DataParallel`` around it."""
-    if not all(name.startswith(_WRAPPER) for name in state) or any(n.startswith(_WRAPPER) for n in module.state_dict()):
-        return state
-    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()}
-
-
-def _unfit(module: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """The first name or shape of ``state`` that is not the module's, and what to do; nothing where all are."""
-    own = module.state_dict()
-    for name, tensor in own.items():
-        if name in state and state[name].shape != tensor.shape:
-            given, wanted = tuple(state[name].shape), tuple(tensor.shape)
-            resized = name.endswith("pos_embed")
-            hint = "give the --image-size it was trained at" if resized else "give the --model it was saved from"
-            return f"{name} has shape {given}, the model takes {wanted}; {hint}"
-    missing, more = [n for n in own if n not in state], [n for n in state if n not in own]
-    pairs = ("it has no", missing), ("the model has no", more)
-    told = [f"{verb} {names[0]}" + f" ({len(names) - 1} more)" * (len(names) > 1) for verb, names in pairs if names]
-    return f"{', '.join(told)}; give the --model it was saved from" if told else ""
-
-
-def _with_tied(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with the weights that a file holds under one name only of several, as transformers writes them."""
-    own = module.state_dict()
-    stored = {own[name].data_ptr(): tensor for name, tensor in state.items() if name in own}
-    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() in stored]
-    return {**state, **{name: stored[own[name].data_ptr()] for name in missing if own[name].numel()}}
+    return ready(source, module)

@@ -18,6 +18,8 @@ MOST_PIXELS = 89_478_485
 _EDGES = ("shortest_edge", "longest_edge")
 # Special tokens around a text or a pair.
 _MOST_ADDED = 8
+# What files of pictures are read as.
+PICTURE_CHANNELS = 3
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -69,12 +70,12 @@ def build(source: Source) -> nn.Module:
         raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {reason}") from error
 
 
-def source_of(name: str, image_size: int | None, classes: int | None = None) -> Source:
-    """The source of a timm model; ``image_size`` in pixels and ``classes`` where they differ from the model's own."""
+def source_of(name: str, image_size: int | None, told: Mapping[str, Any] = MappingProxyType({})) -> Source:
+    """The source of a timm model; ``image_size`` in pixels, and other arguments, where they are not the model's own."""
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: give a positive number of pixels")
     own = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    arguments = {} if classes is None else {"num_classes": classes}
+    arguments = dict(told)
     if image_size is not None and (own is None or own.input_size[-1] != image_size):
         arguments["img_size"] = image_size
     return Source("timm", name, arguments)
@@ -94,7 +95,8 @@ def network_of(
 ) -> Network:
     """`Network` around a timm module; UserError when the image size does not fit it.
 
-    How pictures are prepared is said by ``pretrained_cfg``, else by what timm knows of the module; so is the origin.
+    Pictures of neither colours nor grey are calibrated on ready tensors. How others are prepared is said by
+    ``pretrained_cfg``, else by what timm knows of the module; so is the origin.
     """
     known = dict(pretrained_cfg or getattr(module, "pretrained_cfg", None) or {})
     config: dict[str, Any] = timm.data.resolve_data_config({}, pretrained_cfg=known)

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from timm.models import PretrainedCfg
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Source
-from optin_deploy.places import regular
+from optin_deploy.weight_files import WeightsFile, shapes_if_readable
+from optin_deploy.weight_names import chosen, parts_of, unwrapped
 
 # Far more than any network has of anything but classes: a depth without end would be built until memory is full.
 _MOST = 10_000
+# Dimensions of the weights of a convolution of pictures.
+_OF_CONVOLUTION = 4
 _Pixels = Annotated[int, Field(ge=1, le=_MOST)]
 # Of a class, as JSON writes the keys of a mapping.
 _Number = Annotated[int, Field(ge=0, lt=10_000_000)]
@@ -30,12 +33,10 @@ class Saved:
     Attributes:
         source: what timm builds it with, the number of classes included.
         pretrained_cfg: how its pictures are prepared, in timm's names.
-        weights: the file, which may be missing.
     """
 
     source: Source
     pretrained_cfg: Mapping[str, Any]
-    weights: Path
 
 
 class _Preparing(BaseModel):
@@ -43,7 +44,7 @@ class _Preparing(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    input_size: tuple[Literal[3], _Pixels, _Pixels] | None = None
+    input_size: tuple[_Pixels, _Pixels, _Pixels] | None = None
     mean: Annotated[list[float], _Channels] | None = None
     std: Annotated[list[Annotated[float, Field(gt=0)]], _Channels] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = None
@@ -92,7 +93,6 @@ def saved(directory: Path) -> Saved | None:
         | _defaults()
         | config.pretrained_cfg.model_dump(exclude_none=True)
         | config.model_dump(include={"label_names", "label_descriptions"}),
-        weights=directory / "model.safetensors",
     )
 
 
@@ -125,24 +125,31 @@ def _own(architecture: str) -> dict[str, Any]:
     return known.to_dict() if known else {}
 
 
-def classes_in(name: str, weights: Path) -> int | None:
-    """How many classes the network ``name`` tells apart by a file of its weights, where they are other than timm's own.
+def told_by_weights(name: str, file: WeightsFile) -> dict[str, int]:
+    """What a file of weights tells of the network ``name`` where that is other than timm's own: arguments for timm.
 
-    A file without the head is one of a network that gives features: 0. None where the file is as timm's own, or cannot
-    be read, which loading it will tell.
+    They are the number of classes, 0 for a file without a head, and of the channels of its pictures. Nothing where the
+    file cannot be read or does not fit, which loading it will tell.
     """
-    own = _own(name)
-    heads = own.get("classifier")
-    head = heads if isinstance(heads, str) else next(iter(heads or ()), None)
-    if head is None or weights.suffix != ".safetensors":
-        return None
+    own, shapes = _own(name), shapes_if_readable(file.path)
+    head, first = _first(own.get("classifier")), _first(own.get("first_conv"))
+    if shapes is None or head is None or first is None:
+        return {}
     try:
-        with safe_open(regular(weights), framework="pt") as file:
-            # Data parallel training puts "module." before every name.
-            tensors = {name.removeprefix("module."): name for name in file.keys()}  # noqa: SIM118
-            if f"{head}.weight" not in tensors:
-                return 0 if f"{own.get('first_conv')}.weight" in tensors else None
-            classes: int = file.get_slice(tensors[f"{head}.weight"]).get_shape()[0]
-    except (OSError, SafetensorError, IndexError):
-        return None
-    return None if classes == own.get("num_classes") else classes
+        with torch.device("meta"):
+            usual = {n: tuple(t.shape) for n, t in timm.create_model(name).state_dict().items()}
+        found = unwrapped(shapes)
+        parts = parts_of(found, [n for n in usual if not n.startswith(f"{head}.")])
+        part = parts[0] if file.part is None else chosen(parts, file.part, file.path)
+        conv, usual_conv = shapes[found[part.found[f"{first}.weight"]]], usual[f"{first}.weight"]
+        classes = shapes.get(found.get(f"{part.prefix}{head}.weight", ""), (0,))[0]
+    except (UserError, NotImplementedError, RuntimeError, LookupError):
+        return {}
+    told = {} if classes == usual.get(f"{head}.weight", (0,))[0] else {"num_classes": classes}
+    if len(conv) == _OF_CONVOLUTION == len(usual_conv) and conv[1] != usual_conv[1]:
+        told["in_chans"] = conv[1]
+    return told
+
+
+def _first(names: Any) -> str | None:
+    return names if isinstance(names, str) else next(iter(names or ()), None)

@@ -3,7 +3,9 @@
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from optin_deploy.network import Network, Source, named_outputs
 from optin_deploy.preprocessing import Preprocessing, TextPreprocessing
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.task_head import HeadKind, head_of
+from optin_deploy.weight_names import listed
 
 # Progress is shown by the pipeline.
 transformers.utils.logging.disable_progress_bar()
@@ -35,6 +38,8 @@ CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 _REFUSAL = "load it with optin_deploy.load(path): it is pruned by optin-deploy"
 # Far more than any network has, and built within seconds: layers without end would be made before they are refused.
 _MOST_LAYERS = 10_000
+# Tokens of the text that a pooler is tried on.
+_FEW_TOKENS = 8
 
 
 def read_config(name: str) -> Any:
@@ -115,42 +120,55 @@ def _config(source: Source) -> Any:
     return config
 
 
-def load_pretrained(name: str, source: Source) -> nn.Module:
-    """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had."""
-    _check_shards(Path(name))
+def load_pretrained(name: str, source: Source, variant: str | None = None) -> nn.Module:
+    """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had.
+
+    ``variant`` is in the name of the file of weights, as "fp16" in ``model.fp16.safetensors``.
+    """
     cls = getattr(transformers, source.name)
     module, info = cls.from_pretrained(
         name,
         config=_config(source),
         dtype=torch.float32,
         use_safetensors=True,
+        variant=variant,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
     module = ready(module)
+    own = module.state_dict()
     for key, given, wanted in info["mismatched_keys"]:
-        if key in module.state_dict():
+        if key in own:
             raise UserError(f"{name}: {key} has shape {tuple(given)}, its configuration says {tuple(wanted)}")
-    missing = sorted(set(info["missing_keys"]) & set(module.state_dict()))
+    missing = sorted(set(info["missing_keys"]) & set(own))
     if missing:
         raise UserError(
             f"{name} has no weights for {missing[0]} and {len(missing) - 1} more parameters of {source.name}"
         )
+    _check_unexpected(name, source, module, sorted(info["unexpected_keys"]))
+    if variant is not None:
+        logger.info("%s: the weights are those of model.%s.safetensors", name, variant)
     return module
 
 
-def _check_shards(directory: Path) -> None:
-    """Raise UserError where the index of weights in several files is none, or names files outside of its directory."""
-    path = directory / "model.safetensors.index.json"
-    if not path.is_file():
-        return
-    try:
-        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        outside = next((file for file in files if Path(file).name != file), None)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as an index of weights") from error
-    if outside is not None:
-        raise UserError(f"{path} names {outside}: weights are read from beside it only")
+def _check_unexpected(name: str, source: Source, module: nn.Module, keys: list[str]) -> None:
+    """Raise UserError where there are weights of more layers than the configuration says, or of more in a layer.
+
+    Other weights that the network has no place for, such as those of another head, are told.
+    """
+    patterns = unused_names(module)
+    keys = [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
+    base = f"{getattr(module, 'base_model_prefix', '')}."
+    # Files may hold a plain network with or without the name that it has in one with a head.
+    lists = {name.removeprefix(base) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and name}
+    inside = [key for key in keys if key.removeprefix(base).startswith(tuple(f"{name}." for name in lists))]
+    if inside:
+        raise UserError(
+            f"{name} has weights for {inside[0]}, which {source.name} has no place for by its configuration: correct "
+            "config.json"
+        )
+    if keys:
+        logger.warning("%s: %s has no place for the weights of %s", name, source.name, listed(keys))
 
 
 def ready(module: nn.Module) -> nn.Module:
@@ -162,7 +180,7 @@ def ready(module: nn.Module) -> nn.Module:
         config = getattr(submodule, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
-    return _without_pooler(with_linear_layers(module)).eval()
+    return without_pooler(with_linear_layers(module)).eval()
 
 
 def write_configs(module: nn.Module, source: Source, directory: Path) -> None:
@@ -211,11 +229,90 @@ def with_linear_layers(module: nn.Module) -> nn.Module:
     return module
 
 
-def _without_pooler(module: nn.Module) -> nn.Module:
-    """Drop the pooler of a plain encoder: its output is not exported, and often its weights were never trained."""
-    if getattr(module, "pooler", None) is not None and hasattr(module, "embeddings"):
-        setattr(module, "pooler", None)  # noqa: B010 - modules take any attribute
+class NoPooler(nn.Module):
+    """In the place of a pooler whose output nobody needs, in networks that call it anyhow."""
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+
+def without_pooler(module: nn.Module) -> nn.Module:
+    """Drop the pooler of a plain encoder: its output is not exported, and often its weights were never trained.
+
+    It stays where the network computes something else of its output, as EfficientNet does, which a forward pass tells.
+    In place.
+    """
+    pooler: Any = getattr(module, "pooler", None)
+    if pooler is None or isinstance(pooler, NoPooler) or not hasattr(module, "embeddings"):
+        return module
+    module.eval()
+    inputs = _short_inputs(module)
+    for instead in (None, NoPooler()):
+        setattr(module, "pooler", instead)  # noqa: B010 - modules take any attribute
+        if inputs is None or _runs(module, inputs):
+            return module
+    setattr(module, "pooler", pooler)  # noqa: B010
     return module
+
+
+def _short_inputs(module: nn.Module) -> dict[str, Tensor] | None:
+    """One sample that ``module`` takes; None where none is known."""
+    try:
+        inputs = {name: t[:1] for name, t in inputs_of.sample_inputs(module, None, _FEW_TOKENS).items()}
+    except (UserError, AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    return inputs if _runs(module, inputs) else None
+
+
+def _runs(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    try:
+        # Not in inference mode: what a module keeps of its first pass could not be saved.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            module(**inputs)
+    except Exception:  # of any type, in forward passes of others
+        return False
+    return True
+
+
+def file_names(module: nn.Module) -> list[dict[str, str]]:
+    """By which names files may hold the module's tensors, each with the module's own name: as transformers saves them,
+    which are those of earlier releases, and without the name of the plain network inside of one with a head."""
+    own = module.state_dict()
+    saved = _names_as_saved(module, own)
+    bases = {f"{getattr(module, 'base_model_prefix', '') or '-'}."}
+    tops = {name.partition(".")[0] for name in own}
+    if len(tops) == 1:
+        bases.add(f"{tops.pop()}.")
+    namings = [saved]
+    for base in sorted(bases):
+        for naming in ({name: name for name in own}, saved):
+            bare = {name.removeprefix(base): to for name, to in naming.items()}
+            if len(bare) == len(naming) and bare.keys() != naming.keys():
+                namings.append(bare)
+    return namings
+
+
+def _names_as_saved(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names that ``save_pretrained`` writes -> the module's, of the tensors that it writes as they are."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # releases that rename nothing
+        return {name: name for name in own}
+    # Empty tensors of their own, by which each is known again.
+    marks = {name: tensor.detach().to("meta") for name, tensor in own.items()}
+    names = {id(mark): name for name, mark in marks.items()}
+    try:
+        written: Mapping[str, Tensor] = revert_weight_conversion(module, dict(marks))
+    except Exception:  # it is not made for calls from outside, and there are other namings
+        return {name: name for name in own}
+    return {name: names[id(tensor)] for name, tensor in written.items() if id(tensor) in names}
+
+
+def unused_names(module: nn.Module) -> list[str]:
+    """Patterns of names in files of weights that ``module`` does not need."""
+    known = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
+    has_none = hasattr(module, "pooler") and isinstance(module.pooler, NoPooler | None)
+    return [*known, *([r"(^|\.)pooler\."] if has_none else [])]
 
 
 def network_of(
@@ -274,10 +371,49 @@ def read_preprocessing(
             f"the tokenizer of {name} gives no tokens: correct model_max_length {tokenizer.model_max_length} in "
             "tokenizer_config.json"
         )
-    if tokenizer.pad_token is None:
+    if type(module).__name__.endswith("ForSequenceClassification") and hasattr(module, "score"):
+        _pad_by_config(name, tokenizer, module.config.get_text_config())
+    elif tokenizer.pad_token is None:
         # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return text_preprocessing(tokenizer, module, name, max_text_length, sentences)
+
+
+def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
+    """Have tokenizer and configuration of a decoder's classifier agree about the padding token: it finds the end of a
+    text by that. Where neither says one, it is a special token that no text ends with.
+
+    Raises:
+        UserError: there is no such token.
+    """
+    known = range(config.vocab_size)
+    if config.pad_token_id in known:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        return
+    if tokenizer.pad_token is None or tokenizer.pad_token_id not in known:
+        last = tokenizer("")["input_ids"][-1:]
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
+        special = (tokenizer.eos_token, tokenizer.bos_token, *others, tokenizer.unk_token)
+        ids = [i for i in tokenizer.convert_tokens_to_ids([t for t in special if t]) if i in known and i not in last]
+        if not ids:
+            raise UserError(
+                f"{name} has no padding token, by which its classifier finds the end of a text: set pad_token in "
+                "tokenizer_config.json and pad_token_id in config.json"
+            )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
+    config.pad_token_id = tokenizer.pad_token_id
+    logger.info("%s: texts are padded with %s, which is set as pad_token_id", name, tokenizer.pad_token)
+
+
+def with_padding(source: Source, module: nn.Module) -> Source:
+    """``source`` with the padding token of ``module`` where it says none."""
+    arguments, config = dict(source.arguments), module.config.get_text_config()  # type: ignore[operator, union-attr]
+    where = "text_config" if config is not module.config and "text_config" in arguments else None
+    told = dict(arguments[where]) if where else arguments
+    if told.get("pad_token_id") is not None or getattr(config, "pad_token_id", None) is None:
+        return source
+    told["pad_token_id"] = config.pad_token_id
+    return replace(source, arguments={**arguments, where: told} if where else told)
 
 
 def read_tokenizer(name: str) -> Any:

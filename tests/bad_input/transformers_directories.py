@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_lines, texts
 
 from bad_input.common import MARK, Material, Row, endless, pipe, pruning_text, save_pickle
+from bad_input.weights import POINTER
 
 BERT = Path("bert")
 CODE = f"from pathlib import Path\n\nPath({MARK!r}).touch()\n\nclass Evil:\n    pass\n"
@@ -86,6 +87,26 @@ def _odd_texts(material: Material) -> Sequence[str]:
     return pruning_text("--calibration", "t.txt")
 
 
+def _without(change: Callable[[], object] = lambda: None) -> Callable[[], object]:
+    def made() -> None:
+        WEIGHTS.unlink()
+        change()
+
+    return made
+
+
+def _shards() -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (BERT / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    save_file({"a": load_file(WEIGHTS)["classifier.bias"]}, BERT / "model-00001-of-00002.safetensors")
+    WEIGHTS.unlink()
+
+
+def _emptied() -> None:
+    for path in BERT.iterdir():
+        path.unlink()
+
+
 AUTO = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CONFIG = r"bert/config\.json cannot be used: "
 ROWS = (
@@ -124,13 +145,35 @@ ROWS = (
         for name, value in {"number": [3], "null": [None], "mapping": {"a": 1}, "word": "BertModel"}.items()
     ),
     Row("config-quantized", _made(_edited("config.json", quantization_config={"quant_method": "awq"})), "bert"),
+    Row("directory-empty", _made(_emptied), "bert is an empty directory, without config.json"),
+    Row("config-of-diffusers", _made(_edited("config.json", _class_name="UNet", model_type=None)), CONFIG),
+    Row("config-pointer", _made(lambda: (BERT / "config.json").write_text(POINTER)), r"bert/config\.json is a pointer"),
+    Row(
+        "weights-pointer-in-a-directory", _made(lambda: WEIGHTS.write_text(POINTER)), r"model\.safetensors is a pointer"
+    ),
+    Row(
+        "tokenizer-pointer", _made(lambda: (BERT / "tokenizer.json").write_text(POINTER)), r"tokenizer\.json is a poin"
+    ),
+    Row("weights-shard-missing", _made(_shards), r"names model-00002-of-00002\.safetensors, which is not there"),
+    Row("weights-none", _made(_without()), r"the weights of bert cannot be found: it has no model\.safetensors"),
+    Row(
+        "weights-by-another-name",
+        _made(lambda: WEIGHTS.rename(BERT / "mine.safetensors")),
+        r"bert holds mine\.safetensors and no model\.safetensors: give --weights bert/mine\.safetensors",
+    ),
+    Row("config-fewer-layers", _made(_edited("config.json", num_hidden_layers=1)), r"bert has weights for .*layer\.1"),
     Row("weights-in-a-pickle", _made(_in_pickle), "the weights of bert", runs_code=True),
     Row("weights-outside-the-directory", _made(_elsewhere), r"index\.json names \.\./outside\.safetensors"),
     Row("weights-index-no-json", _made(_index("{")), r"index\.json cannot be read as an index of weights"),
     Row("weights-index-list", _made(_index('{"weight_map": [1]}')), r"index\.json cannot be read as an index"),
     Row("transformers-weights-truncated", _made(_written("model.safetensors", lambda t: t[:-99])), "bert"),
     Row("transformers-weights-nan", _made(_nan), "hold NaN or infinity in bert.embeddings.word_embeddings"),
-    Row("adapter-of-a-model-elsewhere", _made(_adapter), "bert", runs_code=True),
+    Row(
+        "adapter-of-a-model-elsewhere",
+        _made(_adapter),
+        r"bert is a peft adapter \(LORA\) of evil/model",
+        runs_code=True,
+    ),
     Row(
         "tokenizer-of-no-tokens",
         _made(_edited("tokenizer_config.json", model_max_length=0)),

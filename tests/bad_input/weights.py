@@ -15,6 +15,7 @@ from bad_input.common import LONG, Material, Row, endless, pipe, pruning, save_p
 FILE = Path("w.safetensors")
 COMMAND = pruning("test_vit", "--image-size", "32", "--weights", str(FILE))
 State = dict[str, Tensor]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
 
 
 def _good() -> State:
@@ -82,6 +83,26 @@ def _at(make: Callable[[Path], object]) -> Callable[[Material], Sequence[str]]:
     return made
 
 
+def _part(name: str) -> Callable[[Material], Sequence[str]]:
+    def make(_: Material) -> Sequence[str]:
+        save_file(_good(), FILE)
+        return [*COMMAND[:-1], f"{FILE}#{name}"]
+
+    return make
+
+
+def _backbone(state: State) -> None:
+    named = {f"backbone.{name}": tensor for name, tensor in state.items() if not name.startswith("head.")}
+    state.clear()
+    state.update(named | {"fc.weight": torch.ones(3, 64)})
+
+
+def _index(_: Material) -> Sequence[str]:
+    index = Path("w.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {"head.bias": "w-00001.safetensors"}}), encoding="utf-8")
+    return [*COMMAND[:-1], str(index)]
+
+
 def _of_bert(material: Material) -> Sequence[str]:
     save_file(load_file(material.folder / "bert" / "model.safetensors"), FILE)
     return COMMAND
@@ -129,9 +150,42 @@ ROWS = (
     Row(
         "weights-pickle",
         _pickle_by_name,
-        r"never loaded\); convert it: python -c \".*torch\.load\('w\.pth', weights_only=True\).*'w\.safetensors'\)\"",
+        r"never loaded\); convert it: python -c \".*convert\('w\.pth', 'w\.safetensors'\)\"",
         runs_code=True,
     ),
+    Row(
+        "weights-twice",
+        _tensors(lambda state: state.update({f"model_ema.{name}": tensor + 1 for name, tensor in _good().items()})),
+        r"w\.safetensors holds the network 2 times: choose --weights w\.safetensors#plain or .*#model_ema",
+    ),
+    Row(
+        "weights-of-no-part",
+        _part("student"),
+        r"#student names no one part of the file: give --weights w\.safetensors#plain",
+    ),
+    Row(
+        "weights-and-another-head",
+        _tensors(_backbone),
+        r"holds fc\.weight beside the network's backbone\.: give --weights w\.safetensors#backbone",
+    ),
+    Row(
+        "weights-registers", _tensors(lambda state: state.update(reg_token=torch.ones(1, 4, 64))), UNFIT + ".*reg_token"
+    ),
+    Row(
+        "weights-quantized",
+        _tensors(lambda state: state.update({"head.qweight": state.pop("head.weight").to(torch.int32)})),
+        UNFIT + r".*head\.qweight, of quantized weights",
+    ),
+    Row(
+        "weights-of-eight-bits",
+        _tensors(lambda state: state.update({"head.bias": state["head.bias"].to(torch.float8_e4m3fn)})),
+        r"head\.bias holds float8_e4m3fn, the network takes float32: give weights that are not quantized",
+    ),
+    Row("weights-adapters", _tensors(lambda state: state.update({"head.lora_A.weight": torch.ones(2)})), "merge them"),
+    Row("weights-pointer", _at(lambda path: path.write_text(POINTER)), UNREADABLE + "it is a pointer of git-lfs"),
+    Row("weights-web-page", _at(lambda path: path.write_text("<!DOCTYPE html>")), UNREADABLE + "it is a web page"),
+    Row("weights-graph", lambda _: [*COMMAND[:-1], "w.onnx"], r"--weights w\.onnx is an exported ONNX graph"),
+    Row("weights-index-of-nothing", _index, r"names w-00001\.safetensors, which is not there \(0 of 1 files are\)"),
     Row("weights-directory", _directory, UNREADABLE),
     Row("weights-symlink-to-itself", _loop, UNREADABLE),
     Row("weights-pipe", _at(pipe), UNREADABLE + "it is no regular file"),

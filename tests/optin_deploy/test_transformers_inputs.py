@@ -8,7 +8,13 @@ import pytest
 import torch
 from tiny_models import save_tokenizer
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from optin_deploy import checkpoint
@@ -116,6 +122,60 @@ def test_a_decoder_without_a_padding_token_is_calibrated_with_another(tmp_path: 
     assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert "past_key_values" not in network.outputs
     assert not network.module.config.use_cache
+
+
+def save_decoder(path: Path, *, padding: str | None, end: bool = True, **changes: object) -> nn.Module:
+    """A classifier that reads the last token of a text; its tokenizer pads with ``padding``."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 44, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "num_labels": 3}
+    module = GPT2ForSequenceClassification(GPT2Config(**sizes, bos_token_id=2, eos_token_id=3, **changes)).eval()
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(8)
+    module.save_pretrained(path)
+    save_tokenizer(path)
+    file = path / "tokenizer_config.json"
+    told = json.loads(file.read_text(encoding="utf-8")) | {"pad_token": padding, "eos_token": "[SEP]"}
+    file.write_text(json.dumps({name: value for name, value in told.items() if value is not None}), encoding="utf-8")
+    if not end:
+        file = path / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"post_processor": None}))
+    return module
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize(("padding", "config"), [(None, {}), ("[PAD]", {}), ("[PAD]", {"pad_token_id": 1})])
+def test_the_classifier_of_a_decoder_finds_the_end_of_each_text(
+    padding: str | None, config: dict[str, int], end: bool, tmp_path: Path
+) -> None:
+    dense = save_decoder(tmp_path / "dense", padding=padding, end=end, **config)
+    network = load_network(str(tmp_path / "dense"), sequence_length=6)
+    texts = ["w1", "w1 w2 w3 w4", "w5 w6"]
+    tokenizer = network.preprocessing.tokenizer
+    expected = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        # Of one text, which has no padding, the last token is read where no padding token is known.
+        dense.config.pad_token_id = None
+        with torch.no_grad():
+            expected.append(dense(input_ids=ids).logits)
+    batch = network.preprocessing(texts)
+    torch.testing.assert_close(network.forward(batch)["logits"], torch.cat(expected), rtol=1e-5, atol=1e-5)
+    assert network.source.arguments["pad_token_id"] == tokenizer.pad_token_id
+    checkpoint.save(network, Plan({}), tmp_path / "small")
+    again = checkpoint.load_network(tmp_path / "small")
+    torch.testing.assert_close(again.forward(again.preprocessing(texts))["logits"], torch.cat(expected))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pictures_of_other_channels_are_calibrated_on_ready_tensors(channels: int, tmp_path: Path) -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ViTConfig(**sizes, intermediate_size=64, num_labels=3, num_channels=channels)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    network = load_network(str(tmp_path))
+    assert network.inputs["pixel_values"].shape == (2, channels, 16, 16)
+    with pytest.raises(UserError, match=rf"{channels}-channel pictures.*\(samples, {channels}, 16, 16\)"):
+        load_calibration(network, None)
 
 
 def test_sounds_are_calibrated_on_ready_tensors(tmp_path: Path) -> None:

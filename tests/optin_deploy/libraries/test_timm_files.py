@@ -12,9 +12,15 @@ from tiny_models import save_images
 from torch import nn
 
 import optin_deploy
+from optin_deploy import checkpoint
+from optin_deploy.calibration import load_calibration
 from optin_deploy.errors import UserError
-from optin_deploy.libraries.timm_files import classes_in, saved
+from optin_deploy.evaluation import load_dataset
+from optin_deploy.libraries.timm_files import saved, told_by_weights
 from optin_deploy.models import load_network
+from optin_deploy.network import Network
+from optin_deploy.plans import Plan
+from optin_deploy.weight_files import WeightsFile
 
 SIZE = 32
 
@@ -66,7 +72,45 @@ def test_files_that_say_nothing_of_classes(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, other)
     text.write_text("no tensors")
     for path in (own, other, text, tmp_path / "none.safetensors", tmp_path / "weights.pth"):
-        assert classes_in("test_vit", path) is None
+        assert told_by_weights("test_vit", WeightsFile(path)) == {}
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+def test_the_number_of_channels_is_that_of_the_file(channels: int, tmp_path: Path) -> None:
+    module = trained(in_chans=channels, num_classes=3)
+    save_file({f"model.{n}": t for n, t in module.state_dict().items()}, tmp_path / "mine.safetensors")
+    network = load_network("test_vit", weights=str(tmp_path / "mine.safetensors"))
+    assert network.source.arguments == {"num_classes": 3, "in_chans": channels}
+    check_channels(network, module, channels, tmp_path)
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_the_number_of_channels_of_a_directory(channels: int, told: bool, tmp_path: Path) -> None:
+    module = trained(in_chans=channels)
+    module.pretrained_cfg |= {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    directory = save(module, tmp_path / "mine", **({"in_chans": channels} if told else {}))
+    check_channels(load_network(str(directory)), module, channels, tmp_path)
+
+
+def check_channels(network: Network, module: nn.Module, channels: int, folder: Path) -> None:
+    """Sample inputs have as many, tensors calibrate it, pictures are refused with what to do."""
+    given = network.inputs["x"]
+    assert given.shape[1] == channels
+    assert network.preprocessing is None
+    with torch.inference_mode():
+        assert torch.equal(network.forward({"x": given})["logits"], module(given))
+    save_images(folder / "pictures", 2)
+    shape = f"tensor 'x' of shape \\(samples, {channels}, {given.shape[2]}, {given.shape[3]}\\)"
+    for path in (None, folder / "pictures"):
+        with pytest.raises(UserError, match=f"{channels}-channel pictures.*{shape}.*--calibration FILE"):
+            load_calibration(network, path)
+    with pytest.raises(UserError, match=f"--evaluate .*{channels}-channel pictures"):
+        load_dataset(network, folder / "pictures")
+    save_file({"x": torch.randn(4, *given.shape[1:])}, folder / "samples.safetensors")
+    assert load_calibration(network, folder / "samples.safetensors").batches[0]["x"].shape[1] == channels
+    checkpoint.save(network, Plan({}), folder / "own")
+    assert checkpoint.load_network(folder / "own").inputs["x"].shape == given.shape
 
 
 # Directories
@@ -121,6 +165,7 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
     directory = save(trained(**arguments), tmp_path, **arguments)
     mean = {"pretrained_cfg": {"mean": ["a", 1, 1]}}
     assert "pretrained_cfg.mean.0" in changed(directory, **mean)
+    assert "pretrained_cfg.mean of test_vit has 2 numbers" in changed(directory, pretrained_cfg={"mean": [1, 1]})
     assert "pretrained_cfg.std.1" in changed(directory, pretrained_cfg={"std": [1, 0, 1]})
     assert "checkpoint_path" in changed(directory, pretrained_cfg={}, model_args={"checkpoint_path": "weights.pth"})
     assert "only square ones" in changed(directory, model_args={"img_size": [32, 48]})
