@@ -16,6 +16,7 @@ from exporters import attention
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
 from exporters.folding import fold_batch_norms
+from exporters.operator_types import cast_where_undefined
 from exporters.tracing import DynamicAxes, input_names, save_program, symbols, trace
 
 __all__ = ["DynamicAxes", "onnx_from_program", "save_program", "trace"]
@@ -40,9 +41,11 @@ def onnx_from_program(
     Raises ExportError when the program cannot be lowered, the file is invalid, or the outputs are not those named.
     """
     names = symbols(program, dynamic_axes)
+    _check_names(input_names(program), output_names)
     try:
         model = _lower(program, list(output_names), opset)
         fold_batch_norms(model)
+        cast_where_undefined(model, opset)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"torch.onnx.export failed at opset {opset}: {first_line(error)}") from error
     _name_values(model, input_names(program), output_names)
@@ -72,11 +75,25 @@ def _lower(program: torch.export.ExportedProgram, output_names: list[str], opset
     return lowered.model
 
 
+def _check_names(inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Raise ExportError where two of them are one: values of an ONNX file have names of their own."""
+    names = [*inputs, *outputs]
+    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    if twice:
+        what = "an input and an output" if twice[0] in inputs else "two outputs"
+        raise ExportError(f"{what} are both called {twice[0]}: call one of them otherwise")
+
+
 def _name_values(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     if len(model.graph.inputs) != len(inputs):
         raise ExportError(
             f"the model takes {len(model.graph.inputs)} tensors, not the {len(inputs)} it was traced with"
         )
+    taken = {*inputs, *outputs}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and not value.is_graph_output():
+                value.name = f"{value.name}_inside"
     for value, name in zip(model.graph.inputs, inputs, strict=True):
         value.name = name
     found = [value.name for value in model.graph.outputs]

@@ -155,10 +155,10 @@ def _triton(
 
 def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
-    module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
+    module = TensorOutputs(network.module, network.outputs)
     names, axes = tuple(network.outputs), network.dynamic_axes
     with stages.stage("export ONNX"):
-        program = trace(module, network.inputs, axes)
+        program = in_precision(trace(module, network.inputs, axes), recipe.precision, recipe.opset)
         onnx_in_precision(
             program, path, recipe.precision, samples.batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
         )

@@ -85,8 +85,8 @@ def _export_kept(network: Network, onnx: Path, program: Path, recipe: Recipe, ba
 
 def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
     """Write the program and, where it is not there, the ONNX file, in the recipe's precision, calibrated on batches."""
-    module = in_precision(TensorOutputs(network.module, network.outputs), recipe.precision, recipe.opset)
-    traced = trace(module, network.inputs, network.dynamic_axes)
+    exact = trace(TensorOutputs(network.module, network.outputs), network.inputs, network.dynamic_axes)
+    traced = in_precision(exact, recipe.precision, recipe.opset)
     save_program(traced, program)
     if onnx.is_file():
         return
