@@ -33,22 +33,26 @@ def onnx_from_program(
     output_names: Sequence[str],
     dynamic_axes: DynamicAxes,
     opset: int = 20,
+    inner_names: Sequence[str] = (),
 ) -> None:
     """Lowers `program`, as `trace` made it with the same `dynamic_axes`, to one checked ONNX file.
 
     Inputs are named after forward's arguments, in their order, outputs by `output_names`, and the dynamic dimensions
     by `dynamic_axes`. Weights of 1.9 GB and more go to `<path>.data` beside the file. Nothing is printed.
+    What the program gives behind its outputs stays inside the file under `inner_names`.
     Raises ExportError when the program cannot be lowered, the file is invalid, or the outputs are not those named.
     """
     names = symbols(program, dynamic_axes)
-    _check_names(input_names(program), output_names)
+    every = (*output_names, *inner_names)
+    _check_names(input_names(program), every)
     try:
-        model = _lower(program, list(output_names), opset)
+        model = _lower(program, list(every), opset)
         fold_batch_norms(model)
         cast_where_undefined(model, opset)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"torch.onnx.export failed at opset {opset}: {first_line(error)}") from error
-    _name_values(model, input_names(program), output_names)
+    _name_values(model, input_names(program), every)
+    del model.graph.outputs[len(output_names) :]
     _name_axes(model, names)
     _set_metadata(model)
     with staged(path) as temporary:

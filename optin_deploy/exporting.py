@@ -13,11 +13,8 @@ from exporters import (
     BUILDERS,
     OutputParity,
     build_engine,
-    in_precision,
     input_ranges,
     is_quantized,
-    onnx_in_precision,
-    trace,
 )
 from exporters.triton import Backend, model_file, triton_config
 from optin_deploy.calibration import Calibration, load_calibration
@@ -26,9 +23,9 @@ from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_eng
 from optin_deploy.errors import GateError
 from optin_deploy.files import whole_directory
 from optin_deploy.job import check_runtimes
-from optin_deploy.measuring import checked, parity_batches, parity_tolerance
+from optin_deploy.measuring import checked, lower, parity_batches, parity_tolerance
 from optin_deploy.models import load_network
-from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.network import Network
 from optin_deploy.places import check_new
 from optin_deploy.progress import Stages
 from optin_deploy.recipe import Layout, Recipe, check_engine_options, check_layout
@@ -155,13 +152,8 @@ def _triton(
 
 def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
-    module = TensorOutputs(network.module, network.outputs)
-    names, axes = tuple(network.outputs), network.dynamic_axes
     with stages.stage("export ONNX"):
-        program = in_precision(trace(module, network.inputs, axes), recipe.precision, recipe.opset)
-        onnx_in_precision(
-            program, path, recipe.precision, samples.batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
-        )
+        lower(network, path, recipe, samples.batches)
     with stages.stage("check parity"):
         return _passed(checked(network, path, samples.held_out, recipe))
 

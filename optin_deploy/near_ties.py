@@ -6,7 +6,6 @@ other way by noise on what tokens are compared by, as small as rounding. An ONNX
 for one and the same outcome of all decisions, as exactly as anywhere else.
 """
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from exporters import Alternatives
 from optin_deploy.network import Network, TensorOutputs
-from optin_deploy.structure.merging_blocks import MergingBlocks
+from optin_deploy.structure.merging_blocks import MergingBlocks, merging_names, with_blocks_of
 
 # Powers of ten, relative to the length of what is compared. In float32, errors deep in a network are some 1e-6: with
 # noise of several sizes around that and many draws, the decisions of a runtime are among those taken.
@@ -41,24 +40,11 @@ def alternatives(network: Network) -> Alternatives | None:
 
     None for a network of which no tokens merge.
     """
-    merging = [name for name, part in network.module.named_modules() if isinstance(part, MergingBlocks)]
-    if not merging:
+    if not merging_names(network.module):
         return None
-    nudged = TensorOutputs(_with_noise(network.module, merging), network.outputs)
+    nudged = TensorOutputs(with_blocks_of(network.module, NudgedBlocks), network.outputs)
 
-    def found(sample: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def found(sample: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return nudged(**{name: t.expand(_CANDIDATES, *t.shape[1:]) for name, t in sample.items()})
 
     return found
-
-
-def _with_noise(module: nn.Module, merging: list[str]) -> nn.Module:
-    """A copy of the module, which shares its weights, with noise in the blocks of these names."""
-    shared = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    made = copy.deepcopy(module, shared)
-    for name in merging:
-        blocks = made.get_submodule(name)
-        assert isinstance(blocks, MergingBlocks)
-        inner = dict(blocks.named_children())
-        made.set_submodule(name, NudgedBlocks(inner, blocks.stack, blocks.schedule, blocks.heads).eval())
-    return made
