@@ -17,11 +17,14 @@ from exporters.errors import ExportError, first_line
 from exporters.files import staged
 from exporters.folding import fold_batch_norms
 from exporters.operator_types import cast_where_undefined
+from exporters.opset17 import to_opset_17
 from exporters.tracing import DynamicAxes, input_names, save_program, symbols, trace
 
 __all__ = ["DynamicAxes", "onnx_from_program", "save_program", "trace"]
 
 PRODUCER = "optin-deploy"
+_LEAST_OF_TORCH = 18
+"""The lowest opset that torch's exporter writes itself."""
 _SINGLE_FILE_BYTES = 1_900_000_000
 """protobuf stops at 2 GiB a file; what the weights leave of it is for the graph."""
 
@@ -48,7 +51,11 @@ def onnx_from_program(
     try:
         model = _lower(program, list(every), opset)
         fold_batch_norms(model)
+        if opset < _LEAST_OF_TORCH:
+            to_opset_17(model)
         cast_where_undefined(model, opset)
+    except ExportError:
+        raise
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"torch.onnx.export failed at opset {opset}: {first_line(error)}") from error
     _name_values(model, input_names(program), every)
@@ -69,7 +76,7 @@ def _lower(program: torch.export.ExportedProgram, output_names: list[str], opset
             program,
             (),
             dynamo=True,
-            opset_version=opset,
+            opset_version=max(opset, _LEAST_OF_TORCH),
             output_names=output_names,
             optimize=True,
             verbose=False,
@@ -133,9 +140,13 @@ def _set_metadata(model: Any) -> None:
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Write an onnx_ir model; weights of 1.9 GB and more go to `<path>.data`."""
+    """Write an onnx_ir model, in the lowest version of the format that its opsets allow, since a runtime refuses versions
+    it does not know; weights of 1.9 GB and more go to `<path>.data`."""
     import onnx_ir as ir
+    from onnx import helper
 
+    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if weights < _SINGLE_FILE_BYTES:
         ir.save(model, path)
