@@ -87,8 +87,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def _save(network: Network, precision: Precision, path: Path) -> None:
     if not path.is_file():
-        module = in_precision(TensorOutputs(network.module, network.outputs), precision, OPSET)
-        save_program(trace(module, network.inputs, network.dynamic_axes), path)
+        exact = trace(TensorOutputs(network.module, network.outputs), network.inputs, network.dynamic_axes)
+        save_program(in_precision(exact, precision, OPSET), path)
 
 
 def _lower(path: Path, outputs: tuple[str, ...], axes: DynamicAxes) -> None:

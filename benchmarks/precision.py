@@ -35,8 +35,8 @@ Row = dict[str, Any]
 
 def measured(case: Case, network: Network, precision: Precision, threads: int) -> dict[str, Any]:
     """The case's figures for ``network`` exported in ``precision``, and the file's size in MiB."""
-    module = in_precision(TensorOutputs(network.module, network.outputs), precision, OPSET)
-    program = trace(module, network.inputs, network.dynamic_axes)
+    exact = trace(TensorOutputs(network.module, network.outputs), network.inputs, network.dynamic_axes)
+    program = in_precision(exact, precision, OPSET)
     with TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         onnx_in_precision(

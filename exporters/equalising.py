@@ -116,9 +116,13 @@ def _largest_inputs(source: Path, names: Sequence[str], batches: Iterable[Batch]
     }
     for number, name in enumerate(names):
         value = values[name]
-        axes = _axes(ir, probe, f"probe_axes_{number}", len(value.shape) - 1)
-        size = ir.node("Abs", [value])
-        largest = ir.node("ReduceMax", [size.outputs[0], axes], attributes={"keepdims": 0})
+        axes, size = range(len(value.shape) - 1), ir.node("Abs", [value])
+        # From opset 18 on these axes are an input.
+        if (probe.opset_imports[""] or 0) < 18:
+            largest = ir.node("ReduceMax", size.outputs, attributes={"axes": list(axes), "keepdims": 0})
+        else:
+            given = _axes(ir, probe, f"probe_axes_{number}", len(axes))
+            largest = ir.node("ReduceMax", [size.outputs[0], given], attributes={"keepdims": 0})
         largest.outputs[0].name, size.outputs[0].name = f"probe_{number}", f"probe_size_{number}"
         largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([value.shape[-1]])
         probe.graph.extend([size, largest])

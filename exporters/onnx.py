@@ -16,11 +16,15 @@ from exporters import attention
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
 from exporters.folding import fold_batch_norms
+from exporters.operator_types import cast_where_undefined
+from exporters.opset17 import to_opset_17
 from exporters.tracing import DynamicAxes, input_names, save_program, symbols, trace
 
 __all__ = ["DynamicAxes", "onnx_from_program", "save_program", "trace"]
 
 PRODUCER = "optin-deploy"
+_LEAST_OF_TORCH = 18
+"""The lowest opset that torch's exporter writes itself."""
 _SINGLE_FILE_BYTES = 1_900_000_000
 """protobuf stops at 2 GiB a file; what the weights leave of it is for the graph."""
 
@@ -32,20 +36,30 @@ def onnx_from_program(
     output_names: Sequence[str],
     dynamic_axes: DynamicAxes,
     opset: int = 20,
+    inner_names: Sequence[str] = (),
 ) -> None:
     """Lowers `program`, as `trace` made it with the same `dynamic_axes`, to one checked ONNX file.
 
     Inputs are named after forward's arguments, in their order, outputs by `output_names`, and the dynamic dimensions
     by `dynamic_axes`. Weights of 1.9 GB and more go to `<path>.data` beside the file. Nothing is printed.
+    What the program gives behind its outputs stays inside the file under `inner_names`.
     Raises ExportError when the program cannot be lowered, the file is invalid, or the outputs are not those named.
     """
     names = symbols(program, dynamic_axes)
+    every = (*output_names, *inner_names)
+    _check_names(input_names(program), every)
     try:
-        model = _lower(program, list(output_names), opset)
+        model = _lower(program, list(every), opset)
         fold_batch_norms(model)
+        if opset < _LEAST_OF_TORCH:
+            to_opset_17(model)
+        cast_where_undefined(model, opset)
+    except ExportError:
+        raise
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"torch.onnx.export failed at opset {opset}: {first_line(error)}") from error
-    _name_values(model, input_names(program), output_names)
+    _name_values(model, input_names(program), every)
+    del model.graph.outputs[len(output_names) :]
     _name_axes(model, names)
     _set_metadata(model)
     with staged(path) as temporary:
@@ -62,7 +76,7 @@ def _lower(program: torch.export.ExportedProgram, output_names: list[str], opset
             program,
             (),
             dynamo=True,
-            opset_version=opset,
+            opset_version=max(opset, _LEAST_OF_TORCH),
             output_names=output_names,
             optimize=True,
             verbose=False,
@@ -72,11 +86,25 @@ def _lower(program: torch.export.ExportedProgram, output_names: list[str], opset
     return lowered.model
 
 
+def _check_names(inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Raise ExportError where two of them are one: values of an ONNX file have names of their own."""
+    names = [*inputs, *outputs]
+    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    if twice:
+        what = "an input and an output" if twice[0] in inputs else "two outputs"
+        raise ExportError(f"{what} are both called {twice[0]}: call one of them otherwise")
+
+
 def _name_values(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     if len(model.graph.inputs) != len(inputs):
         raise ExportError(
             f"the model takes {len(model.graph.inputs)} tensors, not the {len(inputs)} it was traced with"
         )
+    taken = {*inputs, *outputs}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in taken and not value.is_graph_output():
+                value.name = f"{value.name}_inside"
     for value, name in zip(model.graph.inputs, inputs, strict=True):
         value.name = name
     found = [value.name for value in model.graph.outputs]
@@ -112,9 +140,13 @@ def _set_metadata(model: Any) -> None:
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Write an onnx_ir model; weights of 1.9 GB and more go to `<path>.data`."""
+    """Write an onnx_ir model, in the lowest version of the format that its opsets allow, since a runtime refuses versions
+    it does not know; weights of 1.9 GB and more go to `<path>.data`."""
     import onnx_ir as ir
+    from onnx import helper
 
+    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if weights < _SINGLE_FILE_BYTES:
         ir.save(model, path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.errors import ExportError, first_line
+from exporters.onnx import save_model
 from profilers.onnx_data import reading_elsewhere
 
 Array = NDArray[Any]
-Alternatives = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
-"""From a batch of one sample to what the module may as rightly give for it, where its computation decides between what
-is equal but for rounding: every output, ``(candidates, ...)``."""
+Alternatives = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Sequence[Tensor]]
+"""From a batch of one sample, and what the file decided on it, to what the module may as rightly give for it, where its
+computation decides between what is equal but for rounding: every output, ``(candidates, ...)``."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,24 @@ def check_parity(
     tolerance: float = 1e-4,
     threads: int | None = None,
     alternatives: Alternatives | None = None,
+    decisions: Sequence[str] = (),
 ) -> tuple[OutputParity, ...]:
     """Runs `module` (put in eval mode, float32, CPU) and the ONNX file under ONNX Runtime's CPU provider on `batches`.
 
     A batch maps forward's argument names to tensors; let batches differ in batch size and sequence length. An output
     passes when its largest absolute error is at most tolerance × max(1, its largest absolute reference value), each
     over all batches. A sample that is further off is compared with the nearest of its `alternatives` instead, if that
-    is within the tolerance in all outputs; outputs without the batch as their first axis have none. `threads` limits
-    ONNX Runtime's threads. Raises ExportError when ONNX Runtime is missing, cannot run the file, or the number of
-    outputs is not that of `output_names`.
+    is within the tolerance in all outputs; outputs without the batch as their first axis have none. `alternatives` are
+    told the `decisions`, values inside of the file. `threads` limits ONNX Runtime's threads. Raises ExportError when
+    ONNX Runtime is missing, cannot run the file, or the number of outputs is not that of `output_names`.
     """
     expected = _expected(module, batches, output_names)
-    session = open_session(onnx_path, threads)
-    actual = [_run(session, batch, output_names) for batch in batches]
-    return _compared(expected, actual, batches, output_names, tolerance, alternatives)
+    with _giving(Path(onnx_path), decisions) as file:
+        session = open_session(file, threads)
+    given = [_run(session, batch, (*output_names, *decisions)) for batch in batches]
+    actual = [row[: len(output_names)] for row in given]
+    decided = [dict(zip(decisions, row[len(output_names) :], strict=True)) for row in given]
+    return _compared(expected, actual, batches, output_names, tolerance, alternatives, decided)
 
 
 def compare_outputs(
@@ -84,7 +91,7 @@ def compare_outputs(
         raise ExportError(f"there is no output {missing[0]} among {', '.join(outputs[0])}")
     actual = [[given[name] for name in output_names] for given in outputs]
     expected = _expected(module, batches, output_names)
-    return _compared(expected, actual, batches, output_names, tolerance, alternatives)
+    return _compared(expected, actual, batches, output_names, tolerance, alternatives, [{}] * len(batches))
 
 
 class OnnxModule(nn.Module):
@@ -106,6 +113,26 @@ class OnnxModule(nn.Module):
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
         given = self.session.run(list(self.outputs), {name: t.cpu().numpy() for name, t in inputs.items()})
         return {key: torch.from_numpy(array) for key, array in zip(self.outputs.values(), given, strict=True)}
+
+
+@contextmanager
+def _giving(path: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The file, or one that gives values of its inside, too; ExportError where it has none of these names."""
+    if not names:
+        yield path
+        return
+    import onnx_ir as ir
+
+    model = ir.load(path)
+    values = {output.name: output for node in model.graph.all_nodes() for output in node.outputs}
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ExportError(f"{path.name} has no value {missing[0]}: export it again")
+    model.graph.outputs.extend(values[name] for name in names)
+    with tempfile.TemporaryDirectory(prefix="optin-parity-") as folder:
+        made = Path(folder, path.name)
+        save_model(model, made)
+        yield made
 
 
 @dataclass(frozen=True)
@@ -169,12 +196,14 @@ def _compared(
     output_names: Sequence[str],
     tolerance: float,
     alternatives: Alternatives | None,
+    decided: Sequence[Mapping[str, Array]],
 ) -> tuple[OutputParity, ...]:
     """The worst of all batches, by output; expected and actual are batches × outputs."""
     allowed = [tolerance * max(1.0, *(_largest(row[i]) for row in expected)) for i in range(len(output_names))]
     near_ties = 0
     if alternatives is not None:
-        settled = [_settled(*each, allowed, alternatives) for each in zip(expected, actual, batches, strict=True)]
+        cases = zip(expected, actual, batches, decided, strict=True)
+        settled = [_settled(*each, allowed, alternatives) for each in cases]
         expected, near_ties = [row for row, _ in settled], sum(ties for _, ties in settled)
     rows = [[_difference(*pair) for pair in zip(*row, strict=True)] for row in zip(expected, actual, strict=True)]
     samples = sum(len(next(iter(batch.values()))) for batch in batches)
@@ -187,6 +216,7 @@ def _settled(
     expected: Sequence[Array],
     actual: Sequence[Array],
     batch: Mapping[str, Tensor],
+    decided: Mapping[str, Array],
     allowed: Sequence[float],
     alternatives: Alternatives,
 ) -> tuple[list[Array], int]:
@@ -199,7 +229,9 @@ def _settled(
     apart = _apart(expected, actual, allowed)
     for sample in np.flatnonzero(~(apart <= 1)):
         with torch.no_grad():
-            made = alternatives({name: tensor[sample : sample + 1] for name, tensor in batch.items()})
+            one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
+            its = {name: torch.from_numpy(values[sample : sample + 1]) for name, values in decided.items()}
+            made = alternatives(one, its)
         candidates = [output.numpy() for output in made]
         distances = _apart(candidates, [output[sample : sample + 1] for output in actual], allowed)
         nearest = int(np.argmin(distances))

@@ -1,11 +1,10 @@
-"""Precision, written into the graph: here float16 and bfloat16, with what is sensitive in float32.
+"""Precision, written into the graph: here float16 and bfloat16 (see `lowering`).
 
 Inputs and outputs stay float32, so that a file of one precision can take the place of another's.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from exporters.lowering import lowered
 from exporters.names import Precision
 
 PARITY_TOLERANCES: dict[Precision, float] = {
@@ -29,60 +28,21 @@ PARITY_TOLERANCES: dict[Precision, float] = {
 1e-3 and 8e-3 in one operator, and add up over a network's depth; 8 bits round to some 1e-2 of a tensor's largest."""
 
 _DTYPES: dict[Precision, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# Their means and variances run over whole rows, and their weights are few.
-_SENSITIVE = (
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-)
 # From this opset on convolutions may be bfloat16.
 _BF16_CONV_OPSET = 22
 
 
-def in_precision(module: nn.Module, precision: Precision, opset: int) -> nn.Module:
-    """A copy of ``module`` (which gives a tensor or a tuple of them) that computes in fp16 or bf16; itself for any
-    other ``precision``.
+def in_precision(
+    program: torch.export.ExportedProgram, precision: Precision, opset: int
+) -> torch.export.ExportedProgram:
+    """``program``, of float32 and as `trace` made it, computing in fp16 or bf16; itself for any other ``precision``.
 
-    Norms compute in float32, and so do convolutions where ``opset`` has none for bfloat16.
+    Convolutions stay in float32 where ``opset`` has none for bfloat16. Raises ExportError, see `lowering.lowered`.
     """
     if precision not in _DTYPES:
-        return module
-    dtype = _DTYPES[precision]
-    kept: tuple[type[nn.Module], ...] = _SENSITIVE
-    if precision == "bf16" and opset < _BF16_CONV_OPSET:
-        kept = (*kept, nn.modules.conv._ConvNd)
-    low = copy.deepcopy(module).to(dtype)
-    for name, part in list(low.named_modules()):
-        if isinstance(part, kept):
-            parent, _, child = name.rpartition(".")
-            setattr(low.get_submodule(parent), child, _InFloat32(part.float(), dtype))
-    return _FloatOutside(low, dtype)
-
-
-class _InFloat32(nn.Module):
-    """A module in float32 amid others of lower precision."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module, self.dtype = module, dtype
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.module(x.float(), *args, **kwargs).to(self.dtype)
-
-
-class _FloatOutside(nn.Module):
-    """A module of lower precision that takes and gives float32."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module, self.dtype = module, dtype
-
-    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        given = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
-        outputs = self.module(**given)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        return tuple(t.float() if t.is_floating_point() else t for t in outputs)
+        return program
+    convolutions = precision != "bf16" or opset >= _BF16_CONV_OPSET
+    return lowered(program, _DTYPES[precision], convolutions=convolutions)
 
 
 @contextmanager

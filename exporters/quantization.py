@@ -12,6 +12,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from itertools import takewhile
 from pathlib import Path
@@ -48,14 +49,23 @@ def onnx_in_precision(
     output_names: Sequence[str],
     dynamic_axes: DynamicAxes,
     opset: int = 20,
+    inner_names: Sequence[str] = (),
 ) -> None:
     """`onnx_from_program` of what `in_precision` gave for ``precision``, quantized on ``batches`` for int8 and fp8."""
+    write = partial(
+        onnx_from_program,
+        program,
+        output_names=output_names,
+        dynamic_axes=dynamic_axes,
+        opset=opset,
+        inner_names=inner_names,
+    )
     if not is_quantized(precision):
-        onnx_from_program(program, path, output_names=output_names, dynamic_axes=dynamic_axes, opset=opset)
+        write(path)
         return
     with tempfile.TemporaryDirectory(prefix="optin-quantize-") as folder:
         exact = Path(folder, "exact.onnx")
-        onnx_from_program(program, exact, output_names=output_names, dynamic_axes=dynamic_axes, opset=opset)
+        write(exact)
         quantize(exact, path, batches, precision)
 
 

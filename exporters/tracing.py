@@ -133,7 +133,7 @@ def symbols(program: torch.export.ExportedProgram, dynamic_axes: DynamicAxes) ->
             if isinstance(size, int):
                 raise ExportError(f"{where} was asked to be dynamic, but the model fixes it to {size}")
             symbol = str(size)
-            if not re.fullmatch(r"\w+", symbol):
+            if not re.fullmatch(r"[A-Za-z_]\w*", symbol):
                 raise ExportError(f"{where} was asked to be dynamic, but the model only takes sizes of {symbol}")
             if found.setdefault(symbol, label) != label:
                 raise ExportError(f"{where} must equal the dimension named {found[symbol]}: give both one name")

@@ -13,11 +13,8 @@ from exporters import (
     BUILDERS,
     OutputParity,
     build_engine,
-    in_precision,
     input_ranges,
     is_quantized,
-    onnx_in_precision,
-    trace,
 )
 from exporters.engine import EngineInfo
 from exporters.triton import Backend, Engine, model_file, triton_config
@@ -27,7 +24,7 @@ from optin_deploy.engines import Wanted, engine_config, timing_cache, wanted_eng
 from optin_deploy.errors import GateError
 from optin_deploy.files import whole_directory
 from optin_deploy.job import check_pooling, check_runtimes
-from optin_deploy.measuring import checked, parity_batches, parity_tolerance
+from optin_deploy.measuring import checked, lower, parity_batches, parity_tolerance
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.places import check_new
@@ -166,13 +163,8 @@ def _triton(
 
 def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
     """Write the ONNX file and check it; GateError where it is not what torch computes."""
-    module = in_precision(network.tensor_outputs(), recipe.precision, recipe.opset)
-    names, axes = tuple(network.outputs), network.dynamic_axes
     with stages.stage("export ONNX"):
-        program = trace(module, network.inputs, axes)
-        onnx_in_precision(
-            program, path, recipe.precision, samples.batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
-        )
+        lower(network, path, recipe, samples.batches)
     with stages.stage("check parity"):
         return _passed(checked(network, path, samples.held_out, recipe))
 

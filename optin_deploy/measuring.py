@@ -28,6 +28,7 @@ from optin_deploy import rundir
 from optin_deploy.account import account
 from optin_deploy.assembly import VARIANTS
 from optin_deploy.causes import told
+from optin_deploy.decisions import WithDecisions, as_decided, decision_names
 from optin_deploy.engine_parity import check_engine_parity, checkable_engines
 from optin_deploy.engines import build_engines, more_builds, wanted_engines
 from optin_deploy.files import tell_written
@@ -85,16 +86,37 @@ def _export_kept(network: Network, onnx: Path, program: Path, recipe: Recipe, ba
 
 def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
     """Write the program and, where it is not there, the ONNX file, in the recipe's precision, calibrated on batches."""
-    module = in_precision(network.tensor_outputs(), recipe.precision, recipe.opset)
-    traced = trace(module, network.inputs, network.dynamic_axes)
+    module, axes = network.tensor_outputs(), network.dynamic_axes
+    traced = in_precision(trace(module, network.inputs, axes), recipe.precision, recipe.opset)
     save_program(traced, program)
-    if onnx.is_file():
-        return
-    names, axes = tuple(network.outputs), network.dynamic_axes
+    if not onnx.is_file():
+        lower(network, onnx, recipe, batches, None if decision_names(network, recipe.precision) else traced)
+        tell_written(onnx)
+
+
+def lower(
+    network: Network,
+    onnx: Path,
+    recipe: Recipe,
+    batches: Batches,
+    traced: torch.export.ExportedProgram | None = None,
+) -> None:
+    """Write the ONNX file in the recipe's precision, calibrated on batches; of ``traced``, where that is at hand and
+    decides nothing that the file's parity is judged by."""
+    decisions, axes = decision_names(network, recipe.precision), network.dynamic_axes
+    if traced is None:
+        module = WithDecisions(network) if decisions else network.tensor_outputs()
+        traced = in_precision(trace(module, network.inputs, axes), recipe.precision, recipe.opset)
     onnx_in_precision(
-        traced, onnx, recipe.precision, batches, output_names=names, dynamic_axes=axes, opset=recipe.opset
+        traced,
+        onnx,
+        recipe.precision,
+        batches,
+        output_names=tuple(network.outputs),
+        dynamic_axes=axes,
+        opset=recipe.opset,
+        inner_names=decisions,
     )
-    tell_written(onnx)
 
 
 def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> Parity:
@@ -104,7 +126,9 @@ def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> 
     module, names = network.tensor_outputs(), tuple(network.outputs)
     batches = parity_batches(network, held_out, recipe.precision)
     with runnable_on_cpu(onnx, recipe.precision) as file:
-        return check_parity(module, file, batches, names, tolerance, recipe.threads, alternatives(network))
+        decisions = decision_names(network, recipe.precision)
+        others = as_decided(network, tolerance) if decisions else alternatives(network)
+        return check_parity(module, file, batches, names, tolerance, recipe.threads, others, decisions)
 
 
 def parity_tolerance(recipe: Recipe) -> float:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from exporters import Alternatives
-from optin_deploy.copies import copied, sharing
 from optin_deploy.network import Network
-from optin_deploy.structure.merging_blocks import MergingBlocks
+from optin_deploy.structure.merging_blocks import MergingBlocks, merging_names, with_blocks_of
 
 # Powers of ten, relative to the length of what is compared. In float32, errors deep in a network are some 1e-6: with
 # noise of several sizes around that and many draws, the decisions of a runtime are among those taken.
@@ -41,23 +40,11 @@ def alternatives(network: Network) -> Alternatives | None:
 
     None for a network of which no tokens merge.
     """
-    merging = [name for name, part in network.module.named_modules() if isinstance(part, MergingBlocks)]
-    if not merging:
+    if not merging_names(network.module):
         return None
-    nudged = network.tensor_outputs(_with_noise(network.module, merging))
+    nudged = network.tensor_outputs(with_blocks_of(network.module, NudgedBlocks))
 
-    def found(sample: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def found(sample: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return nudged(**{name: t.expand(_CANDIDATES, *t.shape[1:]) for name, t in sample.items()})
 
     return found
-
-
-def _with_noise(module: nn.Module, merging: list[str]) -> nn.Module:
-    """A copy of the module, which shares its weights, with noise in the blocks of these names."""
-    made = copied(module, sharing(module))
-    for name in merging:
-        blocks = made.get_submodule(name)
-        assert isinstance(blocks, MergingBlocks)
-        inner = dict(blocks.named_children())
-        made.set_submodule(name, NudgedBlocks(inner, blocks.stack, blocks.schedule, blocks.heads).eval())
-    return made

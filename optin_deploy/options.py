@@ -143,7 +143,7 @@ RUN_OPTIONS: dict[str, Any] = {
             show_default=False,
         ),
     ],
-    "opset": Annotated[int | None, option("ONNX opset [20]", EXPORT)],
+    "opset": Annotated[int | None, option("ONNX opset, 17 to 23 [20]", EXPORT)],
     "precision": Annotated[
         str | None, option("of what is exported and measured: fp32, tf32, fp16, bf16, int8 or fp8 [fp32]", EXPORT)
     ],

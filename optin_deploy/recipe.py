@@ -97,7 +97,7 @@ class Recipe(BaseModel):
     ridge: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] = "auto"
 
     pooling_in_graph: bool = False
-    opset: Annotated[int, Field(ge=18, le=23)] = 20
+    opset: Annotated[int, Field(ge=17, le=23)] = 20
     precision: Precision = "fp32"
     parity_tolerance: Annotated[float, Field(gt=0)] | None = None
 

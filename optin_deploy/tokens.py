@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optin_deploy.choices import Choice, chosen
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -48,16 +50,25 @@ def matching(metric: Tensor, prefix: int, count: int) -> Matching:
         metric: ``(batch, tokens, features)``.
         prefix: so many tokens at the beginning are protected.
     """
-    batch, device, dtype = metric.shape[0], metric.device, metric.dtype
+    return matched(chosen(similarities(metric, prefix), count), metric.shape[1], prefix, count, metric.dtype)
+
+
+def similarities(metric: Tensor, prefix: int) -> Tensor:
+    """Cosines ``(batch, |A|, |B|)`` of the tokens behind the ``prefix``, dealt into A and B, in float32 at least."""
     # In half precision most similar tokens would tie.
-    exact = metric[:, prefix:].to(torch.promote_types(dtype, torch.float32))
+    exact = metric[:, prefix:].to(torch.promote_types(metric.dtype, torch.float32))
     directions = F.normalize(exact, dim=-1)
     # Of an odd number of tokens B gets the last one, so that every token of A has a neighbour on both sides.
-    a, b = directions[:, 1::2], directions[:, 0::2]
-    similarity, nearest = (a @ b.transpose(1, 2)).max(dim=-1)
-    size_a, kept = a.shape[1], a.shape[1] - count
-    leaves = ranks(similarity) < count
-    index_a, index_b = torch.arange(size_a, device=device), torch.arange(b.shape[1], device=device)
+    return directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
+
+
+def matched(choice: Choice, tokens: int, prefix: int, count: int, dtype: torch.dtype) -> Matching:
+    """The matching of a choice among the tokens of A, ``count`` of ``tokens`` in all; weights are of ``dtype``."""
+    leaves, nearest = choice.leaves, choice.nearest
+    batch, device = leaves.shape[0], leaves.device
+    size_a = leaves.shape[1]
+    kept, size_b = size_a - count, tokens - prefix - size_a
+    index_a, index_b = torch.arange(size_a, device=device), torch.arange(size_b, device=device)
     gone = (leaves[:, None, :] & (index_a < index_a[:, None])).sum(-1)
     place = torch.where(leaves, gone, count + index_a - gone)
     placed_a = (place[:, None, :] == index_a[:, None]).to(dtype).argmax(-1)
@@ -146,11 +157,3 @@ def _dealt(a: Tensor, b: Tensor) -> Tensor:
     """``(batch, tokens)`` of the tokens of A and B, in the order before they were dealt."""
     pairs = torch.stack([b[:, : a.shape[1]], a], dim=2).flatten(1)
     return torch.cat([pairs, b[:, a.shape[1] :]], dim=1)
-
-
-def ranks(values: Tensor) -> Tensor:
-    """How many of a row's ``values`` come before each: larger ones, and equal ones that stand before it."""
-    index = torch.arange(values.shape[1], device=values.device)
-    earlier = index[None, :] < index[:, None]
-    mine, others = values[:, :, None], values[:, None, :]
-    return ((others > mine) | ((others == mine) & earlier)).sum(-1)

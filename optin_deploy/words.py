@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optin_deploy.tokens import ranks
-
-# Further than any cosine.
-_BEYOND = 2.0
+from optin_deploy.choices import BEYOND, Choice, chosen
 
 
 def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Tensor:
@@ -24,19 +21,36 @@ def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Ten
         prefix: so many tokens at the beginning are protected.
         count: at most half of those behind the prefix.
     """
+    real = real_words(sizes, prefix)
+    return words_matched(chosen(word_similarities(metric, real, prefix), count, real), real, prefix)
+
+
+def real_words(sizes: Tensor, prefix: int) -> Tensor:
+    """Bool ``(batch, n)``, of the n tokens behind the prefix those that are no padding."""
+    return sizes[:, prefix:, 0] > 0
+
+
+def word_similarities(metric: Tensor, real: Tensor, prefix: int) -> Tensor:
+    """Cosines ``(batch, n, n)`` of the n tokens behind the ``prefix``, in float32 at least; -2 where a token cannot
+    merge into another, that is, from B, into A and into padding."""
     # In half precision most similar words would tie.
     exact = metric[:, prefix:].to(torch.promote_types(metric.dtype, torch.float32))
-    directions, real = F.normalize(exact, dim=-1), sizes[:, prefix:, 0] > 0
+    directions = F.normalize(exact, dim=-1)
     index = torch.arange(directions.shape[1], device=metric.device)
     in_a = index % 2 == 1
     possible = in_a[:, None] & ~in_a & real[:, None, :]
-    similarity, nearest = (directions @ directions.transpose(1, 2)).masked_fill(~possible, -_BEYOND).max(dim=-1)
-    leaves = ranks(similarity.masked_fill(~real, _BEYOND)) < count
+    return (directions @ directions.transpose(1, 2)).masked_fill(~possible, -BEYOND)
+
+
+def words_matched(choice: Choice, real: Tensor, prefix: int) -> Tensor:
+    """What `word_matching` gives, of a choice among the tokens behind the prefix."""
+    leaves, nearest = choice.leaves, choice.nearest
+    index = torch.arange(leaves.shape[1], device=leaves.device)
     staying = (~leaves[:, None, :] & (index < index[:, None])).sum(-1)
     moved = torch.where(leaves, staying.gather(1, nearest), staying)
     # Padding adds nothing wherever it goes.
     moved = torch.where(leaves & ~real, 0, moved + prefix)
-    before = torch.arange(prefix, device=metric.device).expand(moved.shape[0], -1)
+    before = torch.arange(prefix, device=leaves.device).expand(moved.shape[0], -1)
     return torch.cat([before, moved], dim=1)
 
 

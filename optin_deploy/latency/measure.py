@@ -88,7 +88,7 @@ def export(
     module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]], target: Target, stem: Path
 ) -> Path:
     """Write the file that the target's runtime runs, beside ``stem``; ``module`` gives a tensor or a tuple of them."""
-    program = trace(in_precision(module, target.precision, target.opset), inputs, axes)
+    program = in_precision(trace(module, inputs, axes), target.precision, target.opset)
     if RUNTIMES[target.runtime] == "program":
         path = stem.with_suffix(".pt2")
         save_program(program, path)

@@ -1,6 +1,5 @@
 """Whether a sliced network computes what the masked one does, and which of the groups cut are to blame if not."""
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.copies import copied
 from optin_deploy.masking import masked
 from optin_deploy.network import named_outputs
 from optin_deploy.slicing import features_of, layer_size
@@ -67,9 +67,7 @@ def compared(
         return found
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     try:
-        exact = _compared(
-            copy.deepcopy(module).double(), copy.deepcopy(small).double(), groups, kept, wide, _EXACT_TOLERANCE
-        )
+        exact = _compared(copied(module).double(), copied(small).double(), groups, kept, wide, _EXACT_TOLERANCE)
     except Exception:
         # Its forward asks for another precision.
         return found

@@ -1,6 +1,5 @@
 """Blocks that merge tokens as they run, in the place of the list that held them."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -10,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.choices import Choice, chosen
+from optin_deploy.copies import copied, sharing
 from optin_deploy.errors import UserError
 from optin_deploy.plans import Plan
 from optin_deploy.slicing import slimmed
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.slim import PLACED, PlacedBeitAttention
 from optin_deploy.structure.token_stack import TokenStack, real_tokens
-from optin_deploy.tokens import Matching, between, matching, merged, placed, places_left, unmerged
-from optin_deploy.words import word_matching, words_merged
+from optin_deploy.tokens import Matching, between, matched, merged, placed, places_left, similarities, unmerged
+from optin_deploy.words import real_words, word_similarities, words_matched, words_merged
 
 
 class MergingBlocks(nn.Sequential):
@@ -39,6 +40,12 @@ class MergingBlocks(nn.Sequential):
             self.add_module(name, block)
         self.stack, self.schedule, self.heads = stack, tuple(schedule), tuple(heads)
 
+    @property
+    def merging_indices(self) -> tuple[int, ...]:
+        """Of the blocks before which tokens merge."""
+        steps = pairwise((self.stack.tokens, *self.schedule))
+        return tuple(index for index, (before, after) in enumerate(steps) if after < before)
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self,))
 
@@ -58,10 +65,13 @@ class MergingBlocks(nn.Sequential):
                 metric = self._metric(index, block, x)
                 if stack.text:
                     left = x.shape[1] - stack.leaving(before, after, x.shape[1])
-                    moved = word_matching(metric, sizes, stack.prefix, x.shape[1] - left)
+                    real = real_words(sizes, stack.prefix)
+                    choice = self.choose(index, word_similarities(metric, real, stack.prefix), x.shape[1] - left, real)
+                    moved = words_matched(choice, real, stack.prefix)
                     x, sizes = words_merged(x, sizes, moved, left)
                 else:
-                    match = matching(metric, stack.prefix, before - after)
+                    choice = self.choose(index, similarities(metric, stack.prefix), before - after)
+                    match = matched(choice, before, stack.prefix, before - after, metric.dtype)
                     moved = match.moved
                     x, sizes = self.join(x, sizes, match)
                     for name, _ in stack.places:
@@ -77,6 +87,10 @@ class MergingBlocks(nn.Sequential):
                 called.arguments[stack.mask] = _added(given, _counting(sizes))
             x = block(*called.args, **called.kwargs)
         return x if where is None else unmerged(x, where)
+
+    def choose(self, index: int, similarity: Tensor, count: int, real: Tensor | None = None) -> Choice:
+        """Which tokens merge before a block, see `chosen`."""
+        return chosen(similarity, count, real)
 
     def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
         """Patches and their sizes after merging."""
@@ -108,6 +122,22 @@ class MergingBlocks(nn.Sequential):
         weight = layer.weight[rows].unflatten(0, (heads, -1)).mean(0)
         bias = None if layer.bias is None else layer.bias[rows].unflatten(0, (heads, -1)).mean(0)
         return F.linear(block.get_submodule(source.norm)(x), weight, bias)
+
+
+def merging_names(module: nn.Module) -> list[str]:
+    """Of the `MergingBlocks` in a module."""
+    return [name for name, part in module.named_modules() if isinstance(part, MergingBlocks)]
+
+
+def with_blocks_of(module: nn.Module, cls: type[MergingBlocks]) -> nn.Module:
+    """A copy of a module, which shares its weights, with `MergingBlocks` of another class."""
+    made = copied(module, sharing(module))
+    for name in merging_names(made):
+        blocks = made.get_submodule(name)
+        assert isinstance(blocks, MergingBlocks)
+        inner = dict(blocks.named_children())
+        made.set_submodule(name, cls(inner, blocks.stack, blocks.schedule, blocks.heads).eval())
+    return made
 
 
 def _counting(sizes: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ({"rounds": 17}, "--rounds 17"),
         ({"rounds": 1.5}, "--rounds 1.5"),
         ({"narrow_heads": "some"}, "--narrow-heads some"),
-        ({"opset": 17}, "--opset 17"),
+        ({"opset": 16}, "--opset 16"),
         ({"opset": 99}, "--opset 99"),
         ({"parity_tolerance": 0}, "--parity-tolerance 0"),
         ({"runtimes": ["tpu"]}, "--runtimes tpu"),
