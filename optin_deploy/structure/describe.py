@@ -47,7 +47,10 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     # Neurons of convolutions are channels: what is followed through a forward pass is known better.
     settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
     taken = {*(name for g in settled for name in (*g.owners, g.output)), *(left.module for left in left_dense)}
-    channels, leaking = channel_groups(module, inputs, calls, taken)
+    known = {side.module for g in ran for side in g.sides}
+    channels, leaking = channel_groups(module, inputs, calls, taken, known=known)
+    if not channels and not ran:
+        channels, leaking = channel_groups(module, inputs, calls, taken, loose=True)
     left_dense += leaking
     followed = {side.module for group, _ in channels for side in group.sides}
     ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
