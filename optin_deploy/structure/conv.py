@@ -20,6 +20,9 @@ from optin_deploy.structure.groups import Entries, Group, LeftDense, Side, Stand
 from optin_deploy.structure.plain import has_own_forward
 from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
 
+LEAKING = "its channels do not stay apart"
+# They hardly mix small values, which a trial does not tell.
+_MIXING = nn.LocalResponseNorm | nn.CrossMapLRN2d
 # Of channels, in the names of attributes.
 _COUNTED = ("features", "channels", "parameters", "dim", "planes", "width")
 
@@ -70,7 +73,7 @@ class _Path:
 
     def along(self, call: Call, width: int = 1) -> "_Path":
         """Behind a module with numbers for each channel, or for ``width`` of them together."""
-        behind = self.after(call, (), "pass", width)
+        behind = replace(self.after(call, (), "pass", width), loose=True)
         entries = tuple(Entries(f"{call.name}.{n}", d, ()) for n, d in _places(call.module, self.channels))
         attributes = tuple((call.name, n) for n in _counts(call.module, self.channels))
         return replace(
@@ -120,7 +123,7 @@ def channel_groups(
         groups[group.name] = (group, block)
         behind[group.output] = group
     alone = [g for g, block in found if g.name in bad and block != g.output and not {g.name, g.output} & {*behind}]
-    dense = [LeftDense(group.name, "its channels do not stay apart") for group in alone]
+    dense = [LeftDense(group.name, LEAKING) for group in alone]
     return list(groups.values()), dense
 
 
@@ -166,6 +169,8 @@ def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group
             return None
         layer, given = call.module, call.given
         assert given is not None
+        if isinstance(layer, _MIXING):
+            return None
         direct = same_tensor(given, path.now)
         if path.gate is not None and not direct:
             return None
@@ -299,8 +304,8 @@ def _block(module: nn.Module, group: Group, calls: Sequence[Call]) -> str | None
 
 
 def _has_own(module: nn.Module) -> bool:
-    """Whether a module has parameters or buffers of its own, or numbers of channels like norms without them."""
-    if isinstance(module, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm):
+    """Whether a module has parameters or buffers of its own, or does something to channels without them."""
+    if isinstance(module, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm | _MIXING):
         return True
     return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from optin_deploy.structure import feed_forward, timm, torch, transformers  # noqa: F401
 from optin_deploy.structure.conv import channel_groups
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
+from optin_deploy.structure.plain import computes_with_its_weights
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.samples import not_batch_first, of_several_shapes
@@ -24,8 +25,9 @@ def prunable() -> list[str]:
     """What `describe` recognises, a line each."""
     return [
         *supported(),
-        "Channels between two convolutions, plain or transposed, through batch norms, grouped convolutions and "
-        "squeeze-and-excitation: in residual blocks, bottlenecks and inverted ones too, and in rows.",
+        "Channels between two convolutions of one to three axes, plain or transposed, through batch, instance and "
+        "group norms, activations with numbers for each channel, grouped convolutions and squeeze-and-excitation: in "
+        "residual blocks, bottlenecks and inverted ones too, and in rows.",
     ]
 
 
@@ -59,6 +61,8 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     failed = {g.name: shared for g in ran if runs[block_of[g.name]] > 1}
     failed |= {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
     failed |= tied(module, ran)
+    odd = [g for g in ran if not computes_with_its_weights(module.get_submodule(g.output))]
+    failed |= {g.name: f"{g.output} has a forward of its own, which gives more than its weights make" for g in odd}
     failed |= uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
     ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])

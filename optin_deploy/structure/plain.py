@@ -16,6 +16,8 @@ _BASES: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 _SEED = 0
+# What a forward of anybody's may raise that is given noise.
+_UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def base_of(layer: nn.Module) -> type[nn.Module] | None:
@@ -31,6 +33,23 @@ def has_own_forward(layer: nn.Module) -> bool:
     names = ("forward", "__call__", "_conv_forward")
     # An instance may have a function of its own, too.
     return any(n in vars(layer) or getattr(type(layer), n, None) is not getattr(base, n, None) for n in names)
+
+
+@torch.no_grad()
+def computes_with_its_weights(layer: nn.Module) -> bool:
+    """Whether a linear layer or convolution gives its weights times its input plus its bias.
+
+    True for torch's own; tried for those with a forward of their own.
+    """
+    if not has_own_forward(layer):
+        return True
+    base, weight = base_of(layer), layer.get_parameter("weight")
+    assert base is not None
+    try:
+        x = _noise(layer, weight, 0)
+        return torch.allclose(layer(x), base.forward(layer, x), rtol=1e-3, atol=1e-5)
+    except _UNFIT:
+        return False
 
 
 class _Weights(TorchFunctionMode):
@@ -71,8 +90,7 @@ def effective_layer(layer: nn.Module) -> nn.Module | None:
     layer.eval()
     try:
         return _effective(layer, base, weight)
-    # What a forward of anybody's may raise that is given noise.
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+    except _UNFIT:
         return None
     finally:
         layer.train(training)

@@ -18,7 +18,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from optin_deploy import checkpoint, pruning
 from optin_deploy.errors import UserError
+from optin_deploy.maps import linear_maps
 from optin_deploy.network import custom_network
+from optin_deploy.plans import Plan
+from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.intake import prunable_form
 
@@ -342,6 +345,47 @@ def test_subclasses_that_do_more_are_left_as_they_are(cls: type[nn.Conv2d]) -> N
         torch.testing.assert_close(network.module(**images()), module(**images()), rtol=0, atol=0)
     assert type(network.module.blocks[0].one) is cls
     assert describe(network.module, network.inputs).groups == ()
+
+
+class ActivatedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+class Product(nn.Linear):
+    """Computes as its class does, in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("cls", [ActivatedLinear, Product])
+def test_projections_that_give_more_than_their_weights_are_left_dense(cls: type[nn.Linear]) -> None:
+    class Ffn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), cls(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(x).relu())
+
+    structure = describe(tiny.randomised(nn.Sequential(Ffn(), Ffn())), {"input": torch.randn(2, 3, 4)})
+    assert len(structure.groups) == (2 if cls is Product else 0)
+    reason = "down has a forward of its own, which gives more than its weights make"
+    assert all(left.reason.endswith(reason) for left in structure.left_dense)
+
+
+@pytest.mark.parametrize("cls", [ActivatedLinear, Product])
+def test_maps_that_give_more_than_their_weights_are_not_refitted(cls: type[nn.Linear]) -> None:
+    module = small()
+    module.head = tiny.randomised(cls(6, 4))
+    network = custom_network(module, images())
+    structure = describe(network.module, network.inputs)
+    plan = Plan({g.name: tuple(range(4)) for g in structure.groups})
+    pruned = sliced(network.module, structure, plan)
+    maps = linear_maps(network.module, pruned, structure, plan)
+    assert ("head" in maps) == (cls is Product)
+    assert "blocks.0.two" in maps
 
 
 def test_a_function_of_one_convolution_alone_is_seen() -> None:
