@@ -125,4 +125,13 @@ def flops_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str
     # Frozen, because the counter follows everything that could have a gradient.
     with frozen(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(**sample)
-    return counter.get_flop_counts()
+    counts = counter.get_flop_counts()
+    names: dict[int, list[str]] = {}
+    for name, submodule in module.named_modules(remove_duplicate=False):
+        names.setdefault(id(submodule), []).append(f"{type(module).__name__}.{name}")
+    # Of the names of one module, the counter takes the last.
+    for first, *others in names.values():
+        counted = next((counts[name] for name in (first, *others) if name in counts), None)
+        if others and counted is not None:
+            counts[first] = counted
+    return counts

@@ -9,6 +9,7 @@ from optin_deploy.plans import Plan
 from optin_deploy.projections import Conv, feature_dim
 from optin_deploy.slicing import features_of, query_gain
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plain import computes_with_its_weights
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def linear_maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan:
     for name, module in modules.items():
         is_map = isinstance(module, nn.Linear) or (isinstance(module, Conv) and module.groups == 1)
         if not is_map or name in behind or name not in dense_modules or weights.count(id(module.weight)) > 1:
+            continue
+        # What it gives is no linear function of what it takes, or of other weights.
+        if not computes_with_its_weights(module):
             continue
         gain = _kept_outputs(dense_modules[name], name, structure, plan)
         maps[name] = LinearMap(name, name, None, gain, False)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 ROWS = 8_192
 
 
-Conv = nn.Conv2d | nn.ConvTranspose2d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of what size a convolution's output is. Pairs are (rows, columns); padding is left, right, top, bottom.
+    """Of what size a convolution's output is, along each of its one to three axes; padding is what `F.pad` takes,
+    before and after, beginning with the last axis.
 
     A transposed convolution is one of stride 1 with a turned kernel, on an input with zeros ``between`` its pixels.
     """
@@ -26,16 +28,16 @@ class Geometry:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
-    between: tuple[int, ...] = (0, 0)
+    between: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, conv: Conv) -> "Geometry":
         """The geometry of ``conv``."""
         padding: list[int] = []
         # F.pad begins with the last axis.
-        for axis in (1, 0):
+        for axis in reversed(range(len(conv.kernel_size))):
             total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-            if isinstance(conv, nn.ConvTranspose2d):
+            if isinstance(conv, Transposed):
                 # Negative padding crops.
                 edge = total - int(conv.padding[axis])
                 padding += [edge, edge + conv.output_padding[axis]]
@@ -43,36 +45,53 @@ class Geometry:
                 padding += [total // 2, total - total // 2]
             else:
                 padding += [0 if conv.padding == "valid" else int(conv.padding[axis])] * 2
-        if isinstance(conv, nn.ConvTranspose2d):
+        if isinstance(conv, Transposed):
             between = tuple(stride - 1 for stride in conv.stride)
-            return cls(conv.kernel_size, (1, 1), conv.dilation, tuple(padding), between)
+            return cls(conv.kernel_size, (1,) * len(between), conv.dilation, tuple(padding), between)
         return cls(conv.kernel_size, conv.stride, conv.dilation, tuple(padding))
 
-    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
-        """Height and width of the output for an input of height and width ``size``."""
-        left, right, top, bottom = self.padding
-        apart = [(n - 1) * (zeros + 1) + 1 for n, zeros in zip(size, self.between, strict=True)]
-        padded = (apart[0] + top + bottom, apart[1] + left + right)
+    def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the output for an input of these sizes."""
+        edges = zip(self.padding[-2::-2], self.padding[::-2], strict=True)
+        between = self.between or (0,) * len(size)
+        padded = [(n - 1) * (zeros + 1) + 1 + sum(e) for n, zeros, e in zip(size, between, edges, strict=True)]
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        return (padded[0] - reach[0]) // self.stride[0] + 1, (padded[1] - reach[1]) // self.stride[1] + 1
+        return tuple((n - r) // step + 1 for n, r, step in zip(padded, reach, self.stride, strict=True))
 
     def patches(self, x: Tensor, mode: str = "constant") -> Tensor:
-        """What the kernel sees of ``x`` ``(batch, channels, H, W)``: ``(batch, H'·W', channels · kernel area)``."""
+        """What the kernel sees of ``x`` ``(batch, channels, …)``: ``(batch, positions, channels · kernel size)``."""
         if any(self.between):
-            rows, columns = (zeros + 1 for zeros in self.between)
-            wide = x.new_zeros((*x.shape[:2], (x.shape[2] - 1) * rows + 1, (x.shape[3] - 1) * columns + 1))
-            wide[:, :, ::rows, ::columns] = x
+            wide = x.new_zeros(
+                (*x.shape[:2], *((n - 1) * (z + 1) + 1 for n, z in zip(x.shape[2:], self.between, strict=True)))
+            )
+            wide[(..., *(slice(None, None, zeros + 1) for zeros in self.between))] = x
             x = wide
-        padded = F.pad(x, self.padding, mode=mode)
-        return F.unfold(padded, self.kernel, dilation=self.dilation, stride=self.stride).transpose(1, 2)
+        return self._unfolded(F.pad(x, self.padding, mode=mode))
+
+    def _unfolded(self, x: Tensor) -> Tensor:
+        kernel, stride, dilation = self.kernel, self.stride, self.dilation
+        if len(kernel) == 1:
+            x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+        if len(kernel) == 2:
+            return F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2)
+        # torch unfolds pictures only: those at the depths that each row of the kernel sees.
+        depths = (x.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+        seen = []
+        for k in range(kernel[0]):
+            start = k * dilation[0]
+            pictures = x[:, :, start : start + (depths - 1) * stride[0] + 1 : stride[0]].transpose(1, 2)
+            columns = F.unfold(pictures.flatten(0, 1), kernel[1:], dilation=dilation[1:], stride=stride[1:])
+            seen.append(columns.unflatten(0, (-1, depths)).unflatten(2, (x.shape[1], -1)))
+        # (batch, depths, channels, kernel's depths, rest of the kernel, pixels)
+        return torch.stack(seen, 3).permute(0, 1, 5, 2, 3, 4).flatten(3).flatten(1, 2)
 
 
 def design(projection: nn.Module, x: Tensor) -> Tensor:
     """What the weights of ``projection`` see of its input ``x``: ``(batch, positions, features)``.
 
     ``design(p, x) @ weight_matrix(p).T + p.bias`` is ``p(x)``, channels last. For a linear layer it is ``x`` itself,
-    for a convolution (not a grouped one) its patches: ``(batch, H'·W', channels · kernel area)``, ordered channel,
-    kernel row, kernel column.
+    for a convolution (not a grouped one) its patches: ``(batch, positions, channels · kernel size)``, ordered channel,
+    then as the kernel.
     """
     if isinstance(projection, nn.Linear):
         return x
@@ -103,29 +122,32 @@ def design_rows(projection: nn.Module, x: Tensor, rows: Tensor | slice, valid: T
 
 
 def feature_dim(layer: nn.Module, axis: Literal["out", "in"]) -> int:
-    """Which dimension of the weights of ``layer`` its output or input features lie along."""
-    return int((axis == "in") != isinstance(layer, nn.ConvTranspose2d))
+    """Which dimension of the weights of ``layer`` its output or input features lie along; both along the first one in
+    a grouped transposed convolution, of whose units outputs and inputs are the same."""
+    if isinstance(layer, Transposed):
+        return int(axis == "out" and layer.groups == 1)
+    return int(axis == "in")
 
 
 def weight_matrix(projection: nn.Module) -> Tensor:
     """The weights as ``(outputs, features)``; the features are the columns of `design`."""
     weight = projection.get_parameter("weight")
-    return (_turned(weight) if isinstance(projection, nn.ConvTranspose2d) else weight).flatten(1)
+    return (_turned(weight) if isinstance(projection, Transposed) else weight).flatten(1)
 
 
 @torch.no_grad()
 def set_weight_matrix(projection: nn.Module, matrix: Tensor) -> None:
     """Write ``(outputs, features)`` into the weights, in place."""
     weight = projection.get_parameter("weight")
-    if isinstance(projection, nn.ConvTranspose2d):
+    if isinstance(projection, Transposed):
         weight.copy_(_turned(matrix.reshape(len(matrix), len(weight), *weight.shape[2:])))
     else:
         weight.copy_(matrix.reshape(weight.shape))
 
 
 def _turned(kernels: Tensor) -> Tensor:
-    """Kernels ``(a, b, rows, columns)`` of a transposed convolution as those of a plain one, and back."""
-    return kernels.transpose(0, 1).flip(2, 3)
+    """Kernels ``(a, b, …)`` of a transposed convolution as those of a plain one, and back."""
+    return kernels.transpose(0, 1).flip(tuple(range(2, kernels.dim())))
 
 
 def columns_per_unit(projection: nn.Module, width: int) -> int:

@@ -31,7 +31,7 @@ from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.merging_blocks import with_merging
 from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.token_costs import token_costs
-from optin_deploy.unpruned import unpruned
+from optin_deploy.unpruned import UNCOUNTED, never_pruned, unpruned
 
 Batches = Sequence[Mapping[str, Tensor]]
 Advance = Callable[[float], None]
@@ -124,6 +124,9 @@ def _nothing_prunable(network: Network, structure: Structure) -> str:
     """What was looked for, and where the FLOPs are."""
     largest = unpruned(network.module, structure, network.inputs)[:_LARGEST]
     parts = [f"{each.module} ({100 * each.flops_share:.1f} %: {each.reason})" for each in largest]
+    told = {each.module for each in largest}
+    uncounted = [(n, m) for n, m in network.module.named_modules() if isinstance(m, UNCOUNTED) and n not in told]
+    parts += [f"{name or 'the network'} (not counted: {never_pruned(m)})" for name, m in uncounted[:_LARGEST]]
     return (
         f"nothing prunable found in {network.source.name}; its FLOPs are in {', '.join(parts) or 'no layer'}; "
         f"looked for: {' '.join(prunable())}"

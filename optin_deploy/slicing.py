@@ -53,19 +53,19 @@ class ConstantTuple(Constant):
 
 
 class ConstantMap(Constant):
-    """`Constant` for a convolution: its bias as ``(1, C, 1, 1)``, or with ``whole`` of the size that it would give."""
+    """`Constant` for a convolution: its bias as ``(1, C, 1, …)``, or with ``whole`` of the size that it would give."""
 
     def __init__(self, conv: Conv, bias: Tensor, whole: bool) -> None:
         super().__init__(bias, whole)
         self.geometry = Geometry.of(conv)
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        bias = self.bias.reshape(1, -1, 1, 1)
+        bias = self.bias.reshape(1, -1, *(1 for _ in x.shape[2:]))
         return bias.expand(x.shape[0], -1, *self.geometry.output_size(x.shape[2:])).clone() if self.whole else bias
 
 
 class NoChannels(nn.Module):
-    """Stands in for a convolution of which no channel is left: ``(batch, 0, height, width)``, of its size."""
+    """Stands in for a convolution of which no channel is left: ``(batch, 0, …)``, of its size."""
 
     def __init__(self, conv: Conv) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
         slim = slimmed(module.get_submodule(group.name), group.slim)
         if isinstance(slim, Selecting):
             slim.keep_units(kept)
-        module.set_submodule(group.name, slim)
+        replace_submodule(module, group.name, slim)
     for side in group.sides:
         layer = module.get_submodule(side.module)
         features = features_of(kept, group, layer_size(layer, side), side.widths)
@@ -133,7 +133,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
             _slice_layer(layer, side, features)
     if group.mixing is not None:
         features = features_of(kept, group, group.units * group.width)
-        module.set_submodule(group.mixing, shrunk(module.get_submodule(group.mixing), features, group.axis))
+        replace_submodule(module, group.mixing, shrunk(module.get_submodule(group.mixing), features, group.axis))
     for entries in group.entries:
         _slice_entries(module, entries, group, kept)
     for name, attribute in group.attributes:
@@ -155,6 +155,15 @@ def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     slim = cls.__new__(cls)
     slim.__dict__.update(module.__dict__)
     return slim
+
+
+def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the submodule ``name``, under all its names."""
+    old = module.get_submodule(name)
+    for parent in list(module.modules()):
+        for child, held in list(parent._modules.items()):
+            if held is old:
+                parent._modules[child] = new
 
 
 def layer_size(layer: nn.Module, side: Side) -> int:
@@ -227,7 +236,7 @@ def _stand_in(module: nn.Module, group: Group) -> None:
     output = module.get_submodule(group.output)
     whole = group.in_place or not group.has_stream
     for name, kind in group.stand_ins:
-        module.set_submodule(name, _replacement(kind, module.get_submodule(name), output, whole))
+        replace_submodule(module, name, _replacement(kind, module.get_submodule(name), output, whole))
 
 
 def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:

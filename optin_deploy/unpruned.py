@@ -2,15 +2,22 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from optin_deploy.costs import flops_by_module
+from optin_deploy.projections import Conv
+from optin_deploy.structure.between import obstacle
+from optin_deploy.structure.conv import LEAKING
 from optin_deploy.structure.groups import Structure
 
 # What no adapter has anything to say about is told where all that is like it takes this part of the FLOPs.
 _TOLD_SHARE = 0.01
+# Layers that are not pruned, and of whose FLOPs torch's counter may know nothing.
+UNCOUNTED = nn.RNNBase | nn.RNNCellBase | nn.Bilinear
+# Of so many kinds of modules, the largest, it is found out what stands between their convolutions; of so many each.
+_EXPLAINED, _TRIED = 4, 3
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,31 @@ def unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tenso
         share = sum(found.flops for found in together) / total if total else 0.0
         if share >= _TOLD_SHARE or any(found.refused for found in together):
             name = pattern if len(together) > 1 else together[0].module
-            told.append(Unpruned(name, reason, share, len(together)))
-    return tuple(sorted(told, key=lambda each: -each.flops_share))
+            told.append((Unpruned(name, reason, share, len(together)), together[0]))
+    told.sort(key=lambda each: -each[0].flops_share)
+    explained = [_explained(module, inputs, each, found) for each, found in told[:_EXPLAINED]]
+    return (*explained, *(each for each, _ in told[_EXPLAINED:]))
+
+
+def _explained(module: nn.Module, inputs: Mapping[str, Tensor], told: Unpruned, found: _Found) -> Unpruned:
+    """``told``, with what stands between convolutions where that is the reason."""
+    if found.module not in dict(module.named_modules()) or (found.refused and LEAKING not in found.reason):
+        return told
+    inside = module.get_submodule(found.module)
+    convolutions = [
+        n for n, m in inside.named_modules() if isinstance(m, Conv) and m.groups == 1 and m.out_channels > 1
+    ]
+    for name in convolutions[:_TRIED]:
+        reason = obstacle(module, inputs, f"{found.module}.{name}" if name else found.module)
+        if reason is not None:
+            return replace(told, reason=f"{told.reason}: {reason}" if found.refused else reason)
+    return told
+
+
+def never_pruned(module: nn.Module) -> str:
+    """What is said of one of `UNCOUNTED`."""
+    kind = "bilinear" if isinstance(module, nn.Bilinear) else "recurrent"
+    return f"{type(module).__name__}: {kind} layers are not pruned"
 
 
 class _Walk:
@@ -115,6 +145,11 @@ def _is_inside(name: str, outer: str) -> bool:
 
 def _unknown(module: nn.Module) -> str:
     kind = type(module).__name__
+    if isinstance(module, UNCOUNTED):
+        return never_pruned(module)
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if own and not list(module.children()) and not type(module).__module__.startswith("torch.nn."):
+        return f"a {kind}, which computes with parameters of its own ({', '.join(own)}) and not with layers"
     if not list(module.children()) or type(module).__module__.startswith("torch.nn."):
         return f"a {kind} in no prunable group"
     return f"a {kind}, which no adapter knows as a whole or in parts"

@@ -26,8 +26,9 @@ def _zeros(group: Group) -> Tensor:
 
 def _norms(module: nn.Module, group: Group, side: Side) -> Tensor:
     layer = module.get_submodule(side.module)
-    weight = layer.get_parameter("weight")
-    if weight.dim() < 2:
+    weight = getattr(layer, "weight", None)
+    # Norms may have none.
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
         return _zeros(group)
     features = weight.detach().double().transpose(0, feature_dim(layer, side.axis)).flatten(1).square().sum(1)
     widths = side.widths or (group.width,) * (len(features) // (group.units * group.width))

@@ -87,7 +87,7 @@ def _block(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.Module:
     """The block; of convolutions in a row both, with what stands between, a ReLU for whatever activation is there."""
     if groups[0].output != block:
         return module.get_submodule(block)
-    *before, last = [module.get_submodule(side.module) for side in groups[0].sides]
+    *before, last = [module.get_submodule(owner) for owner in groups[0].owners]
     return nn.Sequential(*before, nn.ReLU(), last)
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 # Importing an adapter file registers its adapters.
 from optin_deploy.structure import feed_forward, timm, torch, transformers  # noqa: F401
-from optin_deploy.structure.conv import channel_groups
+from optin_deploy.structure.conv import LEAKING, channel_groups
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
+from optin_deploy.structure.plain import computes_with_its_weights
 from optin_deploy.structure.registry import ADAPTERS, supported
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.samples import not_batch_first, of_several_shapes
@@ -30,8 +31,9 @@ def prunable() -> list[str]:
     """What `describe` recognises, a line each."""
     return [
         *supported(),
-        "Channels between two convolutions, plain or transposed, through batch norms, grouped convolutions and "
-        "squeeze-and-excitation: in residual blocks, bottlenecks and inverted ones too, and in rows.",
+        "Channels between two convolutions of one to three axes, plain or transposed, through batch, instance and "
+        "group norms, activations with numbers for each channel, grouped convolutions and squeeze-and-excitation: in "
+        "residual blocks, bottlenecks and inverted ones too, and in rows.",
     ]
 
 
@@ -53,7 +55,10 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     # Neurons of convolutions are channels: what is followed through a forward pass is known better.
     settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
     taken = {*(name for g in settled for name in (*g.owners, g.output)), *(left.module for left in left_dense)}
-    channels, mixed = channel_groups(module, inputs, calls, taken)
+    known = {side.module for g in ran for side in g.sides}
+    channels, mixed = channel_groups(module, inputs, calls, taken, known=known)
+    if not channels and not ran:
+        channels, mixed = channel_groups(module, inputs, calls, taken, loose=True)
     found_apart, mixing = _apart_in_tuples(module, inputs, mixed)
     channels += found_apart
     left_dense += mixing
@@ -64,6 +69,8 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     failed = {g.name: shared for g in ran if runs[block_of[g.name]] > 1}
     failed |= {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
     failed |= tied(module, ran)
+    odd = [g for g in ran if not computes_with_its_weights(module.get_submodule(g.output))]
+    failed |= {g.name: f"{g.output} has a forward of its own, which gives more than its weights make" for g in odd}
     uneven = uncuttable(module, inputs, [g for g in ran if g.name not in failed])
     changed = {g.name: g for g in in_another_way(module, inputs, [g for g in ran if g.name in uneven])}
     ran = [changed.get(g.name, g) for g in ran]
@@ -93,7 +100,7 @@ def _apart_in_tuples(
         if group.name in able and not ends & {group.name, group.output}:
             found.append((able[group.name], block))
     names = {group.name for group, _ in found}
-    return found, [LeftDense(g.name, "its channels do not stay apart") for g, _ in mixed if g.name not in names]
+    return found, [LeftDense(g.name, LEAKING) for g, _ in mixed if g.name not in names]
 
 
 def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[Group]) -> list[Group]:

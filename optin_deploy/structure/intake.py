@@ -8,18 +8,20 @@ from torch import nn
 
 from optin_deploy.copies import copied
 from optin_deploy.errors import UserError
+from optin_deploy.structure.baked import baked
 from optin_deploy.structure.torch import through_modules
 
 
 def prunable_form(module: nn.Module) -> nn.Module:
-    """``module`` with peft's adapters merged and torch's attentions in modules; itself where it has neither.
+    """``module`` unwrapped, with peft's adapters merged, computed weights baked in and torch's attentions in modules;
+    itself where it has none of these.
 
     ``module`` is not changed; where nothing is merged, the copy shares its tensors.
 
     Raises:
-        UserError: adapters cannot be merged.
+        UserError: adapters cannot be merged, or weights cannot be baked in (see `baked`).
     """
-    return through_modules(_merged(module))
+    return through_modules(_merged(baked(module)))
 
 
 def _merged(module: nn.Module) -> nn.Module:

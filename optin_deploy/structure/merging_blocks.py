@@ -1,5 +1,6 @@
 """Blocks that merge tokens as they run, in the place of the list that held them."""
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise

@@ -135,7 +135,7 @@ def residual_stream(calls: Sequence[Call], block: str, projection: str, axis: in
     inside = [i for i, call in enumerate(calls) if call.name == block or call.name.startswith(block + ".")]
     last, norm, scale = calls[end], None, None
     for call in (calls[i] for i in inside if i > end):
-        if norm is None and scale is None and (normed := _normed(call, last.returned)) is not None:
+        if norm is None and scale is None and (normed := _normed(call, last.returned, axis)) is not None:
             last, norm = replace(call, returned=normed), call.name
         elif scale is None and (parameter := _layer_scale(call, last.returned, axis)):
             last, scale = call, f"{call.name}.{parameter}"
@@ -229,7 +229,7 @@ def _relative_error(stream: Tensor, update: Tensor, later: Tensor) -> float:
     return float((later - added).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
 
 
-def _normed(call: Call, update: Tensor | None) -> Tensor | None:
+def _normed(call: Call, update: Tensor | None, axis: int) -> Tensor | None:
     """What ``call`` makes of ``update``, if it is a batch norm that takes it and an affine function of each channel.
 
     Tokens ``(batch, tokens, C)`` may be given to the norm as one batch of them all.
@@ -240,7 +240,7 @@ def _normed(call: Call, update: Tensor | None) -> Tensor | None:
         return None
     if not torch.equal(call.given.reshape(update.shape), update) or call.returned.numel() != update.numel():
         return None
-    factor, shift = (_along(t, update, 1 if update.dim() == 4 else -1) for t in _norm_affine(call.module))
+    factor, shift = (_along(t, update, 1 if axis == 1 or update.dim() == 4 else -1) for t in _norm_affine(call.module))
     returned = call.returned.reshape(update.shape)
     return returned if torch.allclose(returned, update * factor + shift, rtol=1e-4, atol=1e-5) else None
 

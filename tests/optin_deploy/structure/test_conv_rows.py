@@ -78,9 +78,17 @@ def test_the_group_of_a_pair() -> None:
     )
 
 
-@pytest.mark.parametrize("spoilt", [Mixed, Shortcut, Resized, Shuffled, Twice, Elsewhere])
+@pytest.mark.parametrize("spoilt", [Mixed, Shortcut, Shuffled, Twice])
 def test_channels_that_do_not_stay_apart_are_no_pair(spoilt: type[nn.Module]) -> None:
     assert described(spoilt()).groups == ()
+
+
+@pytest.mark.parametrize("loose", [Resized, Elsewhere])
+def test_where_nothing_else_is_prunable_channels_are_followed_further(loose: type[nn.Module]) -> None:
+    assert [(g.name, g.output) for g in described(loose()).groups] == [("one", "two")]
+    beside = nn.Sequential(Row(), nn.Conv2d(6, 3, 1), loose())
+    structure = describe(tiny.randomised(beside), {"input": torch.randn(2, 3, 6, 6)})
+    assert [(g.name, g.output) for g in structure.groups] == [("0.one", "0.two")]
 
 
 def test_a_convolution_belongs_to_one_pair() -> None:
