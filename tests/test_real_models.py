@@ -1,8 +1,11 @@
 """Real weights: the MiniLM from its package, and the shared networks and data where they are present."""
 
+import copy
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from optin_deploy.masking import masked
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine
-from optin_deploy.scoring import Scoring
+from optin_deploy.scoring import Scoring, score
 from optin_deploy.slicing import sliced
 
 DATA = Path(os.environ.get("OPTIN_DATA_ROOT", "../shared/data")).resolve()
@@ -82,3 +85,43 @@ def test_custom_module_around_a_timm_backbone_reloads(tmp_path: Path) -> None:
     batch = calibration.held_out[0]
     with torch.inference_mode():
         assert torch.equal(again(**batch), pruned.network.module(**batch))
+
+
+def _one_logit(network: Network) -> Network:
+    """The network whose one logit is the second of two less the first."""
+    module = copy.deepcopy(network.module)
+    old = module.classifier
+    module.classifier = torch.nn.Linear(old.in_features, 1)
+    with torch.no_grad():
+        module.classifier.weight.copy_(old.weight[1:] - old.weight[:1])
+        module.classifier.bias.copy_(old.bias[1:] - old.bias[:1])
+    return replace(network, module=module.eval(), head="binary")
+
+
+@needs_data
+def test_one_logit_is_pruned_as_well_as_two() -> None:
+    two = load_network(str(DATA / "minilm_sst2"), sequence_length=32)
+    calibration = load_calibration(two, DATA / "sst2" / "train.tsv", column="1", samples=128)
+    accuracies = []
+    for network in (two, _one_logit(two)):
+        dataset = load_dataset(network, DATA / "sst2" / "dev.tsv")
+        small = prune(network, calibration.batches, 0.5).network.module
+        accuracies.append(dataset.measure(small, lambda _: None))
+    assert accuracies[1] > accuracies[0] - 1.5
+
+
+def test_an_encoder_without_gradients_is_scored_as_with_them(minilm: Network) -> None:
+    module = copy.deepcopy(minilm.module)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return type(minilm.module.encoder).forward(self, *args, **kwargs)
+
+    module.encoder.__class__ = type("Frozen", (type(module.encoder),), {"forward": forward})
+    anatomy = examine(minilm)
+    batches = load_calibration(minilm, None, samples=8).batches[:1]
+    given, expected = (
+        score(n, anatomy.structure, anatomy.costs, batches) for n in (minilm.with_module(module), minilm)
+    )
+    for name, scores in expected.items():
+        torch.testing.assert_close(given[name], scores, rtol=1e-4, atol=1e-6 * float(scores.max()))

@@ -32,8 +32,11 @@ from optin_deploy.plans import Plan
 from optin_deploy.pruning import examine, prune
 from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report, wording
+from optin_deploy.report.comparison import lines
 from optin_deploy.report.schema import Agreement as Told
 from optin_deploy.scoring import Scoring
+from optin_deploy.sweeps.assembly import assemble
+from optin_deploy.sweeps.wording import judged_by, worth
 from optin_deploy.task_head import HeadKind, answers, class_axis, head_of
 
 
@@ -514,6 +517,10 @@ def test_a_run_tells_what_its_head_means(tmp_path: Path) -> None:
         assert "same yes or no" in text.lower()
         assert "cuts its own derivatives off" in text
     assert "same yes or no" in repr(result.report)
+    assert "same yes or no" in lines({"run": report})[0].outputs
+    swept = assemble({"run": report}, {}, "again")
+    assert (swept.quality.kind, swept.runs[0].quality) == ("sign", report.agreement[0].sign_agreement)
+    assert "yes-or-no" in judged_by(swept.quality) and worth(0.5, swept.quality) == "50.0 %"
     # Continued, it says the same.
     again = prune_export(quick(), output=tmp_path / "run", network=network, calibration=calibration, quiet=True)
     assert again.report.warnings == report.warnings
