@@ -52,8 +52,9 @@ def _difference(
         name, why = next(iter((alone or together).items()))
         others = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
         return (
-            f"{name}{others} cannot be cut as this plan asks: {why}; nothing is written. Register an adapter that "
-            "returns LeftDense for it (see Modules of your own in the documentation), take another budget, or report it"
+            f"{name}{others} cannot be cut as this plan asks: {why}; no pruned network is written. Register an "
+            "adapter that returns LeftDense for it (see Modules of your own in the documentation), take another "
+            "budget, or report it"
         )
     return None
 

@@ -63,7 +63,9 @@ def compared(
         kept: group name -> the units that stay, of all ``groups``.
     """
     found = _compared(module, small, groups, kept, inputs, _TOLERANCE)
-    if found.passed or found.error is not None or found.largest > _ROUNDING:
+    # Of outputs that are decisions, rounding may change a few wholly.
+    large = bool(found.groups) and found.largest > _ROUNDING
+    if found.passed or found.error is not None or large:
         return found
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     try:
@@ -125,12 +127,15 @@ def _mask(module: nn.Module, group: Group, kept: Sequence[int]) -> Tensor:
 
 
 def _difference(given: Tensor, wanted: Tensor) -> float:
-    """How far ``given`` is off, relative to the norm of ``wanted``; of NaN, which the network gives anyway, 0."""
+    """How far ``given`` is off, relative to the norm of ``wanted``, where that is finite."""
     if given.shape != wanted.shape:
         return math.inf
-    off, size = (float(t.double().norm()) for t in (given.double() - wanted.double(), wanted))
+    # Padding, and masks that are handed on, may be infinite or NaN.
+    finite = wanted.isfinite()
+    found, asked = (t.double().masked_fill(~finite, 0) for t in (given, wanted))
+    off, size = float((found - asked).norm()), float(asked.norm())
     if math.isnan(off):
-        return 0.0
+        return math.inf
     return off / size if size else math.inf if off else 0.0
 
 

@@ -506,3 +506,37 @@ def test_a_small_difference_in_a_large_stream_is_found() -> None:
 
     module = tiny.randomised(Loud())
     assert describe(module, {"x": torch.randn(2, 5, WIDTH)}).groups == ()
+
+
+def test_nan_of_the_network_passes_and_nan_of_a_cut_does_not() -> None:
+    class Padded(nn.Module):
+        """Gives NaN and infinity beside, as logits of what is masked."""
+
+        def __init__(self, middle: Middle) -> None:
+            super().__init__()
+            self.block = Block(FeedForward(middle))
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = self.block(x)
+            beside = given[..., :1]
+            return torch.cat([given, beside.abs() * -torch.inf, beside * torch.nan], -1)
+
+    inputs = {"x": torch.randn(2, 5, WIDTH)}
+    assert len(describe(tiny.randomised(Padded(F.relu)), inputs).groups) == 1
+    broken = Padded(lambda x: x.relu() if x.shape[-1] == NEURONS else x * torch.nan)
+    assert describe(tiny.randomised(broken), inputs).groups == ()
+
+
+def test_the_group_is_found_though_outputs_are_decisions() -> None:
+    class Deciding(nn.Module):
+        def __init__(self, middle: Middle) -> None:
+            super().__init__()
+            self.block = Block(FeedForward(middle))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            given = self.block(x)
+            return {"classes": given.argmax(-1), "above": given > 0}
+
+    inputs = {"x": torch.randn(2, 5, WIDTH)}
+    assert len(describe(tiny.randomised(Deciding(F.relu)), inputs).groups) == 1
+    assert describe(tiny.randomised(Deciding(lambda x: x.relu().flip(-1))), inputs).groups == ()
