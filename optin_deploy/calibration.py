@@ -235,7 +235,7 @@ def _fitting(network: Network, calibration: Calibration) -> Calibration:
     name, batches = preprocessing.input_name, chain(calibration.batches, calibration.held_out)
     shapes = list(dict.fromkeys(tuple(batch[name].shape[2:]) for batch in batches))
     if len(shapes) > 1:
-        raise UserError(f"calibration on {calibration.source}: {different_shapes(*shapes[:2], 'of them')}")
+        raise UserError(f"calibration on {calibration.source}: {different_shapes(shapes[0], shapes[1], 'of them')}")
     try:
         with torch.inference_mode():
             network.forward({n: tensor[:1] for n, tensor in calibration.held_out[0].items()})
