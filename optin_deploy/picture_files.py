@@ -57,6 +57,17 @@ def image_files(path: Path) -> list[Path]:
     return files
 
 
+def images_in_folders(path: Path) -> list[Path]:
+    """The pictures that stand in folders in ``path``; UserError when there are none, a warning for those beside."""
+    files = image_files(path)
+    inside = [file for file in files if file.parent != path]
+    if not inside:
+        raise UserError(f"{path} has no class folders: one folder of images per class is needed")
+    if len(inside) < len(files):
+        logger.warning("%s: %d images stand in no class folder and are left out", path, len(files) - len(inside))
+    return inside
+
+
 def _walked(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     """Files in ``folder`` and below; a link to a folder that it stands in (``above``, by device and inode) is not
     followed."""
