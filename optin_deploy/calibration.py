@@ -17,7 +17,7 @@ from torch import Tensor
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_numbers
 from optin_deploy.network import Network
-from optin_deploy.picture_files import check_fit, image_files, reading
+from optin_deploy.picture_files import check_fit, image_files, images_in_folders, reading
 from optin_deploy.places import check_there
 from optin_deploy.preprocessing import PicturePreprocessing, TextPreprocessing, different_shapes
 from optin_deploy.sample_files import read_tensors, selecting
@@ -144,9 +144,7 @@ def _labelled(
         check_fit(network)
         if labels != "folders":
             raise UserError(f"--calibration-labels {labels}: images are labelled by their class folders: say `folders`")
-        files = [file for file in image_files(path) if file.parent != path]
-        if not files:
-            raise UserError(f"{path} has no class folders: one folder of images per class is needed")
+        files = images_in_folders(path)
         folders = [file.relative_to(path).parts[0] for file in files]
         numbers = class_numbers(network, path, sorted(set(folders)))
         return files, [numbers[f] for f in folders], reading(preprocessing), "image"
@@ -255,22 +253,22 @@ def _accepted(network: Network, calibration: Calibration) -> Calibration:
 
 def _fitting(network: Network, calibration: Calibration) -> Calibration:
     """``calibration`` on pictures as it is; UserError when they have different shapes, or the network takes none of
-    their shape, where their own sizes decide that."""
-    preprocessing: PicturePreprocessing = network.preprocessing
-    if preprocessing.fixed:
+    theirs, which is another than that of the sample inputs."""
+    name = network.preprocessing.input_name
+    batches = chain(calibration.batches, calibration.held_out)
+    first, *others = dict.fromkeys(tuple(batch[name].shape[2:]) for batch in batches)
+    if others:
+        raise UserError(f"calibration on {calibration.source}: {different_shapes(first, others[0], 'of them')}")
+    if first == tuple(network.inputs[name].shape[2:]):
         return calibration
-    name, batches = preprocessing.input_name, chain(calibration.batches, calibration.held_out)
-    shapes = list(dict.fromkeys(tuple(batch[name].shape[2:]) for batch in batches))
-    if len(shapes) > 1:
-        raise UserError(f"calibration on {calibration.source}: {different_shapes(*shapes[:2], 'of them')}")
     try:
         with torch.inference_mode():
             network.forward({n: tensor[:1] for n, tensor in calibration.held_out[0].items()})
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (AssertionError, RuntimeError, IndexError, ValueError) as error:
         told = " ".join(str(error).split())[:200]
         raise UserError(
-            f"calibration on {calibration.source}: the network takes no pictures of {' x '.join(map(str, shapes[0]))} "
-            f"(height x width), in which its image processor leaves them: {told}"
+            f"calibration on {calibration.source}: the network takes no pictures of {' x '.join(map(str, first))} "
+            f"(height x width), in which its preprocessing leaves them: {told}"
         ) from error
     return calibration
 

@@ -13,6 +13,7 @@ README.md                               a model card, which a run writes at its 
 """
 
 import importlib.metadata
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -45,6 +46,8 @@ from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.structure.intake import prunable_form
 from optin_deploy.structure.merging_blocks import with_merging
 from optin_deploy.task_head import HeadKind, head_of
+
+logger = logging.getLogger(__name__)
 
 JSON_NAME = "optin.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -340,6 +343,12 @@ def _dtype_name(tensor: Tensor) -> Any:
 
 def _preprocessing(description: _Description, path: Path) -> Preprocessing | None:
     if description.image:
+        if description.source.library == "transformers" and not description.image.assumed:
+            logger.warning(
+                "%s is of an earlier version, which did not prepare pictures by the model's own image processor: prune "
+                "the model again for accuracies of its own pipeline",
+                path,
+            )
         return ImagePreprocessing(**description.image.model_dump())
     if description.processor:
         return ProcessorPreprocessing(_processor(path), **description.processor.model_dump())

@@ -10,7 +10,7 @@ from optin_deploy.dataset import Dataset
 from optin_deploy.errors import UserError
 from optin_deploy.labels import class_numbers
 from optin_deploy.network import Network
-from optin_deploy.picture_files import check_fit, check_images, image_files, read_images
+from optin_deploy.picture_files import check_fit, check_images, images_in_folders, read_images
 from optin_deploy.places import check_there
 from optin_deploy.preprocessing import ImagePreprocessing, PicturePreprocessing, TextPreprocessing
 from optin_deploy.task_head import answers
@@ -53,10 +53,7 @@ def _images(network: Network, path: Path) -> Dataset:
             f"the files of {network.source.name} do not say how pictures are prepared, so that top-1 would be a guess: "
             "save its image processor beside the weights (preprocessor_config.json)"
         )
-    files = image_files(path)
-    labelled = [file for file in files if file.parent != path]
-    if not labelled:
-        raise UserError(f"{path} has no class folders: top-1 needs one folder of images per class")
+    labelled = images_in_folders(path)
     if network.logits is None:
         raise UserError("the network has no class logits: top-1 cannot be measured")
     if network.head == "regression":

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from optin_deploy.preprocessing import (
     MOST_PIXELS,
     ImagePreprocessing,
     PicturePreprocessing,
+    ProcessorPreprocessing,
     different_shapes,
 )
 
@@ -54,6 +55,17 @@ def image_files(path: Path) -> list[Path]:
     if others:
         logger.warning("%s: %d files are no images that are read: %s", path, others.total(), told)
     return files
+
+
+def images_in_folders(path: Path) -> list[Path]:
+    """The pictures that stand in folders in ``path``; UserError when there are none, a warning for those beside."""
+    files = image_files(path)
+    inside = [file for file in files if file.parent != path]
+    if not inside:
+        raise UserError(f"{path} has no class folders: one folder of images per class is needed")
+    if len(inside) < len(files):
+        logger.warning("%s: %d images stand in no class folder and are left out", path, len(files) - len(inside))
+    return inside
 
 
 def _walked(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
@@ -101,14 +113,15 @@ def check_images(files: Sequence[Path], preprocessing: PicturePreprocessing) -> 
         with _opened(file) as image:
             _check_mode(file, image)
             _check_resized(file, image, preprocessing)
-            if not preprocessing.fixed:
+            if isinstance(preprocessing, ProcessorPreprocessing):
                 shapes.setdefault(_upright_size(image), file)
             turned += _orientation(image) not in _UPRIGHT
             several += getattr(image, "is_animated", False)
             # Of a JPEG all is read, but an eighth of the size made of it: so many pictures take less time.
             image.draft("RGB", (1, 1))
             image.load()
-    _check_one_shape(shapes, preprocessing)
+    if isinstance(preprocessing, ProcessorPreprocessing) and not preprocessing.fixed:
+        _check_one_shape(shapes, preprocessing)
     if turned and isinstance(preprocessing, ImagePreprocessing):
         logger.warning("%d pictures have an EXIF orientation, which is not applied: timm's pipeline does not", turned)
     if several:
@@ -164,7 +177,7 @@ def _check_resized(file: Path, image: Image.Image, preprocessing: PicturePreproc
         )
 
 
-def _check_one_shape(sizes: dict[tuple[int, int], Path], preprocessing: PicturePreprocessing) -> None:
+def _check_one_shape(sizes: Mapping[tuple[int, int], Path], preprocessing: ProcessorPreprocessing) -> None:
     """Raise UserError unless pictures of all ``sizes`` (width, height -> a file of it) come out in one shape."""
     first: tuple[int, int] | None = None
     for size, file in sizes.items():

@@ -123,8 +123,6 @@ class ProcessorPreprocessing:
 
     def shape_of(self, width: int, height: int) -> tuple[int, int]:
         """Height and width of what a picture of ``width`` times ``height`` pixels comes out as."""
-        if self.fixed:
-            return self.size
         prepared = self._prepared(Image.new("RGB", (width, height)))
         return prepared.shape[-2], prepared.shape[-1]
 

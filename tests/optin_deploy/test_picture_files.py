@@ -188,6 +188,14 @@ def test_pictures_that_lie_or_move_are_told(tmp_path: Path, caplog: pytest.LogCa
     assert "2 files hold several pictures or pages: the first of each is taken" in caplog.text
 
 
+def test_pictures_beside_class_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_images(tmp_path, 3)
+    save_images(tmp_path / "a", 1)
+    save_images(tmp_path / "b", 1)
+    assert load_dataset(classifier(2), tmp_path).samples == 2
+    assert "3 images stand in no class folder and are left out" in caplog.text
+
+
 # Channels
 
 
@@ -236,6 +244,9 @@ def test_a_preprocessing_that_does_not_fit(tmp_path: Path) -> None:
         for read in (load_calibration, load_dataset):
             with pytest.raises(UserError, match=expected):
                 read(network, tmp_path)
+    other = replace(classifier(2, dynamic_img_size=False), preprocessing=ImagePreprocessing("x", (64, 64)))
+    with pytest.raises(UserError, match=r"takes no pictures of 64 x 64 \(height x width\)"):
+        load_calibration(other, tmp_path)
     with pytest.raises(UserError, match="has 4 values in mean and 3 in std"):
         ImagePreprocessing("x", (32, 32), mean=(0.5,) * 4)
 

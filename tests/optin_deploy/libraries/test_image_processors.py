@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import tiny
 import torch
 import transformers as hf
@@ -449,3 +450,35 @@ def test_prepared_pictures_are_shown_in_their_colours(kind: str, tmp_path: Path)
     shown = preprocessing.shown(pixels)
     assert shown.shape == (*preprocessing.size, 3)
     assert torch.allclose(shown, torch.tensor([250, 100, 10]) / 255, atol=1e-4)
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = load_network(str(save_vit(tmp_path / "model", hf.ViTImageProcessor(size=SQUARE))))
+    checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "optin.json"
+    told = json.loads(path.read_text())
+    image = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash"}
+    told["image"] = {"input_name": "pixel_values", "size": [32, 32], **image}
+    del told["processor"], told["class_names"]
+    path.write_text(json.dumps(told))
+    again = checkpoint.load_network(tmp_path / "checkpoint")
+    assert isinstance(again.preprocessing, ImagePreprocessing)
+    assert "is of an earlier version, which did not prepare pictures by the model's own image processor" in caplog.text
+
+
+def test_networks_of_timm_in_directories_of_transformers(tmp_path: Path, pictures: list[Path]) -> None:
+    timm_module = timm.create_model("test_vit", img_size=32, num_classes=4)
+    timm_module.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.7, "input_size": (3, 32, 32)}
+    timm.models.save_for_hf(timm_module, tmp_path / "timm", model_args={"img_size": 32}, safe_serialization=True)
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    config["model_args"].pop("num_classes", None)  # which transformers gives a second time
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    hf.AutoModelForImageClassification.from_pretrained(tmp_path / "timm").save_pretrained(tmp_path / "model")
+    hf.AutoImageProcessor.from_pretrained(tmp_path / "timm").save_pretrained(tmp_path / "model")
+    network = load_network(str(tmp_path / "model"))
+    upright = hf.image_utils.load_image(str(pictures[0]))
+    expected = hf.AutoImageProcessor.from_pretrained(tmp_path / "model")(images=upright)["pixel_values"]
+    assert torch.equal(network.preprocessing([Image.open(pictures[0])])["pixel_values"], expected)
+    checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
+    again = checkpoint.load_network(tmp_path / "checkpoint")
+    assert torch.equal(again.preprocessing([Image.open(pictures[0])])["pixel_values"], expected)

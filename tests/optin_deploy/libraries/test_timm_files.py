@@ -16,6 +16,7 @@ from optin_deploy import checkpoint
 from optin_deploy.calibration import load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import load_dataset
+from optin_deploy.labels import class_numbers
 from optin_deploy.libraries.timm_files import saved, told_by_weights
 from optin_deploy.models import load_network
 from optin_deploy.network import Network
@@ -186,3 +187,35 @@ def test_other_directories_are_not_timms(text: str, tmp_path: Path) -> None:
     assert saved(tmp_path) is None
     (tmp_path / "config.json").write_text(text)
     assert saved(tmp_path) is None
+
+
+FLAT = {"architecture": "test_vit", "num_classes": 3, "mean": [0.1, 0.2, 0.3], "labels": ["emu", "dog", "cat"]}
+PREPARING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+@pytest.mark.parametrize("written", ["whole", "empty", "partly", "flat"])
+def test_pictures_of_a_directory_are_prepared_as_timm_does(written: str, tmp_path: Path) -> None:
+    module = trained(num_classes=3)
+    labels = {"label_names": ["emu", "dog", "cat"], "label_descriptions": {"dog": "man's best friend"}}
+    timm.models.save_for_hf(module, tmp_path, safe_serialization=True, model_config=labels)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    crop = {"crop_pct": 0.7, "crop_mode": "squash"}
+    other = {"empty": {**config, "pretrained_cfg": {}}, "partly": {**config, "pretrained_cfg": crop}, "flat": FLAT}
+    path.write_text(json.dumps(other.get(written, config)))
+    own = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}"))
+    network = load_network(str(tmp_path))
+    for name in PREPARING:
+        assert getattr(network.preprocessing, name) == (tuple(own[name]) if name in ("mean", "std") else own[name])
+    checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
+    for each in (network, load_network(str(tmp_path / "checkpoint"))):
+        assert class_numbers(each, tmp_path, ["cat", "dog", "emu"]) == {"emu": 0, "dog": 1, "cat": 2}
+    if written != "flat":
+        assert class_numbers(network, tmp_path, ["Man's best friend"]) == {"Man's best friend": 1}
+
+
+def test_labels_with_gaps(tmp_path: Path) -> None:
+    save(trained(num_classes=3), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "label_names": {"2": "cat", "0": "emu"}}))
+    assert class_numbers(load_network(str(tmp_path)), tmp_path, ["cat", "emu"]) == {"cat": 2, "emu": 0}
