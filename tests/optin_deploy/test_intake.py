@@ -308,10 +308,12 @@ def test_hooks_of_the_user_are_told_and_kept() -> None:
     assert small.blocks[0]._forward_hooks
 
 
-def test_changes_to_a_buffer_are_told() -> None:
-    assert custom_network(made(Counting), sample()).notes == (
-        "Its forward changes calls: what that holds is part of the pruned network.",
-    )
+def test_changes_to_a_buffer_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    network = custom_network(made(Counting), sample())
+    assert network.notes == ("Its forward changes calls: what that holds is part of the pruned network.",)
+    network.checked()
+    prune(network, batches(), 0.7, align=1)
+    assert caplog.text.count("changes calls") == 1
 
 
 def test_the_random_numbers_of_the_caller_stay() -> None:
@@ -690,6 +692,8 @@ ENTRIES: dict[str, Callable[[Network, Path], object]] = {
         (lambda: own(made(), sample(), {"logits": "logits"}), "there is no output 'logits'; the network gives output"),
         (lambda: own(made(Squeezed), sample(), {"y": "output"}), "output y does not have the batch"),
         (lambda: own(made(), sample(), {"x": "output"}), "output x has the name of an input"),
+        (lambda: own(made().half(), sample(), {"y": "output"}), r"is in half precision \(embed\.weight\)"),
+        (lambda: own(nn.Sequential(made(), torch.jit.script(nn.ReLU())), sample(), {"y": "output"}), "1 is scripted"),
     ],
 )
 def test_every_way_in_is_checked(entry: str, make: Callable[[], Network], told: str, tmp_path: Path) -> None:
