@@ -581,6 +581,16 @@ def test_batches_that_cannot_be(given: Any, told: str) -> None:
         api.score(network, given)
 
 
+def test_infinite_outputs_are_told_before_scoring() -> None:
+    class Masked(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.arange(3) > 1, float("-inf"))
+
+    network = custom_network(made(Masked), sample())
+    with pytest.raises(UserError, match="NaN or infinity in output on the first sample of batch 0"):
+        prune(network, batches(), 0.7)
+
+
 def test_samples_that_depend_on_each_other_are_told() -> None:
     class Normalised(Plain):
         def forward(self, x: Tensor) -> Tensor:
