@@ -90,7 +90,7 @@ class Network:
 
     def checked(self) -> "Network":
         """The same network, with what `intake.check_network` puts right; UserError where it cannot be pruned."""
-        module = check_network(self.module, self.inputs, self.outputs)
+        module = check_network(self.module, self.inputs, self.outputs, self.notes)
         return self if module is self.module else self.with_module(module)
 
     def with_module(self, module: nn.Module) -> "Network":

@@ -102,6 +102,12 @@ def ready(network: Network, batches: Batches) -> Network:
     """The network as `Network.checked` puts it right; UserError where it cannot be pruned, or not on ``batches``."""
     found = network.checked()
     check_batches(found.module, found.inputs, batches)
+    if len(batches):
+        with torch.no_grad():
+            outputs = found.forward({name: tensor[:1].clone() for name, tensor in batches[0].items()})
+        bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
+        if bad is not None:
+            raise UserError(f"the network gives NaN or infinity in {bad} on the first sample of batch 0")
     return found
 
 

@@ -6,7 +6,7 @@ parameters, but where these change their type. All else is refused that would fa
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,22 +71,32 @@ def take_in(given: object, inputs: object) -> Taken:
     return Taken(module, sample, outputs, tuple(notes))
 
 
-def check_network(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, str]) -> nn.Module:
+def check_network(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, str], known: Collection[str] = ()
+) -> nn.Module:
     """The module of a network that exists, with what `put_right` mends; see `Taken` for ``outputs``.
+
+    Args:
+        known: notes that are not told again.
 
     Raises:
         UserError: it cannot be pruned or exported as it is, or an output cannot be one.
     """
     with torch.inference_mode(False):
         check_surroundings()
+        notes: list[str] = []
+        module = own_module(module, notes)
         check_parameters(module)
+        low = next((n for n, p in module.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if low is not None:
+            raise UserError(f"{called(module)} is in half precision ({low}): make it by custom_network, which casts it")
         if any(part.training for part in module.modules()):
             module.eval()
-        notes: list[str] = []
         module = put_right(copyable(module), notes)
         found = run_samples(module, plain_inputs(module, inputs))
         for note in (*notes, *found.notes):
-            logger.warning("%s: %s", called(module), note)
+            if note not in known:
+                logger.warning("%s: %s", called(module), note)
         for name, key in outputs.items():
             if name in inputs:
                 raise UserError(f"output {name} has the name of an input: give it another in the network's outputs")

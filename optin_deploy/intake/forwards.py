@@ -109,7 +109,9 @@ def _check_same(
 ) -> None:
     """Raise UserError where two runs differ, with what is known of why."""
     if set(first) == set(second):
-        differing = [name for name, value in first.items() if _difference(value, second[name]) > _SAME]
+        # One number for the batch, like a loss, is no output of a network.
+        counted = {name: value for name, value in first.items() if not isinstance(value, Tensor) or value.dim()}
+        differing = [name for name, value in counted.items() if _difference(value, second[name]) > _SAME]
         if not differing:
             return
         told = differing[0]

@@ -28,9 +28,7 @@ def own_module(given: object, notes: list[str]) -> nn.Module:
         raise UserError(f"a torch.nn.Module is needed, not a {type(given).__name__}{hint}")
     scripted = next((name for name, part in given.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
     if scripted:
-        raise UserError(
-            f"{scripted} is scripted or traced: give the Python module that it was made of, with its weights"
-        )
+        raise UserError(f"{scripted} is scripted or traced: put in its place the Python module that it was made of")
     if isinstance(given, torch.jit.ScriptModule):
         raise UserError(
             "the module is scripted or traced: give the Python module that it was made of, with its weights"

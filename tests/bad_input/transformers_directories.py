@@ -7,13 +7,15 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from tiny_models import save_lines, texts
+from transformers import ViTImageProcessor, ViTMAEConfig, ViTMAEForPreTraining
 
-from bad_input.common import MARK, Material, Row, endless, pipe, pruning_text, save_pickle
+from bad_input.common import MARK, Material, Row, endless, pipe, pruning, pruning_text, save_pickle
 from bad_input.weights import POINTER
 
 BERT = Path("bert")
 CODE = f"from pathlib import Path\n\nPath({MARK!r}).touch()\n\nclass Evil:\n    pass\n"
 WEIGHTS = BERT / "model.safetensors"
+_STATES = {"output_hidden_states": True, "output_attentions": True}
 
 
 def _made(change: Callable[[], object]) -> Callable[[Material], Sequence[str]]:
@@ -109,7 +111,21 @@ def _emptied() -> None:
 
 AUTO = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
 CONFIG = r"bert/config\.json cannot be used: "
+
+
+def _random(material: Material) -> Sequence[str]:
+    """An autoencoder that hides patches at random, in eval mode too."""
+    widths = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    decoder = {f"decoder_{name}": value for name, value in widths.items()}
+    module = ViTMAEForPreTraining(ViTMAEConfig(image_size=32, patch_size=8, **widths, **decoder))
+    module.save_pretrained("mae")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained("mae")
+    material.copy("images")
+    return pruning("mae", "--calibration", "images")
+
+
 ROWS = (
+    Row("random-network", _random, "gives another logits when it is run again on the same inputs: it draws random"),
     Row("config-pipe", _made(lambda: pipe(BERT / "config.json")), r"bert/config\.json is no regular file"),
     Row("card-pipe", _made(lambda: pipe(BERT / "README.md")), r"bert/README\.md is no regular file"),
     Row("card-endless", _made(lambda: endless(BERT / "README.md")), r"bert/README\.md is no regular file"),
@@ -187,4 +203,10 @@ ROWS = (
     ),
 )
 # What this names is never fetched or run: the tokenizer's file and torch's attention are used.
-ODD = (Row("an attention to be fetched, a tokenizer with code, texts with NUL bytes", _odd_texts, runs_code=True),)
+ODD = (
+    Row("an attention to be fetched, a tokenizer with code, texts with NUL bytes", _odd_texts, runs_code=True),
+    Row(
+        "a configuration that asks for all hidden states and attentions",
+        _made(_edited("config.json", **_STATES)),
+    ),
+)

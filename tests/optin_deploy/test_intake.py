@@ -308,10 +308,12 @@ def test_hooks_of_the_user_are_told_and_kept() -> None:
     assert small.blocks[0]._forward_hooks
 
 
-def test_changes_to_a_buffer_are_told() -> None:
-    assert custom_network(made(Counting), sample()).notes == (
-        "Its forward changes calls: what that holds is part of the pruned network.",
-    )
+def test_changes_to_a_buffer_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    network = custom_network(made(Counting), sample())
+    assert network.notes == ("Its forward changes calls: what that holds is part of the pruned network.",)
+    network.checked()
+    prune(network, batches(), 0.7, align=1)
+    assert caplog.text.count("changes calls") == 1
 
 
 def test_the_random_numbers_of_the_caller_stay() -> None:
@@ -579,6 +581,16 @@ def test_batches_that_cannot_be(given: Any, told: str) -> None:
         api.score(network, given)
 
 
+def test_infinite_outputs_are_told_before_scoring() -> None:
+    class Masked(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.arange(3) > 1, float("-inf"))
+
+    network = custom_network(made(Masked), sample())
+    with pytest.raises(UserError, match="NaN or infinity in output on the first sample of batch 0"):
+        prune(network, batches(), 0.7)
+
+
 def test_samples_that_depend_on_each_other_are_told() -> None:
     class Normalised(Plain):
         def forward(self, x: Tensor) -> Tensor:
@@ -690,6 +702,8 @@ ENTRIES: dict[str, Callable[[Network, Path], object]] = {
         (lambda: own(made(), sample(), {"logits": "logits"}), "there is no output 'logits'; the network gives output"),
         (lambda: own(made(Squeezed), sample(), {"y": "output"}), "output y does not have the batch"),
         (lambda: own(made(), sample(), {"x": "output"}), "output x has the name of an input"),
+        (lambda: own(made().half(), sample(), {"y": "output"}), r"is in half precision \(embed\.weight\)"),
+        (lambda: own(nn.Sequential(made(), torch.jit.script(nn.ReLU())), sample(), {"y": "output"}), "1 is scripted"),
     ],
 )
 def test_every_way_in_is_checked(entry: str, make: Callable[[], Network], told: str, tmp_path: Path) -> None:
