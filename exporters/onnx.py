@@ -140,8 +140,10 @@ def _set_metadata(model: Any) -> None:
 
 
 def save_model(model: Any, path: Path) -> None:
-    """Write an onnx_ir model, in the lowest version of the format that its opsets allow, since a runtime refuses versions
-    it does not know; weights of 1.9 GB and more go to `<path>.data`."""
+    """Write an onnx_ir model; weights of 1.9 GB and more go to `<path>.data`.
+
+    The version of the format is the lowest that its opsets allow: runtimes refuse versions that they do not know.
+    """
     import onnx_ir as ir
     from onnx import helper
 
