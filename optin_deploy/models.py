@@ -134,7 +134,7 @@ def _transformers_network(model: str, weights: str, image_size: int | None, sequ
         try:
             if weights == "pretrained":
                 own = Path(_own_weights(Path(model))) if Path(model).is_dir() else None
-                module = transformers_models.load_pretrained(model, source, own and variant_of(own))
+                module = transformers_models.load_pretrained(model, source, variant_of(own) if own else None)
             else:
                 module = _initialised(source, weights, seed)
         except OSError as error:
