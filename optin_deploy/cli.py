@@ -210,7 +210,10 @@ def export(
 @app.command()
 def profile(
     model: Annotated[str | None, option("as for prune-export; without it --table lists the tables kept", MODEL)] = None,
-    weights: Annotated[str | None, option("pretrained, random, or a .safetensors file [pretrained]", MODEL)] = None,
+    weights: Annotated[
+        str | None,
+        option("pretrained, random, or a .safetensors file, with #PART where it holds several [pretrained]", MODEL),
+    ] = None,
     image_size: Annotated[int | None, option("pixels, for a timm model", MODEL)] = None,
     sequence_length: Annotated[int | None, option("tokens of the sample [128]", MODEL)] = None,
     runtime: Annotated[str | None, option("what runs it [ort-cpu]", MEASURE)] = None,

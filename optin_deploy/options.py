@@ -55,7 +55,10 @@ RUN_OPTIONS: dict[str, Any] = {
     "table_seconds": Annotated[
         float | None, option("time limit of measuring one type of block; tables are kept and used again [60]", PRUNE)
     ],
-    "weights": Annotated[str | None, option("pretrained, random, or a .safetensors file [pretrained]", MODEL)],
+    "weights": Annotated[
+        str | None,
+        option("pretrained, random, or a .safetensors file, with #PART where it holds several [pretrained]", MODEL),
+    ],
     "image_size": Annotated[
         int | None, option("pixels, where a timm model should take another size than its own", MODEL)
     ],

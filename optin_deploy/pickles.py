@@ -87,11 +87,11 @@ def _read(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
                 # TorchScript, which is run by torch's own interpreter and here not at all.
-                return torch.jit.load(path, "cpu").state_dict()  # type: ignore[no-untyped-call]
+                return torch.jit.load(path, "cpu").state_dict()
         unknown: Iterable[str] = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     else:
         unknown = _USUAL
-    known = [(_stand_in(name), name) for name in unknown]
+    known: list[Any] = [(_stand_in(name), name) for name in unknown]
     # By its name alone, torch would take a file for one of safetensors.
     with torch.serialization.safe_globals(known), path.open("rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)

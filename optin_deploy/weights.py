@@ -127,6 +127,7 @@ def _unknown(
         UserError: a table that is made anew of the configuration holds other values in the file.
     """
     buffers, unknown, left_out = dict(module.named_buffers()), [], []
+    patterns: tuple[str, ...] = (_MADE_ANEW.pattern, *unused)
     for name, tensor in within.items():
         own = buffers.get(name.removeprefix(prefix))
         if own is not None and own.shape == tensor.shape and not _close(own, tensor):
@@ -135,7 +136,7 @@ def _unknown(
                 f"configuration; {_REFIT}"
             )
         counted = tensor.dim() == 0 and not tensor.is_floating_point()
-        if own is None and not counted and not any(re.search(each, name) for each in (_MADE_ANEW, *unused)):
+        if own is None and not counted and not any(re.search(each, name) for each in patterns):
             unknown.append(name)
         else:
             left_out.append(name)

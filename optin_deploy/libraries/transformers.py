@@ -372,7 +372,8 @@ def read_preprocessing(
             "tokenizer_config.json"
         )
     if type(module).__name__.endswith("ForSequenceClassification") and hasattr(module, "score"):
-        _pad_by_config(name, tokenizer, module.config.get_text_config())
+        config: Any = module.config
+        _pad_by_config(name, tokenizer, config.get_text_config())
     elif tokenizer.pad_token is None:
         # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -407,8 +408,9 @@ def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
 
 def with_padding(source: Source, module: nn.Module) -> Source:
     """``source`` with the padding token of ``module`` where it says none."""
-    arguments, config = dict(source.arguments), module.config.get_text_config()  # type: ignore[operator, union-attr]
-    where = "text_config" if config is not module.config and "text_config" in arguments else None
+    whole: Any = module.config
+    arguments, config = dict(source.arguments), whole.get_text_config()
+    where = "text_config" if config is not whole and "text_config" in arguments else None
     told = dict(arguments[where]) if where else arguments
     if told.get("pad_token_id") is not None or getattr(config, "pad_token_id", None) is None:
         return source

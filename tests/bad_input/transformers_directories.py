@@ -164,12 +164,8 @@ ROWS = (
     Row("directory-empty", _made(_emptied), "bert is an empty directory, without config.json"),
     Row("config-of-diffusers", _made(_edited("config.json", _class_name="UNet", model_type=None)), CONFIG),
     Row("config-pointer", _made(lambda: (BERT / "config.json").write_text(POINTER)), r"bert/config\.json is a pointer"),
-    Row(
-        "weights-pointer-in-a-directory", _made(lambda: WEIGHTS.write_text(POINTER)), r"model\.safetensors is a pointer"
-    ),
-    Row(
-        "tokenizer-pointer", _made(lambda: (BERT / "tokenizer.json").write_text(POINTER)), r"tokenizer\.json is a poin"
-    ),
+    Row("directory-weights-pointer", _made(lambda: WEIGHTS.write_text(POINTER)), r"safetensors is a pointer"),
+    Row("tokenizer-pointer", _made(lambda: (BERT / "tokenizer.json").write_text(POINTER)), "json is a pointer"),
     Row("weights-shard-missing", _made(_shards), r"names model-00002-of-00002\.safetensors, which is not there"),
     Row("weights-none", _made(_without()), r"the weights of bert cannot be found: it has no model\.safetensors"),
     Row(
@@ -187,7 +183,7 @@ ROWS = (
     Row(
         "adapter-of-a-model-elsewhere",
         _made(_adapter),
-        r"bert is a peft adapter \(LORA\) of evil/model",
+        "peft adapter .* of evil/model",
         runs_code=True,
     ),
     Row(

@@ -168,9 +168,7 @@ ROWS = (
         _tensors(_backbone),
         r"holds fc\.weight beside the network's backbone\.: give --weights w\.safetensors#backbone",
     ),
-    Row(
-        "weights-registers", _tensors(lambda state: state.update(reg_token=torch.ones(1, 4, 64))), UNFIT + ".*reg_token"
-    ),
+    Row("weights-registers", _tensors(lambda state: state.update(reg_token=torch.ones(1, 4, 64))), "has no reg_token"),
     Row(
         "weights-quantized",
         _tensors(lambda state: state.update({"head.qweight": state.pop("head.weight").to(torch.int32)})),
