@@ -23,7 +23,6 @@ from optin_deploy.costs import count_flops
 from optin_deploy.engines import build_engines, timing_cache, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.exporting import write_onnx
-from optin_deploy.gradient_check import check_gradients
 from optin_deploy.job import check_measurable, check_runtimes, target_of
 from optin_deploy.measuring import export_files
 from optin_deploy.network import Network, custom_network
@@ -87,7 +86,6 @@ def score(
     scoring = scoring or Scoring()
     network = pruning.ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
-    check_gradients(network, anatomy.structure, scoring)
     dense = in_principal_bases(network, anatomy.structure, batches)
     found = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
     return Scores(found, scoring, sum(len(next(iter(batch.values()))) for batch in batches))

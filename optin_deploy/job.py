@@ -17,7 +17,6 @@ from optin_deploy.criteria.fisher import check_head
 from optin_deploy.engines import engine_config, wanted_engines
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation import Dataset, load_dataset
-from optin_deploy.gradient_check import check_gradients
 from optin_deploy.intake.inputs import check_batches
 from optin_deploy.latency.measure import Target
 from optin_deploy.models import load_network
@@ -133,8 +132,6 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
         seed=recipe.seed,
     )
     _check_labels(recipe, network, calibration)
-    if recipe.has_budget:
-        check_gradients(network, anatomy.structure, scoring_of(recipe))
     _check_finite(network, calibration)
     if recipe.has_budget:
         check_reach(network, anatomy.structure, calibration.batches, scoring_of(recipe))

@@ -14,7 +14,6 @@ from optin_deploy.costs import CostModel, Costs, count_flops, flop_costs
 from optin_deploy.cut_check import check_cut
 from optin_deploy.distributed import ranks_of
 from optin_deploy.errors import UserError
-from optin_deploy.gradient_check import check_gradients
 from optin_deploy.intake.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.plans import Plan
@@ -182,7 +181,6 @@ def prune(
         raise UserError(f"rounds={rounds}: tokens merge in one round")
     network = ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow, tokens=tokens != "off")
-    check_gradients(network, anatomy.structure, scoring)
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)

@@ -24,6 +24,7 @@ from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.distributed import ranks_of, shared_like
 from optin_deploy.errors import UserError
 from optin_deploy.files import write_tensors
+from optin_deploy.intake.modules import copyable
 from optin_deploy.network import Network
 from optin_deploy.schedule import Damages, damage_steps, damages
 from optin_deploy.structure.groups import Group, Structure
@@ -212,6 +213,8 @@ def _reach(network: Network, structure: Structure, batches: Batches, scoring: Sc
     forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
     find = find_forward_reach if forth else find_reach
     reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
+    # Passes with gradients may leave on a module what passes without do not.
+    copyable(network.module)
     masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
     if masking or (not reach.cut and reach.reason is None):
         return reach
