@@ -125,7 +125,7 @@ class Decides(torch.nn.Module):
         return sign, sign / 2
 
 
-def either(sample: Any) -> tuple[torch.Tensor, ...]:
+def either(sample: Any, decided: Any = None) -> tuple[torch.Tensor, ...]:
     """What `Decides` may give for one sample."""
     assert sample["x"].shape[0] == 1
     pairs = [Decides(of_zero)(**sample) for of_zero in (1.0, -1.0)]

@@ -58,7 +58,7 @@ def found(network: Network, given: dict[str, Tensor]) -> Tensor:
     others = alternatives(network)
     assert others is not None
     with torch.inference_mode():
-        return others(given)[0]
+        return others(given, {})[0]
 
 
 def test_both_outcomes_of_a_near_tie_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
