@@ -11,11 +11,13 @@ from optin_deploy.distributed import ranks_of
 
 Batches = Sequence[Mapping[str, Tensor]]
 _Norm = nn.modules.batchnorm._BatchNorm
+_InstanceNorm = nn.modules.instancenorm._InstanceNorm
 
 
 @torch.no_grad()
 def reestimate(module: nn.Module, batches: Batches) -> None:
-    """Give every batch norm of ``module`` the mean and variance of what reaches it on ``batches``, in place.
+    """Give every batch norm of ``module``, and instance norms with running statistics, the mean and variance of what
+    reaches them on ``batches``, in place.
 
     Units that are gone without repair leave the maps behind them with other means and variances than the batch norms
     there have seen. All batches count alike, but those that hold one value of each channel, which have no variance:
@@ -23,11 +25,15 @@ def reestimate(module: nn.Module, batches: Batches) -> None:
     Nothing is done without batches.
     """
     norms = [m for m in module.modules() if isinstance(m, _Norm) and m.track_running_stats]
-    if not norms or not batches:
+    instances = [m for m in module.modules() if isinstance(m, _InstanceNorm) and m.track_running_stats]
+    if not (norms or instances) or not batches:
         return
     if ranks_of(batches).main:
-        _run(module, norms, batches)
-    for norm in norms:
+        with ExitStack() as stack:
+            for norm in instances:
+                stack.callback(norm.register_forward_pre_hook(_averaging()).remove)
+            _run(module, norms, batches)
+    for norm in (*norms, *instances):
         for buffer in norm.buffers(recurse=False):
             buffer.copy_(ranks_of(batches).given(buffer.clone, buffer))
 
@@ -51,6 +57,20 @@ def _run(module: nn.Module, norms: Sequence[_Norm], batches: Batches) -> None:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
+
+
+def _averaging() -> Callable[[_InstanceNorm, tuple[Any, ...]], None]:
+    """A hook that gives an instance norm the mean, over samples and all batches so far, of samples' statistics."""
+    count = 0
+
+    def hook(norm: _InstanceNorm, args: tuple[Any, ...]) -> None:
+        nonlocal count
+        assert norm.running_mean is not None and norm.running_var is not None
+        values, count = args[0].flatten(2), count + 1
+        norm.running_mean.lerp_(values.mean(2).mean(0), 1 / count)
+        norm.running_var.lerp_(values.var(2).mean(0), 1 / count)
+
+    return hook
 
 
 def _set_apart(values: list[Tensor]) -> Callable[[_Norm, tuple[Any, ...]], None]:

@@ -64,7 +64,8 @@ class Geometry:
             wide = x.new_zeros(
                 (*x.shape[:2], *((n - 1) * (z + 1) + 1 for n, z in zip(x.shape[2:], self.between, strict=True)))
             )
-            wide[(..., *(slice(None, None, zeros + 1) for zeros in self.between))] = x
+            places = [slice(None, None, zeros + 1) for zeros in self.between]
+            wide[(slice(None), slice(None), *places)] = x
             x = wide
         return self._unfolded(F.pad(x, self.padding, mode=mode))
 

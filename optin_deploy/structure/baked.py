@@ -124,6 +124,7 @@ def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:
 @torch.no_grad()
 def _take_hooks_off(module: nn.Module) -> None:
     for key, hook in list(_hooks(module)):
+        parts: tuple[str, ...]
         if isinstance(hook, BasePruningMethod):
             name, value, parts = hook._tensor_name, hook.apply_mask(module), ("orig", "mask")
         elif isinstance(hook, SpectralNorm):

@@ -138,7 +138,8 @@ def _plain(layer: Any, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Mod
         made = base(layer.in_channels, layer.out_channels, layer.kernel_size, **sizes)
     trained = any(p.requires_grad for p in layer.parameters())
     made.weight = _parameter(weight, trained)
-    made.bias = None if bias is None else _parameter(bias, trained)
+    if bias is not None:
+        made.bias = _parameter(bias, trained)
     # What the network around it may read.
     made.__dict__ |= {n: value for n, value in vars(layer).items() if n not in vars(made) and not callable(value)}
     return made.train(layer.training)

@@ -72,3 +72,14 @@ def test_channels_that_are_all_gone_leave_what_masking_them_would(make: Callable
     reestimate(masked, given)
     with torch.no_grad():
         torch.testing.assert_close(small(**given[0]), masked(**given[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_instance_norms() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True)).eval()
+    given = [torch.randn(6, 3, 5, 5) for _ in range(3)]
+    reestimate(module, [{"input": x} for x in given])
+    with torch.no_grad():
+        seen = torch.cat([module[0](x) for x in given])
+    torch.testing.assert_close(module[1].running_mean, seen.mean((2, 3)).mean(0))
+    torch.testing.assert_close(module[1].running_var, seen.var((2, 3)).mean(0))
+    assert not module[1].training and not module[1]._forward_pre_hooks
