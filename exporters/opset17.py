@@ -6,6 +6,8 @@ from typing import Any
 
 from exporters.errors import ExportError
 
+_NEW_OF_RESIZE = {"antialias", "axes", "keep_aspect_ratio_policy"}
+
 
 def to_opset_17(model: Any) -> None:
     """Change an onnx_ir model in place; ExportError names an operator that opset 17 cannot express."""
@@ -32,7 +34,9 @@ def _convert(model: Any, node: Any) -> None:
         return
     if kind == "Pad" and len(node.inputs) < 4:
         return
-    if kind == "Resize" and not {"antialias", "axes", "keep_aspect_ratio_policy"} & _set_attributes(node):
+    if kind == "Resize" and not _NEW_OF_RESIZE & _set_attributes(node):
+        for name in _NEW_OF_RESIZE & set(node.attributes):
+            del node.attributes[name]
         return
     if kind in ("ScatterElements", "ScatterND") and _text(node, "reduction") in ("", "none", "add", "mul"):
         return
