@@ -90,7 +90,9 @@ class Network:
 
     def checked(self) -> "Network":
         """The same network, with what `intake.check_network` puts right; UserError where it cannot be pruned."""
-        module = check_network(self.module, self.inputs, self.outputs, self.notes)
+        # Sentence embeddings are made of token features, behind the module.
+        outputs = {FEATURES: FEATURES} if self.pools else self.outputs
+        module = check_network(self.module, self.inputs, outputs, self.notes)
         return self if module is self.module else self.with_module(module)
 
     def with_module(self, module: nn.Module) -> "Network":

@@ -116,4 +116,4 @@ def unfit(value: Any, alone: Any, size: int) -> str | None:
 
 
 def _typed(value: Any) -> str:
-    return f"is a {type(value).__name__}"
+    return f"is of type {type(value).__name__}"

@@ -36,6 +36,11 @@ def check_signal(network: Network, structure: Structure, batch: Batch, scores: M
         return
     some = {name: t[:_SAMPLES] for name, t in batch.items()}
     dense = _outputs(network, some)
+    if not dense:
+        raise UserError(
+            f"the network gives no floating-point numbers ({', '.join(network.outputs)}), which scores compare: "
+            "have it give those that its answers are made of, too"
+        )
     moving = [g for g in empty if differ(dense, _without(network, structure, g, range(g.units), some))]
     if moving:
         raise UserError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network, Origin, Source
-from optin_deploy.preprocessing import ImagePreprocessing
+from optin_deploy.preprocessing import PICTURE_CHANNELS, ImagePreprocessing
 from optin_deploy.structure.intake import prunable_form
 
 logger = logging.getLogger(__name__)
@@ -134,19 +134,28 @@ def _preprocessing(
     return ImagePreprocessing(
         input_name=INPUT_NAME,
         size=size,
-        mean=_for_channels(config["mean"], channels),
-        std=_for_channels(config["std"], channels),
+        mean=_for_channels(name, "mean", config["mean"], channels),
+        std=_for_channels(name, "std", config["std"], channels),
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
 
 
-def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Means or deviations for as many channels, as timm's loaders make them of those for other channels."""
+def _for_channels(name: str, key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Means or deviations for as many channels; those of colours are averaged for grey pictures, as timm's loaders do.
+
+    Raises:
+        UserError: there are neither as many nor those of colours.
+    """
     if len(values) == channels:
         return tuple(values)
-    return (sum(values) / len(values),) * channels
+    if len(values) in (1, PICTURE_CHANNELS):
+        return (sum(values) / len(values),) * channels
+    raise UserError(
+        f"pretrained_cfg.{key} of {name} has {len(values)} numbers, its pictures have {channels} channels: correct "
+        "config.json"
+    )
 
 
 def _class_names(known: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:

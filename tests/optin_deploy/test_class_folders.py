@@ -199,9 +199,9 @@ def test_what_gives_no_class(tmp_path: Path) -> None:
             return x[:, :2]
 
     network = custom_network(Map(), {"x": torch.randn(2, 3, 8, 8)}, logits="output")
-    assert "several answers a sample (logits of shape (2, 8, 8))" in refusal(network, tmp_path, ["a", "b"])
-    assert "plain numbers a sample" in refusal(replace(own(2), head="regression"), tmp_path, ["a", "b"])
-    assert "several labels a sample" in refusal(replace(own(2), head="binary"), tmp_path, ["a", "b"])
+    assert "an answer for every token or pixel" in refusal(network, tmp_path, ["a", "b"])
+    assert "the network gives numbers, not classes" in refusal(replace(own(2), head="regression"), tmp_path, ["a", "b"])
+    assert "2 answers of yes or no for each sample" in refusal(replace(own(2), head="binary"), tmp_path, ["a", "b"])
 
 
 def test_one_logit_is_two_classes(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_list_that_holds_itself() -> None:
         (A > 0, A[:1] > 0, None),
         (None, None, "is None"),
         (3, 3, "is 3"),
-        ("text", "text", "is a str"),
+        ("text", "text", "is of type str"),
         (A.sum(), A.sum(), "one number for the whole batch"),
         (A.T, A[:1].T, "does not have the batch, and that alone, as its first axis"),
         (A.T[None], A[:1].T[None], "as its first axis"),
@@ -131,7 +131,6 @@ EVERYTHING = {
     "list of dicts": (lambda f, y, x: [{"logits": y}, {"map": f}], ["output_0_logits", "output_1_map"]),
     "five axes": (lambda f, y, x: (y, f.unflatten(1, (3, -1))), ["output_0", "output_1"]),
     "answers": (lambda f, y, x: {"logits": y, "answer": y.argmax(1), "sure": y > 0}, ["logits", "answer", "sure"]),
-    "answers only": (lambda f, y, x: (f.argmax(1),), ["output_0"]),
     "the same twice": (lambda f, y, x: (y, y), ["output_0", "output_1"]),
     "its input": (lambda f, y, x: (y, x, x[:, :1]), ["output_0", "output_1", "output_2"]),
     "an input's name": (lambda f, y, x: {"x": y, "x_output": f}, ["x_output_2", "x_output"]),
@@ -167,6 +166,13 @@ def test_a_network_that_gives_it_is_pruned_compared_saved_and_exported(name: str
     assert all(each.passed for each in found.parity)
 
 
+def test_answers_alone_cannot_be_scored() -> None:
+    network = giving(lambda f, y, x: (f.argmax(1),))
+    told = r"gives no floating-point numbers \(output_0\)"
+    with pytest.raises(UserError, match=told):
+        prune(network, tiny.batches(network, 2, size=4), 0.7, align=1)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -187,7 +193,8 @@ def test_no_output_is_an_error(make: Any, reason: str | None) -> None:
 def test_what_is_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
     network = giving(lambda f, y, x: {"loss": f.mean(), "logits": y, "cache": object(), "rows": None})
     (note,) = network.notes
-    assert note == ("Left out of the outputs: loss is one number for the whole batch, cache is a object, rows is None.")
+    told = "loss is one number for the whole batch, cache is of type object, rows is None"
+    assert note == f"Left out of the outputs: {told}."
     assert note in caplog.text
 
 

@@ -226,9 +226,9 @@ def test_networks_of_other_channels_take_tensors(
     assert network.inputs["x"].shape[1] == channels
     save_images(tmp_path / "a", 2)
     for path in (None, tmp_path):
-        with pytest.raises(UserError, match="network without preprocessing, which needs tensors"):
+        with pytest.raises(UserError, match=f"takes {channels}-channel pictures.*tensor 'x'"):
             load_calibration(network, path)
-    with pytest.raises(UserError, match="cannot be evaluated on files"):
+    with pytest.raises(UserError, match=f"takes {channels}-channel pictures.*evaluate the pruned network in Python"):
         load_dataset(network, tmp_path)
 
 

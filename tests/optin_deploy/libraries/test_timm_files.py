@@ -76,7 +76,7 @@ def test_files_that_say_nothing_of_classes(tmp_path: Path) -> None:
         assert told_by_weights("test_vit", WeightsFile(path)) == {}
 
 
-@pytest.mark.parametrize("channels", [1, 4, 6])
+@pytest.mark.parametrize("channels", [4, 6])
 def test_the_number_of_channels_is_that_of_the_file(channels: int, tmp_path: Path) -> None:
     module = trained(in_chans=channels, num_classes=3)
     save_file({f"model.{n}": t for n, t in module.state_dict().items()}, tmp_path / "mine.safetensors")
@@ -86,8 +86,8 @@ def test_the_number_of_channels_is_that_of_the_file(channels: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("channels", [1, 4])
-def test_the_number_of_channels_of_a_directory(channels: int, told: bool, tmp_path: Path) -> None:
+def test_the_number_of_channels_of_a_directory(told: bool, tmp_path: Path) -> None:
+    channels = 4
     module = trained(in_chans=channels)
     module.pretrained_cfg |= {"mean": (0.5,) * channels, "std": (0.5,) * channels}
     directory = save(module, tmp_path / "mine", **({"in_chans": channels} if told else {}))
