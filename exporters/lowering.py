@@ -128,7 +128,9 @@ class _Lowering:
         self.limits = torch.finfo(dtype)
         self.kept = _NORMS if convolutions else _NORMS | _CONVOLUTIONS
         values = [node.meta.get("val") for node in self.graph.nodes]
-        self.fake = detect_fake_mode(values)
+        fake = detect_fake_mode(values)
+        assert fake is not None  # torch.export traces with one
+        self.fake = fake
         self.leaves = {
             spec.arg.name: spec.target
             for spec in program.graph_signature.input_specs
@@ -272,7 +274,7 @@ class _Lowering:
             self._infer(node)
         except Exception:
             # An operator that is not told above and wants all of its inputs in one type.
-            node.args, node.kwargs = (map_arg(each, self.in_float32) for each in given)
+            node.args, node.kwargs = map_arg(given[0], self.in_float32), map_arg(given[1], self.in_float32)
             try:
                 self._infer(node)
             except Exception as error:

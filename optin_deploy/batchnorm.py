@@ -33,8 +33,9 @@ def reestimate(module: nn.Module, batches: Batches) -> None:
             for norm in instances:
                 stack.callback(norm.register_forward_pre_hook(_averaging()).remove)
             _run(module, norms, batches)
-    for norm in (*norms, *instances):
-        for buffer in norm.buffers(recurse=False):
+    every: list[nn.Module] = [*norms, *instances]
+    for module_with_statistics in every:
+        for buffer in module_with_statistics.buffers(recurse=False):
             buffer.copy_(ranks_of(batches).given(buffer.clone, buffer))
 
 
