@@ -141,7 +141,9 @@ def score(
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
     if scoring.criterion != "random":
         first = batches[0] if len(batches) else network.inputs
-        ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
+        arbitrary = ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
+        if arbitrary is not None:
+            tell(arbitrary)
     return scores
 
 

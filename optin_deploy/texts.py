@@ -119,7 +119,8 @@ def class_numbers_of(
     try:
         known = _numbers_by_name(network, names, path) if names else {}
         found = {
-            label: known[n] if (n := label.strip()) in known else _number(network, n, classes) for label in set(labels)
+            label: known[n] if (n := label.strip()) in known else _number(network, n, classes)
+            for label in dict.fromkeys(labels)
         }
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error

@@ -6,6 +6,7 @@ export and parity; speed is not measured, which other tests do, and commands for
 be measured. For every other command the table `COVERED` says what has to hold. A command that nothing covers fails.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -79,12 +80,15 @@ class Reached(Exception):  # noqa: N818
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Networks and data under the names that the pages use."""
     folder = tmp_path_factory.mktemp("world")
-    for model in ("path/or/name", "data/minilm_sst2", "bert"):
+    for model in ("path/or/name", "data/minilm_sst2", "bert", "nli"):
         save_bert(folder / model, num_hidden_layers=1)
     save_bert(folder / "minilm", head=False, num_hidden_layers=1)
     save_shallow(folder / "my-vit")
     for name in ("sentences.txt", "texts.txt"):
         save_lines(folder / name, texts(60))
+    pairs_of_texts = [{"premise": t, "hypothesis": t[:5] or t, "label": i % 3} for i, t in enumerate(texts(60))]
+    for name in ("train.jsonl", "dev.jsonl"):
+        save_lines(folder / name, list(map(json.dumps, pairs_of_texts)))
     rows = [f"{text}\t{i % 3}" for i, text in enumerate(texts(60))]
     (folder / "data" / "sst2").mkdir()
     for name in ("dev.tsv", "data/sst2/train.tsv", "data/sst2/dev.tsv"):

@@ -25,15 +25,19 @@ _ALIKE = 1e-3
 
 
 @torch.no_grad()
-def check_signal(network: Network, structure: Structure, batch: Batch, scores: Mapping[str, Tensor]) -> None:
+def check_signal(network: Network, structure: Structure, batch: Batch, scores: Mapping[str, Tensor]) -> str | None:
     """Raise UserError where ``scores`` (group -> ``(units,)``) carry no signal, as tried on some of ``batch``.
 
     Nothing runs where the units of every group differ in their scores.
+
+    Returns:
+        what is to be told of scores that are taken all the same: of random weights, of which speed alone is wanted, all
+        units may do nothing, as where last norms begin at zero.
     """
     empty = [g for g in structure.groups if float(scores[g.name].max()) <= _FLOOR]
     equal = [g for g in structure.groups if g not in empty and g.units > 1 and _all_equal(scores[g.name])]
     if not empty and not equal:
-        return
+        return None
     some = {name: t[:_SAMPLES] for name, t in batch.items()}
     dense = _outputs(network, some)
     if not dense:
@@ -48,15 +52,17 @@ def check_signal(network: Network, structure: Structure, batch: Batch, scores: M
             "saw nothing of them; give --criterion trajectory --scorer exact, which masks each unit"
         )
     if len(empty) == len(structure.groups):
-        raise UserError(
-            "no unit changes the outputs on the calibration data: check the network's weights and the samples"
-        )
+        told = "no unit changes the outputs on the calibration data"
+        if network.weights == "random":
+            return f"{told}: which units stay is arbitrary, as the weights are random"
+        raise UserError(f"{told}: check the network's weights and the samples")
     for group in equal:
         if not _alike(network, structure, group, some, dense):
             raise UserError(
                 f"the scores of {named([group])} are all equal, but the outputs change by different amounts without "
                 "its units: this criterion cannot rank them; give another one"
             )
+    return None
 
 
 def named(groups: list[Group] | tuple[str, ...]) -> str:

@@ -117,7 +117,7 @@ def _zeroed(material: Material) -> Sequence[str]:
     path = Path("shallow", "model.safetensors")
     state = load_file(path)
     for name, tensor in state.items():
-        if "mlp.fc1" in name or "attn.qkv" in name:
+        if "mlp.fc1" in name:
             tensor.zero_()
     save_file(state, path)
     return pruning("shallow")

@@ -110,7 +110,7 @@ def test_merging_what_is_least_alike_fails(tmp_path: Path, precision: Precision)
     recipe, batches = export(network, path, precision)
     model = onnx.load(path)
     swapped = 0
-    for node in model.graph.node:
+    for node in list(model.graph.node):
         if node.op_type in ("ArgMax", "ReduceMax") and any("blocks" in p.value for p in node.metadata_props):
             (source,) = (node.input[0],)
             position = list(model.graph.node).index(node)
