@@ -33,7 +33,7 @@ COLUMNS = {"text": [t for t, _ in ROWS], "label": [label for _, label in ROWS]}
 FILES: dict[str, bytes] = {
     "t.csv": CSV,
     "bom.CSV": b"\xef\xbb\xbf" + CSV,
-    "t.csv.gz": gzip.compress(CSV),
+    "t.csv.gz": gzip.compress(CSV, mtime=0),
     "t.json": as_json(objects()),
     "columns.json": as_json(COLUMNS),
     "pandas.json": as_json({name: {str(i): v for i, v in enumerate(c)} for name, c in COLUMNS.items()}),
@@ -55,7 +55,7 @@ def test_the_same_rows(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["t.tsv", "t.tab", "t.tab.gz"])
 def test_tabs(tmp_path: Path, name: str) -> None:
     data = b'text\tlabel\n"a b\t0\ncaf\xc3\xa9\t2\n'
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     assert read_table(tmp_path / name).select(["text", "label"]) == [['"a b', "0"], ["café", "2"]]
 
 
@@ -105,7 +105,7 @@ def told(path: Path, columns: list[str] | None = None) -> str:
         ("t.csv", "text\na\n".encode("utf-16-le"), "zero bytes, as binary files and UTF-16 do"),
         ("t.csv", b"text\ncaf\xe9 au lait\n", "byte 0xe9 in line 2; in Latin-1 it reads 'text\\ncafé au lait"),
         ("t.csv.gz", b"no gzip", "cannot be read as a table in UTF-8: Not a gzipped file"),
-        ("t.csv.gz", gzip.compress(CSV)[:-9], "cannot be read as a table in UTF-8"),
+        ("t.csv.gz", gzip.compress(CSV, mtime=0)[:-9], "cannot be read as a table in UTF-8"),
         ("t.json", b"{", "cannot be read as JSON"),
         ("t.json", b"", "holds no rows"),
         ("t.json", b"3", "holds a int: a table is a list of objects"),
@@ -143,7 +143,7 @@ def test_numbers_that_are_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("name", ["t.txt", "t", "t.TXT", "t.txt.gz"])
 def test_lines_of_text(tmp_path: Path, name: str) -> None:
     data = b"\xef\xbb\xbfone\r\ntwo\rthree\n"
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     assert not is_table(tmp_path / name)
     assert read_lines(tmp_path / name) == ["one", "two", "three", ""]
 
