@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.measure import Target, export_network, measure_network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine
-from optin_deploy.search import Budget, search_all
-from optin_deploy.slicing import sliced
+from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.pruning.pruner import examine
+from optin_deploy.search.knapsack import Budget, search_all
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 from profilers import measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
 NAME, FLOPS = "alignment", 0.5
 STEPS = (1, 8, 16, 64)

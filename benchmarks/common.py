@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from optin_deploy.files import write_text
+from optin_deploy.utils.atomic_files import write_text
 from profilers import environment
 from profilers.environment import usable_cores
 

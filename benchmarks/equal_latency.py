@@ -26,11 +26,11 @@ from torch import nn
 
 from optin_deploy import Network
 from optin_deploy.latency.budget import AIM, meet
-from optin_deploy.latency.measure import Target, export_network, measure_network
-from optin_deploy.pruning import examine, remove
-from optin_deploy.search import search
+from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.pruning.pruner import examine, remove
+from optin_deploy.search.knapsack import search
 from profilers import measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
 NAME = "equal-latency"
 _METRIC, _LIKENESS = "Spearman × 100", "similarity correlation"

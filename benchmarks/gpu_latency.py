@@ -29,10 +29,10 @@ from exporters import (
 )
 from optin_deploy.network import Network, TensorOutputs
 from profilers import GPU_RUNTIMES, RUNTIMES, Measurement, usable_cores
-from profilers.gpu import GpuWatch, cuda_uuid
+from profilers.gpu_watch import GpuWatch, cuda_uuid
 from profilers.isolated import run_worker
 from profilers.runners.base import first_line
-from profilers.statistics import TOLERANCE
+from profilers.stats import TOLERANCE
 
 VARIANTS = ("dense", "pruned")
 OPSET = 20

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from optin_deploy.costs import count_flops
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.criteria.trajectory import exact_scores, task_factors
-from optin_deploy.libraries import timm as timm_models
-from optin_deploy.libraries import transformers as transformers_models
+from optin_deploy.models import timm_models, transformers_models
 from optin_deploy.network import Network, Source
-from optin_deploy.pruning import examine, prune
-from optin_deploy.scoring import Scoring, score
+from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.search.costs import count_flops
 
 FLOPS = 0.5
 METHODS = ("trajectory-obs", "trajectory", "trajectory-exact")

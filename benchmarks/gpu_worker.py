@@ -3,9 +3,9 @@
 Loading a network and starting a GPU take longer than measuring it, so each file is loaded once for all sizes. The spec
 holds `runtime`, `batch_sizes`, `threads`, `seconds` (time limit of the rounds of one size), `stop_after_s` (no size is
 begun later than that), `files` (variant name to file), `feeds` (an `.npz` with one sample, arrays in the order of
-`inputs`), `inputs` (their names), `pairs`, `tolerance`, `seed` and `gpu_uuid` as in `profilers.worker`, and `result`,
-the JSON file to write: by batch size, what `profilers.worker` gives, or `failed`, why there is nothing. Sizes that were
-not begun are not in it.
+`inputs`), `inputs` (their names), `pairs`, `tolerance`, `seed` and `gpu_uuid` as in `profilers.workers.latency`, and
+`result`, the JSON file to write: by batch size the result of `profilers.workers.latency`, or `failed`, the reason why
+there is none. Sizes that were not begun are not in it.
 """
 
 import sys
@@ -17,7 +17,7 @@ from typing import Any
 
 from profilers import open_runner
 from profilers.runners.base import Runner, first_line
-from profilers.worker import answer, load_feeds, measure_runs, print_progress
+from profilers.workers.latency import answer, load_feeds, measure_runs, print_progress
 
 
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,14 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from optin_deploy import Network
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.latency.budget import meet
-from optin_deploy.latency.measure import Measured, Target, export_network, measure_network
-from optin_deploy.pruning import Anatomy, Batches, examine
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring, score
-from optin_deploy.slicing import sliced
+from optin_deploy.latency.tables import Measured, Target, export_network, measure_network
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import Anatomy, Batches, examine
+from optin_deploy.structure.slicing import sliced
 from profilers import measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
 NAME = "latency-budget"
 CLOSE = 0.03

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from profilers.isolated import Case, loads_for, measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
 MODEL, RUNTIME = "deit_tiny", "ort-cpu"
 NAMES = ("dense", "dense again")

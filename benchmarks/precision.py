@@ -24,8 +24,8 @@ from rich.table import Table
 from exporters import OnnxModule, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
 from optin_deploy import Network, prune
 from optin_deploy.network import TensorOutputs
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine, make_sparse
+from optin_deploy.pruning.pruner import examine, make_sparse
+from optin_deploy.structure.plan import Plan
 
 # tf32 is a file in fp32.
 PRECISIONS = tuple(p for p in get_args(Precision) if p != "tf32")

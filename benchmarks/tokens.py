@@ -43,18 +43,18 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import Network
-from optin_deploy.costs import count_flops
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine, remove_in_rounds
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.schedule import best_schedule, share_schedule
-from optin_deploy.scoring import Scoring, score, token_damages
-from optin_deploy.structure.merging_blocks import MergingBlocks, with_merging
-from optin_deploy.structure.token_stack import TokenStack
-from optin_deploy.token_costs import TokenCosts, token_costs
-from optin_deploy.tokens import Matching, merged
+from optin_deploy.criteria.scoring import Scoring, score, token_damages
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import examine, remove_in_rounds
+from optin_deploy.search.costs import count_flops
+from optin_deploy.structure.plan import Plan
+from optin_deploy.tokens.costs import TokenCosts, token_costs
+from optin_deploy.tokens.matching import Matching, merged
+from optin_deploy.tokens.merging import MergingBlocks, with_merging
+from optin_deploy.tokens.schedule import best_schedule, share_schedule
+from optin_deploy.tokens.stack import TokenStack
 from profilers.isolated import Case, loads_for, measure_files
-from profilers.statistics import ratio_interval
+from profilers.stats import ratio_interval
 
 NAME = "tokens"
 PARTS = ("maps", "texts", "schedules", "overhead", "tome")

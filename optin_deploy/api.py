@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from exporters import EngineConfig, Precision, input_ranges, is_quantized
 from exporters import build_engine as build_engine_file
 from exporters.files import staged
-from optin_deploy import pruning
-from optin_deploy import scoring as scorers
-from optin_deploy.calibration import Calibration
-from optin_deploy.costs import count_flops
-from optin_deploy.engines import build_engines, timing_cache, wanted_engines
+from optin_deploy.api_results import Compared, EngineFile, OnnxFile, Scores
+from optin_deploy.config.recipe import Recipe, make_recipe
+from optin_deploy.criteria import scoring as scorers
+from optin_deploy.criteria.scoring import Scoring
+from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
-from optin_deploy.exporting import write_onnx
-from optin_deploy.job import check_measurable, check_runtimes, target_of
-from optin_deploy.measuring import export_files
+from optin_deploy.export.command import write_onnx
+from optin_deploy.export.engines import build_engines, timing_cache, wanted_engines
 from optin_deploy.network import Network, custom_network
-from optin_deploy.plans import Plan
-from optin_deploy.profiling import NetworkProfile, profile_network, profile_onnx
-from optin_deploy.progress import Stages, as_steps
-from optin_deploy.pruning import Batches, Pruned, Ridge, Tokens, examine, examine_as
-from optin_deploy.recipe import Recipe, make_recipe
-from optin_deploy.results import Compared, EngineFile, OnnxFile, Scores
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring
-from optin_deploy.search import search
+from optin_deploy.pruning import pruner
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import Batches, Pruned, Ridge, Tokens, examine, examine_as
+from optin_deploy.run.job import check_measurable, check_runtimes, target_of
+from optin_deploy.run.measure_stages import export_files
+from optin_deploy.run.profile import NetworkProfile, profile_network, profile_onnx
+from optin_deploy.search.costs import count_flops
+from optin_deploy.search.knapsack import search
+from optin_deploy.structure.plan import Plan
+from optin_deploy.utils.progress import Stages, as_steps
 from profilers import RUNTIMES, ProfileConfig, Variant
 from profilers import compare as compare_files
 
@@ -84,7 +84,7 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
-    network = pruning.ready(network, batches)
+    network = pruner.ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     dense = in_principal_bases(network, anatomy.structure, batches)
     found = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
@@ -112,7 +112,7 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
         >>> optin_deploy.plan(network, scores, flops=0.5)
         Plan(blocks.0.attn: ..., blocks.0.mlp: ..., ...)
     """
-    pruning.check_share(flops)
+    pruner.check_share(flops)
     anatomy = examine_as(network.checked(), scores)
     for group in anatomy.structure.groups:
         if group.name not in scores or len(scores[group.name]) != group.units:
@@ -180,10 +180,10 @@ def prune(
         raise UserError("prune takes flops=0.5, say, or plan=a plan: give one of the two")
     if plan is None:
         assert flops is not None
-        return pruning.prune(network, batches, flops, ridge=ridge, **options)
+        return pruner.prune(network, batches, flops, ridge=ridge, **options)
     if options:
         raise UserError(f"prune with a plan neither scores nor searches: leave out {', '.join(options)}")
-    return pruning.prune_to(network, batches, plan, ridge)
+    return pruner.prune_to(network, batches, plan, ridge)
 
 
 def export_onnx(

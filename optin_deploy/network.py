@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.intake import check_network, take_in
-from optin_deploy.outputs import named_outputs as named_outputs
-from optin_deploy.sentences import EMBEDDING, FEATURES, SentenceHead, Sentences
-from optin_deploy.task_head import HeadKind, head_of
+from optin_deploy.models.intake import check_network, take_in
+from optin_deploy.nn.outputs import named_outputs as named_outputs
+from optin_deploy.nn.sentence_embeddings import EMBEDDING, FEATURES, SentenceHead, Sentences
+from optin_deploy.nn.task_head import HeadKind, head_of
 
 Library = Literal["timm", "transformers", "custom"]
 

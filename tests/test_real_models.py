@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from optin_deploy import load_calibration, load_network, prune
-from optin_deploy.agreement import agreement
-from optin_deploy.evaluation import load_dataset
-from optin_deploy.masking import masked
+from optin_deploy.criteria.scoring import Scoring, score
+from optin_deploy.evaluation.agreement import agreement
+from optin_deploy.evaluation.images import load_dataset
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine
-from optin_deploy.scoring import Scoring, score
-from optin_deploy.slicing import sliced
+from optin_deploy.pruning.pruner import examine
+from optin_deploy.structure.masking import masked
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 DATA = Path(os.environ.get("OPTIN_DATA_ROOT", "../shared/data")).resolve()
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.distributed import own_indices
+from optin_deploy.distributed.ranks import own_indices
 from optin_deploy.errors import UserError
-from optin_deploy.masking import frozen, masked
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.projections import valid_rows
-from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.partial_forward import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.task_head import is_single
+from optin_deploy.nn.unfold import valid_rows
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.task_head import is_single
+from optin_deploy.structure.masking import frozen, masked
+from optin_deploy.structure.plan import Plan
 
 # Label of positions that do not count, as in torch and transformers.
 IGNORED = -100

@@ -33,12 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.criteria import symmetric
-from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
-from optin_deploy.distributed import Ranks, own_indices, ranks_of
-from optin_deploy.masking import masked_queries
+from optin_deploy.criteria import packed_symmetric
+from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
+from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
-from optin_deploy.projections import (
+from optin_deploy.nn.unfold import (
     columns_of,
     columns_per_unit,
     design,
@@ -48,6 +47,7 @@ from optin_deploy.projections import (
     weight_matrix,
 )
 from optin_deploy.structure.groups import Group, Structure, channels_last
+from optin_deploy.structure.masking import masked_queries
 
 Advance = Callable[[int], None]
 _Runs = dict[str, list[Tensor]]
@@ -89,7 +89,7 @@ class Moments:
 
     def covariance(self, features: int) -> Tensor:
         """Weighted covariance of the activations, ``(features, features)``, float64."""
-        second = symmetric.unpacked(self.second, features + 1)
+        second = packed_symmetric.unpacked(self.second, features + 1)
         weight = second[-1, -1].clamp_min(1e-300)
         mean = second[:-1, -1] / weight
         return second[:-1, :-1].div_(weight).sub_(torch.outer(mean, mean))
@@ -205,8 +205,8 @@ def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> N
 
 def _add_second(moments: dict[str, Moments], name: str, x: Tensor, weights: Tensor) -> None:
     if not moments[name].second.dim():
-        moments[name].second = symmetric.nothing(x.shape[1], x.device)
-    symmetric.add_gram(moments[name].second, x, weights)
+        moments[name].second = packed_symmetric.nothing(x.shape[1], x.device)
+    packed_symmetric.add_gram(moments[name].second, x, weights)
 
 
 def obs_scores(

@@ -9,12 +9,11 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from optin_deploy.costs import CostModel, Costs
 from optin_deploy.latency.costs import LatencyCosts
-from optin_deploy.latency.measure import Measured, Target, export_network
+from optin_deploy.latency.tables import Measured, Target, export_network
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.search import (
+from optin_deploy.search.costs import CostModel, Costs
+from optin_deploy.search.knapsack import (
     BUDGET_WINDOW,
     Budget,
     candidate_sizes,
@@ -23,12 +22,13 @@ from optin_deploy.search import (
     lowest,
     search_all,
 )
-from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.merging_blocks import with_merging
-from optin_deploy.token_costs import TokenCosts
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+from optin_deploy.tokens.costs import TokenCosts
+from optin_deploy.tokens.merging import with_merging
 from profilers import measure_files
-from profilers.statistics import paired_ratio
+from profilers.stats import paired_ratio
 
 logger = logging.getLogger(__name__)
 MOST_ROUNDS = 3

@@ -7,8 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from optin_deploy.profiling import NetworkProfile, PartTable, TableView
-from optin_deploy.report import numbers, wording
+from optin_deploy.report import wording
+from optin_deploy.run.profile import NetworkProfile, PartTable, TableView
+from optin_deploy.utils import formatting
 
 
 def profile_view(name: str, profile: NetworkProfile) -> Group:
@@ -18,8 +19,8 @@ def profile_view(name: str, profile: NetworkProfile) -> Group:
     head = _table()
     for column in ("p50 ms", "p90 ms", "p99 ms", "samples/s", "runs"):
         head.add_column(column, justify="right")
-    latencies = (numbers.milliseconds(ms) for ms in (summary.p50_ms, summary.p90_ms, summary.p99_ms))
-    head.add_row(*latencies, numbers.per_second(profile.throughput_per_s), str(summary.count))
+    latencies = (formatting.milliseconds(ms) for ms in (summary.p50_ms, summary.p90_ms, summary.p99_ms))
+    head.add_row(*latencies, formatting.per_second(profile.throughput_per_s), str(summary.count))
     if not profile.parts:
         note = f"{wording.runtime_name(profile.runtime)} has no profile by layer."
         return Group(title, head, Text(note, style="dim"))
@@ -27,7 +28,7 @@ def profile_view(name: str, profile: NetworkProfile) -> Group:
     for column in ("part", "ms", "share"):
         parts.add_column(column, justify="left" if column == "part" else "right")
     for part in profile.parts:
-        parts.add_row(part.name, numbers.milliseconds(part.ms), numbers.percent(part.ms / summary.p50_ms))
+        parts.add_row(part.name, formatting.milliseconds(part.ms), formatting.percent(part.ms / summary.p50_ms))
     return Group(title, head, Text("\nwhere the time goes", style="bold"), parts)
 
 
@@ -35,9 +36,9 @@ def profile_line(profile: NetworkProfile) -> str:
     """The same on one line, with what takes most of the time."""
     summary = profile.summary
     figures = {"p50": summary.p50_ms, "p90": summary.p90_ms, "p99": summary.p99_ms}
-    told = ", ".join(f"{name} {numbers.milliseconds(ms)} ms" for name, ms in figures.items())
+    told = ", ".join(f"{name} {formatting.milliseconds(ms)} ms" for name, ms in figures.items())
     most = max(profile.parts, key=lambda part: part.ms, default=None)
-    where = f"; most of it {most.name}, {numbers.percent(most.ms / summary.p50_ms)}" if most else ""
+    where = f"; most of it {most.name}, {formatting.percent(most.ms / summary.p50_ms)}" if most else ""
     return f"{_where(profile)}: {told}{where}"
 
 
@@ -45,8 +46,8 @@ def table_view(name: str, view: TableView) -> Group:
     """Dense latency, floor, and every part's sizes."""
     head = Text.assemble(
         (f"{name}: {_where(view)}\n", "bold"),
-        f"dense {numbers.milliseconds(view.dense_ms)} ms; with every prunable unit removed "
-        f"{numbers.milliseconds(view.floor_ms)} ms ({numbers.percent(view.floor_ms / view.dense_ms)})",
+        f"dense {formatting.milliseconds(view.dense_ms)} ms; with every prunable unit removed "
+        f"{formatting.milliseconds(view.floor_ms)} ms ({formatting.percent(view.floor_ms / view.dense_ms)})",
     )
     return Group(head, *(_part(part) for part in view.parts))
 
@@ -69,14 +70,14 @@ def cache_view(settings: Sequence[Mapping[str, Any]], folder: str) -> Renderable
 
 def _part(part: PartTable) -> Group:
     times = f" × {part.blocks}" if part.blocks > 1 else ""
-    title = f"\n{part.part} of {part.block}{times}: dense block {numbers.milliseconds(part.dense_block_ms)} ms"
+    title = f"\n{part.part} of {part.block}{times}: dense block {formatting.milliseconds(part.dense_block_ms)} ms"
     made = _table()
     wide = any(row.width is not None for row in part.rows)
     for column in ("units", *(["width"] if wide else []), "block ms", "of dense", "spread", ""):
         made.add_column(column, justify="right" if column else "left")
     for row in part.rows:
         width = [str(row.width) if row.units else "–"] if wide else []
-        figures = (numbers.milliseconds(row.block_ms), f"{row.of_dense:.3f}", f"±{100 * row.spread:.1f} %")
+        figures = (formatting.milliseconds(row.block_ms), f"{row.of_dense:.3f}", f"±{100 * row.spread:.1f} %")
         made.add_row(str(row.units), *width, *figures, "edge" if row.edge else "")
     return Group(Text(title, style="bold"), made)
 

@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from optin_deploy.report import numbers, wording
+from optin_deploy.report import wording
+from optin_deploy.utils import formatting
 from profilers import Interval, Measurement
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def comparison_view(measurements: Sequence[Measurement], flops_reduction: float 
     for item in measurements:
         for name in wording.VARIANTS:
             figures = item.summary[name]
-            latencies = [numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
+            latencies = [formatting.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
             first = (wording.runtime_name(item.runtime), str(item.batch_size)) if name == "dense" else ("", "")
             last = (
                 ("", "", "")
@@ -54,7 +55,7 @@ def comparison_view(measurements: Sequence[Measurement], flops_reduction: float 
 def speedup(item: Measurement) -> str:
     """A speed-up with its interval, and whether it is noise."""
     noise = "" if item.significant else " ~noise"
-    return f"{numbers.times(item.speedup.value)} [{item.speedup.low:.2f}–{item.speedup.high:.2f}]{noise}"
+    return f"{formatting.times(item.speedup.value)} [{item.speedup.low:.2f}–{item.speedup.high:.2f}]{noise}"
 
 
 def comparison_lines(measurements: Sequence[Measurement], flops_reduction: float | None) -> str:
@@ -67,7 +68,7 @@ def comparison_lines(measurements: Sequence[Measurement], flops_reduction: float
 
 
 def _medians(item: Measurement) -> str:
-    dense, pruned = (numbers.milliseconds(item.summary[name].p50_ms) for name in wording.VARIANTS)
+    dense, pruned = (formatting.milliseconds(item.summary[name].p50_ms) for name in wording.VARIANTS)
     return f"p50 {dense} -> {pruned} ms"
 
 

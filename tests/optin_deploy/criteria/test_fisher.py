@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.replay import recorded_inputs, recorded_outputs
-from optin_deploy.slicing import sliced
+from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 STEP = 1e-4
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.criteria import loss, trajectory
-from optin_deploy.criteria.loss import sample_tokens
+from optin_deploy.criteria import trajectory, trajectory_loss
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_loss import sample_tokens
 from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
@@ -329,7 +329,7 @@ def test_outputs_share_the_task_weight() -> None:
 
 
 def test_scores_are_of_the_sampled_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "GRAM_TOKENS", 4)
+    monkeypatch.setattr(trajectory_loss, "GRAM_TOKENS", 4)
     network, structure = tiny.network("bert"), structure_of("bert")
     batch = tiny.batches(network, 1)[0]
     chosen = sample_tokens(batch["attention_mask"].numel(), batch["attention_mask"].bool(), seed=7)

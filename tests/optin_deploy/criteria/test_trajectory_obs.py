@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optin_deploy.criteria import symmetric, trajectory_obs
-from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
+from optin_deploy.criteria import packed_symmetric, trajectory_obs
+from optin_deploy.criteria.trajectory_loss import Trajectory, differentiable, probe_losses
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
-from optin_deploy.projections import weight_matrix
+from optin_deploy.nn.unfold import weight_matrix
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
@@ -107,7 +107,7 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
                 apart = apart + effect.square().sum()
         assert float(metric.trace()) > 0
         torch.testing.assert_close(given[group.name].metric, metric, rtol=1e-9, atol=1e-9 * float(metric.abs().max()))
-        found = symmetric.unpacked(given[group.name].second, len(second))
+        found = packed_symmetric.unpacked(given[group.name].second, len(second))
         torch.testing.assert_close(found, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
         whole = sum(effect.square().sum() for effect in effects.values())
         coherence = float(whole / apart) if group.kind == "channel" else 1.0
@@ -160,8 +160,8 @@ def test_probing_leaves_the_network_as_it_was() -> None:
 
 
 def second_moments(rows: np.ndarray, weights: np.ndarray) -> Tensor:
-    strips = symmetric.nothing(rows.shape[1], torch.device("cpu"))
-    symmetric.add_gram(strips, torch.tensor(rows), torch.tensor(weights))
+    strips = packed_symmetric.nothing(rows.shape[1], torch.device("cpu"))
+    packed_symmetric.add_gram(strips, torch.tensor(rows), torch.tensor(weights))
     return strips
 
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from optin_deploy.report import Report, plots
-from optin_deploy.report.html import render
+from optin_deploy.report.web_page import render
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 

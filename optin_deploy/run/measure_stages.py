@@ -1,0 +1,317 @@
+"""The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exporters import (
+    BUILDERS,
+    PARITY_TOLERANCES,
+    OnnxModule,
+    OutputParity,
+    Precision,
+    check_engine,
+    check_parity,
+    in_precision,
+    is_quantized,
+    onnx_in_precision,
+    runnable_on_cpu,
+    save_program,
+    trace,
+)
+from optin_deploy.analysis.bottlenecks import told
+from optin_deploy.analysis.breakdown import account
+from optin_deploy.analysis.module_roles import merging_places, narrow_widths, own_flops, places
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines
+from optin_deploy.export.engines import build_engines, more_builds, wanted_engines
+from optin_deploy.network import Network
+from optin_deploy.run import run_directory
+from optin_deploy.run.job import Job, is_measurable
+from optin_deploy.run.report_builder import VARIANTS
+from optin_deploy.structure.describe import describe
+from optin_deploy.tokens.decisions import WithDecisions, as_decided, decision_names
+from optin_deploy.tokens.near_ties import alternatives
+from optin_deploy.utils.atomic_files import tell_written
+from optin_deploy.utils.progress import Advance, Stages, as_steps
+from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, compare, layer_profile
+
+# Time limit of one layer profile; averages over a hundred runs move little after it.
+_LAYER_SECONDS = 5.0
+Parity = tuple[OutputParity, ...]
+Batches = Sequence[dict[str, Tensor]]
+
+
+def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:
+    """ONNX files, parity and profile. Programs for the torch runtime live only as long as they are measured."""
+    recipe = job.recipe
+    with TemporaryDirectory(prefix="optin-deploy-") as temporary:
+        variants = {}
+        with stages.stage("export ONNX", 2) as advance:
+            for name, network in zip(VARIANTS, (job.network, small), strict=True):
+                program = Path(temporary) / f"{name}.pt2"
+                variants[name] = Variant(directory / f"{name}.onnx", program)
+                _export_kept(network, variants[name].onnx, program, recipe, job.calibration.batches)
+                advance(1)
+        with stages.stage("check parity", 2) as advance:
+            parity = run_directory.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
+        engines = _engines(job, small, directory, stages)
+        parity += _engine_parity(job, small, directory, stages)
+        variants = {name: replace(v, engines=engines.get(name, {})) for name, v in variants.items()}
+        with stages.stage("measure", 1) as advance:
+            profile = _kept_profile(job, variants, directory, advance)
+        with stages.stage("profile layers", 1) as advance:
+            layers = run_directory.kept_json(
+                directory / "layers.json",
+                lambda: _layers(job, small, variants, profile["measurements"], as_steps(advance)),
+            )
+        deployed = _evaluated(job, variants["pruned"].onnx, directory, stages)
+    return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
+
+
+def _export_kept(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
+    """`export_files` into a run's directory, where an ONNX file that is there is kept."""
+    if onnx.is_file():
+        run_directory.keep(onnx)
+        export_files(network, onnx, program, recipe, batches)
+        return
+    with run_directory.recorded(onnx):
+        export_files(network, onnx, program, recipe, batches)
+
+
+def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
+    """Write the program and, where it is not there, the ONNX file, in the recipe's precision, calibrated on batches."""
+    module, axes = network.tensor_outputs(), network.dynamic_axes
+    traced = in_precision(trace(module, network.inputs, axes), recipe.precision, recipe.opset)
+    save_program(traced, program)
+    if not onnx.is_file():
+        lower(network, onnx, recipe, batches, None if decision_names(network, recipe.precision) else traced)
+        tell_written(onnx)
+
+
+def lower(
+    network: Network,
+    onnx: Path,
+    recipe: Recipe,
+    batches: Batches,
+    traced: torch.export.ExportedProgram | None = None,
+) -> None:
+    """Write the ONNX file in the recipe's precision, calibrated on batches; of ``traced``, where that is at hand and
+    decides nothing that the file's parity is judged by."""
+    decisions, axes = decision_names(network, recipe.precision), network.dynamic_axes
+    if traced is None:
+        module = WithDecisions(network) if decisions else network.tensor_outputs()
+        traced = in_precision(trace(module, network.inputs, axes), recipe.precision, recipe.opset)
+    onnx_in_precision(
+        traced,
+        onnx,
+        recipe.precision,
+        batches,
+        output_names=tuple(network.outputs),
+        dynamic_axes=axes,
+        opset=recipe.opset,
+        inner_names=decisions,
+    )
+
+
+def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> Parity:
+    """How far the ONNX file is from the network in float32; its precision says how far it may be."""
+    # TF32 is a way of GPUs to compute a file in float32: on a CPU the file has to be as exact as that is.
+    tolerance = parity_tolerance(recipe) if recipe.precision != "tf32" else PARITY_TOLERANCES["fp32"]
+    module, names = network.tensor_outputs(), tuple(network.outputs)
+    batches = parity_batches(network, held_out, recipe.precision)
+    with runnable_on_cpu(onnx, recipe.precision) as file:
+        decisions = decision_names(network, recipe.precision)
+        others = as_decided(network, tolerance) if decisions else alternatives(network)
+        return check_parity(module, file, batches, names, tolerance, recipe.threads, others, decisions)
+
+
+def parity_tolerance(recipe: Recipe) -> float:
+    """What an error may be at most, relative to the largest output: asked for, or else that of the precision."""
+    return recipe.parity_tolerance or PARITY_TOLERANCES[recipe.precision]
+
+
+def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float | None:
+    """The labelled set's metric of the pruned ONNX file, where that is of another precision than the module."""
+    dataset, recipe, network = job.dataset, job.recipe, job.network
+    if dataset is None or recipe.precision in ("fp32", "tf32"):
+        return None
+    with stages.stage(f"evaluate in {recipe.precision}", dataset.steps) as advance:
+
+        def measure() -> dict[str, float]:
+            with runnable_on_cpu(onnx, recipe.precision) as file:
+                module = OnnxModule(file, network.outputs, recipe.threads)
+                return {recipe.precision: dataset.measure(module, advance)}
+
+        return run_directory.kept_json(directory / "deployed.json", measure)[recipe.precision]
+
+
+def _parity(job: Job, small: Network, variants: Mapping[str, Variant], advance: Any) -> list[dict[str, Any]]:
+    rows = []
+    for name, network in zip(VARIANTS, (job.network, small), strict=True):
+        found = checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
+        rows += _parity_rows(name, "ort-cpu", found)
+        advance(1)
+    return rows
+
+
+def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, Any]]:
+    return [
+        {
+            "variant": variant,
+            "runtime": runtime,
+            "output": p.output,
+            "max_abs_error": p.max_abs_error,
+            "max_abs_reference": p.max_abs_reference,
+            "tolerance": p.tolerance,
+            "passed": p.passed,
+            "samples": p.samples,
+            "near_ties": p.near_ties,
+        }
+        for p in parity
+    ]
+
+
+def parity_batches(network: Network, held_out: Batches, precision: Precision = "fp32") -> list[dict[str, Tensor]]:
+    """Inputs of several batch sizes, and lengths for text, out of those that the network was not calibrated on.
+
+    For 8 bits texts are cut until none of them is padded: what stands at padding is far from all else, in nobody's use,
+    and would be the largest error.
+    """
+    batches = []
+    for count in (1, 3, 8):
+        batch = {name: t[:count] for name, t in held_out[0].items()}
+        valid = network.valid_tokens(batch)
+        lengths = valid.sum(1) if valid is not None else torch.zeros(1)
+        length = int(lengths.min() if is_quantized(precision) else lengths.max())
+        batches.append(
+            {name: t[:, :length] if name in network.sequence_inputs and length else t for name, t in batch.items()}
+        )
+    return batches
+
+
+def _engines(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, dict[tuple[str, int], Path]]:
+    wanted = wanted_engines(job.recipe)
+    if not wanted:
+        return {}
+    networks = dict(zip(VARIANTS, (job.network, small), strict=True))
+    with stages.stage("build engines", len(wanted) * len(networks)) as advance:
+        return build_engines(job.recipe, networks, directory, advance)
+
+
+def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) -> list[dict[str, Any]]:
+    """Rows of the parity gate for the engines that can be run here; checked again where an engine is another one."""
+    recipe, networks = job.recipe, (job.network, small)
+    wanted = checkable_engines(recipe)
+    if not wanted:
+        return []
+    files = {each.file(directory, name): (each, name) for each in wanted for name in VARIANTS}
+    hashes = {file.name: check_engine(file).engine_sha256 for file in files}
+    path = directory / "engine_parity.json"
+    if path.is_file() and run_directory.read_json(path)["engines"] != hashes:
+        path.unlink()
+    with stages.stage("check engines", len(files)) as advance:
+
+        def check() -> dict[str, Any]:
+            rows = []
+            for file, (each, name) in files.items():
+                network = networks[VARIANTS.index(name)]
+                batches = parity_batches(network, job.calibration.held_out, recipe.precision)
+                threshold = parity_tolerance(recipe)
+                found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
+                rows += _parity_rows(name, each.runtime, found)
+                advance(1)
+            return {"engines": hashes, "rows": rows}
+
+        return run_directory.kept_json(path, check)["rows"]
+
+
+def _kept_profile(job: Job, variants: Mapping[str, Variant], directory: Path, advance: Any) -> dict[str, Any]:
+    """The measurements of all runtimes that there is a device for; made again where there are more of them now."""
+    runtimes = tuple(r for r in job.recipe.measured_runtimes if is_measurable(r))
+    if not runtimes:
+        return {"measurements": [], "protocol": {}}
+    path = directory / "profile.json"
+    profile = run_directory.kept_json(path, lambda: _profile(job, runtimes, variants, advance))
+    if set(runtimes) <= {m["runtime"] for m in profile["measurements"]}:
+        return profile
+    path.unlink()
+    (directory / "layers.json").unlink(missing_ok=True)
+    return run_directory.kept_json(path, lambda: _profile(job, runtimes, variants, advance))
+
+
+def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant], advance: Any) -> dict[str, Any]:
+    recipe, tell = job.recipe, as_steps(advance)
+    config = ProfileConfig(
+        runtimes=runtimes,
+        batch_sizes=recipe.measured_batch_sizes,
+        threads=recipe.threads,
+        seconds=recipe.profile_seconds,
+        seed=recipe.seed,
+        tf32=recipe.precision == "tf32",
+    )
+    sample = {name: t[:1].numpy() for name, t in job.network.inputs.items()}
+    with TemporaryDirectory(prefix="optin-builds-") as folder:
+        dense, pruned = (_built_again(variants[name], recipe, Path(folder)) for name in VARIANTS)
+        return compare(dense, pruned, sample, config, lambda done, _: tell(done)).to_dict()
+
+
+def _built_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
+    """The variant with several builds of each engine that can be measured: they differ by the tactics they were built
+    with, and one alone would pass its luck for the network's."""
+    measured = {case: file for case in variant.engines if is_measurable(case[0]) and (file := variant.file(*case))}
+    # One engine may serve several batch sizes.
+    builds = {
+        file: more_builds(file, variant.onnx, recipe.engine_builds, folder) for file in dict.fromkeys(measured.values())
+    }
+    return replace(variant, engines={**variant.engines, **{case: builds[file] for case, file in measured.items()}})
+
+
+def _layers(
+    job: Job, small: Network, variants: Mapping[str, Variant], measurements: list[dict[str, Any]], progress: Advance
+) -> list[dict[str, Any]]:
+    """The account of where the time goes, for the case that each runtime is judged by; or why there is none."""
+    recipe, dense = job.recipe, job.network
+    where = places(dense.module, job.anatomy.structure)
+    merging = merging_places(small.module)
+    flops = [own_flops(dense.module, dense.inputs, where), own_flops(small.module, small.inputs, {**where, **merging})]
+    where |= merging
+    widths = narrow_widths(describe(small.module, small.inputs))
+    sample = {name: t[:1].numpy() for name, t in dense.inputs.items()}
+    batch_size = recipe.headline_batch_size
+    cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
+    found = []
+    for number, measured in enumerate(cases):
+        files = {name: variants[name].file(measured["runtime"], batch_size) for name in VARIANTS}
+        try:
+            profiles = [
+                layer_profile(
+                    measured["runtime"],
+                    file,
+                    sample,
+                    list(where),
+                    batch_size=batch_size,
+                    threads=recipe.threads,
+                    seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
+                    seed=recipe.seed,
+                    onnx=variants[name].onnx,
+                    tf32=recipe.precision == "tf32",
+                )
+                for name, file in files.items()
+                if file is not None
+            ]
+        except ProfilingError as error:
+            # An engine that runs may still tell nothing of its layers; all else of the report stands.
+            if measured["runtime"] not in BUILDERS:
+                raise
+            found.append({"runtime": measured["runtime"], "unprofiled": str(error)})
+            continue
+        p50s_ms = (measured["summary"]["dense"]["p50_ms"], measured["summary"]["pruned"]["p50_ms"])
+        found.append(told(account(profiles[0], profiles[1], flops[0], flops[1], where, p50s_ms), widths))
+        progress((number + 1) / len(cases))
+    return found

@@ -1,0 +1,261 @@
+"""One network measured as it is: its latency, the part of it that each kind of layer takes, and its latency tables."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from numpy.typing import NDArray
+from rich.console import Console
+
+from optin_deploy.analysis.module_roles import PARTS, merging_places, places
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.latency.block_stacks import part_name
+from optin_deploy.latency.budget import edges_of
+from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.models.load import load_network
+from optin_deploy.network import Network
+from optin_deploy.pruning.pruner import examine
+from optin_deploy.run.job import check_measurable, check_runtimes, target_of
+from optin_deploy.utils.progress import Advance, Stages, as_steps
+from profilers import LAYER_RUNTIMES, layer_profile, measure_files
+from profilers.layer_times import OTHER, LayerRow
+from profilers.stats import Summary, summarise
+
+BETWEEN = "between operators"
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """A part of the network (attention, FFN, …) and what it takes of one run, in milliseconds."""
+
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class NetworkProfile:
+    """The latency of one network.
+
+    ``parts`` are scaled so that they sum to the median, with what no operator takes as "between operators"; none where
+    the runtime has no profile by layer.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    summary: Summary
+    parts: tuple[PartTime, ...]
+
+    @property
+    def throughput_per_s(self) -> float:
+        """All samples ÷ the time of all runs, in seconds."""
+        return 1000 * self.batch_size / self.summary.mean_ms
+
+    def __repr__(self) -> str:
+        from optin_deploy.report.profile import profile_line
+
+        return f"<NetworkProfile {profile_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        from optin_deploy.report.notebook import html_of
+        from optin_deploy.report.profile import profile_view
+
+        return html_of(profile_view("network", self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict whose keys are the attributes."""
+        return {**asdict(self), "throughput_per_s": self.throughput_per_s}
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """A size of a part of a block: milliseconds that the block takes with it, and whether a search takes it.
+
+    ``spread`` is half the middle half of its samples, relative to their median.
+    """
+
+    units: int
+    width: int | None
+    block_ms: float
+    of_dense: float
+    spread: float
+    edge: bool
+
+
+@dataclass(frozen=True)
+class PartTable:
+    """The sizes of one part of one type of block; ``blocks`` are how many of the network's are of that type."""
+
+    block: str
+    blocks: int
+    part: str
+    dense_block_ms: float
+    rows: tuple[SizeRow, ...]
+
+
+@dataclass(frozen=True)
+class TableView:
+    """The latency tables of a network: its dense latency, what is left with every unit removed, and every part's sizes.
+
+    ``dense_ms``, ``floor_ms`` are of now, the tables' own figures of when they were measured.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    dense_ms: float
+    floor_ms: float
+    cached: int
+    parts: tuple[PartTable, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict whose keys are the attributes."""
+        return asdict(self)
+
+
+def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> NetworkProfile:
+    """Measure the network that ``recipe`` names, at its runtime and batch size; progress goes to ``console``, the
+    standard error stream when None.
+
+    Raises:
+        UserError: the network cannot be had, the runtime is not here, or nothing in the network is known by its parts.
+        ProfilingError: the runtime failed.
+    """
+    with Stages(console or Console(stderr=True), quiet=quiet) as stages:
+        network = _load(recipe, stages)
+        with stages.stage("measure") as advance:
+            return profile_network(network, target_of(recipe), recipe.profile_seconds, as_steps(advance))
+
+
+def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> TableView:
+    """The latency tables of the network that ``recipe`` names, at its runtime and batch size; errors as above."""
+    with Stages(console or Console(stderr=True), quiet=quiet) as stages:
+        network = _load(recipe, stages)
+        with stages.stage("latency tables") as advance:
+            return network_tables(network, target_of(recipe), as_steps(advance))
+
+
+def _load(recipe: Recipe, stages: Stages) -> Network:
+    with stages.checks():
+        check_runtimes(recipe)
+        check_measurable(recipe.target_runtime)
+        return load_network(
+            recipe.model,
+            weights=recipe.weights,
+            image_size=recipe.image_size,
+            sequence_length=recipe.sequence_length,
+            seed=recipe.seed,
+        )
+
+
+def profile_network(network: Network, target: Target, seconds: float, progress: Advance) -> NetworkProfile:
+    """Export and measure for ``seconds``, then profile by layer for at most as long again.
+
+    Raises:
+        UserError: nothing in the network is known by its parts.
+        ProfilingError: the runtime failed.
+    """
+    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    where = places(network.module, examine(network).structure) | merging_places(network.module)
+
+    def part_of(row: LayerRow) -> str:
+        return where[row.module].part if row.module in where else OTHER
+
+    with TemporaryDirectory(prefix="optin-profile-") as folder:
+        file = export_network(network, network.module, target, Path(folder, "network"))
+        return _profiled(file, sample, target, seconds, progress, list(where), part_of)
+
+
+def profile_onnx(
+    file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float, progress: Advance
+) -> NetworkProfile:
+    """The same of an ONNX file, by types of operators.
+
+    Args:
+        sample: input name to array of one sample, leading dimension 1.
+
+    Raises:
+        ProfilingError: the file is missing, the sample does not fit, or the runtime failed.
+    """
+    return _profiled(file, dict(sample), target, seconds, progress, [], lambda row: row.operator)
+
+
+def _profiled(
+    file: Path,
+    sample: dict[str, NDArray[Any]],
+    target: Target,
+    seconds: float,
+    progress: Advance,
+    modules: list[str],
+    part_of: Callable[[LayerRow], str],
+) -> NetworkProfile:
+    samples = measure_files({"network": file}, sample, target.case(seconds), (), lambda part: progress(part / 2))
+    summary = summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
+    parts: dict[str, float] = {}
+    if target.runtime in LAYER_RUNTIMES:
+        layers = layer_profile(
+            target.runtime,
+            file,
+            sample,
+            modules,
+            batch_size=target.batch_size,
+            threads=target.threads,
+            seconds=seconds,
+            seed=target.seed,
+            onnx=file.with_suffix(".onnx"),
+            tf32=target.precision == "tf32",
+            progress=lambda part: progress(0.5 + part / 2),
+        )
+        for row in layers.rows:
+            name = part_of(row)
+            parts[name] = parts.get(name, 0.0) + row.ms
+        parts[BETWEEN] = layers.overhead_ms
+    factor = summary.p50_ms / sum(parts.values()) if parts else 1.0
+    # Parts in their own order, operators by their time.
+    rest = sorted(parts.keys() - {*PARTS, OTHER, BETWEEN}, key=lambda name: -parts[name])
+    order = [name for name in (*PARTS, OTHER, *rest, BETWEEN) if name in parts]
+    times = tuple(PartTime(name, factor * parts[name]) for name in dict.fromkeys(order))
+    return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
+
+
+def network_tables(network: Network, target: Target, progress: Advance) -> TableView:
+    """The latency tables of a network, measured where the cache has none.
+
+    Raises:
+        UserError: the network has nothing to prune.
+        ProfilingError: the runtime failed, or a cached table is damaged.
+    """
+    structure = examine(network).structure
+    measured = measure_network(network, structure, target, progress)
+    edges = edges_of(structure, measured)
+    parts = []
+    for kind, table in zip(measured.types, measured.tables, strict=True):
+        for group in kind.groups[0]:
+            if group.outer is not None:
+                continue
+            name = part_name(kind.blocks[0], group)
+            rows = []
+            for row in sorted((r for r in table.rows if r.part == name), key=lambda r: (r.units, r.width or 0)):
+                ms = [value for turn in row.samples_ms for value in turn]
+                summary = summarise(ms)
+                block_ms = table.block_ms - table.saved_ms(row)
+                edge = group.name in edges and row.units in edges[group.name]
+                spread = _middle_half(ms) / summary.p50_ms / 2
+                rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, edge))
+            parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, tuple(rows)))
+    return TableView(
+        target.runtime,
+        target.batch_size,
+        target.threads,
+        measured.costs.total,
+        measured.costs.floor,
+        sum(measured.cached),
+        tuple(parts),
+    )
+
+
+def _middle_half(values: list[float]) -> float:
+    ordered = sorted(values)
+    return ordered[3 * (len(ordered) - 1) // 4] - ordered[(len(ordered) - 1) // 4]
