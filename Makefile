@@ -42,6 +42,7 @@ test-min: $(MIN_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MIN_TESTS)
 
 lint: install
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint docker/cpu.Dockerfile docker/gpu.Dockerfile

@@ -22,7 +22,7 @@ from methods import METHODS, Outcome
 from rich.console import Console
 from rich.table import Table
 
-from optin_deploy.search.costs import count_flops
+from optin_deploy.nn.flops import count_flops
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

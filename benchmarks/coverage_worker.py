@@ -18,10 +18,11 @@ from torch import Tensor, nn
 import optin_deploy
 from exporters import check_parity, onnx_from_program, trace
 from optin_deploy import Network, UserError, custom_network
-from optin_deploy.network import TensorOutputs, named_outputs
+from optin_deploy.export.onnx_file import parity_batches
+from optin_deploy.network import TensorOutputs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.pruning.pruner import Anatomy, Pruned, examine
-from optin_deploy.run.measure_stages import parity_batches
-from optin_deploy.search.costs import count_flops
 from optin_deploy.search.knapsack import BUDGET_WINDOW, lowest
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan

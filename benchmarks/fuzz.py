@@ -269,7 +269,7 @@ def _run_report(directory: Path) -> bytes:
 
     from optin_deploy.config.recipe import Recipe
     from optin_deploy.data.calibration import from_batches
-    from optin_deploy.network import custom_network
+    from optin_deploy.models.custom import custom_network
     from optin_deploy.run.pipeline import prune_export
 
     torch.manual_seed(0)

@@ -28,9 +28,9 @@ from rich.table import Table
 import optin_deploy
 from exporters import check_parity, onnx_from_program, save_program, trace
 from optin_deploy import Network
+from optin_deploy.export.onnx_file import parity_batches
 from optin_deploy.network import TensorOutputs
-from optin_deploy.run.measure_stages import parity_batches
-from optin_deploy.search.costs import count_flops
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.tokens.near_ties import alternatives
 from profilers import RUNTIMES
 from profilers.isolated import Case, loads_for, measure_files

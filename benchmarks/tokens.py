@@ -43,12 +43,13 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import Network
-from optin_deploy.criteria.scoring import Scoring, score, token_damages
+from optin_deploy.criteria.scoring import Scoring, score
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import examine, remove_in_rounds
-from optin_deploy.search.costs import count_flops
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs
+from optin_deploy.tokens.damage import token_damages
 from optin_deploy.tokens.matching import Matching, merged
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from optin_deploy.errors import UserError as UserError
     from optin_deploy.models.checkpoint import load as load
     from optin_deploy.models.checkpoint import save as save
+    from optin_deploy.models.custom import custom_network as custom_network
     from optin_deploy.models.load import load_network as load_network
     from optin_deploy.network import Network as Network
-    from optin_deploy.network import custom_network as custom_network
     from optin_deploy.pruning.pruner import Pruned as Pruned
     from optin_deploy.report import Report as Report
     from optin_deploy.run.pipeline import prune_export as prune_export
@@ -70,7 +70,7 @@ _HOMES = {
     "UserError": "errors",
     "build_engine": "api",
     "compare": "api",
-    "custom_network": "network",
+    "custom_network": "models.custom",
     "export_onnx": "api",
     "from_batches": "data.calibration",
     "load": "models.checkpoint",

@@ -22,16 +22,19 @@ from optin_deploy.criteria import scoring as scorers
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
-from optin_deploy.export.command import write_onnx
 from optin_deploy.export.engines import build_engines, timing_cache, wanted_engines
-from optin_deploy.network import Network, custom_network
+from optin_deploy.export.onnx_file import export_files, write_onnx
+from optin_deploy.export.requirements import check_measurable, check_runtimes
+from optin_deploy.latency.tables import target_of
+from optin_deploy.models.custom import custom_network
+from optin_deploy.models.intake import validate
+from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning import pruner
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Batches, Pruned, Ridge, Tokens, examine, examine_as
-from optin_deploy.run.job import check_measurable, check_runtimes, target_of
-from optin_deploy.run.measure_stages import export_files
-from optin_deploy.run.profile import NetworkProfile, profile_network, profile_onnx
-from optin_deploy.search.costs import count_flops
+from optin_deploy.report.profile_view import NetworkProfile
+from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
 from optin_deploy.utils.progress import Stages, as_steps
@@ -113,7 +116,7 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
         Plan(blocks.0.attn: ..., blocks.0.mlp: ..., ...)
     """
     pruner.check_share(flops)
-    anatomy = examine_as(network.checked(), scores)
+    anatomy = examine_as(validate(network), scores)
     for group in anatomy.structure.groups:
         if group.name not in scores or len(scores[group.name]) != group.units:
             raise UserError(f"the scores are of another network: they have none for the {group.units} of {group.name}")
@@ -371,7 +374,7 @@ def compare(
         ONNX Runtime, batch 1: ...× [...–...]..., p50 ... -> ... ms, A/A noise ±... %, realised ...
     """
     variants = {
-        name: each.checked() if isinstance(each, Network) else each
+        name: validate(each) if isinstance(each, Network) else each
         for name, each in {"dense": dense, "pruned": pruned}.items()
     }
     networks = {name: each for name, each in variants.items() if isinstance(each, Network)}
@@ -428,7 +431,7 @@ def _network(given: Network | nn.Module, inputs: Mapping[str, Tensor] | None) ->
     if isinstance(given, Network):
         if inputs is not None:
             raise UserError("inputs= is for a module: a network has its own")
-        return given.checked()
+        return validate(given)
     if inputs is None:
         raise UserError(f"a {type(given).__name__} is no network of optin_deploy: give inputs=, a sample batch by name")
     return custom_network(given, inputs)

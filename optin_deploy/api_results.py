@@ -9,8 +9,8 @@ from torch import Tensor
 from exporters import EngineInfo, OutputParity, Precision
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.report import values
-from optin_deploy.report.notebook import html_of
 from optin_deploy.utils import formatting
+from optin_deploy.utils.display import html_of
 from profilers import Comparison, Measurement
 
 

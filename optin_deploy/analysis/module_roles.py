@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from optin_deploy.search.costs import flops_by_module
+from optin_deploy.nn.flops import flops_by_module
 from optin_deploy.structure.groups import Structure
 from optin_deploy.tokens.merging import MergingBlocks
 

@@ -266,8 +266,8 @@ def _profiled(given: dict[str, Any], progress: dict[str, Any]) -> tuple[Renderab
     # Wrong options are told before torch is loaded, which takes seconds.
     recipe = make_recipe(given)
 
-    from optin_deploy.report.profile import profile_view
-    from optin_deploy.run.profile import run_profile
+    from optin_deploy.report.profile_view import profile_view
+    from optin_deploy.run.network_profile import run_profile
 
     found = run_profile(recipe, **progress)
     return profile_view(recipe.model, found), found.to_dict()
@@ -278,8 +278,8 @@ def _tables(given: dict[str, Any], progress: dict[str, Any]) -> tuple[Renderable
 
     recipe = make_recipe(given) if given else None
 
-    from optin_deploy.report.profile import cache_view, table_view
-    from optin_deploy.run.profile import run_tables
+    from optin_deploy.report.profile_view import cache_view, table_view
+    from optin_deploy.run.network_profile import run_tables
     from profilers.latency_table import cache_folder, cached_settings
 
     if recipe is None:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from optin_deploy.compensation.linear_layers import LinearMap, is_inside, linear_maps
 from optin_deploy.compensation.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.distributed.ranks import own_indices, ranks_of
-from optin_deploy.network import Network, named_outputs
+from optin_deploy.network import Network
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.partial_forward import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.nn.unfold import (
     Conv,

@@ -24,7 +24,7 @@ from optin_deploy.compensation.linear_layers import is_inside
 from optin_deploy.compensation.refit import refit_maps
 from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
 from optin_deploy.network import Network
-from optin_deploy.search.costs import flops_by_module
+from optin_deploy.nn.flops import flops_by_module
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 

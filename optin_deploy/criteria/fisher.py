@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from optin_deploy.distributed.ranks import own_indices
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
+from optin_deploy.nn.freezing import frozen
 from optin_deploy.nn.partial_forward import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.nn.task_head import is_single
 from optin_deploy.nn.unfold import valid_rows
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import frozen, masked
+from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 
 # Label of positions that do not count, as in torch and transformers.

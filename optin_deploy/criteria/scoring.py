@@ -22,12 +22,10 @@ from optin_deploy.criteria.trajectory_loss import chunks, is_saturated
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.distributed.ranks import ranks_of, shared_like
 from optin_deploy.errors import UserError
-from optin_deploy.models.intake.modules import copyable
 from optin_deploy.network import Network
+from optin_deploy.nn.copies import copyable
 from optin_deploy.search.costs import Costs
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.tokens.schedule import Damages, damage_steps, damages
-from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.atomic_files import write_tensors
 
 Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
@@ -42,8 +40,6 @@ _EXACT_TOKENS = 3_000
 _CHUNKS = 4
 _CHUNK_TOKENS = 512
 _LONG, _LONG_TOKENS = 128, 256
-# Merging is tried on so many samples: it is run once for each block and number of tokens.
-_MERGED_SAMPLES = 32
 # Passes without derivatives are many: the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
 
@@ -227,52 +223,19 @@ def _reach(network: Network, structure: Structure, batches: Batches, scoring: Sc
     )
 
 
-def token_damages(
-    network: Network,
-    structure: Structure,
-    stack: TokenStack,
-    batches: Batches,
-    scoring: Scoring,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Damages:
-    """What merging tokens before each block costs, in the unit of the scores of trajectory-OBS on the same batches.
-
-    Only outputs are compared, since Gram matrices need all tokens; where scores have a manifold part as well, that is
-    as large over all units (`task_factors`), and is taken to be as large here.
-
-    Raises:
-        UserError: outputs do not count in these scores.
-    """
-    manifold, task = scoring.weights(network, structure)
-    if not task:
-        raise UserError("--task-weight 0: what merging tokens costs is measured at the outputs; give --tokens numbers")
+def output_factors(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring
+) -> tuple[Network, Mapping[str, float]]:
+    """Return the network as its derivatives are taken, and the factor of each output in its trajectory loss."""
     samples = _samples_at_once(network, structure, batches)
-    # What there is to be told, `score` has told.
+    # `score` has logged all that is to be logged.
     backward = replace(scoring, criterion="trajectory-obs")
     with plain_checkpoints(), _with_derivatives(network, structure, batches, backward, _nothing) as (ready, _):
-        factors = _factors(ready, structure, batches, chunks(batches[:1], samples)[0], scoring)
-    some = _merged_batches(batches)
-    found = damages(ready, structure, stack, some, factors, advance)
-    part = sum(map(_size, batches)) / sum(map(_size, some))
-    return Damages(found.tokens, found.loss * part * (1 + manifold / task))
+        return ready, _factors(ready, structure, batches, chunks(batches[:1], samples)[0], scoring)
 
 
 def _nothing(_: str) -> None:
     pass
-
-
-def token_steps(stack: TokenStack, batches: Batches) -> int:
-    """How often `token_damages` will advance its progress."""
-    return damage_steps(stack, len(_merged_batches(batches)))
-
-
-def _merged_batches(batches: Batches) -> Batches:
-    samples = 0
-    for index, batch in enumerate(batches):
-        samples += _size(batch)
-        if samples >= _MERGED_SAMPLES:
-            return batches[: index + 1]
-    return batches
 
 
 def _obs(

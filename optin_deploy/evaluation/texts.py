@@ -12,7 +12,8 @@ from optin_deploy.data.tables import Table, read_table
 from optin_deploy.data.texts import as_texts, check_texts, class_numbers_of, length, tell_cut
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.dataset import Dataset
-from optin_deploy.network import Network, named_outputs
+from optin_deploy.network import Network
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import EMBEDDING, FEATURES, Sentences, similarity, tell_default
 from optin_deploy.nn.task_head import answers, is_single
 

@@ -20,13 +20,12 @@ from exporters.triton_repository import Backend, Engine, model_file, triton_conf
 from exporters.trt_engine import EngineInfo
 from optin_deploy.config.recipe import Layout, Recipe, check_engine_options, check_layout
 from optin_deploy.data.calibration import Calibration, load_calibration
-from optin_deploy.errors import GateError
 from optin_deploy.export.engine_parity import check_engine_parity, is_checkable, unchecked
 from optin_deploy.export.engines import Wanted, engine_config, timing_cache, wanted_engines
+from optin_deploy.export.onnx_file import _passed, parity_batches, parity_tolerance, write_onnx
+from optin_deploy.export.requirements import check_pooling, check_runtimes
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.run.job import check_pooling, check_runtimes
-from optin_deploy.run.measure_stages import checked, lower, parity_batches, parity_tolerance
 from optin_deploy.utils.atomic_files import whole_directory
 from optin_deploy.utils.paths import check_new
 from optin_deploy.utils.progress import Stages
@@ -159,22 +158,6 @@ def _triton(
         text = triton_config(folders[backend].name, onnx, max(recipe.batch_sizes), sample, served_engine)
         (place / "config.pbtxt").write_text(text, encoding="utf-8")
     return parity, {name: found for name, found in engines.items() if found}
-
-
-def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:
-    """Write the ONNX file and check it; GateError where it is not what torch computes."""
-    with stages.stage("export ONNX"):
-        lower(network, path, recipe, samples.batches)
-    with stages.stage("check parity"):
-        return _passed(checked(network, path, samples.held_out, recipe))
-
-
-def _passed(parity: Parity, what: str = "") -> Parity:
-    """``parity``; GateError unless all of it is passed."""
-    failed = [f"{p.output} is off by {p.max_abs_error:.1e}{what}" for p in parity if not p.passed]
-    if failed:
-        raise GateError(f"parity: {'; '.join(failed)}; nothing is written (--parity-tolerance {parity[0].tolerance:g})")
-    return parity
 
 
 def _engine(

@@ -10,8 +10,8 @@ from exporters import OutputParity, check_engine, compare_outputs
 from exporters.trt_engine import Range, Shape
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engines import Wanted, wanted_engines
+from optin_deploy.export.requirements import is_measurable
 from optin_deploy.network import Network
-from optin_deploy.run.job import is_measurable
 from optin_deploy.tokens.near_ties import alternatives
 from profilers import infer_file, lacking_device
 

@@ -9,8 +9,7 @@ from exporters import BUILDERS, EngineConfig, ExportError, build_engine, check_e
 from exporters.trt_engine import Range, builder_version, device_name
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.network import Network
-from optin_deploy.run.run_directory import tell_kept
-from optin_deploy.utils.atomic_files import tell_written
+from optin_deploy.utils.atomic_files import tell_kept, tell_written
 from profilers.latency_table import cache_folder
 
 

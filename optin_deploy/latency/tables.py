@@ -26,12 +26,22 @@ from exporters import (
     trace,
 )
 from exporters.trt_engine import builder_version
+from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engines import timing_cache
 from optin_deploy.latency.block_stacks import BlockType, block_types, part_name, stack
 from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
-from profilers import GPU_RUNTIMES, RUNTIMES, Case, environment, loads_for, measure_each, measure_files
+from profilers import (
+    GPU_RUNTIMES,
+    RUNTIMES,
+    Case,
+    environment,
+    loads_for,
+    measure_each,
+    measure_files,
+    usable_cores,
+)
 from profilers.latency_table import LatencyTable, Row, check_cache, read_table, save_table, table_file
 from profilers.stats import paired_ratio
 
@@ -290,3 +300,17 @@ def _setting(kind: BlockType, target: Target) -> dict[str, Any]:
         "depth": _DEPTH,
         "block": kind.describe(),
     }
+
+
+def target_of(recipe: Recipe) -> Target:
+    """Where a latency budget of ``recipe`` holds, or would."""
+    threads = recipe.threads or usable_cores().physical
+    return Target(
+        recipe.target_runtime,
+        recipe.target_batch_size,
+        threads,
+        recipe.opset,
+        recipe.table_seconds,
+        recipe.seed,
+        recipe.precision,
+    )

@@ -35,7 +35,8 @@ from optin_deploy.models.sentence_files import read_sentence_files, sentences_of
 from optin_deploy.models.transformers_images import read_processor
 from optin_deploy.models.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.models.transformers_models import read_tokenizer
-from optin_deploy.network import Network, Source, named_outputs
+from optin_deploy.network import Network, Source
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import Sentences
 from optin_deploy.nn.task_head import HeadKind, head_of
 from optin_deploy.structure.canonicalize import prunable_form

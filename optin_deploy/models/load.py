@@ -11,6 +11,7 @@ from optin_deploy.data.preprocessing import TextPreprocessing
 from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint, timm_files, timm_models, transformers_models
 from optin_deploy.models.hub import cached_if_unreachable, read_origin
+from optin_deploy.models.intake import validate
 from optin_deploy.models.libraries import UNFIT, initialised, ready, reason
 from optin_deploy.models.model_directories import check_directory, file_told, variant_of, weights_in
 from optin_deploy.models.sentence_files import SentenceFiles, read_sentence_files, sentences_of
@@ -71,7 +72,7 @@ def load_network(
 
 def _checked(network: Network) -> Network:
     check_weights(network)
-    return network.checked()
+    return validate(network)
 
 
 def _with_text_length(network: Network, max_text_length: int | None) -> Network:

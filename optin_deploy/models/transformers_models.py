@@ -21,7 +21,8 @@ from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.models.sentence_files import SentenceFiles
 from optin_deploy.models.transformers_images import read_image_preprocessing
 from optin_deploy.models.weight_names import listed
-from optin_deploy.network import Network, Source, named_outputs
+from optin_deploy.network import Network, Source
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.task_head import HeadKind, head_of
 from optin_deploy.structure.canonicalize import prunable_form
 

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from optin_deploy.errors import UserError
+
 
 def copied(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy of ``module``. Tensors that a forward pass has left on it are copied without their graph: torch
@@ -33,3 +35,35 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 for leaf in tree_leaves(value):
                     if isinstance(leaf, Tensor):
                         yield where, leaf
+
+
+def copyable(module: nn.Module) -> nn.Module:
+    """``module``; UserError where it cannot be copied, which slicing does."""
+    try:
+        copied(module, sharing(module))
+    except Exception as error:  # whatever an attribute raises
+        where = next(_uncopyable(module), "an attribute")
+        why = "it holds a tensor with a graph; detach() that" if "graph leaves" in str(error) else line(error)
+        raise UserError(
+            f"{called(module)} cannot be copied because of {where} ({why}): keep it out of the module"
+        ) from error
+    return module
+
+
+def _uncopyable(module: nn.Module) -> Iterator[str]:
+    memo = {**sharing(module), **{id(part): part for part in module.modules()}}
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:  # whatever an attribute raises
+                yield f"{name}.{attribute}" if name else attribute
+
+
+def called(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def line(error: Exception) -> str:
+    told = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -12,14 +12,16 @@ from optin_deploy.compensation.classifier import refit_classifier
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.compensation.ridge import STRENGTHS
 from optin_deploy.compensation.sparsity import sparsify
-from optin_deploy.criteria.scoring import Scoring, score, token_damages
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.errors import UserError
+from optin_deploy.models.intake import validate
 from optin_deploy.models.intake.inputs import check_batches
 from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.verify_plan import check_cut
-from optin_deploy.search.costs import CostModel, Costs, count_flops, flop_costs
+from optin_deploy.search.costs import CostModel, Costs, flop_costs
 from optin_deploy.search.knapsack import Budget, check_budget, search, search_all
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.groups import Group, Structure
@@ -27,10 +29,12 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.structure.unpruned import UNCOUNTED, never_pruned, unpruned
 from optin_deploy.tokens.costs import token_costs
+from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.find_stack import token_stack
 from optin_deploy.tokens.merging import with_merging
-from optin_deploy.tokens.schedule import Damages, best_schedule, share_schedule
+from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
+from optin_deploy.utils.display import html_of, kept_view
 
 Batches = Sequence[Mapping[str, Tensor]]
 Advance = Callable[[float], None]
@@ -70,9 +74,6 @@ class Pruned:
         return f"<Pruned {self.network.source.name}: {share:.3f} of its FLOPs, {parameters:,} parameters>"
 
     def _repr_html_(self) -> str:
-        from optin_deploy.report.notebook import html_of
-        from optin_deploy.report.values import kept_view
-
         kept = {group.name: len(self.plan.kept.get(group.name, range(group.units))) for group in self._groups}
         return html_of(kept_view(repr(self)[1:-1], [(g.name, g.kind, g.units, kept[g.name]) for g in self._groups]))
 
@@ -99,7 +100,7 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
 
 def ready(network: Network, batches: Batches) -> Network:
     """The network as `Network.checked` puts it right; UserError where it cannot be pruned, or not on ``batches``."""
-    found = network.checked()
+    found = validate(network)
     check_batches(found.module, found.inputs, batches)
     if len(batches):
         with torch.no_grad():

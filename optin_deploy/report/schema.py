@@ -422,8 +422,8 @@ class Report(_Value):
         return repr(self)
 
     def _repr_html_(self) -> str:
-        from optin_deploy.report.notebook import framed
         from optin_deploy.report.web_page import render
+        from optin_deploy.utils.display import framed
 
         return framed(render(self))
 

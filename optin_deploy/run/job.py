@@ -3,14 +3,13 @@
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from exporters import ExportError, check_builder, check_opset
 from optin_deploy.compensation.sparsity import can_be_sparse
 from optin_deploy.config.recipe import Recipe, check_options
 from optin_deploy.criteria.fisher import check_head
@@ -18,26 +17,19 @@ from optin_deploy.criteria.scoring import Scoring, check_reach
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.images import Dataset, load_dataset
-from optin_deploy.export.engines import engine_config, wanted_engines
-from optin_deploy.latency.tables import Target
+from optin_deploy.export.requirements import check_pooling, check_runtimes
+from optin_deploy.latency.tables import Target, target_of
 from optin_deploy.models import checkpoint
+from optin_deploy.models.intake import validate
 from optin_deploy.models.intake.inputs import check_batches
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.nn.sentence_embeddings import tell_default
 from optin_deploy.pruning.pruner import Anatomy, examine
 from optin_deploy.run import run_directory
 from optin_deploy.search.knapsack import check_budget
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import MergingBlocks
 from profilers import (
-    GPU_RUNTIMES,
-    ORT_PROVIDERS,
-    RUNTIMES,
-    ProfilingError,
-    check_provider,
-    lacking_device,
-    lacking_precision,
     usable_cores,
 )
 
@@ -73,20 +65,6 @@ def scoring_of(recipe: Recipe) -> Scoring:
     return Scoring(recipe.criterion, recipe.scorer, recipe.probes, recipe.task_weight, recipe.seed)
 
 
-def target_of(recipe: Recipe) -> Target:
-    """Where a latency budget of ``recipe`` holds, or would."""
-    threads = recipe.threads or usable_cores().physical
-    return Target(
-        recipe.target_runtime,
-        recipe.target_batch_size,
-        threads,
-        recipe.opset,
-        recipe.table_seconds,
-        recipe.seed,
-        recipe.precision,
-    )
-
-
 def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibration | None = None) -> Job:
     """Read and check all inputs of a run; UserError for the first thing that is wrong."""
     check_options(recipe)
@@ -94,7 +72,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     device = _device(recipe.device)
     earlier = Plan({})
     if network is not None:
-        network = network.checked()
+        network = validate(network)
     else:
         network = load_network(
             recipe.model,
@@ -177,68 +155,6 @@ def _has_pairs(recipe: Recipe) -> bool:
     """Whether calibration inputs are pairs of texts, or ready tensors."""
     tensors = recipe.calibration is not None and recipe.calibration.suffix.lower() in (".npz", ".safetensors")
     return tensors or "+" in (recipe.calibration_column or "")
-
-
-def check_pooling(network: Network) -> None:
-    """Raise UserError where there is nothing to pool to sentence embeddings; log where nothing says how."""
-    network.with_pooling()
-    if network.sentences is None:
-        tell_default(network.source.name)
-
-
-def check_runtimes(recipe: Recipe) -> None:
-    """Raise UserError unless what ``recipe`` measures with is here: runtimes, their devices, cores for its threads."""
-    _check_threads(recipe.threads)
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise UserError("onnxruntime is not installed: pip install 'optin-deploy[cpu]' (or [gpu] for a CUDA machine)")
-    runtimes = recipe.measured_runtimes
-    # Engines can be built without a GPU, perhaps.
-    on_gpu = [runtime for runtime in runtimes if runtime in GPU_RUNTIMES and RUNTIMES[runtime] != "engine"]
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--runtimes {','.join(runtimes)}: no CUDA device is present")
-    for runtime in runtimes:
-        if lacking := lacking_precision(runtime, recipe.precision):
-            raise UserError(f"--precision {recipe.precision}: {lacking}; take fp16 or fp32")
-    for wanted in wanted_engines(recipe):
-        try:
-            check_builder(engine_config(recipe, wanted.runtime))
-            check_opset(wanted.runtime, recipe.opset)
-        except ExportError as error:
-            raise UserError(f"--runtimes {','.join(runtimes)}: {error}") from error
-    if recipe.needs_table:
-        check_measurable(recipe.target_runtime)
-    _check_providers(runtimes)
-
-
-def _check_threads(threads: int | None) -> None:
-    """Raise UserError for more threads than this process has cores: they take turns, and runs come out bimodal."""
-    cores = usable_cores().logical
-    if threads is not None and threads > cores:
-        raise UserError(
-            f"--threads {threads}: this process may use only {cores} of the cores (affinity or container limit), and "
-            f"threads that wait for one spoil every latency; give {cores} or less"
-        )
-
-
-def _check_providers(runtimes: Iterable[str]) -> None:
-    """Raise UserError unless onnxruntime can start what ``runtimes`` run on."""
-    for runtime in runtimes:
-        if provider := ORT_PROVIDERS.get(runtime):
-            try:
-                check_provider(provider)
-            except ProfilingError as error:
-                raise UserError(f"{runtime}: {error}") from error
-
-
-def check_measurable(runtime: str) -> None:
-    """Raise UserError where engines can be built for ``runtime`` but nothing can run them."""
-    if not is_measurable(runtime):
-        raise UserError(f"--runtime {runtime}: {lacking_device(runtime)}; it cannot be measured here")
-
-
-def is_measurable(runtime: str) -> bool:
-    """Whether there is a device for ``runtime``."""
-    return not lacking_device(runtime)
 
 
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.criteria.scoring import save_scores, score, scoring_steps, token_damages, token_steps
+from optin_deploy.criteria.scoring import save_scores, score, scoring_steps
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.distributed.torchrun import joined, launched_ranks, local_device
@@ -42,7 +42,7 @@ from optin_deploy.run.report_builder import VARIANTS, again, assemble
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
-from optin_deploy.tokens.schedule import Damages
+from optin_deploy.tokens.damage import Damages, token_damages, token_steps
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.atomic_files import remove_partial, write_text
 from optin_deploy.utils.paths import regular

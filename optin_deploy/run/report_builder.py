@@ -14,9 +14,9 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engine_parity import unchecked
 from optin_deploy.export.engines import wanted_engines
 from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.report import Report
 from optin_deploy.run.job import VERSION, Job
-from optin_deploy.search.costs import count_flops
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.unpruned import unpruned

@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.errors import UserError
-from optin_deploy.utils.atomic_files import is_partial, remove_partial, write_text
+from optin_deploy.utils.atomic_files import is_partial, remove_partial, tell_kept, write_text
 from optin_deploy.utils.paths import check_place, regular
 from optin_deploy.utils.signals import kept_in
 
@@ -215,9 +214,3 @@ def read_json(path: Path) -> Any:
         return json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is damaged: remove it, and it is made again") from None
-
-
-def tell_kept(path: Path) -> None:
-    """Log that what an earlier run of the same directory has made is taken, and when that was."""
-    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
-    logger.info("%s is kept from an earlier run, of %s", path, made)

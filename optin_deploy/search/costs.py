@@ -4,13 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from optin_deploy.nn.flops import flops_by_module
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.masking import frozen
 from optin_deploy.structure.plan import Plan
 
 
@@ -93,11 +90,6 @@ def kept_size(costs: _Sized, plan: Plan, group: str) -> tuple[int, int | None]:
     return kept(group), kept(costs.widths[group]) if group in costs.widths else None
 
 
-def count_flops(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """FLOPs of one forward pass for one sample of ``inputs`` (its first)."""
-    return sum(flops_by_module(module, inputs).get("Global", {}).values())
-
-
 def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> Costs:
     """`Costs` of ``module`` for one sample of ``inputs``, from one counted forward pass."""
     counts = flops_by_module(module, inputs)
@@ -116,22 +108,3 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
     }
     total = sum(counts.get("Global", {}).values())
     return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths, shared)
-
-
-def flops_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, dict[object, int]]:
-    """FLOPs by kind of operator: of every submodule under ``CLASS.name``, with CLASS the module's, and all "Global"."""
-    sample = {name: value[:1] for name, value in inputs.items()}
-    # The plain attention is counted on every device alike; fused kernels are not all known to the counter.
-    # Frozen, because the counter follows everything that could have a gradient.
-    with frozen(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(**sample)
-    counts = counter.get_flop_counts()
-    names: dict[int, list[str]] = {}
-    for name, submodule in module.named_modules(remove_duplicate=False):
-        names.setdefault(id(submodule), []).append(f"{type(module).__name__}.{name}")
-    # Of the names of one module, the counter takes the last.
-    for first, *others in names.values():
-        counted = next((counts[name] for name in (first, *others) if name in counts), None)
-        if others and counted is not None:
-            counts[first] = counted
-    return counts

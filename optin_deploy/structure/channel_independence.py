@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.network import named_outputs
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.structure.residual import Call, same_tensor
 
 

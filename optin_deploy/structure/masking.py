@@ -11,19 +11,6 @@ from optin_deploy.structure.groups import Group, Structure
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for parameters while the context lasts."""
-    wanted = [p for p in module.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Multiply the activations of units by ``masks`` while the context lasts.
 

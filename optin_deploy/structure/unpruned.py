@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from optin_deploy.nn.flops import flops_by_module
 from optin_deploy.nn.unfold import Conv
-from optin_deploy.search.costs import flops_by_module
 from optin_deploy.structure.adapters.conv_channels import LEAKING
 from optin_deploy.structure.between_layers import obstacle
 from optin_deploy.structure.groups import Structure

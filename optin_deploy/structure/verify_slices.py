@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.network import named_outputs
 from optin_deploy.nn.copies import copied
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.slicing import features_of, layer_size

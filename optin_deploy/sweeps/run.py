@@ -11,10 +11,11 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.config.sweep_plan import Budgets, Planned, as_yaml, plan
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
+from optin_deploy.export.requirements import check_measurable
 from optin_deploy.network import Network
 from optin_deploy.report import Report, read_report
 from optin_deploy.run import run_directory
-from optin_deploy.run.job import VERSION, Job, check_measurable, prepare
+from optin_deploy.run.job import VERSION, Job, prepare
 from optin_deploy.run.latency_stage import check_latency, latency_tables
 from optin_deploy.run.pipeline import prune_export
 from optin_deploy.sweeps.report_builder import assemble

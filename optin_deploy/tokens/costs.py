@@ -6,7 +6,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from optin_deploy.search.costs import Costs, flops_by_module, kept_size
+from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.search.costs import Costs, kept_size
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.matching import comparing_flops, merging_flops

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,3 +116,9 @@ def tell_written(path: Path) -> None:
     """Log a file's size; not of one in a directory that is not whole yet, which `whole_directory` tells of."""
     if not path.parent.name.startswith("."):
         logger.info("wrote %s, %s", path, decimal(path.stat().st_size))
+
+
+def tell_kept(path: Path) -> None:
+    """Log that what an earlier run of the same directory has made is taken, and when that was."""
+    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
+    logger.info("%s is kept from an earlier run, of %s", path, made)

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-from optin_deploy.report.schema import Interval
+
+class Interval(Protocol):
+    """An interval of a figure."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 from bad_input.common import LONG, Material, Row, pipe, pruning
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.latency.block_stacks import block_types
-from optin_deploy.latency.tables import _setting
+from optin_deploy.latency.tables import _setting, target_of
 from optin_deploy.models.load import load_network
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.run.job import target_of
 from profilers.latency_table import table_file
 
 AGAIN = [*pruning("shallow", "--calibration", "images"), "--output", "run"]

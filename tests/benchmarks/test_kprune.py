@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from benchmarks.rivals import kprune
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.search.costs import count_flops
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced

@@ -19,7 +19,7 @@ from realised_ratio import OURS, THEIRS, Row
 from exporters import onnx_from_program, trace
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.network import Network, TensorOutputs
-from optin_deploy.search.costs import count_flops
+from optin_deploy.nn.flops import count_flops
 from profilers.stats import Interval
 
 needs_torch_pruning = pytest.mark.skipif(not torch_pruned.installed(), reason="torch-pruning is not installed")

@@ -11,7 +11,8 @@ from tiny_models import bert_config, classifier
 from transformers import BertModel
 
 from exporters import onnx_from_program, save_program, trace
-from optin_deploy.network import Network, TensorOutputs, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network, TensorOutputs
 from profilers import ProfilingError
 from profilers.layer_profilers import Operator
 from profilers.layer_profilers.ort import node_paths, node_times

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.models.intake.forwards import counted_outputs, run_samples
 from optin_deploy.models.intake.inputs import plain_inputs
-from optin_deploy.models.intake.modules import CAST, called, check_parameters, copyable, own_module
-from optin_deploy.nn.copies import copied, kept_tensors, sharing
+from optin_deploy.models.intake.modules import CAST, check_parameters, own_module
+from optin_deploy.network import Network
+from optin_deploy.nn.copies import called, copied, copyable, kept_tensors, sharing
 from optin_deploy.nn.outputs import unfit, unused
+from optin_deploy.nn.sentence_embeddings import FEATURES
 from optin_deploy.structure.canonicalize import prunable_form
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,15 @@ def take_in(given: object, inputs: object) -> Taken:
     return Taken(module, sample, outputs, tuple(notes))
 
 
-def check_network(
+def validate(network: Network) -> Network:
+    """Return the network with what `check_module` puts right; UserError where it cannot be pruned."""
+    # Sentence embeddings are made of token features, after the module.
+    outputs = {FEATURES: FEATURES} if network.pools else network.outputs
+    module = check_module(network.module, network.inputs, outputs, network.notes)
+    return network if module is network.module else network.with_module(module)
+
+
+def check_module(
     module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, str], known: Collection[str] = ()
 ) -> nn.Module:
     """The module of a network that exists, with what `put_right` mends; see `Taken` for ``outputs``.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from optin_deploy.errors import UserError
-from optin_deploy.models.intake.modules import called, copyable, line
+from optin_deploy.nn.copies import called, copyable, line
 from optin_deploy.nn.outputs import all_outputs, unfit
 
 # How far an output may move between two runs, relative to its norm, as kernels that add in any order let it.

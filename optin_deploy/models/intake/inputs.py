@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optin_deploy.errors import UserError
-from optin_deploy.models.intake.modules import called, line
+from optin_deploy.nn.copies import called, line
 
 # Values of all sample inputs together: a checkpoint records no larger ones.
 MOST_VALUES = 1 << 27

@@ -1,15 +1,12 @@
 """Whether a module is of a kind that can be pruned: its class, its parameters, what it holds."""
 
-import copy
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.copies import copied, sharing
+from optin_deploy.nn.copies import called
 
 # What parameters are cast from, to float32.
 CAST = (torch.float16, torch.bfloat16, torch.float64)
@@ -85,35 +82,3 @@ def _unfit_parameter(parameter: Tensor) -> str | None:
 
 def _kind(value: object) -> str:
     return type(value).__name__
-
-
-def copyable(module: nn.Module) -> nn.Module:
-    """``module``; UserError where it cannot be copied, which slicing does."""
-    try:
-        copied(module, sharing(module))
-    except Exception as error:  # whatever an attribute raises
-        where = next(_uncopyable(module), "an attribute")
-        why = "it holds a tensor with a graph; detach() that" if "graph leaves" in str(error) else line(error)
-        raise UserError(
-            f"{called(module)} cannot be copied because of {where} ({why}): keep it out of the module"
-        ) from error
-    return module
-
-
-def _uncopyable(module: nn.Module) -> Iterator[str]:
-    memo = {**sharing(module), **{id(part): part for part in module.modules()}}
-    for name, part in module.named_modules():
-        for attribute, value in vars(part).items():
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:  # whatever an attribute raises
-                yield f"{name}.{attribute}" if name else attribute
-
-
-def called(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def line(error: Exception) -> str:
-    told = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {told}" if told else type(error).__name__

@@ -36,8 +36,8 @@ from optin_deploy.analysis.module_roles import (
     own_flops,
     places,
 )
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.report.schema import LayerAccount
-from optin_deploy.search.costs import count_flops
 from optin_deploy.structure.describe import describe
 from profilers.layer_times import LayerProfile, LayerRow
 

@@ -8,7 +8,8 @@ from tiny_models import resnet_network
 from torch import nn
 
 from optin_deploy.compensation.batchnorm import reestimate
-from optin_deploy.network import Network, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine, prune, remove
 from optin_deploy.structure.plan import Plan
 

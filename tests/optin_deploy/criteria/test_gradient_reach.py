@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria.gradient_reach import find_reach
 from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored, watched
-from optin_deploy.criteria.scoring import Scoring, score, token_damages
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.criteria.trajectory_loss import is_saturated
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
@@ -23,6 +23,7 @@ from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
+from optin_deploy.tokens.damage import token_damages
 
 Call = Callable[..., Any]
 

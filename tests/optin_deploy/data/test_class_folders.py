@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from optin_deploy.data.labels import class_number, class_numbers
 from optin_deploy.errors import UserError
 from optin_deploy.models import transformers_models as library
-from optin_deploy.network import Network, Source, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network, Source
 
 NATURAL = sorted(map(str, range(12)), key=int)
 

@@ -9,11 +9,12 @@ from together import together
 from torch import Tensor
 
 from optin_deploy.criteria import scoring
-from optin_deploy.criteria.scoring import Criterion, Scoring, score, token_damages
+from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared, own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.pruner import make_sparse, prune
 from optin_deploy.search.costs import flop_costs
+from optin_deploy.tokens.damage import token_damages
 from optin_deploy.tokens.find_stack import token_stack
 
 WAYS = [

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from optin_deploy.data.preprocessing import ImagePreprocessing
 from optin_deploy.evaluation.agreement import agreement, correlation
 from optin_deploy.evaluation.example_images import MOST, is_map, pictures
-from optin_deploy.network import Network, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network
 
 
 class Maps(nn.Module):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
+from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
-from optin_deploy.network import Network, custom_network
+from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced

@@ -24,7 +24,9 @@ from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
-from optin_deploy.network import Network, Source, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.models.intake import validate
+from optin_deploy.network import Network, Source
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.run import job
 
@@ -311,7 +313,7 @@ def test_hooks_of_the_user_are_told_and_kept() -> None:
 def test_changes_to_a_buffer_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     network = custom_network(made(Counting), sample())
     assert network.notes == ("Its forward changes calls: what that holds is part of the pruned network.",)
-    network.checked()
+    validate(network)
     prune(network, batches(), 0.7, align=1)
     assert caplog.text.count("changes calls") == 1
 

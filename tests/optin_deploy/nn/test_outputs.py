@@ -17,7 +17,7 @@ from optin_deploy import api
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.models import checkpoint, transformers_inputs
-from optin_deploy.network import custom_network
+from optin_deploy.models.custom import custom_network
 from optin_deploy.nn.outputs import named_outputs, unfit
 from optin_deploy.pruning.pruner import prune
 

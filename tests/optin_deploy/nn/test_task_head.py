@@ -25,8 +25,9 @@ from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.example_images import is_map, pictures
 from optin_deploy.evaluation.images import load_dataset
 from optin_deploy.models import checkpoint, timm_models, transformers_models
+from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
-from optin_deploy.network import Network, Source, custom_network
+from optin_deploy.network import Network, Source
 from optin_deploy.nn.task_head import HeadKind, answers, class_axis, head_of
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.report import read_report, wording

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from optin_deploy.criteria.scoring import Criterion, Scorer, Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Pruned, examine, next_step, prune, remove, remove_more
-from optin_deploy.search.costs import count_flops
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 

@@ -17,7 +17,8 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.errors import GateError
-from optin_deploy.network import Network, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network
 from optin_deploy.pruning import pruner, verify_plan
 from optin_deploy.pruning.pruner import examine, prune, prune_to
 from optin_deploy.pruning.verify_plan import check_cut

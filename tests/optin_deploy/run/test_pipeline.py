@@ -21,13 +21,13 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.report import read_report
 from optin_deploy.run import job, measure_stages, pipeline
 from optin_deploy.run.pipeline import Result, prune_export
 from optin_deploy.run.report_builder import _weights
-from optin_deploy.search.costs import count_flops
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from profilers.environment import Cores

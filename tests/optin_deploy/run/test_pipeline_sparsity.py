@@ -16,7 +16,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
-from optin_deploy.network import custom_network
+from optin_deploy.models.custom import custom_network
 from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
 from optin_deploy.run import pipeline

@@ -19,8 +19,8 @@ from optin_deploy.models import checkpoint
 from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
 from optin_deploy.run import pipeline
+from optin_deploy.run.network_profile import run_profile
 from optin_deploy.run.pipeline import Result, prune_export
-from optin_deploy.run.profile import run_profile
 from optin_deploy.tokens.merging import MergingBlocks
 
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}

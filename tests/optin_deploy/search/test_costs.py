@@ -3,7 +3,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optin_deploy.search.costs import count_flops, flop_costs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optin_deploy.errors import UserError
-from optin_deploy.search.costs import Costs, count_flops, flop_costs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.search.costs import Costs, flop_costs
 from optin_deploy.search.knapsack import (
     BUDGET_WINDOW,
     Budget,

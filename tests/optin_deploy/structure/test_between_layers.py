@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.network import custom_network
+from optin_deploy.models.custom import custom_network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.unpruned import unpruned

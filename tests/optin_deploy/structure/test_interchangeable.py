@@ -19,7 +19,8 @@ from optin_deploy.errors import UserError
 from optin_deploy.latency.block_stacks import block_types, stack
 from optin_deploy.latency.tables import _points
 from optin_deploy.models import checkpoint
-from optin_deploy.network import Network, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.search.knapsack import candidate_sizes

@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch
 
+from optin_deploy.nn.freezing import frozen
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
-from optin_deploy.structure.masking import frozen, masked
+from optin_deploy.structure.masking import masked
 
 
 def outputs(masks: dict[str, torch.Tensor], batch: tiny.Batch, name: str = "bert") -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from optin_deploy.compensation.linear_layers import linear_maps
 from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
-from optin_deploy.network import custom_network
+from optin_deploy.models.custom import custom_network
 from optin_deploy.pruning import pruner
 from optin_deploy.structure.canonicalize import prunable_form
 from optin_deploy.structure.describe import describe

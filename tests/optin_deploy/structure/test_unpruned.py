@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.search.costs import count_flops, flop_costs
+from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.unpruned import Unpruned, unpruned
 

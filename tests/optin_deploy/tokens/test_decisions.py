@@ -13,10 +13,10 @@ from torch import Tensor
 
 from exporters import Precision
 from optin_deploy.config.recipe import Recipe
+from optin_deploy.export.onnx_file import checked, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.run.measure_stages import checked, export_files
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.choices import Choice, chosen, regret
 from optin_deploy.tokens.decisions import decision_names

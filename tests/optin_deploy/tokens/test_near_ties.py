@@ -11,10 +11,10 @@ from tiny_models import POSITIONS, classifier, save_bert
 from torch import Tensor, nn
 
 from optin_deploy.config.recipe import Recipe
+from optin_deploy.export.onnx_file import checked, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.run.measure_stages import checked, export_files
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.near_ties import NudgedBlocks, alternatives

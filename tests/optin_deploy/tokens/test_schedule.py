@@ -13,14 +13,15 @@ from torch import Tensor
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import Anatomy, examine, prune
-from optin_deploy.search.costs import count_flops
 from optin_deploy.search.knapsack import Budget, kept_score, search_all
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens import schedule
 from optin_deploy.tokens.costs import TokenCosts, token_costs
+from optin_deploy.tokens.damage import Damages, damages
 from optin_deploy.tokens.merging import with_merging
-from optin_deploy.tokens.schedule import Damages, best_schedule, damages, share_schedule
+from optin_deploy.tokens.schedule import best_schedule, share_schedule
 
 TEMPERATURE = 4.0
 

@@ -16,8 +16,10 @@ from transformers.models.vit import modeling_vit
 
 from exporters import onnx_from_program, trace
 from optin_deploy.errors import UserError
-from optin_deploy.network import TensorOutputs, named_outputs
-from optin_deploy.search.costs import count_flops, flop_costs
+from optin_deploy.network import TensorOutputs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.nn.outputs import named_outputs
+from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan

@@ -19,8 +19,8 @@ from optin_deploy.latency.block_stacks import block_types, stack
 from optin_deploy.latency.tables import _points
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine, prune
-from optin_deploy.search.costs import count_flops
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.masking import masked

@@ -23,9 +23,10 @@ from optin_deploy.compensation.refit import compensate
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.latency.block_stacks import block_types, stack
 from optin_deploy.models import checkpoint
-from optin_deploy.network import Network, TensorOutputs, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine, prune
-from optin_deploy.search.costs import count_flops
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.masking import masked

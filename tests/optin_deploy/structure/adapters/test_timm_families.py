@@ -17,8 +17,9 @@ from torch import nn
 import optin_deploy
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import Anatomy, examine
-from optin_deploy.search.costs import count_flops, flop_costs
+from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.masking import masked

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from exporters import onnx_from_program, trace
 from optin_deploy.models import checkpoint
-from optin_deploy.network import Network, TensorOutputs, custom_network
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine, prune
-from optin_deploy.search.costs import count_flops
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.adapters.torch_attention import Attention, through_modules
 from optin_deploy.structure.describe import describe

@@ -13,8 +13,9 @@ from exporters.onnx_writer import onnx_from_program, trace
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import prune
-from optin_deploy.search.costs import count_flops, flop_costs
+from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.masking import masked

@@ -1,6 +1,7 @@
 """A network's profile and its latency tables for the terminal, within 100 columns."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -8,8 +9,93 @@ from rich.table import Table
 from rich.text import Text
 
 from optin_deploy.report import wording
-from optin_deploy.run.profile import NetworkProfile, PartTable, TableView
 from optin_deploy.utils import formatting
+from optin_deploy.utils.display import html_of
+from profilers.stats import Summary
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """A part of the network (attention, FFN, …) and what it takes of one run, in milliseconds."""
+
+    name: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class NetworkProfile:
+    """The latency of one network.
+
+    ``parts`` are scaled so that they sum to the median, with what no operator takes as "between operators"; none where
+    the runtime has no profile by layer.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    summary: Summary
+    parts: tuple[PartTime, ...]
+
+    @property
+    def throughput_per_s(self) -> float:
+        """All samples ÷ the time of all runs, in seconds."""
+        return 1000 * self.batch_size / self.summary.mean_ms
+
+    def __repr__(self) -> str:
+        return f"<NetworkProfile {profile_line(self)}>"
+
+    def _repr_html_(self) -> str:
+        return html_of(profile_view("network", self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict whose keys are the attributes."""
+        return {**asdict(self), "throughput_per_s": self.throughput_per_s}
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """A size of a part of a block: milliseconds that the block takes with it, and whether a search takes it.
+
+    ``spread`` is half the middle half of its samples, relative to their median.
+    """
+
+    units: int
+    width: int | None
+    block_ms: float
+    of_dense: float
+    spread: float
+    edge: bool
+
+
+@dataclass(frozen=True)
+class PartTable:
+    """The sizes of one part of one type of block; ``blocks`` are how many of the network's are of that type."""
+
+    block: str
+    blocks: int
+    part: str
+    dense_block_ms: float
+    rows: tuple[SizeRow, ...]
+
+
+@dataclass(frozen=True)
+class TableView:
+    """The latency tables of a network: its dense latency, what is left with every unit removed, and every part's sizes.
+
+    ``dense_ms``, ``floor_ms`` are of now, the tables' own figures of when they were measured.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    dense_ms: float
+    floor_ms: float
+    cached: int
+    parts: tuple[PartTable, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict whose keys are the attributes."""
+        return asdict(self)
 
 
 def profile_view(name: str, profile: NetworkProfile) -> Group:

@@ -15,9 +15,9 @@ from rich.console import Console, RenderableType
 from optin_deploy.analysis.module_roles import ATTENTION, FFN, PARTS
 from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.report.profile import profile_view, table_view
-from optin_deploy.run import profile
-from optin_deploy.run.profile import NetworkProfile, TableView, run_profile, run_tables
+from optin_deploy.report.profile_view import NetworkProfile, TableView, profile_view, table_view
+from optin_deploy.run import network_profile
+from optin_deploy.run.network_profile import run_profile, run_tables
 from profilers.latency_table import cache_folder, cached_settings
 
 QUICK: dict[str, Any] = {"batch_size": 2, "threads": 1, "profile_seconds": 0.5, "table_seconds": 0.3}
@@ -78,7 +78,7 @@ def test_a_profile_as_text(profiled: NetworkProfile) -> None:
 
 
 def test_a_runtime_without_layers_says_so(shallow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "LAYER_RUNTIMES", ())
+    monkeypatch.setattr(network_profile, "LAYER_RUNTIMES", ())
     found = run_profile(Recipe(model=shallow, **QUICK), quiet=True)
     assert found.parts == ()
     assert "has no profile by layer" in shown(profile_view("shallow", found))

@@ -1,7 +1,6 @@
 """One network measured as it is: its latency, the part of it that each kind of layer takes, and its latency tables."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,108 +10,20 @@ from rich.console import Console
 
 from optin_deploy.analysis.module_roles import PARTS, merging_places, places
 from optin_deploy.config.recipe import Recipe
+from optin_deploy.export.requirements import check_measurable, check_runtimes
 from optin_deploy.latency.block_stacks import part_name
 from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.latency.tables import Target, export_network, measure_network, target_of
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.run.job import check_measurable, check_runtimes, target_of
+from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
 from optin_deploy.utils.progress import Advance, Stages, as_steps
 from profilers import LAYER_RUNTIMES, layer_profile, measure_files
 from profilers.layer_times import OTHER, LayerRow
-from profilers.stats import Summary, summarise
+from profilers.stats import summarise
 
 BETWEEN = "between operators"
-
-
-@dataclass(frozen=True)
-class PartTime:
-    """A part of the network (attention, FFN, …) and what it takes of one run, in milliseconds."""
-
-    name: str
-    ms: float
-
-
-@dataclass(frozen=True)
-class NetworkProfile:
-    """The latency of one network.
-
-    ``parts`` are scaled so that they sum to the median, with what no operator takes as "between operators"; none where
-    the runtime has no profile by layer.
-    """
-
-    runtime: str
-    batch_size: int
-    threads: int
-    summary: Summary
-    parts: tuple[PartTime, ...]
-
-    @property
-    def throughput_per_s(self) -> float:
-        """All samples ÷ the time of all runs, in seconds."""
-        return 1000 * self.batch_size / self.summary.mean_ms
-
-    def __repr__(self) -> str:
-        from optin_deploy.report.profile import profile_line
-
-        return f"<NetworkProfile {profile_line(self)}>"
-
-    def _repr_html_(self) -> str:
-        from optin_deploy.report.notebook import html_of
-        from optin_deploy.report.profile import profile_view
-
-        return html_of(profile_view("network", self))
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
-        return {**asdict(self), "throughput_per_s": self.throughput_per_s}
-
-
-@dataclass(frozen=True)
-class SizeRow:
-    """A size of a part of a block: milliseconds that the block takes with it, and whether a search takes it.
-
-    ``spread`` is half the middle half of its samples, relative to their median.
-    """
-
-    units: int
-    width: int | None
-    block_ms: float
-    of_dense: float
-    spread: float
-    edge: bool
-
-
-@dataclass(frozen=True)
-class PartTable:
-    """The sizes of one part of one type of block; ``blocks`` are how many of the network's are of that type."""
-
-    block: str
-    blocks: int
-    part: str
-    dense_block_ms: float
-    rows: tuple[SizeRow, ...]
-
-
-@dataclass(frozen=True)
-class TableView:
-    """The latency tables of a network: its dense latency, what is left with every unit removed, and every part's sizes.
-
-    ``dense_ms``, ``floor_ms`` are of now, the tables' own figures of when they were measured.
-    """
-
-    runtime: str
-    batch_size: int
-    threads: int
-    dense_ms: float
-    floor_ms: float
-    cached: int
-    parts: tuple[PartTable, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
-        return asdict(self)
 
 
 def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> NetworkProfile:
