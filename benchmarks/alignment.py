@@ -63,7 +63,7 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
     anatomy = examine(network)
     dense, scores = scored(network, anatomy, calibration.batches)
     target = Target(given.runtime, size, given.threads)
-    edges = edges_of(anatomy.structure, measure_network(network, anatomy.structure, target, lambda _: None))
+    edges = edges_of(anatomy.structure, measure_network(network, anatomy.structure, target))
     budget = [Budget(anatomy.costs, FLOPS)]
     plans = {str(step): search_all(anatomy.structure, scores, budget, step) for step in STEPS}
     plans["auto"] = search_all(anatomy.structure, scores, budget, 8, edges)

@@ -72,7 +72,7 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     in_bases, scores = scored(network, anatomy, case.batches)
     target = Target(given.runtime, size, given.threads, seed=seed)
     structure, total = anatomy.structure, anatomy.costs.total
-    measured = measure_network(network, structure, target, lambda _: None)
+    measured = measure_network(network, structure, target)
     rows = []
     for flops in (float(f) for f in given.flops.split(",")):
         plan = search(structure, scores, anatomy.costs, flops, 64)

@@ -197,7 +197,7 @@ def measure(given: argparse.Namespace) -> None:
         for size in (int(s) for s in given.batch_sizes.split(",")):
             target = Target(given.runtime, size, given.threads)
             start = perf_counter()
-            measured = measure_network(network, anatomy.structure, target, lambda _: None)
+            measured = measure_network(network, anatomy.structure, target)
             table_seconds = perf_counter() - start
             print(f"{model}, batch {size}: tables in {table_seconds:.0f} s, dense {measured.costs.total:.4g} ms, floor "
                   f"{measured.costs.floor:.4g} ms", flush=True)  # fmt: skip

@@ -37,7 +37,7 @@ from optin_deploy.report.profile_view import NetworkProfile
 from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
-from optin_deploy.utils.progress import Stages, as_steps
+from optin_deploy.utils.progress import Stages, report_progress, track
 from profilers import RUNTIMES, ProfileConfig, Variant
 from profilers import compare as compare_files
 
@@ -326,14 +326,14 @@ def profile(
     recipe = _recipe(network or file, **options)
     check_runtimes(recipe)
     check_measurable(runtime)
-    with Stages(Console(stderr=True), quiet=quiet) as stages, stages.stage("measure") as advance:
+    with Stages(Console(stderr=True), quiet=quiet) as stages, stages.stage("measure"):
         if network is not None:
-            return profile_network(network, target_of(recipe), seconds, as_steps(advance))
+            return profile_network(network, target_of(recipe), seconds)
         assert file is not None
         if inputs is None or RUNTIMES[runtime] != "onnx":
             raise UserError(f"{file}: a file is profiled with inputs=, a sample batch, and a runtime of ONNX Runtime")
         sample = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
-        return profile_onnx(file, sample, target_of(recipe), seconds, as_steps(advance))
+        return profile_onnx(file, sample, target_of(recipe), seconds)
 
 
 def compare(
@@ -398,9 +398,10 @@ def compare(
     sample = {name: tensor[:1].numpy() for name, tensor in known.items()}
     with Stages(Console(stderr=True), quiet=quiet) as stages, TemporaryDirectory(prefix="optin-compare-") as folder:
         files = _variants(variants, recipe, Path(folder), stages)
-        with stages.stage("measure") as advance:
-            tell = as_steps(advance)
-            measured = compare_files(files["dense"], files["pruned"], sample, config, lambda done, _: tell(done))
+        with stages.stage("measure"):
+            measured = compare_files(
+                files["dense"], files["pruned"], sample, config, lambda done, _: report_progress(done)
+            )
     flops = [count_flops(network.module, network.inputs) for network in networks.values()]
     return Compared(measured, flops[0] / flops[1] if len(flops) == 2 and flops[1] < flops[0] else None)
 
@@ -411,17 +412,16 @@ def _variants(
     """The files to be measured: those given, and what is exported of networks."""
     found: dict[str, Variant] = {}
     networks = {name: each for name, each in given.items() if isinstance(each, Network)}
-    with stages.stage("export", len(networks)) as advance:
-        for name, each in given.items():
+    with stages.stage("export"):
+        for name, each in track(given.items()):
             if isinstance(each, Network):
                 found[name] = Variant(folder / f"{name}.onnx", folder / f"{name}.pt2")
                 export_files(each, folder / f"{name}.onnx", folder / f"{name}.pt2", recipe, (dict(each.inputs),))
-                advance(1)
             else:
                 found[name] = Variant(each.path if isinstance(each, OnnxFile) else Path(each))
     if wanted_engines(recipe):
-        with stages.stage("build engines", len(networks) * len(wanted_engines(recipe))) as advance:
-            engines = build_engines(recipe, networks, folder, advance)
+        with stages.stage("build engines"):
+            engines = build_engines(recipe, networks, folder)
         found = {n: Variant(v.onnx, v.program, engines[n]) for n, v in found.items()}
     return found
 

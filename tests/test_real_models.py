@@ -54,10 +54,10 @@ def test_minilm_keeps_its_sts_b_figure(minilm: Network, tmp_path: Path) -> None:
     (tmp_path / "some.csv").write_text("\n".join(rows), encoding="utf-8")
     dataset = load_dataset(minilm, tmp_path / "some.csv")
     batches = load_calibration(minilm, DATA / "stsb" / "train.csv", column="1,2", samples=128).batches
-    dense = dataset.measure(minilm.module, lambda _: None)
+    dense = dataset.measure(minilm.module)
     pruned = prune(minilm, batches, 0.6)
     assert dense > 80
-    assert dataset.measure(pruned.network.module, lambda _: None) > dense - 2.5
+    assert dataset.measure(pruned.network.module) > dense - 2.5
 
 
 @needs_data
@@ -106,7 +106,7 @@ def test_one_logit_is_pruned_as_well_as_two() -> None:
     for network in (two, _one_logit(two)):
         dataset = load_dataset(network, DATA / "sst2" / "dev.tsv")
         small = prune(network, calibration.batches, 0.5).network.module
-        accuracies.append(dataset.measure(small, lambda _: None))
+        accuracies.append(dataset.measure(small))
     assert accuracies[1] > accuracies[0] - 1.5
 
 

@@ -16,7 +16,7 @@ Statistics of batch norms stay as they are: the maps before them are fitted to g
 the repaired network, whose maps vary less than the dense one's, they undo much of the repair.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
 from optin_deploy.structure.slicing import output_bias
+from optin_deploy.utils.progress import track
 from optin_deploy.utils.spill import Shelf
 
 Batch = Mapping[str, Tensor]
@@ -66,7 +67,6 @@ def compensate(
     plan: Plan,
     batches: Sequence[Batch],
     strengths: Sequence[float] = STRENGTHS,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Refit the linear maps of ``pruned`` (a sliced copy of ``network``) from the first pruned group on, in place.
 
@@ -74,14 +74,13 @@ def compensate(
         structure: of the dense network.
         strengths: of the ridge, relative to the mean squared activation; where there are several, every map gets the
             one that does best on held-out batches.
-        advance: called with 1 after every block.
     """
 
     def ridge(module: str | None, training: Moments, held_out: Moments | None, old: Tensor, *, bias: bool) -> Tensor:
         return fit(training, held_out, old, strengths, bias=bias)
 
     several = len(strengths) > 1
-    refit_maps(network, pruned, structure, plan, batches, ridge, hold_out=several, advance=advance)
+    refit_maps(network, pruned, structure, plan, batches, ridge, hold_out=several)
 
 
 @torch.no_grad()
@@ -95,7 +94,6 @@ def refit_maps(
     *,
     hold_out: bool,
     everywhere: bool = False,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Give ``pruned`` the weights that ``refit`` makes of the moments of every map, one behind the other, in place.
 
@@ -105,9 +103,8 @@ def refit_maps(
     """
     repair = _Repair(network, pruned, structure, plan, batches, refit, hold_out)
     repair.changed = everywhere
-    for layer, block in enumerate(structure.blocks):
+    for layer, block in enumerate(track(structure.blocks)):
         repair.block(layer, block)
-        advance(1)
     repair.tail()
 
 

@@ -12,7 +12,7 @@ part of U in R, so one factorisation serves all rows and columns (Frantar & Alis
 and SparseGPT, 2023). When all pairs are chosen, every row is solved anew for the weights that stay.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -64,7 +64,6 @@ def sparsify(
     plan: Plan,
     batches: Sequence[Batch],
     strengths: Sequence[float],
-    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Give the maps in the blocks of ``pruned`` (a sliced copy of ``network``) the pattern, in place, one behind the
     other: each on what it is given behind sparse ones, so that it follows the dense network.
@@ -76,7 +75,6 @@ def sparsify(
         structure: of the dense network.
         strengths: of the ridge, relative to the mean squared activation; of several, every map gets the one that does
             best on held-out batches. Without any, weights that stay keep their values.
-        advance: called with 1 after every block.
     """
     logits = logits_map(network, pruned, batches[0])
     layers = {name: layer for name, layer in can_be_sparse(pruned, structure).items() if name != logits}
@@ -91,7 +89,7 @@ def sparsify(
         return solution
 
     several = len(strengths) > 1
-    refit_maps(network, pruned, structure, plan, batches, refit, hold_out=several, everywhere=True, advance=advance)
+    refit_maps(network, pruned, structure, plan, batches, refit, hold_out=several, everywhere=True)
 
 
 def can_be_sparse(module: nn.Module, structure: Structure) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -27,6 +27,7 @@ from optin_deploy.nn.copies import copyable
 from optin_deploy.search.costs import Costs
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.utils.atomic_files import write_tensors
+from optin_deploy.utils.progress import part
 
 Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
 Scorer = Literal["sketch", "exact", "forward"]
@@ -42,6 +43,9 @@ _CHUNK_TOKENS = 512
 _LONG, _LONG_TOKENS = 128, 256
 # Passes without derivatives are many: the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
+# Parts of the time of scoring, for its progress: the backward passes of trajectory-obs, and the masking of heads of
+# trajectory by sketch.
+_PROBING, _MASKING = 0.9, 0.7
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,6 @@ def save_scores(scores: Mapping[str, Tensor], path: Path) -> None:
     write_tensors(path, scores)
 
 
-def scoring_steps(structure: Structure, batches: Batches, scoring: Scoring) -> int:
-    """How often `score` will advance its progress, at most."""
-    samples = sum(_size(batch) for batch in batches)
-    if scoring.criterion == "trajectory-obs":
-        return scoring.draws * samples + len(structure.groups)
-    if scoring.criterion == "trajectory" and scoring.scorer == "forward":
-        return forward_steps(structure.groups, scoring.draws) * len(batches)
-    if scoring.criterion == "trajectory":
-        exact = sum(g.units for g in structure.groups if scoring.scorer == "exact" or g.kind == "head")
-        return exact * len(batches) + (scoring.draws * len(batches) if scoring.scorer == "sketch" else 0)
-    return len(batches) if scoring.criterion == "fisher" else 1
-
-
 def score(
     network: Network,
     structure: Structure,
@@ -112,7 +103,6 @@ def score(
     scoring: Scoring | None = None,
     *,
     labels: Sequence[Tensor] | None = None,
-    advance: Callable[[int], None] = lambda _: None,
     tell: Callable[[str], None] = logger.warning,
 ) -> dict[str, Tensor]:
     """Scores on ``batches``, which lie on the network's device.
@@ -131,7 +121,7 @@ def score(
     """
     scoring = scoring or Scoring()
     with plain_checkpoints(), _with_derivatives(network, structure, batches, scoring, tell) as (ready, gradients):
-        scores = _scores(ready, structure, costs, batches, scoring, labels, gradients, advance)
+        scores = _scores(ready, structure, costs, batches, scoring, labels, gradients)
     bad = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
     if bad:
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
@@ -151,16 +141,15 @@ def _scores(
     scoring: Scoring,
     labels: Sequence[Tensor] | None,
     gradients: bool,
-    advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     if scoring.criterion == "trajectory-obs":
-        return _obs(network, structure, batches, scoring, advance)
+        return _obs(network, structure, batches, scoring)
     if scoring.criterion == "trajectory":
-        return _trajectory(network, structure, batches, scoring, gradients, advance)
+        return _trajectory(network, structure, batches, scoring, gradients)
     if scoring.criterion == "fisher":
         if labels is None:
             raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
-        return _fisher(network, structure, batches, labels, advance)
+        return _fisher(network, structure, batches, labels)
     if scoring.criterion == "magnitude":
         return magnitude_scores(network.module, structure)
     return random_scores(structure, costs, scoring.seed)
@@ -238,24 +227,22 @@ def _nothing(_: str) -> None:
     pass
 
 
-def _obs(
-    network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
-) -> dict[str, Tensor]:
+def _obs(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> dict[str, Tensor]:
     samples = _samples_at_once(network, structure, batches)
     factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
-    moments = probe_moments(
-        network,
-        structure,
-        batches,
-        probes=scoring.draws,
-        factors=factors,
-        manifold=scoring.weights(network, structure)[0],
-        seed=scoring.seed,
-        samples_at_once=samples,
-        advance=advance,
-    )
+    with part(_PROBING):
+        moments = probe_moments(
+            network,
+            structure,
+            batches,
+            probes=scoring.draws,
+            factors=factors,
+            manifold=scoring.weights(network, structure)[0],
+            seed=scoring.seed,
+            samples_at_once=samples,
+        )
     own = _own_groups(batches, structure.groups, lambda g: (g.units * g.width) ** 3)
-    scores = obs_scores(network.module, replace(structure, groups=own), moments, advance)
+    scores = obs_scores(network.module, replace(structure, groups=own), moments)
     return _together(batches, structure.groups, scores)
 
 
@@ -264,9 +251,8 @@ def _fisher(
     structure: Structure,
     batches: Batches,
     labels: Sequence[Tensor],
-    advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    gradients = mask_gradients(network, structure, batches, labels, advance)
+    gradients = mask_gradients(network, structure, batches, labels)
     sums = {name: len(gradients[name]) * score for name, score in fisher_scores(gradients).items()}
     return _per_sample(ranks_of(batches).total(sums), batches)
 
@@ -287,10 +273,9 @@ def _trajectory(
     batches: Batches,
     scoring: Scoring,
     gradients: bool,
-    advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     if scoring.scorer == "forward":
-        return _forward(network, structure, batches, scoring, advance)
+        return _forward(network, structure, batches, scoring)
     exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
     some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
     if gradients:
@@ -299,19 +284,16 @@ def _trajectory(
         first = chunks(batches[:1], _FACTOR_SAMPLES)[0]
         factors = _factors(network, structure, batches, first, scoring, masked_totals)
     own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
-    found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed, advance=advance)
+    with part(1.0 if scoring.scorer == "exact" else _MASKING):
+        found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed)
     scores = _per_sample(_together(batches, exactly, found), some)
     if scoring.scorer == "sketch":
-        sketched = sketch_scores(
-            network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed, advance=advance
-        )
+        sketched = sketch_scores(network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed)
         scores = {**_per_sample(sketched, batches), **scores}
     return scores
 
 
-def _forward(
-    network: Network, structure: Structure, batches: Batches, scoring: Scoring, advance: Callable[[int], None]
-) -> dict[str, Tensor]:
+def _forward(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> dict[str, Tensor]:
     if scoring.draws < 2:
         raise UserError("the scorer forward compares draws: it needs 2 probes at least")
     some = chunks(batches[:1], _FACTOR_SAMPLES)[0]
@@ -328,7 +310,6 @@ def _forward(
         factors=factors,
         seed=scoring.seed,
         groups=_own_groups(batches, structure.groups, cost),
-        advance=advance,
     )
     return _per_sample(_together(batches, structure.groups, found), batches)
 

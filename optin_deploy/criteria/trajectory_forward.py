@@ -29,7 +29,7 @@ Memory. Activations of one layer, the outputs of all blocks, and the tangents of
 batch as in exact scoring, or ``probes`` where these are more; no graph is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from zlib import crc32
@@ -46,8 +46,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.unfold import feature_dim
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.masking import masked
-
-Advance = Callable[[int], None]
+from optin_deploy.utils.progress import track
 
 SET_SIZE = 16
 # Draws with signs that the samples share, per batch and group.
@@ -66,7 +65,6 @@ def forward_scores(
     manifold: float = 1.0,
     set_size: int = SET_SIZE,
     groups: Sequence[Group] | None = None,
-    advance: Advance = lambda _: None,
 ) -> dict[str, Tensor]:
     """Scores of all units to second order by forward passes only: group name -> float64 ``(units,)``.
 
@@ -78,7 +76,6 @@ def forward_scores(
         manifold: weight of the manifold part.
         set_size: units whose masks have tangents in one pass.
         groups: of ``structure``, where not all are wanted; what a group scores does not depend on the others.
-        advance: called with the number of passes done, `forward_steps` per batch in all.
     """
     if set_size > 1 and probes < 2:
         raise ValueError("sets of several units need two probes at least")
@@ -87,25 +84,22 @@ def forward_scores(
     scores = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in groups}
     # Over the units of a group: with signs that the samples share, and with signs of their own.
     joint, single = (dict.fromkeys(scores, 0.0) for _ in range(2))
-    for index, inputs in enumerate(batches):
+    for index, inputs in enumerate(track(batches)):
         differential = _Differential(Trajectory(network, structure, inputs, seed + index), manifold, factors)
-        for group in groups:
+        for group in track(groups, [_passes(group, probes, set_size) for group in groups]):
             # On the CPU, so that draws are the same on every device.
             generator = torch.Generator().manual_seed(seed + index + crc32(group.name.encode()))
             if _is_alone(group, probes, set_size):
                 for units, changes in differential.of(group, torch.eye(group.units)[:, None]):
                     scores[group.name][units] += changes.sizes()
-                    advance(len(units))
                 continue
             order = _order(differential.energies[group.name], scores[group.name] if index else None)
-            for own, total, passes in _estimates(differential, group, order, probes, set_size, generator):
+            for own, total in _estimates(differential, group, order, probes, set_size, generator):
                 scores[group.name] += own
                 single[group.name] += total
-                advance(passes)
             shared = _signs((_SHARED_DRAWS, 1, group.units), generator)
-            for units, changes in differential.of(group, shared):
+            for _, changes in differential.of(group, shared):
                 joint[group.name] += float(changes.sizes().sum()) / _SHARED_DRAWS
-                advance(len(units))
     for group in groups:
         if not _is_alone(group, probes, set_size):
             scores[group.name] *= joint[group.name] / max(single[group.name], 1e-300)
@@ -140,8 +134,8 @@ def _estimates(
     probes: int,
     set_size: int,
     generator: torch.Generator,
-) -> Iterator[tuple[Tensor, float, int]]:
-    """Yield ``(Σ_b ‖J_bu‖² of every unit, their sum, passes)``, a stack of sets at a time.
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield ``(Σ_b ‖J_bu‖² of every unit, their sum)``, a stack of sets at a time.
 
     Args:
         order: of the units; neighbours are in one set.
@@ -162,7 +156,7 @@ def _estimates(
         own = torch.einsum("spqb,spbu,sqbu->su", products * pairs[:, :, None], signs, signs)
         scores = torch.zeros(group.units, dtype=torch.float64, device=products.device)
         scores.index_add_(0, some.clamp_min(0).flatten().to(products.device), own.flatten())
-        yield scores, float(torch.einsum("sppb->", products)) / probes, len(some) * probes
+        yield scores, float(torch.einsum("sppb->", products)) / probes
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labelled set. ``measure`` gives its metric, in per cent, for a module in the network's place, in ``steps``.
+    """A labelled set. ``measure`` gives its metric, in per cent, for a module in the network's place.
 
     ``pairs`` says that two texts are one input.
     """
@@ -16,6 +16,5 @@ class Dataset:
     metric: str
     name: str
     samples: int
-    steps: int
-    measure: Callable[[nn.Module, Callable[[int], None]], float]
+    measure: Callable[[nn.Module], float]
     pairs: bool = False

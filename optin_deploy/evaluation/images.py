@@ -16,6 +16,7 @@ from optin_deploy.evaluation.texts import load_texts
 from optin_deploy.network import Network
 from optin_deploy.nn.task_head import answers
 from optin_deploy.utils.paths import check_there
+from optin_deploy.utils.progress import track
 
 _BATCH_SIZE = 64
 
@@ -63,14 +64,14 @@ def _images(network: Network, path: Path) -> Dataset:
     labels = [numbers[folder] for folder in folders]
     check_images(labelled, preprocessing)
 
-    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+    def measure(module: nn.Module) -> float:
         def predicted(part: list[Path]) -> Tensor:
             return _classes(network, _run(network, module, preprocessing(read_images(part))))
 
-        return _accuracy(labelled, labels, predicted, advance)
+        return _accuracy(labelled, labels, predicted)
 
     metric = "accuracy" if network.head == "binary" else "top-1"
-    return Dataset(metric, str(path), len(labelled), len(labelled), measure)
+    return Dataset(metric, str(path), len(labelled), measure)
 
 
 def _run(network: Network, module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,14 +86,11 @@ def _classes(network: Network, outputs: Mapping[str, Tensor]) -> Tensor:
     return found.reshape(len(found)).long()
 
 
-def _accuracy(
-    items: Sequence[object], labels: Sequence[int], predict: Callable[..., Tensor], advance: Callable[[int], None]
-) -> float:
+def _accuracy(items: Sequence[object], labels: Sequence[int], predict: Callable[..., Tensor]) -> float:
     """How often ``predict`` gives the label of an item, in per cent."""
     right = 0
-    for start in range(0, len(items), _BATCH_SIZE):
+    for start in track(range(0, len(items), _BATCH_SIZE)):
         part = items[start : start + _BATCH_SIZE]
         predicted = predict(list(part)).cpu()
         right += int((predicted == torch.tensor(labels[start : start + _BATCH_SIZE])).sum())
-        advance(len(part))
     return 100 * right / len(items)

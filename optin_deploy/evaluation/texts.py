@@ -1,7 +1,7 @@
 """Accuracy and rank correlation on tables of texts and of pairs of texts, dense and pruned alike."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import EMBEDDING, FEATURES, Sentences, similarity, tell_default
 from optin_deploy.nn.task_head import answers, is_single
+from optin_deploy.utils.progress import track
 
 _BATCH_SIZE = 64
 # Tokens of a batch, padding included: as many as 64 texts of 128 have. Longer texts come in smaller batches.
@@ -112,11 +113,10 @@ def _answers(
     order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
     ranked = wanted.is_floating_point()
 
-    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+    def measure(module: nn.Module) -> float:
         found = []
         for batch in _batches([texts[i] for i in order], preprocessing):
             found.append(_run(network, module, batch)[network.logits or ""].cpu())
-            advance(len(found[-1]))
         given = torch.cat(found)
         if ranked:
             return 100 * spearman(given.reshape(-1).double(), wanted[order])
@@ -124,7 +124,7 @@ def _answers(
         return 100 * int(right.sum()) / len(texts)
 
     metric, pairs = "Spearman × 100" if ranked else "accuracy", isinstance(texts[0], tuple)
-    return Dataset(metric, str(path), len(texts), len(texts), measure, pairs)
+    return Dataset(metric, str(path), len(texts), measure, pairs)
 
 
 def _are_scores(labels: Sequence[str]) -> bool:
@@ -158,7 +158,7 @@ def _similarities(network: Network, preprocessing: TextPreprocessing, path: Path
     place = {text: i for i, text in enumerate(texts)}
     head = copy.deepcopy(sentences.head).double()
 
-    def measure(module: nn.Module, advance: Callable[[int], None]) -> float:
+    def measure(module: nn.Module) -> float:
         parts = []
         for batch in _batches(texts, preprocessing):
             outputs = _raw(module, batch)
@@ -167,16 +167,15 @@ def _similarities(network: Network, preprocessing: TextPreprocessing, path: Path
                 mask = batch.get(network.token_mask or MASK_NAME)
                 outputs[EMBEDDING] = head(outputs[FEATURES].double().cpu(), mask)
             parts.append(outputs[EMBEDDING].double().cpu())
-            advance(len(parts[-1]))
         embeddings = torch.cat(parts)
         first, second = (embeddings[[place[row[i]] for row in rows]] for i in (0, 1))
         return 100 * spearman(similarity(sentences.similarity, first, second), scores)
 
-    return Dataset("Spearman × 100", str(path), len(rows), len(texts), measure)
+    return Dataset("Spearman × 100", str(path), len(rows), measure)
 
 
 def _batches(texts: Sequence[Text], preprocessing: TextPreprocessing) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(texts), _BATCH_SIZE):
+    for start in track(range(0, len(texts), _BATCH_SIZE)):
         yield from _bounded(texts[start : start + _BATCH_SIZE], preprocessing)
 
 

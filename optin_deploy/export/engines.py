@@ -1,7 +1,7 @@
 """The engines of a run: for every runtime that takes engines, of both networks, as the recipe says."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from exporters.trt_engine import Range, builder_version, device_name
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.network import Network
 from optin_deploy.utils.atomic_files import tell_kept, tell_written
+from optin_deploy.utils.progress import track
 from profilers.latency_table import cache_folder
 
 
@@ -55,17 +56,17 @@ def engine_config(recipe: Recipe, runtime: str) -> EngineConfig:
 
 
 def build_engines(
-    recipe: Recipe, networks: Mapping[str, Network], directory: Path, advance: Callable[[int], None]
+    recipe: Recipe, networks: Mapping[str, Network], directory: Path
 ) -> dict[str, dict[tuple[str, int], Path]]:
-    """Build what is not there yet from the ONNX files in ``directory``; ``advance`` is called once per engine.
+    """Build what is not there yet from the ONNX files in ``directory``.
 
     Returns:
         by variant, the engine for each runtime and batch size.
     """
     engines: dict[str, dict[tuple[str, int], Path]] = {name: {} for name in networks}
-    for each in wanted_engines(recipe):
+    for each in track(wanted_engines(recipe)):
         config = engine_config(recipe, each.runtime)
-        for name, network in networks.items():
+        for name, network in track(networks.items()):
             file, onnx = each.file(directory, name), directory / f"{name}.onnx"
             shapes = {n: tuple(t.shape) for n, t in network.inputs.items()}
             ranges = input_ranges(shapes, network.dynamic_axes, each.batch_sizes, each.best, static=each.static)
@@ -75,7 +76,6 @@ def build_engines(
             else:
                 tell_kept(file)
             engines[name] |= {(each.runtime, size): file for size in each.batch_sizes}
-            advance(1)
     return engines
 
 

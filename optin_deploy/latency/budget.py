@@ -27,6 +27,7 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.tokens.costs import TokenCosts
 from optin_deploy.tokens.merging import with_merging
+from optin_deploy.utils.progress import track
 from profilers import measure_files
 from profilers.stats import paired_ratio
 
@@ -143,7 +144,6 @@ def meet(
     flops: float | None = None,
     align: int | None = None,
     tokens: TokenCosts | None = None,
-    progress: Callable[[float], None] = lambda _: None,
 ) -> Met:
     """Find the plan whose network takes at most ``fraction`` of the dense latency, and hardly less.
 
@@ -179,7 +179,7 @@ def meet(
             first = _merging(first, dense, structure, dense_file, target, tokens)
             check_budget(structure, first, fraction, "latency")
         costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, first)
-        for number in range(MOST_ROUNDS):
+        for _ in track(range(MOST_ROUNDS)):
             plans = {way: search(costs[way]) for way, search in ways.items()}
             plans = {way: plan for way, plan in plans.items() if plan not in [p for p, _ in tried]}
             if plans.get("FLOPs") == plans.get("latency"):
@@ -197,7 +197,6 @@ def meet(
                 if LOWEST <= relative <= 1.0 or (relative < LOWEST and held_down):
                     del ways[way]
                 costs[way] = costs[way].corrected(plan, on_scale)
-            progress((number + 1) / MOST_ROUNDS)
             if not ways:
                 break
     taken = _best([r for _, r in tried], fraction * measured.costs.total)

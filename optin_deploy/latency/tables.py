@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from optin_deploy.latency.block_stacks import BlockType, block_types, part_name,
 from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.utils.progress import report_progress, track
 from profilers import (
     GPU_RUNTIMES,
     RUNTIMES,
@@ -53,7 +54,6 @@ _HEAD_SIZES, _WIDTHS = 3, 4
 # Beside the even sizes, some within one step, to find stairs that are narrower than it.
 _WITHIN = (16, 32, 48, 64, 96)
 _ANCHOR_SECONDS = 10.0
-Progress = Callable[[float], None]
 logger = logging.getLogger(__name__)
 
 
@@ -132,26 +132,24 @@ def export_network(network: Network, module: nn.Module, target: Target, stem: Pa
     return export(network.tensor_outputs(module), network.inputs, network.dynamic_axes, target, stem)
 
 
-def measure_network(network: Network, structure: Structure, target: Target, progress: Progress) -> Measured:
+def measure_network(network: Network, structure: Structure, target: Target) -> Measured:
     """Tables of all types of blocks, measured or from the cache, and the dense network beside their dense stacks."""
     module, inputs = network.module, network.inputs
     types = block_types(module, structure, inputs)
     tables, cached = [], []
-    for number, kind in enumerate(types):
+    for kind in track(types):
         setting = _setting(kind, target)
         table = read_table(setting)
         cached.append(table is not None)
         if table is None:
             check_cache()
-            part = _part_of(progress, number / (len(types) + 1), 1 / (len(types) + 1))
-            table = _measure_table(module, structure, kind, target, setting, part)
+            table = _measure_table(module, structure, kind, target, setting)
             logger.info("latency table of %d × %s: measured, kept as %s", *_counted(kind), save_table(table))
         else:
             logger.info("latency table of %d × %s: from the cache, %s", *_counted(kind), table_file(setting))
         tables.append(table)
     with TemporaryDirectory(prefix="optin-anchor-") as folder:
         dense_ms, scales = _anchor(network, structure, types, tables, target, Path(folder))
-    progress(1.0)
     costs = latency_costs(structure, list(zip(types, tables, strict=True)), dense_ms, scales)
     return Measured(costs, tuple(tables), tuple(types), tuple(cached))
 
@@ -160,17 +158,12 @@ def _counted(kind: BlockType) -> tuple[int, str]:
     return len(kind.blocks), kind.class_name
 
 
-def _part_of(progress: Progress, start: float, share: float) -> Progress:
-    return lambda fraction: progress(start + share * fraction)
-
-
 def _measure_table(
     module: nn.Module,
     structure: Structure,
     kind: BlockType,
     target: Target,
     setting: dict[str, Any],
-    progress: Progress,
 ) -> LatencyTable:
     """All sizes of one type of block as stacks, interleaved in one process; where in memory a stack happens to lie
     makes it some percent faster or slower, so each is loaded as often as `profilers.loads_for` says."""
@@ -186,12 +179,10 @@ def _measure_table(
         stacks |= {f"size{i}": (sizes, _DEPTH) for i, (*_, sizes) in enumerate(points)}
         files: dict[str, Path] = {}
         sample: dict[str, np.ndarray] = {}
-        for done, (label, (sizes, depth)) in enumerate(stacks.items()):
+        for label, (sizes, depth) in track(stacks.items()):
             files[label], sample = _export_stack(module, structure, kind, sizes, depth, target, folder / label)
-            progress(0.5 * (done + 1) / len(stacks))
-        half = _part_of(progress, 0.5, 0.5)
         case = target.case(target.seconds, files.values())
-        found = measure_files(files, sample, case, (), half)
+        found = measure_files(files, sample, case, (), report_progress)
         samples = found.samples_ms
     rows = [Row(part, units, width, samples[f"size{i}"]) for i, (part, units, width, _) in enumerate(points)]
     # All units at full width are the dense stack itself.

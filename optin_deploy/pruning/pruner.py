@@ -35,9 +35,9 @@ from optin_deploy.tokens.merging import with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.display import html_of, kept_view
+from optin_deploy.utils.progress import part, track
 
 Batches = Sequence[Mapping[str, Tensor]]
-Advance = Callable[[float], None]
 # Strength of the ridge: chosen on held-out batches, fixed, or None for no repair.
 Ridge = float | Literal["auto"] | None
 # Tokens that enter each block: as the search finds it, all of them, or so many.
@@ -265,9 +265,8 @@ def remove_in_rounds(
     rounds: int,
     edges: Mapping[str, Sequence[int]] | None = None,
     schedule: tuple[int, ...] = (),
-    advance: Advance = lambda _: None,
 ) -> tuple[Plan, nn.Module]:
-    """Search, slice and repair, as `prune` does once there are ``scores``; ``advance`` is called per round and block.
+    """Search, slice and repair, as `prune` does once there are ``scores``.
 
     Args:
         edges: numbers of units worth keeping, see `search.search_all`.
@@ -282,11 +281,12 @@ def remove_in_rounds(
     budget = Budget(costs, flops ** (1 / rounds))
     plan = told_plan(batches, lambda: search_all(anatomy.structure, scores, [budget], align, edges))
     plan = replace(plan, tokens=schedule)
-    small = remove(dense, anatomy.structure, plan, batches, ridge, advance, anatomy.stack)
-    for number in range(2, rounds + 1):
-        part = flops ** (number / rounds)
-        step = next_step(dense.with_module(small), anatomy, part, batches, scoring, labels, align)
-        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge, advance)
+    with part(1 / rounds):
+        small = remove(dense, anatomy.structure, plan, batches, ridge, anatomy.stack)
+    for number in track(range(2, rounds + 1)):
+        left = flops ** (number / rounds)
+        step = next_step(dense.with_module(small), anatomy, left, batches, scoring, labels, align)
+        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge)
     return plan, small
 
 
@@ -324,10 +324,9 @@ def remove(
     plan: Plan,
     batches: Batches,
     ridge: Ridge,
-    advance: Advance = lambda _: None,
     stack: TokenStack | None = None,
 ) -> nn.Module:
-    """Slice by ``plan`` and repair; ``advance`` is called once per block. With ``ridge`` None, statistics of batch
+    """Slice by ``plan`` and repair. With ``ridge`` None, statistics of batch
     norms are taken anew instead.
 
     Tokens merge from then on, where the plan says so: what they are merged into has no counterpart in the dense
@@ -339,7 +338,7 @@ def remove(
     small = sliced(dense.module, structure, plan)
     if batches:
         check_cut(dense, small, structure, plan, batches)
-    _repair(dense, small, structure, plan, batches, ridge, advance)
+    _repair(dense, small, structure, plan, batches, ridge)
     if plan.tokens and stack is not None:
         with_merging(small, structure, stack, plan)
     _refit_classifier(dense, small, batches, ridge)
@@ -354,7 +353,6 @@ def remove_more(
     step: tuple[Structure, Plan],
     batches: Batches,
     ridge: Ridge,
-    advance: Advance = lambda _: None,
 ) -> tuple[Plan, nn.Module]:
     """Slice ``small``, which ``plan`` has left of the dense network, by a `next_step`; repair it against the dense one.
 
@@ -367,7 +365,7 @@ def remove_more(
     together = step[1].after(plan)
     smaller = sliced(small, *step)
     check_cut(dense.with_module(small), smaller, *step, batches)
-    _repair(dense, smaller, anatomy.structure, together, batches, ridge, advance)
+    _repair(dense, smaller, anatomy.structure, together, batches, ridge)
     _refit_classifier(dense, smaller, batches, ridge)
     return together, smaller
 
@@ -379,14 +377,13 @@ def make_sparse(
     plan: Plan,
     batches: Batches,
     ridge: Ridge,
-    advance: Advance = lambda _: None,
 ) -> None:
     """Give what ``plan`` has left of the dense network, ``small``, the 2:4 pattern in place, following the dense one.
 
-    ``advance`` is called once per block. With ``ridge`` None, weights that stay keep their values.
+    With ``ridge`` None, weights that stay keep their values.
     """
     strengths = STRENGTHS if ridge == "auto" else () if ridge is None else (ridge,)
-    sparsify(dense, small, structure, plan, batches, strengths, advance)
+    sparsify(dense, small, structure, plan, batches, strengths)
     # The classifier stays dense.
     _refit_classifier(dense, small, batches, ridge)
 
@@ -398,15 +395,14 @@ def _repair(
     plan: Plan,
     batches: Batches,
     ridge: Ridge,
-    advance: Advance,
 ) -> None:
     """All maps but that which gives class logits, see `_refit_classifier`."""
     if ridge is None:
         reestimate(small, batches)
     elif ridge == "auto":
-        compensate(dense, small, structure, plan, batches, advance=advance)
+        compensate(dense, small, structure, plan, batches)
     else:
-        compensate(dense, small, structure, plan, batches, (ridge,), advance)
+        compensate(dense, small, structure, plan, batches, (ridge,))
 
 
 def _refit_classifier(dense: Network, small: nn.Module, batches: Batches, ridge: Ridge) -> None:

@@ -20,7 +20,7 @@ from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import token_costs
 from optin_deploy.utils.atomic_files import write_text
-from optin_deploy.utils.progress import Stages, as_steps
+from optin_deploy.utils.progress import Stages
 
 
 def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None:
@@ -28,8 +28,8 @@ def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None
     recipe = job.recipe
     if not recipe.needs_table or (directory / "checkpoint").exists():
         return None
-    with stages.stage("latency tables") as advance:
-        measured = measure_network(job.served(job.network), job.anatomy.structure, job.target, as_steps(advance))
+    with stages.stage("latency tables"):
+        measured = measure_network(job.served(job.network), job.anatomy.structure, job.target)
     if recipe.has_latency:
         check_latency(job.anatomy.structure, recipe, measured)
     return measured
@@ -73,7 +73,7 @@ def plan_for_latency(
         tokens = costs.at(schedule)
     dense = job.served(dense)
     on_cpu = dense if job.device.type == "cpu" else dense.with_module(copied(dense.module).cpu())
-    with stages.stage("meet the latency") as advance:
+    with stages.stage("meet the latency"):
         met = meet(
             on_cpu,
             job.anatomy.structure,
@@ -85,7 +85,6 @@ def plan_for_latency(
             flops=recipe.flops,
             align=recipe.alignment,
             tokens=tokens,
-            progress=as_steps(advance),
         )
     with run_directory.recorded(directory / "latency.json"):
         write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")

@@ -25,7 +25,7 @@ from optin_deploy.run import run_directory
 from optin_deploy.run.job import Job
 from optin_deploy.run.report_builder import VARIANTS
 from optin_deploy.structure.describe import describe
-from optin_deploy.utils.progress import Advance, Stages, as_steps
+from optin_deploy.utils.progress import Stages, report_progress, track
 from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, compare, layer_profile
 
 # Time limit of one layer profile; averages over a hundred runs move little after it.
@@ -37,23 +37,22 @@ def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages
     recipe = job.recipe
     with TemporaryDirectory(prefix="optin-deploy-") as temporary:
         variants = {}
-        with stages.stage("export ONNX", 2) as advance:
-            for name, network in zip(VARIANTS, (job.network, small), strict=True):
+        with stages.stage("export ONNX"):
+            for name, network in track([*zip(VARIANTS, (job.network, small), strict=True)]):
                 program = Path(temporary) / f"{name}.pt2"
                 variants[name] = Variant(directory / f"{name}.onnx", program)
                 _export_kept(network, variants[name].onnx, program, recipe, job.calibration.batches)
-                advance(1)
-        with stages.stage("check parity", 2) as advance:
-            parity = run_directory.kept_json(directory / "parity.json", lambda: _parity(job, small, variants, advance))
+        with stages.stage("check parity"):
+            parity = run_directory.kept_json(directory / "parity.json", lambda: _parity(job, small, variants))
         engines = _engines(job, small, directory, stages)
         parity += _engine_parity(job, small, directory, stages)
         variants = {name: replace(v, engines=engines.get(name, {})) for name, v in variants.items()}
-        with stages.stage("measure", 1) as advance:
-            profile = _kept_profile(job, variants, directory, advance)
-        with stages.stage("profile layers", 1) as advance:
+        with stages.stage("measure"):
+            profile = _kept_profile(job, variants, directory)
+        with stages.stage("profile layers"):
             layers = run_directory.kept_json(
                 directory / "layers.json",
-                lambda: _layers(job, small, variants, profile["measurements"], as_steps(advance)),
+                lambda: _layers(job, small, variants, profile["measurements"]),
             )
         deployed = _evaluated(job, variants["pruned"].onnx, directory, stages)
     return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
@@ -74,22 +73,21 @@ def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float |
     dataset, recipe, network = job.dataset, job.recipe, job.network
     if dataset is None or recipe.precision in ("fp32", "tf32"):
         return None
-    with stages.stage(f"evaluate in {recipe.precision}", dataset.steps) as advance:
+    with stages.stage(f"evaluate in {recipe.precision}"):
 
         def measure() -> dict[str, float]:
             with runnable_on_cpu(onnx, recipe.precision) as file:
                 module = OnnxModule(file, network.outputs, recipe.threads)
-                return {recipe.precision: dataset.measure(module, advance)}
+                return {recipe.precision: dataset.measure(module)}
 
         return run_directory.kept_json(directory / "deployed.json", measure)[recipe.precision]
 
 
-def _parity(job: Job, small: Network, variants: Mapping[str, Variant], advance: Any) -> list[dict[str, Any]]:
+def _parity(job: Job, small: Network, variants: Mapping[str, Variant]) -> list[dict[str, Any]]:
     rows = []
-    for name, network in zip(VARIANTS, (job.network, small), strict=True):
+    for name, network in track([*zip(VARIANTS, (job.network, small), strict=True)]):
         found = checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
         rows += _parity_rows(name, "ort-cpu", found)
-        advance(1)
     return rows
 
 
@@ -115,8 +113,8 @@ def _engines(job: Job, small: Network, directory: Path, stages: Stages) -> dict[
     if not wanted:
         return {}
     networks = dict(zip(VARIANTS, (job.network, small), strict=True))
-    with stages.stage("build engines", len(wanted) * len(networks)) as advance:
-        return build_engines(job.recipe, networks, directory, advance)
+    with stages.stage("build engines"):
+        return build_engines(job.recipe, networks, directory)
 
 
 def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) -> list[dict[str, Any]]:
@@ -130,38 +128,37 @@ def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) ->
     path = directory / "engine_parity.json"
     if path.is_file() and run_directory.read_json(path)["engines"] != hashes:
         path.unlink()
-    with stages.stage("check engines", len(files)) as advance:
+    with stages.stage("check engines"):
 
         def check() -> dict[str, Any]:
             rows = []
-            for file, (each, name) in files.items():
+            for file, (each, name) in track(files.items()):
                 network = networks[VARIANTS.index(name)]
                 batches = parity_batches(network, job.calibration.held_out, recipe.precision)
                 threshold = parity_tolerance(recipe)
                 found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
                 rows += _parity_rows(name, each.runtime, found)
-                advance(1)
             return {"engines": hashes, "rows": rows}
 
         return run_directory.kept_json(path, check)["rows"]
 
 
-def _kept_profile(job: Job, variants: Mapping[str, Variant], directory: Path, advance: Any) -> dict[str, Any]:
+def _kept_profile(job: Job, variants: Mapping[str, Variant], directory: Path) -> dict[str, Any]:
     """The measurements of all runtimes that there is a device for; made again where there are more of them now."""
     runtimes = tuple(r for r in job.recipe.measured_runtimes if is_measurable(r))
     if not runtimes:
         return {"measurements": [], "protocol": {}}
     path = directory / "profile.json"
-    profile = run_directory.kept_json(path, lambda: _profile(job, runtimes, variants, advance))
+    profile = run_directory.kept_json(path, lambda: _profile(job, runtimes, variants))
     if set(runtimes) <= {m["runtime"] for m in profile["measurements"]}:
         return profile
     path.unlink()
     (directory / "layers.json").unlink(missing_ok=True)
-    return run_directory.kept_json(path, lambda: _profile(job, runtimes, variants, advance))
+    return run_directory.kept_json(path, lambda: _profile(job, runtimes, variants))
 
 
-def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant], advance: Any) -> dict[str, Any]:
-    recipe, tell = job.recipe, as_steps(advance)
+def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant]) -> dict[str, Any]:
+    recipe = job.recipe
     config = ProfileConfig(
         runtimes=runtimes,
         batch_sizes=recipe.measured_batch_sizes,
@@ -173,7 +170,7 @@ def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant
     sample = {name: t[:1].numpy() for name, t in job.network.inputs.items()}
     with TemporaryDirectory(prefix="optin-builds-") as folder:
         dense, pruned = (_built_again(variants[name], recipe, Path(folder)) for name in VARIANTS)
-        return compare(dense, pruned, sample, config, lambda done, _: tell(done)).to_dict()
+        return compare(dense, pruned, sample, config, lambda done, _: report_progress(done)).to_dict()
 
 
 def _built_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
@@ -188,7 +185,7 @@ def _built_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
 
 
 def _layers(
-    job: Job, small: Network, variants: Mapping[str, Variant], measurements: list[dict[str, Any]], progress: Advance
+    job: Job, small: Network, variants: Mapping[str, Variant], measurements: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The account of where the time goes, for the case that each runtime is judged by; or why there is none."""
     recipe, dense = job.recipe, job.network
@@ -201,7 +198,7 @@ def _layers(
     batch_size = recipe.headline_batch_size
     cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
     found = []
-    for number, measured in enumerate(cases):
+    for measured in track(cases):
         files = {name: variants[name].file(measured["runtime"], batch_size) for name in VARIANTS}
         try:
             profiles = [
@@ -228,5 +225,4 @@ def _layers(
             continue
         p50s_ms = (measured["summary"]["dense"]["p50_ms"], measured["summary"]["pruned"]["p50_ms"])
         found.append(told(account(profiles[0], profiles[1], flops[0], flops[1], where, p50s_ms), widths))
-        progress((number + 1) / len(cases))
     return found

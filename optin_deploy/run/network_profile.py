@@ -18,7 +18,7 @@ from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
-from optin_deploy.utils.progress import Advance, Stages, as_steps
+from optin_deploy.utils.progress import Stages, part, report_progress
 from profilers import LAYER_RUNTIMES, layer_profile, measure_files
 from profilers.layer_times import OTHER, LayerRow
 from profilers.stats import summarise
@@ -36,16 +36,16 @@ def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool =
     """
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
-        with stages.stage("measure") as advance:
-            return profile_network(network, target_of(recipe), recipe.profile_seconds, as_steps(advance))
+        with stages.stage("measure"):
+            return profile_network(network, target_of(recipe), recipe.profile_seconds)
 
 
 def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> TableView:
     """The latency tables of the network that ``recipe`` names, at its runtime and batch size; errors as above."""
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
-        with stages.stage("latency tables") as advance:
-            return network_tables(network, target_of(recipe), as_steps(advance))
+        with stages.stage("latency tables"):
+            return network_tables(network, target_of(recipe))
 
 
 def _load(recipe: Recipe, stages: Stages) -> Network:
@@ -61,7 +61,7 @@ def _load(recipe: Recipe, stages: Stages) -> Network:
         )
 
 
-def profile_network(network: Network, target: Target, seconds: float, progress: Advance) -> NetworkProfile:
+def profile_network(network: Network, target: Target, seconds: float) -> NetworkProfile:
     """Export and measure for ``seconds``, then profile by layer for at most as long again.
 
     Raises:
@@ -76,12 +76,10 @@ def profile_network(network: Network, target: Target, seconds: float, progress: 
 
     with TemporaryDirectory(prefix="optin-profile-") as folder:
         file = export_network(network, network.module, target, Path(folder, "network"))
-        return _profiled(file, sample, target, seconds, progress, list(where), part_of)
+        return _profiled(file, sample, target, seconds, list(where), part_of)
 
 
-def profile_onnx(
-    file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float, progress: Advance
-) -> NetworkProfile:
+def profile_onnx(file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float) -> NetworkProfile:
     """The same of an ONNX file, by types of operators.
 
     Args:
@@ -90,7 +88,7 @@ def profile_onnx(
     Raises:
         ProfilingError: the file is missing, the sample does not fit, or the runtime failed.
     """
-    return _profiled(file, dict(sample), target, seconds, progress, [], lambda row: row.operator)
+    return _profiled(file, dict(sample), target, seconds, [], lambda row: row.operator)
 
 
 def _profiled(
@@ -98,11 +96,11 @@ def _profiled(
     sample: dict[str, NDArray[Any]],
     target: Target,
     seconds: float,
-    progress: Advance,
     modules: list[str],
     part_of: Callable[[LayerRow], str],
 ) -> NetworkProfile:
-    samples = measure_files({"network": file}, sample, target.case(seconds), (), lambda part: progress(part / 2))
+    with part(0.5):
+        samples = measure_files({"network": file}, sample, target.case(seconds), (), report_progress)
     summary = summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
     parts: dict[str, float] = {}
     if target.runtime in LAYER_RUNTIMES:
@@ -117,7 +115,7 @@ def _profiled(
             seed=target.seed,
             onnx=file.with_suffix(".onnx"),
             tf32=target.precision == "tf32",
-            progress=lambda part: progress(0.5 + part / 2),
+            progress=lambda done: report_progress(0.5 + done / 2),
         )
         for row in layers.rows:
             name = part_of(row)
@@ -131,7 +129,7 @@ def _profiled(
     return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
 
 
-def network_tables(network: Network, target: Target, progress: Advance) -> TableView:
+def network_tables(network: Network, target: Target) -> TableView:
     """The latency tables of a network, measured where the cache has none.
 
     Raises:
@@ -139,7 +137,7 @@ def network_tables(network: Network, target: Target, progress: Advance) -> Table
         ProfilingError: the runtime failed, or a cached table is damaged.
     """
     structure = examine(network).structure
-    measured = measure_network(network, structure, target, progress)
+    measured = measure_network(network, structure, target)
     edges = edges_of(structure, measured)
     parts = []
     for kind, table in zip(measured.types, measured.tables, strict=True):

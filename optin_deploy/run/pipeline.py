@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.criteria.scoring import save_scores, score, scoring_steps
+from optin_deploy.criteria.scoring import save_scores, score
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.distributed.torchrun import joined, launched_ranks, local_device
@@ -42,11 +42,11 @@ from optin_deploy.run.report_builder import VARIANTS, again, assemble
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
-from optin_deploy.tokens.damage import Damages, token_damages, token_steps
+from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.atomic_files import remove_partial, write_text
 from optin_deploy.utils.paths import regular
-from optin_deploy.utils.progress import Stages
+from optin_deploy.utils.progress import Stages, part, track
 from optin_deploy.utils.spill import Shelf
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def _scored(job: Job, batches: Shared, directory: Path, stages: Stages) -> tuple
     """
     path, structure, scoring = directory / "scores.safetensors", job.anatomy.structure, scoring_of(job.recipe)
     labels, ranks = job.calibration.labels, batches.ranks
-    with stages.stage("score", scoring_steps(structure, batches, scoring) / ranks.world) as advance:
+    with stages.stage("score"):
         if (directory / "checkpoint").exists() and path.is_file():
             return job.network, _kept_scores(path, structure)
         dense = in_principal_bases(job.network, structure, batches)
@@ -235,7 +235,7 @@ def _scored(job: Job, batches: Shared, directory: Path, stages: Stages) -> tuple
             told.append(f"{sentence[0].upper()}{sentence[1:]}.")
 
         costs = job.anatomy.costs
-        scores = score(dense, structure, costs, batches, scoring, labels=labels, advance=advance, tell=tell)
+        scores = score(dense, structure, costs, batches, scoring, labels=labels, tell=tell)
         if not ranks.main:
             return dense, scores
         if told:
@@ -282,8 +282,7 @@ def _pruned(
             return plan_for_latency(job, dense, scores, measured, schedule, directory, stages)
 
         met = told_plan(batches, meet)
-    rounds = recipe.rounds * recipe.has_budget + (recipe.sparsity is not None)
-    with stages.stage("slice and repair", len(structure.blocks) * rounds) as advance:
+    with stages.stage("slice and repair"):
         if kept:
             run_directory.keep(path)
             plan = _read_plan(directory)
@@ -291,30 +290,30 @@ def _pruned(
             small = remove(job.network, structure, plan, [], None, stack=job.anatomy.stack)
             checkpoint.load_weights(small, path)
         else:
-            if not recipe.has_budget:
-                plan = Plan({g.name: tuple(range(g.units)) for g in structure.groups})
-                module = sliced(dense.module, structure, plan)
-            elif met is not None:
-                plan, module = met, remove(dense, structure, met, batches, ridge, advance, job.anatomy.stack)
-            else:
-                assert recipe.flops is not None
-                plan, module = remove_in_rounds(
-                    dense,
-                    job.anatomy,
-                    scores,
-                    batches,
-                    recipe.flops,
-                    scoring=scoring_of(recipe),
-                    labels=job.calibration.labels,
-                    align=recipe.alignment or 64,
-                    ridge=ridge,
-                    rounds=recipe.rounds,
-                    edges=edges_of(structure, measured) if measured else None,
-                    schedule=schedule,
-                    advance=advance,
-                )
+            with part(1.0 if recipe.sparsity is None else 0.5):
+                if not recipe.has_budget:
+                    plan = Plan({g.name: tuple(range(g.units)) for g in structure.groups})
+                    module = sliced(dense.module, structure, plan)
+                elif met is not None:
+                    plan, module = met, remove(dense, structure, met, batches, ridge, job.anatomy.stack)
+                else:
+                    assert recipe.flops is not None
+                    plan, module = remove_in_rounds(
+                        dense,
+                        job.anatomy,
+                        scores,
+                        batches,
+                        recipe.flops,
+                        scoring=scoring_of(recipe),
+                        labels=job.calibration.labels,
+                        align=recipe.alignment or 64,
+                        ridge=ridge,
+                        rounds=recipe.rounds,
+                        edges=edges_of(structure, measured) if measured else None,
+                        schedule=schedule,
+                    )
             if recipe.sparsity is not None:
-                make_sparse(dense, module, structure, plan, batches, ridge, advance)
+                make_sparse(dense, module, structure, plan, batches, ridge)
             small = module
             if not batches.ranks.main:
                 return plan, job.network.with_module(small)
@@ -370,10 +369,10 @@ def _schedule(
 def _damages(job: Job, dense: Network, stack: TokenStack, batches: Shared, directory: Path, stages: Stages) -> Damages:
     """What merging tokens costs, measured once for all budgets."""
     scoring, path, ranks = scoring_of(job.recipe), directory / "merging.json", batches.ranks
-    with stages.stage("try merging", token_steps(stack, batches) / ranks.world) as advance:
+    with stages.stage("try merging"):
         found: dict[str, Any] = {}
         if not ranks.told(path.is_file):
-            found = token_damages(dense, job.anatomy.structure, stack, batches, scoring, advance).to_dict()
+            found = token_damages(dense, job.anatomy.structure, stack, batches, scoring).to_dict()
         return Damages.from_dict(ranks.told(lambda: run_directory.kept_json(path, lambda: found)))
 
 
@@ -411,12 +410,12 @@ def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict
     if job.dataset is None:
         return found
     dataset = job.dataset
-    with stages.stage("evaluate", 2 * dataset.steps) as advance:
+    with stages.stage("evaluate"):
 
         def measure() -> dict[str, Any]:
             figures = {}
-            for name, module in zip(VARIANTS, (job.network.module, small.module), strict=True):
-                figures[name] = dataset.measure(module.to(job.device), advance)
+            for name, module in track([*zip(VARIANTS, (job.network.module, small.module), strict=True)]):
+                figures[name] = dataset.measure(module.to(job.device))
                 module.cpu()
             return {"metric": dataset.metric, "dataset": dataset.name, "samples": dataset.samples, **figures}
 

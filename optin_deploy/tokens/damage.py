@@ -1,6 +1,6 @@
 """What merging tokens before each block costs the outputs, measured by running the network."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,7 @@ from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import with_merging
 from optin_deploy.tokens.stack import TokenStack
+from optin_deploy.utils.progress import track
 
 # Parts of the tokens behind the prefix that are left where damage is measured.
 _MEASURED = (0.9, 0.75, 0.6, 0.5)
@@ -76,37 +77,29 @@ def damages(
     stack: TokenStack,
     batches: Sequence[Mapping[str, Tensor]],
     factors: Mapping[str, float],
-    advance: Callable[[int], None] = lambda _: None,
 ) -> Damages:
     """Measure the damage of merging before each block, summed over ``batches``, the running maximum over tokens.
 
     Args:
         factors: weights of the outputs' task terms, by output name.
-        advance: called with 1 after every schedule that was run, `damage_steps` in all.
     """
     counts = _measured_counts(stack)
     loss = torch.zeros(len(stack.blocks), 1 + len(counts), dtype=torch.float64)
-    for index in own_indices(batches):
+    for index in track(own_indices(batches)):
         inputs = batches[index]
         trajectory = Trajectory(network, structure, inputs, 0)
         blocks, dense = trajectory.run()
-        for block in range(len(stack.blocks)):
+        for block in track(range(len(stack.blocks))):
             # Blocks before the first that merges give what they give in the dense network.
             known = {name: blocks[name] for name in stack.blocks[:block] if name in blocks}
-            for column, tokens in enumerate(counts, 1):
+            for column, tokens in enumerate(track(counts), 1):
                 schedule = (stack.tokens,) * block + (tokens,) * (len(stack.blocks) - block)
                 changed = _merging_outputs(network, structure, stack, schedule, inputs, known)
                 for name, factor in factors.items():
                     if factor:
                         loss[block, column] += factor * trajectory.task_change(name, dense[name], changed[name], 1)[0]
-                advance(1)
     total = ranks_of(batches).total({"loss": loss})["loss"].numpy()
     return Damages((stack.tokens, *counts), np.maximum.accumulate(np.maximum(total, 0), axis=1))
-
-
-def damage_steps(stack: TokenStack, batches: int) -> int:
-    """How often `damages` will advance its progress."""
-    return len(_measured_counts(stack)) * len(stack.blocks) * batches
 
 
 def _measured_counts(stack: TokenStack) -> list[int]:
@@ -144,7 +137,6 @@ def token_damages(
     stack: TokenStack,
     batches: Batches,
     scoring: Scoring,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> Damages:
     """What merging tokens before each block costs, in the unit of the scores of trajectory-OBS on the same batches.
 
@@ -159,14 +151,9 @@ def token_damages(
         raise UserError("--task-weight 0: what merging tokens costs is measured at the outputs; give --tokens numbers")
     ready, factors = output_factors(network, structure, batches, scoring)
     some = _merged_batches(batches)
-    found = damages(ready, structure, stack, some, factors, advance)
+    found = damages(ready, structure, stack, some, factors)
     part = sum(map(batch_size, batches)) / sum(map(batch_size, some))
     return Damages(found.tokens, found.loss * part * (1 + manifold / task))
-
-
-def token_steps(stack: TokenStack, batches: Batches) -> int:
-    """How often `token_damages` will advance its progress."""
-    return damage_steps(stack, len(_merged_batches(batches)))
 
 
 def _merged_batches(batches: Batches) -> Batches:

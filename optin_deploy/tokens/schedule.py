@@ -11,7 +11,7 @@ number of tokens, the best schedule is a shortest path through the blocks, and Î
 With that schedule, the units are then found exactly (``search``).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise, product
 from math import ceil
 
@@ -36,8 +36,6 @@ _BETWEEN = 64
 _NEAR = tuple(2 ** (step / 4) for step in range(-8, 9))
 # Of the sum of all scores, what leaving no token would cost without damage.
 _SPARED = 1e-6
-
-Advance = Callable[[int], None]
 
 
 def best_schedule(

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,13 +13,14 @@ from optin_deploy.criteria import scoring
 from optin_deploy.criteria.fisher import mask_gradients
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.criteria.random_baseline import random_scores
-from optin_deploy.criteria.scoring import Criterion, Scoring, save_scores, score, scoring_steps
+from optin_deploy.criteria.scoring import Criterion, Scoring, save_scores, score
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
+from optin_deploy.utils.progress import shown_by
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 WAYS = [("trajectory-obs", "sketch"), *(("trajectory", scorer) for scorer in get_args(scoring.Scorer))]
@@ -32,11 +32,10 @@ def scored(
     batches: list[tiny.Batch],
     *,
     labels: list[Tensor] | None = None,
-    advance: Callable[[int], None] = lambda _: None,
     **options: Any,
 ) -> dict[str, Tensor]:
     costs = flop_costs(network.module, structure, network.inputs)
-    return score(network, structure, costs, batches, Scoring(**options), labels=labels, advance=advance)
+    return score(network, structure, costs, batches, Scoring(**options), labels=labels)
 
 
 def some_labels(batches: list[tiny.Batch]) -> list[Tensor]:
@@ -155,21 +154,15 @@ def test_heads_are_scored_on_as_many_batches_as_hold_enough_tokens(
 
 
 @pytest.mark.parametrize(("criterion", "scorer"), [*WAYS, ("fisher", "sketch")])
-def test_the_announced_steps_are_taken(criterion: Criterion, scorer: scoring.Scorer) -> None:
+def test_progress_rises_to_one(criterion: Criterion, scorer: scoring.Scorer) -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     batches = tiny.batches(network, 3)
-    steps: list[int] = []
     options: dict[str, Any] = {"criterion": criterion, "scorer": scorer, "probes": 5}
-    scored(network, structure, batches, labels=some_labels(batches), advance=steps.append, **options)
-    assert sum(steps) == scoring_steps(structure, batches, Scoring(**options))
-
-
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
-def test_criteria_without_data_take_no_more_steps_than_announced(criterion: Criterion) -> None:
-    network, structure = tiny.network("vit"), tiny.structure("vit")
-    steps: list[int] = []
-    scored(network, structure, [], criterion=criterion, advance=steps.append)
-    assert sum(steps) <= scoring_steps(structure, [], Scoring(criterion)) == 1
+    shown: list[float] = []
+    with shown_by(shown.append):
+        scored(network, structure, batches, labels=some_labels(batches), **options)
+    assert len(shown) >= 3
+    assert shown == sorted(shown) and shown[-1] == 1.0
 
 
 @pytest.mark.parametrize(("criterion", "scorer"), [*WAYS, ("random", "sketch")])

@@ -33,7 +33,7 @@ def logits(network: Network, module: nn.Module, first: str, second: str) -> Tens
 
 def figure(network: Network, path: Path, columns: str | None = None) -> tuple[str, float]:
     dataset = load_dataset(network, path, columns)
-    return dataset.metric, dataset.measure(network.module, lambda _: None)
+    return dataset.metric, dataset.measure(network.module)
 
 
 def refusal(network: Network, path: Path, columns: str | None = None) -> str:

@@ -99,7 +99,7 @@ def sort_by(labels: list[str], files: list[Path], folder: Path) -> Path:
 
 
 def accuracy(network: Network, folder: Path) -> float:
-    return load_dataset(network, folder).measure(network.module, lambda _: None)
+    return load_dataset(network, folder).measure(network.module)
 
 
 def efficientnet() -> nn.Module:

@@ -385,7 +385,7 @@ def test_a_single_logit_answers_by_its_sign(tmp_path: Path) -> None:
     dataset = load_dataset(network, path)
     assert dataset.metric == "accuracy"
     right = (z > 0) == torch.tensor(labels).bool()
-    assert dataset.measure(network.module, lambda _: None) == pytest.approx(100 * float(right.double().mean()))
+    assert dataset.measure(network.module) == pytest.approx(100 * float(right.double().mean()))
 
 
 @pytest.mark.parametrize("problem", [None, "regression"])
@@ -396,7 +396,7 @@ def test_numbers_are_judged_by_their_ranks(tmp_path: Path, problem: str | None) 
     dataset = load_dataset(network, path)
     assert dataset.metric == "Spearman × 100"
     expected = 100 * spearmanr(given(network, 30)[:, 0], scores).statistic
-    assert dataset.measure(network.module, lambda _: None) == pytest.approx(expected, abs=0.5)
+    assert dataset.measure(network.module) == pytest.approx(expected, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_class_folders_of_no_and_yes(tmp_path: Path) -> None:
     with torch.no_grad():
         network.module.head.weight.zero_()
         network.module.head.bias.fill_(1.0)
-    assert dataset.measure(network.module, lambda _: None) == 50.0
+    assert dataset.measure(network.module) == 50.0
 
 
 def test_class_folders_say_nothing_of_numbers(tmp_path: Path) -> None:

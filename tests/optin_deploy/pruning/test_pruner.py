@@ -14,6 +14,7 @@ from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Pruned, examine, next_step, prune, remove, remove_more
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
+from optin_deploy.utils.progress import shown_by
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +209,8 @@ def test_a_network_without_anything_prunable_is_refused() -> None:
 
 def test_remove_reports_progress_only_when_it_repairs(network: Network) -> None:
     structure, batches = examine(network).structure, tiny.batches(network, 1)
-    steps: list[float] = []
+    shown: list[float] = []
     plan = Plan({structure.groups[0].name: (0,)})
-    remove(network, structure, plan, batches, None, steps.append)
-    assert steps == []
-    remove(network, structure, plan, batches, 0.1, steps.append)
-    assert steps == [1, 1, 1]
+    with shown_by(shown.append):
+        remove(network, structure, plan, batches, 0.1)
+    assert shown == pytest.approx([1 / 3, 2 / 3, 1])
