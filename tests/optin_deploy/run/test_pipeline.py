@@ -18,6 +18,7 @@ from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.data.calibration import from_batches, load_calibration
 from optin_deploy.errors import UserError
+from optin_deploy.export import onnx_file, requirements
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, TensorOutputs
@@ -25,7 +26,7 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.report import read_report
-from optin_deploy.run import job, measure_stages, pipeline
+from optin_deploy.run import pipeline
 from optin_deploy.run.pipeline import Result, prune_export
 from optin_deploy.run.report_builder import _weights
 from optin_deploy.structure.plan import Plan
@@ -303,8 +304,8 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
     homes = {
         "score": pipeline,
         "agreement": pipeline,
-        "onnx_in_precision": measure_stages,
-        "check_parity": measure_stages,
+        "onnx_in_precision": onnx_file,
+        "check_parity": onnx_file,
     }
     for name, home in homes.items():
         monkeypatch.setattr(home, name, lambda *_, name=name, **__: made.append(name))
@@ -521,7 +522,7 @@ def test_refusals_leave_nothing(
 def test_more_threads_than_this_process_has_cores_are_refused(
     shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "usable_cores", lambda: Cores(physical=1, logical=1))
+    monkeypatch.setattr(requirements, "usable_cores", lambda: Cores(physical=1, logical=1))
     with pytest.raises(UserError, match=r"^--threads 2: this process may use only 1 of the cores .*; give 1 or less$"):
         prune_export(vision_recipe(shallow, threads=2), output=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

@@ -68,9 +68,9 @@ def test_a_run_may_continue_in_its_directory_only(tmp_path: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from optin_deploy import rundir
+from optin_deploy.run import run_directory
 from optin_deploy.config.recipe import Recipe
-with rundir.held(Path(sys.argv[1]), "a", Recipe(model="some/model", flops=0.5)):
+with run_directory.held(Path(sys.argv[1]), "a", Recipe(model="some/model", flops=0.5)):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -87,12 +87,12 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
-from optin_deploy import shelf
+from optin_deploy.utils import spill
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.network import custom_network
 from optin_deploy.data.preprocessing import ImagePreprocessing
 from optin_deploy.pruning.pruner import prune
-shelf.IN_MEMORY = 2**20
+spill.IN_MEMORY = 2**20
 torch.set_num_threads(1)
 torch.manual_seed(0)
 module = VisionTransformer(img_size=128, patch_size=16, embed_dim=64, depth=2, num_heads=2, num_classes=4)
