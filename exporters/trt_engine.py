@@ -25,10 +25,9 @@ import torch
 
 from exporters.errors import ExportError
 from exporters.files import staged
+from exporters.shapes import Range, Shape
 from exporters.tracing import DynamicAxes
 from profilers.external_data import reading_elsewhere
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,6 @@ BUILDERS = {
 
 _FUSED_OPSET = 23
 _FUSED_SINCE = (10, 15)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Shapes of one input that an engine takes, and the one that it is made fastest for."""
-
-    least: Shape
-    best: Shape
-    most: Shape
 
 
 @dataclass(frozen=True)

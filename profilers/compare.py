@@ -132,14 +132,13 @@ def compare(
 
 
 def _tell(found: Measurement) -> None:
-    dense, pruned = (found.summary[name].p50_ms for name in ("dense", "pruned"))
     logger.info(
         "%s, batch %d: p50 %.4g ms dense, %.4g ms pruned, %d rounds, %s",
         found.runtime,
         found.batch_size,
-        dense,
-        pruned,
-        len(found.samples_ms["dense"]),
+        found.summary.dense.p50_ms,
+        found.summary.pruned.p50_ms,
+        len(found.samples_ms.dense),
         "settled" if found.converged else "not settled in the time given",
     )
 

@@ -1,13 +1,28 @@
-"""What a comparison measured, as plain values that go to JSON and come back the same."""
+"""The results of a comparison: plain dataclasses, which pydantic writes as JSON and reads back unchanged."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import log
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from profilers.gpu_watch import GpuWatch
 from profilers.interleave import Samples
 from profilers.stats import Interval, Summary, ratio_interval, summarise
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ByVariant(Generic[_T]):
+    """One value for each variant, as an attribute or by its name: ``summary.dense``, ``summary["dense"]``."""
+
+    dense: _T
+    dense_again: _T
+    pruned: _T
+
+    def __getitem__(self, name: str) -> _T:
+        value: _T = getattr(self, name)
+        return value
 
 
 @dataclass(frozen=True)
@@ -54,9 +69,9 @@ class Measurement:
 
     runtime: str
     batch_size: int
-    samples_ms: Samples
-    summary: dict[str, Summary]
-    throughput_per_s: dict[str, float]
+    samples_ms: ByVariant[list[list[float]]]
+    summary: ByVariant[Summary]
+    throughput_per_s: ByVariant[float]
     speedup: Interval
     noise: Interval
     significant: bool
@@ -89,9 +104,9 @@ class Measurement:
         return cls(
             runtime=runtime,
             batch_size=batch_size,
-            samples_ms=samples_ms,
-            summary=summary,
-            throughput_per_s={name: batch_size * 1e3 / figures.mean_ms for name, figures in summary.items()},
+            samples_ms=ByVariant(**samples_ms),
+            summary=ByVariant(**summary),
+            throughput_per_s=ByVariant(**{n: batch_size * 1e3 / figures.mean_ms for n, figures in summary.items()}),
             speedup=speedup,
             noise=noise,
             significant=is_significant(speedup, noise),
@@ -102,23 +117,6 @@ class Measurement:
             gpu=gpu,
             builds={n: Builds.from_turns(samples_ms[n], count) for n, count in (builds or {}).items() if count > 1},
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The measurement that `to_dict` wrote; KeyError or TypeError on anything else."""
-        plain = dict(data)
-        plain["summary"] = {name: Summary(**figures) for name, figures in data["summary"].items()}
-        plain["speedup"] = Interval(**data["speedup"])
-        plain["noise"] = Interval(**data["noise"])
-        plain["gpu"] = GpuWatch.from_dict(data["gpu"]) if data.get("gpu") else None
-        # Of measurements made before builds were told apart there are none.
-        given = data.get("builds", {})
-        plain["builds"] = {name: Builds(tuple(of["p50_ms"]), of["spread"]) for name, of in given.items()}
-        return cls(**plain)
 
 
 @dataclass(frozen=True)
@@ -134,20 +132,6 @@ class Comparison:
     measurements: tuple[Measurement, ...]
     environment: dict[str, Any]
     protocol: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
-        return {
-            "measurements": [measurement.to_dict() for measurement in self.measurements],
-            "environment": self.environment,
-            "protocol": self.protocol,
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The comparison that `to_dict` wrote; KeyError or TypeError on anything else."""
-        measurements = tuple(Measurement.from_dict(measurement) for measurement in data["measurements"])
-        return cls(measurements, data["environment"], data["protocol"])
 
 
 def is_significant(speedup: Interval, noise: Interval) -> bool:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Gt
 from numpy.typing import ArrayLike, NDArray
 
 # An interval from a handful of rounds is too rough an estimate to be trusted to end a measurement.
@@ -21,29 +23,37 @@ _STABLE_RESAMPLES = 300
 _LARGEST_AUTOCORRELATION = 0.8
 
 
+Above = Annotated[float, Gt(0)]
+"""A divisor of other figures; whatever reads it from a file checks that it is above 0."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Latency of one variant over all its samples, in milliseconds."""
 
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    mean_ms: float
-    min_ms: float
+    p50_ms: Above
+    p90_ms: Above
+    p99_ms: Above
+    mean_ms: Above
+    min_ms: Above
     count: int
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the bounds of its confidence interval."""
+    """An estimate and the bounds of its 95 % confidence interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Above
+    low: Above
+    high: Above
 
     def contains(self, x: float) -> bool:
         """Whether x lies between the bounds, both included."""
         return self.low <= x <= self.high
+
+    def scaled(self, factor: float) -> "Interval":
+        """Return all three figures times a positive factor."""
+        return Interval(self.value * factor, self.low * factor, self.high * factor)
 
 
 def summarise(samples_ms: ArrayLike) -> Summary:

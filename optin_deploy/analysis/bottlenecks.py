@@ -4,8 +4,6 @@ Ideal is the dense time times the FLOPs ratio. What an operator takes above that
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from optin_deploy.analysis.breakdown import (
     FUSED,
@@ -14,7 +12,6 @@ from optin_deploy.analysis.breakdown import (
     SOFTMAX,
     Account,
     Cell,
-    Row,
     is_fused,
 )
 from optin_deploy.analysis.module_roles import (
@@ -29,6 +26,7 @@ from optin_deploy.analysis.module_roles import (
     OTHER,
 )
 from optin_deploy.analysis.reliability import doubt
+from optin_deploy.analysis.results import Cause, LayerAccount, TimeRow, WholeRow
 from optin_deploy.utils.formatting import percent, significant
 
 STEP = 16
@@ -42,14 +40,6 @@ _SHRANK = 0.97
 _FIXED = (EMBEDDING, HEAD, OTHER)
 _PRUNED = (ATTENTION, FFN, CONVOLUTION)
 _COMPUTES = (MATRIX, FUSED)
-
-
-@dataclass(frozen=True)
-class Cause:
-    """A sentence, and the milliseconds of the pruned network's run that it accounts for."""
-
-    lost_ms: float
-    sentence: str
 
 
 def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cause, ...]:
@@ -81,22 +71,22 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
     return tuple(sorted(told, key=lambda cause: -cause.lost_ms))
 
 
-def told(account: Account, widths: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The account with its causes as a JSON-able dict, in the layout of `report.schema.LayerAccount`."""
+def layer_account(account: Account, widths: Mapping[str, tuple[int, ...]]) -> LayerAccount:
+    """Return the breakdown with its causes, as the report stores it; ``widths`` as for `causes`."""
     before, after = _all_flops(account)
-    return {
-        "runtime": account.runtime,
-        "batch_size": account.batch_size,
-        "parts": [asdict(row) for row in account.parts],
-        "blocks": [asdict(row) for row in account.blocks],
-        "kinds": [asdict(row) for row in account.kinds],
-        "between": asdict(account.between),
-        "measured": asdict(Row("measured", *account.measured_ms, before, after)),
-        "profiled": asdict(Row("profiled", *account.profiled_ms, before, after)),
-        "lost_ms": lost_ms(account),
-        "doubt": doubt(account),
-        "causes": [asdict(cause) for cause in causes(account, widths)],
-    }
+    return LayerAccount(
+        runtime=account.runtime,
+        batch_size=account.batch_size,
+        parts=account.parts,
+        blocks=account.blocks,
+        kinds=account.kinds,
+        between=account.between,
+        measured=WholeRow("measured", *account.measured_ms, before, after),
+        profiled=TimeRow("profiled", *account.profiled_ms, before, after),
+        lost_ms=lost_ms(account),
+        causes=causes(account, widths),
+        doubt=doubt(account),
+    )
 
 
 def lost_ms(account: Account) -> float:

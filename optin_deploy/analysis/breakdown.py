@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from exporters import BUILDERS
 from optin_deploy.analysis.module_roles import ATTENTION, OTHER, PARTS, Place
+from optin_deploy.analysis.results import TimeRow
 from profilers.layer_times import LayerProfile, LayerRow
 
 MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE, COMPILED = (
@@ -53,17 +54,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Dense and pruned milliseconds of one run, and FLOPs of one sample (0 where none are counted)."""
-
-    name: str
-    dense_ms: float
-    pruned_ms: float
-    dense_flops: int = 0
-    pruned_flops: int = 0
-
-
-@dataclass(frozen=True)
 class Account:
     """The whole of both runs at one runtime and batch size.
 
@@ -81,10 +71,10 @@ class Account:
     runtime: str
     batch_size: int
     cells: tuple[Cell, ...]
-    parts: tuple[Row, ...]
-    blocks: tuple[Row, ...]
-    kinds: tuple[Row, ...]
-    between: Row
+    parts: tuple[TimeRow, ...]
+    blocks: tuple[TimeRow, ...]
+    kinds: tuple[TimeRow, ...]
+    between: TimeRow
     measured_ms: tuple[float, float]
     profiled_ms: tuple[float, float]
     unprofiled_ms: tuple[float, float]
@@ -122,7 +112,9 @@ def account(
     cells = _cells(dense, pruned, places, factors)
     flops = {name: (dense_flops.get(name, 0), pruned_flops.get(name, 0)) for name in {**dense_flops, **pruned_flops}}
 
-    def rows(key: Callable[[Cell], str], names: Iterable[str], flops_of: Mapping[str, tuple[int, int]]) -> list[Row]:
+    def rows(
+        key: Callable[[Cell], str], names: Iterable[str], flops_of: Mapping[str, tuple[int, int]]
+    ) -> list[TimeRow]:
         return [_row(name, [c for c in cells if key(c) == name], flops_of.get(name, (0, 0))) for name in names]
 
     by_part = _grouped(flops, lambda name: places.get(name, Place(OTHER)).part)
@@ -135,7 +127,7 @@ def account(
         parts=_present(rows(lambda c: c.place.part, PARTS, by_part)),
         blocks=_present(rows(lambda c: c.place.block, sorted(blocks, key=lambda b: b == ""), by_block)),
         kinds=_present(rows(lambda c: c.kind, KINDS, {})),
-        between=Row("between operators", dense.overhead_ms * factors[0], pruned.overhead_ms * factors[1]),
+        between=TimeRow("between operators", dense.overhead_ms * factors[0], pruned.overhead_ms * factors[1]),
         measured_ms=measured_ms,
         profiled_ms=(sums_to(dense), sums_to(pruned)),
         unprofiled_ms=(dense.total_ms, pruned.total_ms),
@@ -188,10 +180,10 @@ def _grouped(flops: Mapping[str, tuple[int, int]], name_of: Callable[[str], str]
     return sums
 
 
-def _row(name: str, cells: Iterable[Cell], flops: tuple[int, int]) -> Row:
+def _row(name: str, cells: Iterable[Cell], flops: tuple[int, int]) -> TimeRow:
     cells = list(cells)
-    return Row(name, sum(c.dense_ms for c in cells), sum(c.pruned_ms for c in cells), *flops)
+    return TimeRow(name, sum(c.dense_ms for c in cells), sum(c.pruned_ms for c in cells), *flops)
 
 
-def _present(rows: Iterable[Row]) -> tuple[Row, ...]:
+def _present(rows: Iterable[TimeRow]) -> tuple[TimeRow, ...]:
     return tuple(row for row in rows if row.dense_ms or row.pruned_ms)

@@ -13,8 +13,8 @@ and SparseGPT, 2023). When all pairs are chosen, every row is solved anew for th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from optin_deploy.compensation.classifier import logits_map
 from optin_deploy.compensation.linear_layers import is_inside
 from optin_deploy.compensation.refit import refit_maps
+from optin_deploy.compensation.results import Sparsity
 from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import flops_by_module
@@ -29,7 +30,7 @@ from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 
 GROUP, KEPT = 4, 2
-PATTERN = f"{KEPT}:{GROUP}"
+PATTERN: Literal["2:4"] = "2:4"
 _PAIRS = tuple(combinations(range(GROUP), GROUP - KEPT))
 # Numbers in the systems of equations that are solved at once.
 _MOST_NUMBERS = 2**25
@@ -37,23 +38,6 @@ _MOST_NUMBERS = 2**25
 _DAMPING = 0.01
 
 Batch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """How sparse the linear layers and convolutions in the blocks of a network are.
-
-    Attributes:
-        maps: how many have the pattern.
-        zeros: share of zeros among their weights.
-        flops_share: their share of the network's FLOPs, zeros counted as any other weight.
-        left_dense: names of the others.
-    """
-
-    maps: int
-    zeros: float
-    flops_share: float
-    left_dense: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -108,6 +92,7 @@ def measure_sparsity(module: nn.Module, structure: Structure, inputs: Mapping[st
         sum(counts.get(of, {}).values()) for of in ("Global", *(f"{type(module).__name__}.{n}" for n in sparse))
     )
     return Sparsity(
+        pattern=PATTERN,
         maps=len(sparse),
         zeros=zeros / max(1, sum(weight.numel() for weight in sparse.values())),
         flops_share=sum(own) / total,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 from optin_deploy.errors import UserError
 
 Batch = Mapping[str, Tensor]
+T = TypeVar("T")
 
 
 class BrokenGroupError(Exception):
@@ -72,18 +73,34 @@ class Ranks:
             return make()
         return self._from_main(_outcome(make) if self.main else "")
 
-    def agreed(self, make: Callable[[], str]) -> str:
-        """What ``make`` gives, the same in all processes; the first UserError of any is raised by all."""
+    def on_main(self, make: Callable[[], T]) -> T | None:
+        """Call ``make`` in the main process only, whose UserError all raise; None in the others."""
         if self.world == 1:
             return make()
-        found = [json.loads(text) for text in self._gathered(_outcome(make))]
-        for rank, each in enumerate(found):
-            if "error" in each:
-                raise UserError(each["error"] if rank == 0 else f"rank {rank}: {each['error']}")
-        for rank, each in enumerate(found):
-            if each != found[0]:
+        value = _attempt(make) if self.main else None
+        self._from_main(json.dumps({"error": str(value)} if isinstance(value, UserError) else {"value": None}))
+        return None if isinstance(value, UserError) else value
+
+    def agreed(self, make: Callable[[], T], key: Callable[[T], str]) -> T:
+        """Call ``make`` in every process; UserError unless ``key`` of its results is the same everywhere.
+
+        All raise the first UserError of any process.
+        """
+        value = _attempt(make)
+        if self.world > 1:
+            self._check_outcomes({"error": str(value)} if isinstance(value, UserError) else {"value": key(value)})
+        if isinstance(value, UserError):
+            raise value
+        return value
+
+    def _check_outcomes(self, own: dict[str, str]) -> None:
+        outcomes = [json.loads(text) for text in self._gathered(json.dumps(own))]
+        for rank, outcome in enumerate(outcomes):
+            if "error" in outcome:
+                raise UserError(outcome["error"] if rank == 0 else f"rank {rank}: {outcome['error']}")
+        for rank, outcome in enumerate(outcomes):
+            if outcome != outcomes[0]:
                 raise UserError(f"rank {rank} has other weights, calibration data, options or versions than rank 0")
-        return str(found[0]["value"])
 
     def _from_main(self, text: str) -> Any:
         size = torch.tensor([len(text.encode())])
@@ -149,11 +166,16 @@ def shared_like(batches: Sequence[Batch], others: Sequence[Batch]) -> Sequence[B
     return Shared(others, batches.ranks) if isinstance(batches, Shared) else others
 
 
-def _outcome(make: Callable[[], Any]) -> str:
+def _attempt(make: Callable[[], T]) -> T | UserError:
     try:
-        return json.dumps({"value": make()})
+        return make()
     except UserError as error:
-        return json.dumps({"error": str(error)})
+        return error
+
+
+def _outcome(make: Callable[[], Any]) -> str:
+    value = _attempt(make)
+    return json.dumps({"error": str(value)} if isinstance(value, UserError) else {"value": value})
 
 
 def _exchange(collective: Callable[[], Any]) -> None:

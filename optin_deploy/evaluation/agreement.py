@@ -8,33 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.evaluation.example_images import is_map
+from optin_deploy.evaluation.results import Agreement
 from optin_deploy.evaluation.texts import spearman
 from optin_deploy.network import Network
 from optin_deploy.nn.sentence_embeddings import EMBEDDING
 from optin_deploy.nn.task_head import answers
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How near one output of the pruned network is to the dense one's, on inputs it was not repaired with.
-
-    ``cosine`` is the mean over samples of the cosine between the flattened outputs; of one number for each sample it is
-    that of all samples together. ``relative_error`` is the norm of the difference over that of the dense output. The
-    others are told of what they mean something for: ``top1_agreement``, the part of equal arg-max, of logits that tell
-    classes (of pixels, for class maps); ``sign_agreement``, the part of equal signs, of logits that are a yes or no
-    each; ``rank_correlation``, Spearman's over samples, the mean over the numbers of a sample, of plain numbers and of
-    a single logit for each sample; ``correlation``, the mean over samples of Pearson's over pixels, of maps of one
-    value.
-    """
-
-    output: str
-    cosine: float
-    relative_error: float
-    top1_agreement: float | None
-    samples: int
-    correlation: float | None = None
-    sign_agreement: float | None = None
-    rank_correlation: float | None = None
 
 
 @dataclass

@@ -7,7 +7,6 @@ the most likely class of every pixel.
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from optin_deploy.data.preprocessing import PicturePreprocessing
+from optin_deploy.evaluation.results import ExampleImage
 from optin_deploy.network import Network
 
 MOST = 4
@@ -24,16 +24,6 @@ MOST = 4
 _EDGE = 192
 _FEWEST_PIXELS = 8
 _VALUES, _CLASSES = "viridis", "tab20"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One sample of one output: PNG files in base64. ``image`` is what went in, None where that is no picture."""
-
-    output: str
-    image: str | None
-    dense: str
-    pruned: str
 
 
 def is_map(network: Network, name: str, output: Tensor) -> bool:
@@ -45,9 +35,9 @@ def is_map(network: Network, name: str, output: Tensor) -> bool:
 
 
 @torch.no_grad()
-def pictures(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[Picture]:
+def pictures(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> list[ExampleImage]:
     """Of the first `MOST` samples, every output that is a map; none where there are no maps."""
-    found: list[Picture] = []
+    found: list[ExampleImage] = []
     left = MOST
     for batch in batches:
         if left <= 0:
@@ -60,7 +50,7 @@ def pictures(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str,
             image = _image(network, batch, sample)
             for name in names:
                 pair = _drawn(dense[name][sample], small[name][sample])
-                found.append(Picture(name, image, *pair))
+                found.append(ExampleImage(name, image, *pair))
         left -= size
     return found
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exporters import OutputParity, check_engine, compare_outputs
-from exporters.trt_engine import Range, Shape
+from exporters.shapes import Range, Shape
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engines import Wanted, wanted_engines
 from optin_deploy.export.requirements import is_measurable

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporters import BUILDERS, EngineConfig, ExportError, build_engine, check_engine, input_ranges
-from exporters.trt_engine import Range, builder_version, device_name
+from exporters.shapes import Range
+from exporters.trt_engine import builder_version, device_name
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.network import Network
 from optin_deploy.utils.atomic_files import tell_kept, tell_written

@@ -1,7 +1,7 @@
-"""The report as a document: everything one run found out, in the layout of report.json.
+"""The report as a document: all results of one run, in the layout of ``report.json``.
 
-Of schema version 1, `throughput_per_s` was batch size ÷ p50; such reports are read, and theirs is worked out anew from
-the mean.
+Results that other modules compute are their own dataclasses, which pydantic reads and writes as they are. Reports of
+schema version 1 are read too: there ``throughput_per_s`` was batch size ÷ p50, and it is computed again from the mean.
 """
 
 from __future__ import annotations
@@ -11,112 +11,48 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from exporters import Precision
+from exporters.shapes import Range
+from optin_deploy.analysis.results import Cause, LayerAccount, TimeRow
+from optin_deploy.compensation.results import Sparsity
+from optin_deploy.evaluation.results import Agreement, ExampleImage
+from optin_deploy.structure.results import Unpruned
+from profilers import Interval, Measurement
+from profilers.stats import Above
+
+__all__ = [
+    "VARIANTS",
+    "Agreement",
+    "Budget",
+    "Calibration",
+    "Cause",
+    "Engine",
+    "Evaluation",
+    "ExampleImage",
+    "Gate",
+    "Interval",
+    "LatencyBudget",
+    "LatencyRound",
+    "LayerAccount",
+    "Measurement",
+    "ModelInfo",
+    "Parity",
+    "PlanEntry",
+    "Realised",
+    "Report",
+    "TimeRow",
+    "Unmeasured",
+    "Unpruned",
+    "Variant",
+    "VariantName",
+]
 
 VariantName = Literal["dense", "pruned"]
-# A PNG file in base64: nothing that could end an attribute of the page.
-Png = Annotated[str, Field(pattern=r"^iVBORw0KGgo[A-Za-z0-9+/]*={0,2}$")]
-
-
-Above = Annotated[float, Field(gt=0)]
-"""What other figures are divided by."""
+VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
 
 
 class _Value(BaseModel):
     # Infinite and NaN figures (a failed parity) are written as strings, which are JSON and read back as numbers.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Interval(_Value):
-    """An estimate and the bounds of its 95 % interval."""
-
-    value: Above
-    low: Above
-    high: Above
-
-    def scaled(self, factor: float) -> Interval:
-        """All three figures times a positive factor."""
-        return Interval(value=self.value * factor, low=self.low * factor, high=self.high * factor)
-
-
-class Summary(_Value):
-    """Latency of one variant over all its samples, in milliseconds."""
-
-    p50_ms: Above
-    p90_ms: Above
-    p99_ms: Above
-    mean_ms: Above
-    min_ms: Above
-    count: int
-
-
-class Samples(_Value):
-    """Raw latencies in milliseconds, rounds × repeats. `dense_again` is the dense file loaded a second time (A/A)."""
-
-    dense: list[list[float]]
-    dense_again: list[list[float]]
-    pruned: list[list[float]]
-
-
-class Summaries(_Value):
-    """One summary per measured variant."""
-
-    dense: Summary
-    dense_again: Summary
-    pruned: Summary
-
-
-class Throughput(_Value):
-    """Samples per second of each measured variant: all samples ÷ the time of all runs."""
-
-    dense: float
-    dense_again: float
-    pruned: float
-
-
-class Gpu(_Value):
-    """What the GPU did meanwhile, see `profilers.GpuWatch`; a value is None where the device does not tell it."""
-
-    watched: bool
-    unwatched_because: str | None = None
-    mean_power_w: float | None = None
-    max_power_w: float | None = None
-    min_clock_mhz: float | None = None
-    median_clock_mhz: float | None = None
-    max_clock_mhz: float | None = None
-    max_temperature_c: float | None = None
-    peak_memory_mib: float | None = None
-    reasons: list[str] | None = None
-
-
-class Builds(_Value):
-    """Median latencies of several builds of one network's engine, and how much they differ: slowest ÷ fastest − 1."""
-
-    p50_ms: list[float]
-    spread: float
-
-
-class Measurement(_Value):
-    """One runtime at one batch size, in the layout of `profilers.Measurement.to_dict()`.
-
-    `speedup` is dense ÷ pruned, see `profilers.stats`, `noise` dense ÷ dense again, and `significant` whether
-    the speed-up, or slow-down, stands out of that noise. `device_ms`, `cuda_graph` and `gpu` are there on a GPU only;
-    `builds` has those variants that were built several times.
-    """
-
-    runtime: str
-    batch_size: int
-    samples_ms: Samples
-    summary: Summaries
-    throughput_per_s: Throughput
-    speedup: Interval
-    noise: Interval
-    significant: bool
-    converged: bool
-    peak_rss_mib: float
-    device_ms: dict[str, float] | None = None
-    cuda_graph: dict[str, bool] | None = None
-    gpu: Gpu | None = None
-    builds: dict[Literal["dense", "dense_again", "pruned"], Builds] = {}
 
 
 class ModelInfo(_Value):
@@ -203,53 +139,11 @@ class PlanEntry(_Value):
     kept: int
 
 
-class LeftDense(_Value):
-    """What was not pruned, why, and its share of the dense network's FLOPs, 0 to 1; see `structure.unpruned`."""
-
-    module: str
-    reason: str
-    flops_share: float
-    count: int = 1
-
-
-class Sparsity(_Value):
-    """The weights of the pruned network that are zero by 2:4 sparsity; ``pattern`` is what was asked for."""
-
-    pattern: Literal["2:4"]
-    maps: int
-    zeros: float
-    flops_share: float
-    left_dense: list[str]
-
-
-class Agreement(_Value):
-    """How alike the dense and pruned networks' values of one output are; see `evaluation.agreement`.
-
-    Figures that mean nothing for an output are None; top1_agreement and sign_agreement are 0 to 1.
-    """
-
-    output: str
-    cosine: float
-    relative_error: float
-    top1_agreement: float | None
-    samples: int
-    correlation: float | None = None
-    sign_agreement: float | None = None
-    rank_correlation: float | None = None
-
-
-class Picture(_Value):
-    """What both networks give for one sample of a dense prediction: PNG files in base64, `image` what went in."""
-
-    output: str
-    image: Png | None
-    dense: Png
-    pruned: Png
-
-
 class Evaluation(_Value):
-    """A metric on labelled data, in the metric's own unit, for both networks in float32; and for the pruned ONNX file
-    where that has another precision."""
+    """A metric on labelled data, in the metric's own unit.
+
+    ``dense`` and ``pruned`` are the networks in float32, ``deployed`` the pruned ONNX file if its precision differs.
+    """
 
     metric: str
     dataset: str
@@ -260,7 +154,7 @@ class Evaluation(_Value):
 
     @property
     def kept(self) -> float:
-        """What the pruned network has as it is deployed."""
+        """The metric of the pruned network as it is deployed."""
         return self.pruned if self.deployed is None else self.deployed
 
 
@@ -282,14 +176,6 @@ class Parity(_Value):
     near_ties: int = 0
 
 
-class InputRange(_Value):
-    """Shapes of one input that an engine takes, and the one it is fastest at."""
-
-    least: list[int]
-    best: list[int]
-    most: list[int]
-
-
 class Engine(_Value):
     """An engine that was built of one network's ONNX file, by what, on which GPU (None: without one)."""
 
@@ -299,7 +185,7 @@ class Engine(_Value):
     mib: float
     builder: str
     device: str | None
-    inputs: dict[str, InputRange]
+    inputs: dict[str, Range]
 
 
 class Unmeasured(_Value):
@@ -325,52 +211,6 @@ class Realised(_Value):
     ratio: Interval
 
 
-class TimeRow(_Value):
-    """Milliseconds of one run, and FLOPs of one sample (0 where none are counted), of a part of both networks."""
-
-    name: str
-    dense_ms: float
-    pruned_ms: float
-    dense_flops: int
-    pruned_flops: int
-
-
-class WholeRow(TimeRow):
-    """The row of all parts together, that takes some time."""
-
-    dense_ms: Above
-    pruned_ms: Above
-
-
-class Cause(_Value):
-    """Why the pruned network takes longer than its FLOPs say, in a sentence, and by how many milliseconds."""
-
-    lost_ms: float
-    sentence: str
-
-
-class LayerAccount(_Value):
-    """Where the time goes at one runtime and batch size; see `optin_deploy.analysis.breakdown.Account`.
-
-    `parts`, `blocks` and `kinds` (of operators) each sum, with `between`, to `measured`: the medians of unprofiled
-    runs, to which the profile was scaled from what it summed to by itself, `profiled`. `lost_ms` is what the pruned
-    network takes above the dense time times the FLOPs ratio. `doubt` says why the account is not to be trusted; there
-    are no causes then.
-    """
-
-    runtime: str
-    batch_size: int
-    parts: list[TimeRow]
-    blocks: list[TimeRow]
-    kinds: list[TimeRow]
-    between: TimeRow
-    measured: WholeRow
-    profiled: TimeRow
-    lost_ms: float
-    causes: list[Cause]
-    doubt: str | None = None
-
-
 class Report(_Value):
     """One run's report. Written by `write_report`, which also writes the headline figures derived here.
 
@@ -389,11 +229,11 @@ class Report(_Value):
     dense: Variant
     pruned: Variant
     plan: list[PlanEntry]
-    left_dense: list[LeftDense]
+    left_dense: list[Unpruned]
     sparsity: Sparsity | None = None
     precision: Precision = "fp32"
     agreement: list[Agreement]
-    pictures: list[Picture] = []
+    pictures: list[ExampleImage] = []
     evaluation: Evaluation | None
     parity: list[Parity]
     profile: list[Measurement]

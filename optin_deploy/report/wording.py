@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from optin_deploy.report.schema import Agreement, LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
+from optin_deploy.report.schema import VARIANTS, Agreement, LayerAccount, Measurement, Report, Unmeasured, Unpruned
 from optin_deploy.utils import formatting
 from profilers import GPU_RUNTIMES
-from profilers import Measurement as Measured
 from profilers.gpu_watch import SLOWDOWNS
 
 RANDOM_WEIGHTS = (
@@ -26,7 +25,6 @@ SPEED_UP = (
     "their own ratio may differ."
 )
 
-VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
 _RUNTIMES = {
     "ort-cpu": "ONNX Runtime",
     "ort-cuda": "ONNX Runtime CUDA",
@@ -69,7 +67,7 @@ def unmeasured(item: Unmeasured) -> str:
     return f"Not measured with {runtime_name(item.runtime)}: {item.reason}."
 
 
-def left_dense(each: LeftDense) -> str:
+def left_dense(each: Unpruned) -> str:
     """The name of what stays dense, with how many there are."""
     return each.module if each.count == 1 else f"{each.module} ({each.count})"
 
@@ -152,7 +150,7 @@ def changed_pace(case: str, dense_ms: float, pruned_ms: float, low: float, high:
     )
 
 
-def speed_notes(measurements: Sequence[Measurement] | Sequence[Measured]) -> list[str]:
+def speed_notes(measurements: Sequence[Measurement]) -> list[str]:
     """What keeps speed-ups and p50s that stand side by side from reading as a contradiction, a sentence each."""
     found = []
     for item in measurements:
@@ -162,9 +160,7 @@ def speed_notes(measurements: Sequence[Measurement] | Sequence[Measured]) -> lis
     return [SPEED_UP, *filter(None, found)] if measurements else []
 
 
-def _medians(item: Measurement | Measured) -> tuple[float, float]:
-    if isinstance(item, Measured):
-        return item.summary["dense"].p50_ms, item.summary["pruned"].p50_ms
+def _medians(item: Measurement) -> tuple[float, float]:
     return item.summary.dense.p50_ms, item.summary.pruned.p50_ms
 
 

@@ -1,9 +1,6 @@
-"""The stages that a latency budget adds to a run: tables before the search, then building and measuring within it."""
+"""The stages of a latency budget: tables before the search, then networks built and measured until one meets it."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -13,101 +10,98 @@ from optin_deploy.latency.budget import Met, meet
 from optin_deploy.latency.tables import Measured, measure_network
 from optin_deploy.network import Network
 from optin_deploy.nn.copies import copied
+from optin_deploy.report.schema import LatencyBudget, LatencyRound
 from optin_deploy.run import run_directory
-from optin_deploy.run.job import Job
+from optin_deploy.run.context import RunContext
 from optin_deploy.search.knapsack import check_budget
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.tokens.costs import token_costs
-from optin_deploy.utils.atomic_files import write_text
-from optin_deploy.utils.progress import Stages
+from optin_deploy.tokens.costs import TokenCosts, token_costs
+
+_FILE = "latency.json"
 
 
-def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None:
-    """Latency tables where the search needs them. An unreachable latency is told before anything is written."""
-    recipe = job.recipe
-    if not recipe.needs_table or (directory / "checkpoint").exists():
-        return None
-    with stages.stage("latency tables"):
-        measured = measure_network(job.served(job.network), job.anatomy.structure, job.target)
-    if recipe.has_latency:
-        check_latency(job.anatomy.structure, recipe, measured)
-    return measured
+def measure_tables(context: RunContext) -> Measured:
+    """Measure the latency tables, or take them from the cache; UserError if the latency cannot be reached."""
+    prepared = context.prepared
+    with context.stages.stage("latency tables"):
+        tables = measure_network(prepared.deployed(prepared.network), prepared.anatomy.structure, prepared.target)
+    if context.recipe.has_latency:
+        check_latency(prepared.anatomy.structure, context.recipe, tables)
+    return tables
 
 
-def check_latency(structure: Structure, recipe: Recipe, measured: Measured) -> None:
-    """Raise UserError when the latency that ``recipe`` asks for cannot be reached, or is no less than the dense one."""
-    check_budget(structure, measured.costs, latency_fraction(recipe, measured), "latency")
+def check_latency(structure: Structure, recipe: Recipe, tables: Measured) -> None:
+    """Raise UserError if the latency of ``recipe`` is below what pruning can reach, or not below the dense latency."""
+    check_budget(structure, tables.costs, latency_fraction(recipe, tables), "latency")
 
 
-def latency_fraction(recipe: Recipe, measured: Measured) -> float:
-    """The latency asked for, as a part of the dense network's."""
+def latency_fraction(recipe: Recipe, tables: Measured) -> float:
+    """Return the latency budget as a fraction of the dense latency."""
     if recipe.latency is not None:
         return recipe.latency
     assert recipe.latency_ms is not None
-    dense_ms = measured.costs.total
+    dense_ms = tables.costs.total
     if recipe.latency_ms >= dense_ms:
         raise UserError(f"--latency-ms {recipe.latency_ms:g}: the dense network takes {dense_ms:.3g} ms; ask for less")
     return recipe.latency_ms / dense_ms
 
 
 def plan_for_latency(
-    job: Job,
-    dense: Network,
-    scores: Mapping[str, Tensor],
-    measured: Measured,
-    schedule: tuple[int, ...],
-    directory: Path,
-    stages: Stages,
+    context: RunContext, dense: Network, scores: Mapping[str, Tensor], tables: Measured, schedule: tuple[int, ...]
 ) -> Plan:
-    """The plan that meets the latency budget, by building and measuring; how is kept in latency.json.
+    """Return the plan that meets the latency budget, and keep its measurements in ``latency.json``.
 
     Args:
-        schedule: tokens that enter each block; empty where none merge.
+        dense: in the basis that ``scores`` are for.
+        schedule: number of tokens that enter each block; empty if none merge.
     """
-    recipe, anatomy = job.recipe, job.anatomy
-    fraction = latency_fraction(recipe, measured)
-    tokens = None
-    if anatomy.stack is not None and schedule:
-        costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs)
-        tokens = costs.at(schedule)
-    dense = job.served(dense)
-    on_cpu = dense if job.device.type == "cpu" else dense.with_module(copied(dense.module).cpu())
-    with stages.stage("meet the latency"):
+    prepared, recipe = context.prepared, context.recipe
+    deployed = prepared.deployed(dense)
+    if prepared.device.type != "cpu":
+        deployed = deployed.with_module(copied(deployed.module).cpu())
+    fraction = latency_fraction(recipe, tables)
+    with context.stages.stage("meet the latency"):
         met = meet(
-            on_cpu,
-            job.anatomy.structure,
+            deployed,
+            prepared.anatomy.structure,
             scores,
-            measured,
-            job.anatomy.costs,
+            tables,
+            prepared.anatomy.costs,
             fraction,
-            job.target,
+            prepared.target,
             flops=recipe.flops,
             align=recipe.alignment,
-            tokens=tokens,
+            tokens=_token_costs(context, dense, schedule),
         )
-    with run_directory.recorded(directory / "latency.json"):
-        write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")
+    run_directory.write_json(context.directory / _FILE, _latency_budget(context, tables, fraction, met))
     return met.plan
 
 
-def _record(job: Job, measured: Measured, fraction: float, met: Met) -> dict[str, Any]:
-    return {
-        "runtime": job.target.runtime,
-        "batch_size": job.target.batch_size,
-        "fraction": fraction,
-        "dense_ms": measured.costs.total,
-        "floor_ms": measured.costs.floor,
-        "rounds": [{"by": r.by, "predicted_ms": r.predicted_ms, "measured_ms": r.measured_ms} for r in met.rounds],
-        "taken": met.taken,
-        "tables": len(measured.tables),
-        "tables_cached": sum(measured.cached),
-    }
+def _token_costs(context: RunContext, dense: Network, schedule: tuple[int, ...]) -> TokenCosts | None:
+    anatomy = context.anatomy
+    if anatomy.stack is None or not schedule:
+        return None
+    return token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
 
 
-def read_latency(directory: Path) -> dict[str, Any]:
-    path = directory / "latency.json"
-    if not path.is_file():
-        raise UserError(f"{path} is gone: remove {directory / 'checkpoint'} too, to prune again")
-    found: dict[str, Any] = run_directory.read_json(path)
-    return found
+def _latency_budget(context: RunContext, tables: Measured, fraction: float, met: Met) -> LatencyBudget:
+    target = context.prepared.target
+    return LatencyBudget(
+        runtime=target.runtime,
+        batch_size=target.batch_size,
+        fraction=fraction,
+        dense_ms=tables.costs.total,
+        floor_ms=tables.costs.floor,
+        rounds=[LatencyRound(by=r.by, predicted_ms=r.predicted_ms, measured_ms=r.measured_ms) for r in met.rounds],
+        taken=met.taken,
+        tables=len(tables.tables),
+        tables_cached=sum(tables.cached),
+    )
+
+
+def read_latency(context: RunContext) -> LatencyBudget | None:
+    """Read how the latency budget was met; None if there is no such budget."""
+    if not context.recipe.has_latency:
+        return None
+    return run_directory.read_with_checkpoint(context.directory, _FILE, LatencyBudget)

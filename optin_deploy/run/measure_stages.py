@@ -1,164 +1,200 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from exporters import (
-    BUILDERS,
-    OnnxModule,
-    check_engine,
-    runnable_on_cpu,
-)
-from optin_deploy.analysis.bottlenecks import told
+from exporters import BUILDERS, OnnxModule, OutputParity, check_engine, runnable_on_cpu
+from optin_deploy.analysis.bottlenecks import layer_account
 from optin_deploy.analysis.breakdown import account
 from optin_deploy.analysis.module_roles import merging_places, narrow_widths, own_flops, places
+from optin_deploy.analysis.results import LayerAccount, Unprofiled
 from optin_deploy.config.recipe import Recipe
+from optin_deploy.evaluation.images import Dataset
 from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines
-from optin_deploy.export.engines import build_engines, more_builds, wanted_engines
-from optin_deploy.export.onnx_file import Batches, Parity, checked, export_files, parity_batches, parity_tolerance
+from optin_deploy.export.engines import Wanted, build_engines, more_builds, wanted_engines
+from optin_deploy.export.onnx_file import checked, export_files, parity_batches, parity_tolerance
 from optin_deploy.export.requirements import is_measurable
 from optin_deploy.network import Network
+from optin_deploy.report.schema import VARIANTS, Parity, VariantName
 from optin_deploy.run import run_directory
-from optin_deploy.run.job import Job
-from optin_deploy.run.report_builder import VARIANTS
+from optin_deploy.run.context import RunContext
+from optin_deploy.run.run_directory import load_or_compute
 from optin_deploy.structure.describe import describe
-from optin_deploy.utils.progress import Stages, report_progress, track
-from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, compare, layer_profile
+from optin_deploy.utils.progress import report_progress, track
+from profilers import (
+    LAYER_RUNTIMES,
+    Comparison,
+    LayerProfile,
+    Measurement,
+    ProfileConfig,
+    ProfilingError,
+    Variant,
+    compare,
+    layer_profile,
+)
 
-# Time limit of one layer profile; averages over a hundred runs move little after it.
+# Time limit of one layer profile; averages over a hundred runs change little after it.
 _LAYER_SECONDS = 5.0
 
+Networks = Mapping[VariantName, Network]
+Files = Mapping[VariantName, Variant]
 
-def export_and_measure(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, Any]:
-    """ONNX files, parity and profile. Programs for the torch runtime live only as long as they are measured."""
-    recipe = job.recipe
+
+@dataclass(frozen=True)
+class DeploymentResults:
+    """Measurements of the exported files.
+
+    Attributes:
+        metric: the labelled data's metric of the pruned ONNX file; None if its precision is that of the networks.
+    """
+
+    parity: list[Parity]
+    profile: Comparison
+    layers: list[LayerAccount | Unprofiled]
+    metric: float | None
+
+
+@dataclass(frozen=True)
+class _EngineParity:
+    """``engine_parity.json``: its rows are for the engines with these SHA-256, by file name."""
+
+    engines: dict[str, str]
+    rows: list[Parity]
+
+
+def export_and_measure(context: RunContext, pruned: Network) -> DeploymentResults:
+    """Export both networks, check their files against PyTorch, and measure them."""
+    prepared, directory, stages = context.prepared, context.directory, context.stages
+    networks: Networks = {"dense": prepared.deployed(prepared.network), "pruned": prepared.deployed(pruned)}
+    # Programs for PyTorch are not kept, since torch reads no program of another version.
     with TemporaryDirectory(prefix="optin-deploy-") as temporary:
-        variants = {}
         with stages.stage("export ONNX"):
-            for name, network in track([*zip(VARIANTS, (job.network, small), strict=True)]):
-                program = Path(temporary) / f"{name}.pt2"
-                variants[name] = Variant(directory / f"{name}.onnx", program)
-                _export_kept(network, variants[name].onnx, program, recipe, job.calibration.batches)
+            files: Files = {name: _export(context, networks, name, Path(temporary)) for name in track(VARIANTS)}
         with stages.stage("check parity"):
-            parity = run_directory.kept_json(directory / "parity.json", lambda: _parity(job, small, variants))
-        engines = _engines(job, small, directory, stages)
-        parity += _engine_parity(job, small, directory, stages)
-        variants = {name: replace(v, engines=engines.get(name, {})) for name, v in variants.items()}
+            path = directory / "parity.json"
+            parity = load_or_compute(path, list[Parity], _check_onnx_files, context, networks, files)
+        files = _with_engines(context, networks, files)
+        parity += _check_engines(context, networks)
         with stages.stage("measure"):
-            profile = _kept_profile(job, variants, directory)
+            profile = _profile(context, networks, files)
         with stages.stage("profile layers"):
-            layers = run_directory.kept_json(
-                directory / "layers.json",
-                lambda: _layers(job, small, variants, profile["measurements"]),
-            )
-        deployed = _evaluated(job, variants["pruned"].onnx, directory, stages)
-    return {"parity": parity, "profile": profile, "layers": layers, "deployed": deployed}
+            path = directory / "layers.json"
+            kind = list[LayerAccount | Unprofiled]
+            layers = load_or_compute(path, kind, _account_layers, context, networks, files, profile.measurements)
+        metric = _evaluate(context, networks["pruned"], files["pruned"].onnx)
+    return DeploymentResults(parity, profile, layers, metric)
 
 
-def _export_kept(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:
-    """`export_files` into a run's directory, where an ONNX file that is there is kept."""
-    if onnx.is_file():
-        run_directory.keep(onnx)
-        export_files(network, onnx, program, recipe, batches)
-        return
-    with run_directory.recorded(onnx):
-        export_files(network, onnx, program, recipe, batches)
+def _export(context: RunContext, networks: Networks, name: VariantName, programs: Path) -> Variant:
+    """Export a network to the run's directory, where an ONNX file of an earlier try is kept."""
+    files = Variant(context.directory / f"{name}.onnx", programs / f"{name}.pt2")
+    arguments = (files.onnx, programs / f"{name}.pt2", context.recipe, context.prepared.calibration.batches)
+    if files.onnx.is_file():
+        run_directory.keep(files.onnx)
+        export_files(networks[name], *arguments)
+    else:
+        with run_directory.recording(files.onnx):
+            export_files(networks[name], *arguments)
+    return files
 
 
-def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float | None:
-    """The labelled set's metric of the pruned ONNX file, where that is of another precision than the module."""
-    dataset, recipe, network = job.dataset, job.recipe, job.network
-    if dataset is None or recipe.precision in ("fp32", "tf32"):
+def _evaluate(context: RunContext, network: Network, onnx: Path) -> float | None:
+    """Return the labelled data's metric of the pruned ONNX file; None without data, and if it computes in float32."""
+    dataset, precision = context.prepared.dataset, context.recipe.precision
+    if dataset is None or precision in ("fp32", "tf32"):
         return None
-    with stages.stage(f"evaluate in {recipe.precision}"):
-
-        def measure() -> dict[str, float]:
-            with runnable_on_cpu(onnx, recipe.precision) as file:
-                module = OnnxModule(file, network.outputs, recipe.threads)
-                return {recipe.precision: dataset.measure(module)}
-
-        return run_directory.kept_json(directory / "deployed.json", measure)[recipe.precision]
+    with context.stages.stage(f"evaluate in {precision}"):
+        path = context.directory / "deployed.json"
+        metrics = load_or_compute(path, dict[str, float], _measure_onnx, context.recipe, network, onnx, dataset)
+        return metrics[precision]
 
 
-def _parity(job: Job, small: Network, variants: Mapping[str, Variant]) -> list[dict[str, Any]]:
+def _measure_onnx(recipe: Recipe, network: Network, onnx: Path, dataset: Dataset) -> dict[str, float]:
+    with runnable_on_cpu(onnx, recipe.precision) as file:
+        return {recipe.precision: dataset.measure(OnnxModule(file, network.outputs, recipe.threads))}
+
+
+def _check_onnx_files(context: RunContext, networks: Networks, files: Files) -> list[Parity]:
     rows = []
-    for name, network in track([*zip(VARIANTS, (job.network, small), strict=True)]):
-        found = checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
-        rows += _parity_rows(name, "ort-cpu", found)
+    for name, network in track(networks.items()):
+        parity = checked(network, files[name].onnx, context.prepared.calibration.held_out, context.recipe)
+        rows += _parity_rows(name, "ort-cpu", parity)
     return rows
 
 
-def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, Any]]:
+def _parity_rows(variant: VariantName, runtime: str, parity: Sequence[OutputParity]) -> list[Parity]:
     return [
-        {
-            "variant": variant,
-            "runtime": runtime,
-            "output": p.output,
-            "max_abs_error": p.max_abs_error,
-            "max_abs_reference": p.max_abs_reference,
-            "tolerance": p.tolerance,
-            "passed": p.passed,
-            "samples": p.samples,
-            "near_ties": p.near_ties,
-        }
+        Parity(
+            variant=variant,
+            runtime=runtime,
+            output=p.output,
+            max_abs_error=p.max_abs_error,
+            max_abs_reference=p.max_abs_reference,
+            tolerance=p.tolerance,
+            passed=p.passed,
+            samples=p.samples,
+            near_ties=p.near_ties,
+        )
         for p in parity
     ]
 
 
-def _engines(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, dict[tuple[str, int], Path]]:
-    wanted = wanted_engines(job.recipe)
-    if not wanted:
-        return {}
-    networks = dict(zip(VARIANTS, (job.network, small), strict=True))
-    with stages.stage("build engines"):
-        return build_engines(job.recipe, networks, directory)
+def _with_engines(context: RunContext, networks: Networks, files: Files) -> Files:
+    """Build the engines that the recipe asks for, and return the files with them."""
+    if not wanted_engines(context.recipe):
+        return files
+    with context.stages.stage("build engines"):
+        engines = build_engines(context.recipe, {name: networks[name] for name in VARIANTS}, context.directory)
+    return {name: replace(variant, engines=engines[name]) for name, variant in files.items()}
 
 
-def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) -> list[dict[str, Any]]:
-    """Rows of the parity gate for the engines that can be run here; checked again where an engine is another one."""
-    recipe, networks = job.recipe, (job.network, small)
-    wanted = checkable_engines(recipe)
-    if not wanted:
+def _check_engines(context: RunContext, networks: Networks) -> list[Parity]:
+    """Check the engines that can run here; again if an engine has been built anew since."""
+    engines = checkable_engines(context.recipe)
+    if not engines:
         return []
-    files = {each.file(directory, name): (each, name) for each in wanted for name in VARIANTS}
+    files = {engine.file(context.directory, name): (engine, name) for engine in engines for name in networks}
     hashes = {file.name: check_engine(file).engine_sha256 for file in files}
-    path = directory / "engine_parity.json"
-    if path.is_file() and run_directory.read_json(path)["engines"] != hashes:
+    path = context.directory / "engine_parity.json"
+    if path.is_file() and run_directory.read_json(path, _EngineParity).engines != hashes:
         path.unlink()
-    with stages.stage("check engines"):
-
-        def check() -> dict[str, Any]:
-            rows = []
-            for file, (each, name) in track(files.items()):
-                network = networks[VARIANTS.index(name)]
-                batches = parity_batches(network, job.calibration.held_out, recipe.precision)
-                threshold = parity_tolerance(recipe)
-                found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
-                rows += _parity_rows(name, each.runtime, found)
-            return {"engines": hashes, "rows": rows}
-
-        return run_directory.kept_json(path, check)["rows"]
+    with context.stages.stage("check engines"):
+        return load_or_compute(path, _EngineParity, _run_engines, context, networks, files, hashes).rows
 
 
-def _kept_profile(job: Job, variants: Mapping[str, Variant], directory: Path) -> dict[str, Any]:
-    """The measurements of all runtimes that there is a device for; made again where there are more of them now."""
-    runtimes = tuple(r for r in job.recipe.measured_runtimes if is_measurable(r))
+def _run_engines(
+    context: RunContext,
+    networks: Networks,
+    files: Mapping[Path, tuple[Wanted, VariantName]],
+    hashes: dict[str, str],
+) -> _EngineParity:
+    recipe, rows = context.recipe, []
+    for file, (engine, name) in track(files.items()):
+        batches = parity_batches(networks[name], context.prepared.calibration.held_out, recipe.precision)
+        tolerance = parity_tolerance(recipe)
+        parity = check_engine_parity(networks[name], engine.runtime, file, batches, tolerance, recipe.threads)
+        rows += _parity_rows(name, engine.runtime, parity)
+    return _EngineParity(hashes, rows)
+
+
+def _profile(context: RunContext, networks: Networks, files: Files) -> Comparison:
+    """Measure all runtimes that have a device here; again if there are more of them than in an earlier try."""
+    runtimes = tuple(r for r in context.recipe.measured_runtimes if is_measurable(r))
     if not runtimes:
-        return {"measurements": [], "protocol": {}}
-    path = directory / "profile.json"
-    profile = run_directory.kept_json(path, lambda: _profile(job, runtimes, variants))
-    if set(runtimes) <= {m["runtime"] for m in profile["measurements"]}:
-        return profile
-    path.unlink()
-    (directory / "layers.json").unlink(missing_ok=True)
-    return run_directory.kept_json(path, lambda: _profile(job, runtimes, variants))
+        return Comparison((), {}, {})
+    path = context.directory / "profile.json"
+    if path.is_file():
+        measured = {m.runtime for m in run_directory.read_json(path, Comparison).measurements}
+        if not set(runtimes) <= measured:
+            path.unlink()
+            (context.directory / "layers.json").unlink(missing_ok=True)
+    return load_or_compute(path, Comparison, _measure, context, networks, files, runtimes)
 
 
-def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant]) -> dict[str, Any]:
-    recipe = job.recipe
+def _measure(context: RunContext, networks: Networks, files: Files, runtimes: tuple[str, ...]) -> Comparison:
+    recipe = context.recipe
     config = ProfileConfig(
         runtimes=runtimes,
         batch_sizes=recipe.measured_batch_sizes,
@@ -167,15 +203,17 @@ def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant
         seed=recipe.seed,
         tf32=recipe.precision == "tf32",
     )
-    sample = {name: t[:1].numpy() for name, t in job.network.inputs.items()}
+    sample = {name: t[:1].numpy() for name, t in networks["dense"].inputs.items()}
     with TemporaryDirectory(prefix="optin-builds-") as folder:
-        dense, pruned = (_built_again(variants[name], recipe, Path(folder)) for name in VARIANTS)
-        return compare(dense, pruned, sample, config, lambda done, _: report_progress(done)).to_dict()
+        dense, pruned = (_build_again(files[name], recipe, Path(folder)) for name in VARIANTS)
+        return compare(dense, pruned, sample, config, lambda done, _: report_progress(done))
 
 
-def _built_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
-    """The variant with several builds of each engine that can be measured: they differ by the tactics they were built
-    with, and one alone would pass its luck for the network's."""
+def _build_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
+    """Return the variant with several builds of each engine that can be measured.
+
+    Builds differ by the tactics that the builder took, and the luck of one build would count as the network's.
+    """
     measured = {case: file for case in variant.engines if is_measurable(case[0]) and (file := variant.file(*case))}
     # One engine may serve several batch sizes.
     builds = {
@@ -184,45 +222,48 @@ def _built_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
     return replace(variant, engines={**variant.engines, **{case: builds[file] for case, file in measured.items()}})
 
 
-def _layers(
-    job: Job, small: Network, variants: Mapping[str, Variant], measurements: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The account of where the time goes, for the case that each runtime is judged by; or why there is none."""
-    recipe, dense = job.recipe, job.network
-    where = places(dense.module, job.anatomy.structure)
-    merging = merging_places(small.module)
-    flops = [own_flops(dense.module, dense.inputs, where), own_flops(small.module, small.inputs, {**where, **merging})]
-    where |= merging
-    widths = narrow_widths(describe(small.module, small.inputs))
-    sample = {name: t[:1].numpy() for name, t in dense.inputs.items()}
-    batch_size = recipe.headline_batch_size
-    cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
-    found = []
-    for measured in track(cases):
-        files = {name: variants[name].file(measured["runtime"], batch_size) for name in VARIANTS}
+def _account_layers(
+    context: RunContext, networks: Networks, files: Files, measurements: Sequence[Measurement]
+) -> list[LayerAccount | Unprofiled]:
+    """Break the latency down by layer, for each runtime at the batch size of its headline figure."""
+    dense, pruned = networks["dense"], networks["pruned"]
+    roles = places(dense.module, context.anatomy.structure)
+    merging = merging_places(pruned.module)
+    flops = (own_flops(dense.module, dense.inputs, roles), own_flops(pruned.module, pruned.inputs, roles | merging))
+    roles |= merging
+    widths = narrow_widths(describe(pruned.module, pruned.inputs))
+    batch_size = context.recipe.headline_batch_size
+    cases = [m for m in measurements if m.runtime in LAYER_RUNTIMES and m.batch_size == batch_size]
+    accounts: list[LayerAccount | Unprofiled] = []
+    for case in track(cases):
         try:
-            profiles = [
-                layer_profile(
-                    measured["runtime"],
-                    file,
-                    sample,
-                    list(where),
-                    batch_size=batch_size,
-                    threads=recipe.threads,
-                    seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
-                    seed=recipe.seed,
-                    onnx=variants[name].onnx,
-                    tf32=recipe.precision == "tf32",
-                )
-                for name, file in files.items()
-                if file is not None
-            ]
+            before, after = (_profile_layers(context, dense, files[name], case, list(roles)) for name in VARIANTS)
         except ProfilingError as error:
-            # An engine that runs may still tell nothing of its layers; all else of the report stands.
-            if measured["runtime"] not in BUILDERS:
+            # An engine that runs may still not be profiled; the rest of the report does not need it.
+            if case.runtime not in BUILDERS:
                 raise
-            found.append({"runtime": measured["runtime"], "unprofiled": str(error)})
+            accounts.append(Unprofiled(case.runtime, str(error)))
             continue
-        p50s_ms = (measured["summary"]["dense"]["p50_ms"], measured["summary"]["pruned"]["p50_ms"])
-        found.append(told(account(profiles[0], profiles[1], flops[0], flops[1], where, p50s_ms), widths))
-    return found
+        p50s_ms = (case.summary.dense.p50_ms, case.summary.pruned.p50_ms)
+        accounts.append(layer_account(account(before, after, *flops, roles, p50s_ms), widths))
+    return accounts
+
+
+def _profile_layers(
+    context: RunContext, network: Network, variant: Variant, case: Measurement, modules: list[str]
+) -> LayerProfile:
+    recipe, file = context.recipe, variant.file(case.runtime, case.batch_size)
+    if file is None:
+        raise ProfilingError(f"there is no file for {case.runtime} at batch size {case.batch_size}")
+    return layer_profile(
+        case.runtime,
+        file,
+        {name: t[:1].numpy() for name, t in network.inputs.items()},
+        modules,
+        batch_size=case.batch_size,
+        threads=recipe.threads,
+        seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
+        seed=recipe.seed,
+        onnx=variant.onnx,
+        tf32=recipe.precision == "tf32",
+    )

@@ -1,14 +1,13 @@
-"""The report of a run, put together from what its stages found."""
+"""The report of a run, built from the results of its stages."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 from exporters import BUILDERS, check_engine
+from optin_deploy.analysis.results import LayerAccount, Unprofiled
 from optin_deploy.compensation.sparsity import measure_sparsity
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engine_parity import unchecked
@@ -16,91 +15,96 @@ from optin_deploy.export.engines import wanted_engines
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.report import Report
-from optin_deploy.run.job import VERSION, Job
+from optin_deploy.report.schema import (
+    VARIANTS,
+    Budget,
+    Calibration,
+    Engine,
+    Gate,
+    LatencyBudget,
+    ModelInfo,
+    Parity,
+    PlanEntry,
+    Unmeasured,
+    Variant,
+)
+from optin_deploy.run.compare_stage import OutputResults
+from optin_deploy.run.context import PrunedRun, RunContext
+from optin_deploy.run.measure_stages import DeploymentResults
+from optin_deploy.run.prepare import VERSION
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.unpruned import unpruned
-from profilers import environment, lacking_device
-
-VARIANTS = ("dense", "pruned")
+from profilers import Measurement, environment, lacking_device
 
 
-def assemble(
-    job: Job,
-    plan: Plan,
-    small: Network,
-    results: dict[str, Any],
-    directory: Path,
-    stage_seconds: dict[str, float],
-    command: str,
-) -> Report:
-    """The report of a run: figures of both networks, gates, and all that the stages found (``results``)."""
-    recipe, network, structure = job.recipe, job.network, job.anatomy.structure
-    figures = {
-        name: {
-            "flops": count_flops(n.module, n.inputs),
-            "parameters": sum(p.numel() for p in n.module.parameters()),
-            "onnx_mib": sum(f.stat().st_size for f in directory.glob(f"{name}.onnx*")) / 2**20,
-        }
-        for name, n in zip(VARIANTS, (network, small), strict=True)
-    }
-    ratio = figures["pruned"]["flops"] / figures["dense"]["flops"]
-    gates = [*_budget_gates(recipe, ratio, results), _parity_gate(results["parity"])]
-    return Report.model_validate(
-        {
-            "created": datetime.now(UTC),
-            "version": VERSION,
-            "command": command,
-            "model": {
-                # The end of a path is what tells one directory from another.
-                "name": "/".join(Path(recipe.model).parts[-2:]),
-                "library": network.source.library,
-                "weights": _weights(recipe, network),
-                "inputs": {n: _shape(network, n) for n in network.inputs},
-            },
-            "calibration": {
-                "source": job.calibration.source,
-                "builtin": job.calibration.builtin,
-                "samples": job.calibration.samples,
-                "seed": recipe.seed,
-            },
-            "budget": {"flops": recipe.flops, "latency": recipe.latency, "latency_ms": recipe.latency_ms},
-            "latency_budget": results["latency_budget"],
-            "settings": recipe.model_dump(mode="json"),
-            **figures,
-            "plan": _plan_rows(job, plan),
-            "left_dense": [asdict(each) for each in unpruned(network.module, structure, network.inputs)],
-            "sparsity": _sparsity(job, small),
-            "agreement": results["agreement"],
-            "pictures": results["pictures"],
-            "precision": recipe.precision,
-            "evaluation": results["evaluation"] and {**results["evaluation"], "deployed": results["deployed"]},
-            "parity": results["parity"],
-            "profile": results["profile"]["measurements"],
-            "protocol": results["profile"]["protocol"],
-            "layers": [entry for entry in results["layers"] if "unprofiled" not in entry],
-            "engines": _engine_rows(recipe, directory),
-            "unmeasured": [
-                {"runtime": r, "reason": why} for r in recipe.measured_runtimes if (why := lacking_device(r))
-            ],
-            "gates": gates,
-            "warnings": [*job.network.notes, *results["notes"], *_warnings(recipe, results["layers"])],
-            "stage_seconds": stage_seconds,
-            "environment": {**environment(), "pruned on": str(job.device)},
-        }
+@dataclass(frozen=True)
+class StageResults:
+    """The results of all stages after pruning; ``notes`` say how scoring differed from the options."""
+
+    outputs: OutputResults
+    deployment: DeploymentResults
+    latency_budget: LatencyBudget | None
+    notes: list[str]
+
+
+def build_report(context: RunContext, pruned: PrunedRun, results: StageResults, command: str) -> Report:
+    """Build the report of a run; ``command`` repeats it."""
+    recipe, network, structure = context.recipe, context.network, context.anatomy.structure
+    data, outputs, deployment = context.prepared.calibration, results.outputs, results.deployment
+    dense_size, pruned_size = (
+        _measure_size(n, name, context.directory) for name, n in zip(VARIANTS, (network, pruned.network), strict=True)
+    )
+    sparse = recipe.sparsity is not None
+    return Report(
+        created=datetime.now(UTC),
+        version=VERSION,
+        command=command,
+        model=_describe_model(recipe, network),
+        calibration=Calibration(source=data.source, builtin=data.builtin, samples=data.samples, seed=recipe.seed),
+        budget=Budget(flops=recipe.flops, latency=recipe.latency, latency_ms=recipe.latency_ms),
+        latency_budget=results.latency_budget,
+        settings=recipe.model_dump(mode="json"),
+        dense=dense_size,
+        pruned=pruned_size,
+        plan=_plan_entries(context, pruned.plan),
+        left_dense=list(unpruned(network.module, structure, network.inputs)),
+        sparsity=measure_sparsity(pruned.network.module, structure, pruned.network.inputs) if sparse else None,
+        agreement=outputs.agreement,
+        pictures=outputs.pictures,
+        precision=recipe.precision,
+        evaluation=outputs.evaluation and outputs.evaluation.model_copy(update={"deployed": deployment.metric}),
+        parity=deployment.parity,
+        profile=list(deployment.profile.measurements),
+        protocol=deployment.profile.protocol,
+        layers=[layers for layers in deployment.layers if isinstance(layers, LayerAccount)],
+        engines=_describe_engines(recipe, context.directory),
+        unmeasured=[
+            Unmeasured(runtime=r, reason=reason) for r in recipe.measured_runtimes if (reason := lacking_device(r))
+        ],
+        gates=[
+            *_budget_gates(recipe, pruned_size.flops / dense_size.flops, deployment.profile.measurements),
+            _parity_gate(deployment.parity),
+        ],
+        warnings=[*network.notes, *results.notes, *_warnings(recipe, deployment.layers)],
+        stage_seconds=context.stages.seconds,
+        environment={**environment(), "pruned on": str(context.prepared.device)},
     )
 
 
-def again(directory: Path, given: Sequence[str]) -> str:
-    """How to do the run in ``directory`` again: a command, or Python where arguments ``given`` there (network,
-    calibration) took the place of what the recipe names, since no command could name them."""
+def rerun_command(directory: Path, replaced: Sequence[str]) -> str:
+    """Return what repeats the run in ``directory``.
+
+    This is a command, or Python code if arguments (``replaced``: network, calibration) were used instead of what the
+    recipe names, since no command can name them.
+    """
     recipe = str(directory / "recipe.yaml")
-    if not given:
+    if not replaced:
         return shlex.join(["optin-deploy", "prune-export", "--recipe", recipe])
-    arguments = ", ".join(f"{name}={name}" for name in given)
-    told = " and ".join({"network": "a network", "calibration": "calibration data"}[name] for name in given)
+    arguments = ", ".join(f"{name}={name}" for name in replaced)
+    objects = " and ".join({"network": "a network", "calibration": "calibration data"}[name] for name in replaced)
     return (
-        f"# Made from Python, with {told} given there; recipe.yaml holds the options.\n"
+        f"# Made from Python, with {objects} given there; recipe.yaml holds the options.\n"
         "from pathlib import Path\n"
         "from optin_deploy import prune_export\n"
         "from optin_deploy.config.recipe import make_recipe\n"
@@ -109,117 +113,123 @@ def again(directory: Path, given: Sequence[str]) -> str:
     )
 
 
-def _weights(recipe: Recipe, network: Network) -> str:
-    """Where the weights are from. "pretrained" is what a hub has; those of a local directory are its own."""
-    own = network.weights == "pretrained" and Path(recipe.model).is_dir()
-    return "the directory's own" if own else network.weights
+def _measure_size(network: Network, name: str, directory: Path) -> Variant:
+    return Variant(
+        flops=count_flops(network.module, network.inputs),
+        parameters=sum(p.numel() for p in network.module.parameters()),
+        onnx_mib=sum(file.stat().st_size for file in directory.glob(f"{name}.onnx*")) / 2**20,
+    )
 
 
-def _plan_rows(job: Job, plan: Plan) -> list[dict[str, Any]]:
-    """What is left of every group, and of the tokens of every block where they merge."""
-    rows = [
-        {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
-        for g in job.anatomy.structure.groups
-        # Heads that have all left have no width.
+def _describe_model(recipe: Recipe, network: Network) -> ModelInfo:
+    return ModelInfo(
+        # Directories are told apart by the end of their paths.
+        name="/".join(Path(recipe.model).parts[-2:]),
+        library=network.source.library,
+        weights=_weights_origin(recipe, network),
+        inputs={name: _input_shape(network, name) for name in network.inputs},
+    )
+
+
+def _weights_origin(recipe: Recipe, network: Network) -> str:
+    """Return where the weights come from; "pretrained" only for a hub, not for a local directory."""
+    is_local = network.weights == "pretrained" and Path(recipe.model).is_dir()
+    return "the directory's own" if is_local else network.weights
+
+
+def _input_shape(network: Network, name: str) -> list[int | str]:
+    axes = network.dynamic_axes[name]
+    return [axes.get(i, n) for i, n in enumerate(network.inputs[name].shape)]
+
+
+def _plan_entries(context: RunContext, plan: Plan) -> list[PlanEntry]:
+    """Return how many units are kept of every group, and how many tokens enter every block if they merge."""
+    entries = [
+        PlanEntry(group=g.name, kind=g.kind, layer=g.layer, units=g.units, kept=len(plan.kept[g.name]))
+        for g in context.anatomy.structure.groups
+        # Without heads there is no width of heads.
         if plan.kept.get(g.outer or "") != ()
     ]
-    stack = job.anatomy.stack
+    stack = context.anatomy.stack
     if stack is not None:
-        rows += [
-            {"group": block, "kind": "token", "layer": layer, "units": stack.tokens, "kept": tokens}
+        entries += [
+            PlanEntry(group=block, kind="token", layer=layer, units=stack.tokens, kept=tokens)
             for layer, (block, tokens) in enumerate(zip(stack.blocks, plan.tokens, strict=True))
         ]
-    return rows
+    return entries
 
 
-def _warnings(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
-    """What was asked for and could not be done, a sentence each."""
+def _warnings(recipe: Recipe, layers: Sequence[LayerAccount | Unprofiled]) -> list[str]:
+    """Return a sentence for each thing that was asked for and could not be done."""
     sentence = unchecked(recipe)
     unprofiled = [
-        f"No account of where the time goes with {BUILDERS[entry['runtime']].product}: {entry['unprofiled']}."
+        f"No account of where the time goes with {BUILDERS[entry.runtime].product}: {entry.unprofiled}."
         for entry in layers
-        if "unprofiled" in entry
+        if isinstance(entry, Unprofiled)
     ]
     return [sentence, *unprofiled] if sentence else unprofiled
 
 
-def _sparsity(job: Job, small: Network) -> dict[str, Any] | None:
-    if job.recipe.sparsity is None:
-        return None
-    found = measure_sparsity(small.module, job.anatomy.structure, small.inputs)
-    return {"pattern": job.recipe.sparsity, **asdict(found)}
+def _describe_engines(recipe: Recipe, directory: Path) -> list[Engine]:
+    engines = []
+    for wanted in wanted_engines(recipe):
+        for name in VARIANTS:
+            file = wanted.file(directory, name)
+            info = check_engine(file)
+            engine = Engine(
+                variant=name,
+                runtime=wanted.runtime,
+                file=file.name,
+                mib=file.stat().st_size / 2**20,
+                builder=f"{BUILDERS[wanted.runtime].product} {info.builder_version}",
+                device=info.device,
+                inputs=dict(info.inputs),
+            )
+            engines.append(engine)
+    return engines
 
 
-def _engine_rows(recipe: Recipe, directory: Path) -> list[dict[str, Any]]:
-    rows = []
-    for each, name in product(wanted_engines(recipe), VARIANTS):
-        file = each.file(directory, name)
-        info = check_engine(file)
-        rows.append(
-            {
-                "variant": name,
-                "runtime": each.runtime,
-                "file": file.name,
-                "mib": file.stat().st_size / 2**20,
-                "builder": f"{BUILDERS[each.runtime].product} {info.builder_version}",
-                "device": info.device,
-                "inputs": {n: asdict(r) for n, r in info.inputs.items()},
-            }
-        )
-    return rows
-
-
-def _budget_gates(recipe: Recipe, flops: float, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A gate per budget; together with a latency, FLOPs may end below their window."""
+def _budget_gates(recipe: Recipe, flops: float, measurements: Sequence[Measurement]) -> list[Gate]:
+    """Return a gate for each budget; with a latency budget too, the FLOPs may end below their window."""
     gates = []
     if recipe.flops is not None:
         lowest = 0.0 if recipe.has_latency else recipe.flops - BUDGET_WINDOW
         wanted = f"at most {recipe.flops:g}" if recipe.has_latency else f"{lowest:g} to {recipe.flops:g}"
-        gates.append(
-            {
-                "name": "budget",
-                "passed": lowest <= flops <= recipe.flops,
-                "detail": f"{flops:.4f} of the dense FLOPs; wanted {wanted}",
-            }
-        )
+        detail = f"{flops:.4f} of the dense FLOPs; wanted {wanted}"
+        gates.append(Gate(name="budget", passed=lowest <= flops <= recipe.flops, detail=detail))
     if recipe.has_latency:
-        gates.append(_latency_gate(recipe, results["profile"]["measurements"]))
+        gates.append(_latency_gate(recipe, measurements))
     return gates
 
 
-def _latency_gate(recipe: Recipe, measurements: list[dict[str, Any]]) -> dict[str, Any]:
-    """Met when the final measurement is not above the budget by more than dense differs from itself."""
-    where = (recipe.target_runtime, recipe.target_batch_size)
-    measured = next(m for m in measurements if (m["runtime"], m["batch_size"]) == where)
-    noise = max(abs(measured["noise"]["low"] - 1), abs(measured["noise"]["high"] - 1))
+def _latency_gate(recipe: Recipe, measurements: Sequence[Measurement]) -> Gate:
+    """Return the gate of a latency budget: the final measurement may exceed it by the noise of dense against dense."""
+    runtime, batch_size = recipe.target_runtime, recipe.target_batch_size
+    measured = next(m for m in measurements if (m.runtime, m.batch_size) == (runtime, batch_size))
+    noise = max(abs(measured.noise.low - 1), abs(measured.noise.high - 1))
     if recipe.latency is not None:
-        found, wanted, unit = 1 / measured["speedup"]["value"], recipe.latency, "of the dense latency"
+        latency, wanted, unit = 1 / measured.speedup.value, recipe.latency, "of the dense latency"
     else:
-        found, wanted, unit = measured["summary"]["pruned"]["p50_ms"], recipe.latency_ms or 0.0, "ms"
-    return {
-        "name": "latency",
-        "passed": found <= wanted * (1 + noise),
-        "detail": f"{found:.4g} {unit} ({where[0]}, batch {where[1]}); wanted at most {wanted:g}, noise ±{noise:.1%}",
-    }
+        latency, wanted, unit = measured.summary.pruned.p50_ms, recipe.latency_ms or 0.0, "ms"
+    return Gate(
+        name="latency",
+        passed=latency <= wanted * (1 + noise),
+        detail=f"{latency:.4g} {unit} ({runtime}, batch {batch_size}); wanted at most {wanted:g}, noise ±{noise:.1%}",
+    )
 
 
-def _parity_gate(parity: list[dict[str, Any]]) -> dict[str, Any]:
-    failed = [p for p in parity if not p["passed"]]
-    details = [f"{_checked(p)} is off by {p['max_abs_error']:.1e}" for p in failed]
-    details = details or [f"largest error {max(p['max_abs_error'] for p in parity):.1e} on held-out inputs"]
-    most = max(parity, key=lambda p: int(p["near_ties"]))
-    if most["near_ties"]:
-        which = f"{most['near_ties']} of {most['samples']} samples"
-        details.append(f"{which} compared with other tokens merged, where rounding decides")
-    return {"name": "parity", "passed": not failed, "detail": "; ".join(details)}
+def _parity_gate(parity: Sequence[Parity]) -> Gate:
+    failed = [row for row in parity if not row.passed]
+    details = [f"{_name_output(row)} is off by {row.max_abs_error:.1e}" for row in failed]
+    details = details or [f"largest error {max(row.max_abs_error for row in parity):.1e} on held-out inputs"]
+    tied = max(parity, key=lambda row: row.near_ties)
+    if tied.near_ties:
+        samples = f"{tied.near_ties} of {tied.samples} samples"
+        details.append(f"{samples} compared with other tokens merged, where rounding decides")
+    return Gate(name="parity", passed=not failed, detail="; ".join(details))
 
 
-def _checked(row: Mapping[str, Any]) -> str:
-    """What a row of the parity gate is about; ONNX files go without saying."""
-    builder = BUILDERS.get(row.get("runtime", "ort-cpu"))
-    return f"{row['variant']} {row['output']}" + (f" with {builder.product}" if builder else "")
-
-
-def _shape(network: Network, name: str) -> list[int | str]:
-    axes = network.dynamic_axes[name]
-    return [axes.get(i, n) for i, n in enumerate(network.inputs[name].shape)]
+def _name_output(row: Parity) -> str:
+    """Return the network and output of a row, and the product that built its engine, if it is one."""
+    builder = BUILDERS.get(row.runtime)
+    return f"{row.variant} {row.output}" + (f" with {builder.product}" if builder else "")

@@ -1,20 +1,21 @@
-"""A run's directory: one run each and one at a time; stages are kept as they are done, so that a run can go on.
+"""A run's directory: it belongs to one run and one process at a time, and keeps the result of every stage.
 
-``run.json`` holds the fingerprint of all that goes into the run, and the SHA-256 of what each stage has written: a run
-goes on only from what it wrote itself.
+``run.json`` stores the fingerprint of everything that goes into the run, and the SHA-256 of everything that each stage
+wrote: an interrupted run continues only from files that it wrote itself.
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ParamSpec, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 from torch import nn
 
 from optin_deploy.config.recipe import Recipe
@@ -23,17 +24,15 @@ from optin_deploy.utils.atomic_files import is_partial, remove_partial, tell_kep
 from optin_deploy.utils.paths import check_place, regular
 from optin_deploy.utils.signals import kept_in
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_RUN_NAME = "run.json"
+T = TypeVar("T")
+P = ParamSpec("P")
+CHECKPOINT = "checkpoint"
+_RUN_NAME, _LOCK_NAME = "run.json", ".lock"
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, version: str) -> str:
-    """A hash of all that decides a run's results: options, weights, calibration data, versions."""
+def compute_fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, version: str) -> str:
+    """Return a hash of everything that decides a run's results: options, weights, calibration data, versions."""
     digest = hashlib.sha256()
     digest.update(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -43,31 +42,34 @@ def fingerprint(recipe: Recipe, module: nn.Module, calibration_digest: str, vers
     return digest.hexdigest()
 
 
-def default_directory(recipe: Recipe, run: str) -> Path:
-    """``runs/MODEL-flops0.5-HASH`` (``MODEL-2of4-HASH`` without a budget) for the run with that fingerprint."""
+def default_directory(recipe: Recipe, fingerprint: str) -> Path:
+    """Return ``runs/MODEL-flops0.5-HASH``, or ``runs/MODEL-2of4-HASH`` without a budget, for that fingerprint."""
     name = Path(recipe.model).name.replace("/", "-") or "model"
-    asked = {"flops": recipe.flops, "latency": recipe.latency, "ms": recipe.latency_ms}
-    parts = [f"{what}{value:g}" for what, value in asked.items() if value is not None]
+    budgets = {"flops": recipe.flops, "latency": recipe.latency, "ms": recipe.latency_ms}
+    parts = [f"{kind}{value:g}" for kind, value in budgets.items() if value is not None]
     if recipe.sparsity is not None:
         parts.append(recipe.sparsity.replace(":", "of"))
-    return Path("runs") / "-".join([name, *parts, run[:8]])
+    return Path("runs") / "-".join([name, *parts, fingerprint[:8]])
 
 
-def check(directory: Path, run: str) -> None:
-    """Raise UserError when ``directory`` holds something else than the (unfinished) run with that fingerprint, or that
-    run's files have changed since it wrote them."""
+def check(directory: Path, fingerprint: str) -> None:
+    """Check that the run with ``fingerprint`` can start or continue in ``directory``.
+
+    Raises:
+        UserError: it contains another run or something else, or files of the run have changed since it wrote them.
+    """
     check_place(directory, f"--output {directory}")
-    # A run that was killed in its first moments leaves no more than what it was writing.
-    if not directory.is_dir() or all(map(is_partial, directory.iterdir())):
+    # A run that was killed in its first moments leaves only its lock and partial files.
+    if not directory.is_dir() or all(entry.name == _LOCK_NAME or is_partial(entry) for entry in directory.iterdir()):
         return
-    found = _read(directory)
-    if found.fingerprint != run:
+    run = _read(directory)
+    if run.fingerprint != fingerprint:
         raise UserError(
             f"--output {directory} holds another run (other options, weights, data or version): choose another "
             "directory, or remove this one"
         )
     _check_entries(directory)
-    for name, digest in found.files.items():
+    for name, digest in run.files.items():
         if (directory / name).exists() and _digest(directory / name) != digest:
             raise UserError(
                 f"--output {directory}: {name} is not what the run wrote, but damaged or changed: remove it, and it is "
@@ -76,13 +78,15 @@ def check(directory: Path, run: str) -> None:
 
 
 def _check_entries(directory: Path) -> None:
-    """Raise UserError for what stands in a run's directory and can be neither read nor replaced by what the run writes:
-    links to nothing, pipes, and directories in the place of files."""
+    """Raise UserError for entries that the run can neither read nor replace.
+
+    These are links to nothing, pipes, and directories in the place of files.
+    """
     for entry in directory.iterdir():
-        right = entry.is_dir() if entry.name == "checkpoint" else entry.is_file() or not _is_of_run(entry.name)
+        right = entry.is_dir() if entry.name == CHECKPOINT else entry.is_file() or not _is_of_run(entry.name)
         if not right and not is_partial(entry):
-            what = "directory" if entry.name == "checkpoint" else "file"
-            raise UserError(f"--output {directory}: {entry.name} is no {what}: remove it, and it is made again")
+            kind = "directory" if entry.name == CHECKPOINT else "file"
+            raise UserError(f"--output {directory}: {entry.name} is no {kind}: remove it, and it is made again")
 
 
 def _is_of_run(name: str) -> bool:
@@ -91,7 +95,7 @@ def _is_of_run(name: str) -> bool:
 
 
 class _Run(BaseModel):
-    """``run.json``; ``files`` are SHA-256 by name, of files and of directories."""
+    """``run.json``; ``files`` maps names of files and directories to their SHA-256."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -111,106 +115,112 @@ def _write(directory: Path, run: _Run) -> None:
 
 
 @contextmanager
-def recorded(path: Path) -> Iterator[None]:
-    """While a stage writes ``path``, a file or a directory in the run's directory, which is held; then it is noted."""
-    # A run that is killed in here has not noted what was there before.
+def recording(path: Path) -> Iterator[None]:
+    """Record ``path`` as written by the run, once the code inside has written this file or directory of it."""
+    # If the run is killed inside, the old digest must not be left in run.json.
     run = _read(path.parent)
     if path.name in run.files:
-        _write(path.parent, _noted(run, path.name, None))
+        _write(path.parent, _with_digest(run, path.name, None))
     yield
     record(path)
 
 
 def record(path: Path) -> None:
-    """Note what stands at ``path`` in the run's directory, which is held."""
-    _write(path.parent, _noted(_read(path.parent), path.name, _digest(path)))
+    """Record the file or directory ``path`` as written by the run."""
+    _write(path.parent, _with_digest(_read(path.parent), path.name, _digest(path)))
 
 
 def keep(path: Path) -> None:
-    """Note and tell that what stands at ``path`` is taken as it is."""
+    """Record the file or directory ``path`` of an earlier try, and log that it is used as it is."""
     record(path)
     tell_kept(path)
 
 
-def _noted(run: _Run, name: str, digest: str | None) -> _Run:
+def _with_digest(run: _Run, name: str, digest: str | None) -> _Run:
     files = {**run.files, name: digest}
     return run.model_copy(update={"files": {n: d for n, d in files.items() if d is not None}})
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files in a directory."""
+    """Return the SHA-256 of a file, or of the names and contents of all files in a directory."""
     if not path.is_dir():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for part in sorted(p for p in path.rglob("*") if p.is_file() and not is_partial(p)):
-        digest.update(f"{part.relative_to(path).as_posix()}\0{_digest(part)}\0".encode())
+    for inner in sorted(p for p in path.rglob("*") if p.is_file() and not is_partial(p)):
+        digest.update(f"{inner.relative_to(path).as_posix()}\0{_digest(inner)}\0".encode())
     return digest.hexdigest()
 
 
 @contextmanager
-def held(directory: Path, run: str, recipe: Recipe) -> Iterator[None]:
-    """Make ``directory`` with the resolved recipe and the fingerprint ``run``, and keep other runs out of it meanwhile.
+def hold(directory: Path, fingerprint: str, recipe: Recipe) -> Iterator[None]:
+    """Create ``directory`` with its recipe and fingerprint, and keep other processes out of it.
 
-    The directory itself is locked (flock, where the system has it): that leaves no file behind, and goes with the
-    process, however that ends.
+    The lock is released when the process ends, even if it is killed; the empty file ``.lock`` remains.
 
     Raises:
-        UserError: another run is at work there, it holds something else, or it cannot be written.
+        UserError: another process works there, it contains something else, or it cannot be written.
     """
-    with _writable(directory):
+    with _user_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
-        check(directory, run)
-        with _writable(directory):
+    lock = FileLock(directory / _LOCK_NAME, timeout=0)
+    with _user_errors(directory):
+        lock.acquire()
+    try:
+        check(directory, fingerprint)
+        with _user_errors(directory):
             remove_partial(directory)
             files = _read(directory).files if (directory / _RUN_NAME).exists() else {}
-            _write(directory, _Run(fingerprint=run, files=files))
+            _write(directory, _Run(fingerprint=fingerprint, files=files))
             recipe.save(directory / "recipe.yaml")
         with kept_in(directory):
             yield
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--output {directory}: another run is at work there; wait until it is done, or choose another one"
-            ) from None
-        yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 @contextmanager
-def _writable(directory: Path) -> Iterator[None]:
+def _user_errors(directory: Path) -> Iterator[None]:
     try:
         yield
+    except Timeout:
+        raise UserError(
+            f"--output {directory}: another run is at work there; wait until it is done, or choose another one"
+        ) from None
     except OSError as error:
         raise UserError(f"--output {directory} cannot be made or written: {error.strerror}") from error
 
 
-def kept_json(path: Path, make: Callable[[], Any]) -> Any:
-    """The JSON at ``path`` in the run's directory, which is held, or what ``make`` gives, written there."""
+def load_or_compute(path: Path, kind: type[T], compute: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return the result of a stage, kept as JSON at ``path`` in the held directory.
+
+    ``compute(*args, **kwargs)`` is called only if an earlier try has not left it. The result is always read from the
+    file, so that a file that cannot be read back is found at once.
+    """
     if path.is_file():
         keep(path)
     else:
-        value = make()
-        with recorded(path):
-            write_text(path, json.dumps(value, indent=1) + "\n")
-    return read_json(path)
+        write_json(path, compute(*args, **kwargs))
+    return read_json(path, kind)
 
 
-def read_json(path: Path) -> Any:
-    """The JSON that a stage wrote at ``path``; UserError when it is none."""
+def write_json(path: Path, result: object, *, indent: int | None = 1) -> None:
+    """Write a stage's result as JSON to ``path`` in the held directory, and record it."""
+    with recording(path):
+        write_text(path, json.dumps(to_jsonable_python(result), indent=indent) + "\n")
+
+
+def read_json(path: Path, kind: type[T], advice: str = "remove it, and it is made again") -> T:
+    """Read the result of type ``kind`` that a stage wrote to ``path``; UserError with ``advice`` if it is damaged."""
     try:
-        return json.loads(regular(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: remove it, and it is made again") from None
+        return TypeAdapter(kind).validate_json(regular(path).read_bytes())
+    except (OSError, ValidationError):
+        raise UserError(f"{path} is damaged: {advice}") from None
+
+
+def read_with_checkpoint(directory: Path, name: str, kind: type[T]) -> T:
+    """Read a file that was written together with the checkpoint, and can only be made again together with it."""
+    path, checkpoint = directory / name, directory / CHECKPOINT
+    if not path.is_file():
+        raise UserError(f"{path} is missing: remove {checkpoint} too, to prune again")
+    return read_json(path, kind, f"remove it and {checkpoint}, to prune again")

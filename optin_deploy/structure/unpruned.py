@@ -11,6 +11,7 @@ from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.adapters.conv_channels import LEAKING
 from optin_deploy.structure.between_layers import obstacle
 from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.results import Unpruned
 
 # What no adapter has anything to say about is told where all that is like it takes this part of the FLOPs.
 _TOLD_SHARE = 0.01
@@ -18,23 +19,6 @@ _TOLD_SHARE = 0.01
 UNCOUNTED = nn.RNNBase | nn.RNNCellBase | nn.Bilinear
 # Of so many kinds of modules, the largest, it is found out what stands between their convolutions; of so many each.
 _EXPLAINED, _TRIED = 4, 3
-
-
-@dataclass(frozen=True)
-class Unpruned:
-    """Modules that stay dense for one reason.
-
-    Attributes:
-        module: the name, with ``*`` in place of the numbers in it where there are several.
-        reason: why they stay.
-        flops_share: what all of them take of the network's FLOPs, 0 to 1, without the groups inside them.
-        count: how many there are.
-    """
-
-    module: str
-    reason: str
-    flops_share: float
-    count: int
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from optin_deploy.export.requirements import check_measurable
 from optin_deploy.network import Network
 from optin_deploy.report import Report, read_report
 from optin_deploy.run import run_directory
-from optin_deploy.run.job import VERSION, Job, prepare
-from optin_deploy.run.latency_stage import check_latency, latency_tables
+from optin_deploy.run.context import RunContext
+from optin_deploy.run.latency_stage import check_latency, measure_tables
 from optin_deploy.run.pipeline import prune_export
+from optin_deploy.run.prepare import VERSION, PreparedRun, prepare
 from optin_deploy.sweeps.report_builder import assemble
 from optin_deploy.sweeps.schema import SweepReport
 from optin_deploy.sweeps.web_page import render
@@ -81,7 +82,7 @@ def sweep(
     console = console or Console(stderr=True)
     with Stages(console, quiet=quiet) as stages:
         checked = _check(recipe, plan(recipe, budgets), output, network, calibration, stages)
-    with run_directory.held(checked.directory, checked.fingerprint, recipe):
+    with run_directory.hold(checked.directory, checked.fingerprint, recipe):
         # With its budgets, it makes the sweep again.
         write_text(checked.directory / "recipe.yaml", as_yaml(recipe, [run for run, _ in checked.runs]))
         reports: dict[str, Report] = {}
@@ -93,7 +94,7 @@ def sweep(
             if console.is_terminal and not quiet:
                 console.print(standing, style="bold")
             if report is None:
-                with run_directory.held(place, fingerprint, run.recipe):
+                with run_directory.hold(place, fingerprint, run.recipe):
                     _share(checked, place)
                 report = prune_export(
                     run.recipe, output=place, network=network, calibration=calibration, console=console, quiet=quiet
@@ -119,10 +120,10 @@ def _check(
         for runtime in recipe.measured_runtimes:
             check_measurable(runtime)
         # Where the smallest budget of FLOPs is above the floor, all are.
-        job = prepare(min(runs, key=lambda run: run.recipe.flops or 1.0).recipe, network, calibration)
+        prepared = prepare(min(runs, key=lambda run: run.recipe.flops or 1.0).recipe, network, calibration)
 
         def fingerprint(of: Recipe) -> str:
-            return run_directory.fingerprint(of, job.network.module, job.calibration.digest, VERSION)
+            return run_directory.compute_fingerprint(of, prepared.network.module, prepared.calibration.digest, VERSION)
 
         own = fingerprint(recipe)
         name = Path(recipe.model).name or "model"
@@ -134,11 +135,11 @@ def _check(
         run_directory.check(checked.directory, own)
         for run, expected in checked.runs:
             run_directory.check(checked.place(run), expected)
-    _check_latencies(job, checked, stages)
+    _check_latencies(prepared, checked, stages)
     return checked
 
 
-def _check_latencies(job: Job, checked: _Checked, stages: Stages) -> None:
+def _check_latencies(prepared: PreparedRun, checked: _Checked, stages: Stages) -> None:
     """Whether a latency can be reached is known once there are tables, which the runs then find in the cache."""
     pending = [
         run.recipe
@@ -147,10 +148,9 @@ def _check_latencies(job: Job, checked: _Checked, stages: Stages) -> None:
     ]
     if not pending:
         return
-    measured = latency_tables(replace(job, recipe=pending[0]), checked.directory, stages)
-    assert measured is not None
+    tables = measure_tables(RunContext(replace(prepared, recipe=pending[0]), checked.directory, stages))
     for recipe in pending:
-        check_latency(job.anatomy.structure, recipe, measured)
+        check_latency(prepared.anatomy.structure, recipe, tables)
 
 
 def _finished(place: Path) -> Report | None:
@@ -178,5 +178,5 @@ def _link(source: Path, target: Path) -> None:
     files = [*sorted(source.glob("dense.onnx?*")), dense] if dense.is_file() else []
     scores = [source / name for name in ("scoring.json", "scores.safetensors", "merging.json")]
     for file in [*files, *(each for each in scores if each.is_file())]:
-        with run_directory.recorded(target / file.name):
+        with run_directory.recording(target / file.name):
             link_or_copy(file, target / file.name)

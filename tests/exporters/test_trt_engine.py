@@ -11,7 +11,8 @@ from torch import nn
 
 from exporters import EngineConfig, ExportError, build_engine, check_builder, check_engine, input_ranges, trace
 from exporters import onnx_from_program as write_onnx
-from exporters.trt_engine import EngineInfo, Range, _sha256, check_opset
+from exporters.shapes import Range
+from exporters.trt_engine import EngineInfo, _sha256, check_opset
 
 SHAPES = {"ids": (2, 12), "image": (2, 3, 8, 8)}
 AXES = {"ids": {0: "batch", 1: "sequence"}, "image": {0: "batch"}}

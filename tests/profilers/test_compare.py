@@ -1,4 +1,3 @@
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from profilers import Comparison, ProfileConfig, ProfilingError, Variant, compare
 
@@ -63,8 +63,7 @@ def test_a_much_smaller_network_is_found_to_be_faster(
 
     assert [(one.runtime, one.batch_size) for one in comparison.measurements] == [("ort-cpu", 2), ("torch", 2)]
     for one in comparison.measurements:
-        assert set(one.samples_ms) == set(one.summary) == {"dense", "dense_again", "pruned"}
-        assert len({len(turns) for turns in one.samples_ms.values()}) == 1
+        assert len({len(turns) for turns in vars(one.samples_ms).values()}) == 1
         assert one.speedup.value > 2
         assert one.speedup.low > 1
         assert one.significant
@@ -75,7 +74,8 @@ def test_a_much_smaller_network_is_found_to_be_faster(
     assert comparison.environment["versions"]["onnxruntime"]
     assert [fraction for fraction, _ in seen] == sorted(fraction for fraction, _ in seen)
     assert (seen[0], seen[-1]) == ((0.0, "ort-cpu, batch 2"), (1.0, "torch, batch 2"))
-    assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
+    saved = TypeAdapter(Comparison).dump_json(comparison)
+    assert TypeAdapter(Comparison).validate_json(saved) == comparison
     assert not list(empty_temp.glob("optin-*"))
 
 

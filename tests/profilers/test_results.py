@@ -1,7 +1,7 @@
-import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from pydantic import TypeAdapter
 
 from profilers import Comparison, GpuWatch, Interval, Measurement
 from profilers.results import Builds, is_significant
@@ -35,15 +35,16 @@ def test_json_gives_the_same_back() -> None:
     on_gpu = replace(measurement(), device_ms={"dense": 1.9}, cuda_graph={"dense": True}, gpu=gpu)
     several = Measurement.from_samples("rtx", 4, SAMPLES, True, 1.0, builds={"dense": 2, "dense_again": 2, "pruned": 1})
     comparison = Comparison((measurement(), on_gpu, several), {"cpu": "abacus"}, {"threads": 2})
-    assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
+    saved = TypeAdapter(Comparison).dump_json(comparison)
+    assert TypeAdapter(Comparison).validate_json(saved) == comparison
 
 
 def test_files_without_a_gpu_s_figures_or_builds_are_read() -> None:
-    data = measurement().to_dict()
+    data = asdict(measurement())
     assert data.pop("builds") == {}
     for name in ("device_ms", "cuda_graph", "gpu"):
         del data[name]
-    assert Measurement.from_dict(data) == measurement()
+    assert TypeAdapter(Measurement).validate_python(data) == measurement()
 
 
 def test_each_build_has_the_rounds_that_were_its_own() -> None:

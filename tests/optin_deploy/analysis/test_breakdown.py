@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import own_network, vision_network
 
-from optin_deploy.analysis.bottlenecks import Cause, causes, lost_ms, told
+from optin_deploy.analysis.bottlenecks import Cause, causes, layer_account, lost_ms
 from optin_deploy.analysis.breakdown import (
     COMPILED,
     ELEMENTWISE,
@@ -37,7 +37,6 @@ from optin_deploy.analysis.module_roles import (
     places,
 )
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.report.schema import LayerAccount
 from optin_deploy.structure.describe import describe
 from profilers.layer_times import LayerProfile, LayerRow
 
@@ -194,7 +193,7 @@ def test_the_most_costly_comes_first_and_trifles_are_left_out() -> None:
 
 def test_the_account_fits_the_report() -> None:
     extra = {("stem", "Conv"): 6.0, ("other", "Shape"): 0.1}
-    entry = LayerAccount.model_validate(told(with_ideal(extra, extra), {}))
+    entry = layer_account(with_ideal(extra, extra), {})
     assert entry.measured.dense_ms == pytest.approx(sum(r.dense_ms for r in entry.parts) + entry.between.dense_ms)
     assert entry.causes and entry.causes[0].lost_ms == pytest.approx(3.05)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from optin_deploy.analysis.bottlenecks import causes, told
+from optin_deploy.analysis.bottlenecks import causes, layer_account
 from optin_deploy.analysis.breakdown import Account, account
 from optin_deploy.analysis.module_roles import ATTENTION, CONVOLUTION, EMBEDDING, FFN, MERGING, NORMS, Place
 from optin_deploy.analysis.reliability import doubt
@@ -73,8 +73,8 @@ def test_a_profile_far_from_the_measured_time_has_no_causes(measured: tuple[floa
         "The machine was too busy for the account of where the time goes to be trusted: operators timed one by one sum "
         "to " + shares
     )
-    entry = told(found, {})
-    assert entry["causes"] == [] and entry["doubt"] == doubt(found)
+    entry = layer_account(found, {})
+    assert entry.causes == () and entry.doubt == doubt(found)
 
 
 def test_short_operators_are_not_blamed_on_the_machine() -> None:

@@ -19,7 +19,7 @@ from optin_deploy.evaluation.images import load_dataset
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.nn.task_head import HeadKind
-from optin_deploy.run.job import prepare
+from optin_deploy.run.prepare import prepare
 
 FIRST, SECOND = texts(60)[:30], texts(60)[30:]
 

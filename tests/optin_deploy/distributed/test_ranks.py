@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,15 +97,16 @@ def exchanged(ranks: Ranks) -> dict[str, Tensor]:
 
     told = ranks.told(lambda: {"rank": ranks.rank})
     assert told == {"rank": 0}
-    assert ranks.agreed(lambda: "same") == "same"
+    assert ranks.agreed(lambda: ("same", ranks.rank), itemgetter(0)) == ("same", ranks.rank)
+    assert ranks.on_main(lambda: {1, 2}) == (None if ranks.rank else {1, 2})
     with pytest.raises(UserError, match=r"^from the main one$"):
         ranks.told(lambda: refused("from the main one"))
     with pytest.raises(UserError, match=r"^rank 1: no file$"):
-        ranks.agreed(lambda: refused("no file") if ranks.rank == 1 else "fine")
+        ranks.agreed(lambda: refused("no file") if ranks.rank == 1 else "fine", str)
     with pytest.raises(UserError, match=r"^no model$"):
-        ranks.agreed(lambda: refused("no model"))
+        ranks.agreed(lambda: refused("no model"), str)
     with pytest.raises(UserError, match=r"^rank 1 has other weights"):
-        ranks.agreed(lambda: f"mine {ranks.rank}" * (1 + ranks.rank))
+        ranks.agreed(lambda: f"mine {ranks.rank}" * (1 + ranks.rank), str)
     own = torch.full((2, 3), float(ranks.rank + 1))
     return {
         "given": ranks.given(lambda: own, own),

@@ -10,11 +10,12 @@ from rich.console import Console
 from tiny_models import own_network
 
 from exporters import EngineConfig, EngineInfo, build_engine, input_ranges, onnx_from_program, trace
-from exporters.trt_engine import Range
+from exporters.shapes import Range
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export import engine_parity
 from optin_deploy.export.engine_parity import admitted, check_engine_parity, checkable_engines, unchecked
 from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.report.schema import Parity
 from optin_deploy.run import measure_stages
 from optin_deploy.run.report_builder import _parity_gate
 from optin_deploy.utils.progress import Stages
@@ -113,20 +114,20 @@ def test_a_run_checks_its_engines_once_and_again_when_they_are_others(
     (tmp_path / "run.json").write_text('{"fingerprint": "0"}')
     network = own_network()
     held_out = tuple(batches(network, (8,)))
-    job: Any = SimpleNamespace(
-        recipe=recipe(batch_sizes=(1, 4)), network=network, calibration=SimpleNamespace(held_out=held_out)
-    )
+    prepared = SimpleNamespace(calibration=SimpleNamespace(held_out=held_out))
+    context: Any = SimpleNamespace(recipe=recipe(batch_sizes=(1, 4)), prepared=prepared, directory=tmp_path)
+    networks: Any = {"dense": network, "pruned": network}
     for name in ("dense.rtx.engine", "pruned.rtx.engine"):
         exported(network, tmp_path, name).rename(tmp_path / name)
     for sha256, runs in (("1", 2), ("1", 0), ("2", 2)):
         ran = stand_in(monkeypatch, network, sha256)
-        with Stages(Console(), quiet=True) as stages:
-            rows = measure_stages._engine_parity(job, network, tmp_path, stages)
+        with Stages(Console(), quiet=True) as context.stages:
+            rows = measure_stages._check_engines(context, networks)
         assert len(ran) == runs
-        assert [(row["variant"], row["runtime"], row["passed"]) for row in rows] == [
+        assert [(row.variant, row.runtime, row.passed) for row in rows] == [
             (variant, "rtx", True) for variant in ("dense", "pruned") for _ in network.outputs
         ]
-    assert json.loads((tmp_path / "engine_parity.json").read_text())["rows"] == rows
+    assert json.loads((tmp_path / "engine_parity.json").read_text())["rows"] == [row.model_dump() for row in rows]
 
 
 @pytest.mark.gpu
@@ -141,15 +142,19 @@ def test_a_real_engine_passes(tmp_path: Path, runtime: str) -> None:
     assert all(p.passed for p in parity)
 
 
+def parity_row(**figures: Any) -> Parity:
+    defaults = {"max_abs_error": 1e-6, "max_abs_reference": 1.0, "tolerance": 1e-4, "passed": True, "samples": 12}
+    return Parity(variant="pruned", output="y", **{**defaults, **figures})
+
+
 def test_the_gate_tells_which_product_is_off() -> None:
-    row = {"variant": "pruned", "output": "y", "max_abs_error": 0.5, "passed": False, "samples": 12, "near_ties": 0}
-    gate = _parity_gate([{**row, "runtime": "rtx"}, row])
-    assert gate["detail"] == "pruned y with TensorRT for RTX is off by 5.0e-01; pruned y is off by 5.0e-01"
+    row = parity_row(max_abs_error=0.5, passed=False)
+    gate = _parity_gate([row.model_copy(update={"runtime": "rtx"}), row])
+    assert gate.detail == "pruned y with TensorRT for RTX is off by 5.0e-01; pruned y is off by 5.0e-01"
 
 
 def test_the_gate_tells_where_rounding_decided() -> None:
-    row = {"variant": "pruned", "output": "y", "max_abs_error": 1e-6, "passed": True, "samples": 12}
-    gate = _parity_gate([{**row, "near_ties": 0}, {**row, "near_ties": 2}])
-    assert gate["passed"]
+    gate = _parity_gate([parity_row(), parity_row(near_ties=2)])
+    assert gate.passed
     told = "2 of 12 samples compared with other tokens merged, where rounding decides"
-    assert gate["detail"] == f"largest error 1.0e-06 on held-out inputs; {told}"
+    assert gate.detail == f"largest error 1.0e-06 on held-out inputs; {told}"

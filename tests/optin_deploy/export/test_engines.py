@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,9 @@ from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
 from optin_deploy.run import measure_stages, report_builder
 from optin_deploy.run.pipeline import Result, prune_export
-from profilers import ProfilingError, Variant
+from profilers import Comparison, Measurement, ProfilingError, Variant
 
+VARIANTS = ("dense", "dense_again", "pruned")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -160,19 +162,19 @@ def test_the_command_line_ends_with_2_and_says_what_is_there(
 def test_measurements_are_made_again_where_a_device_has_come(built: Result, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
 
-    def profile(_: Any, runtimes: tuple[str, ...], *__: Any) -> dict[str, Any]:
+    def measure(_: Any, __: Any, ___: Any, runtimes: tuple[str, ...]) -> Comparison:
         asked.append(runtimes)
-        return {"measurements": [{"runtime": r} for r in runtimes], "protocol": {}}
+        return Comparison(tuple(replace(built.report.profile[0], runtime=r) for r in runtimes), {}, {})
 
-    monkeypatch.setattr(measure_stages, "_profile", profile)
+    monkeypatch.setattr(measure_stages, "_measure", measure)
     folder = built.directory.with_name("later")
     folder.mkdir()
     (folder / "run.json").write_text('{"fingerprint": "0"}')
     (folder / "layers.json").write_text("[]")
-    job = type("Job", (), {"recipe": recipe()})()
+    context: Any = SimpleNamespace(recipe=recipe(), directory=folder)
     for there in (False, False, True, True):
         monkeypatch.setattr(measure_stages, "is_measurable", lambda runtime, there=there: there or runtime != "rtx")
-        measure_stages._kept_profile(job, {}, folder)
+        measure_stages._profile(context, {}, {})
     assert asked == [("ort-cpu",), ("ort-cpu", "rtx")]
     assert not (folder / "layers.json").exists()
 
@@ -184,18 +186,20 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
 
     monkeypatch.setattr(measure_stages, "layer_profile", fail)
     network = own_network()
-    job: Any = SimpleNamespace(recipe=recipe(), network=network, anatomy=examine(network))
-    variants = {
+    context: Any = SimpleNamespace(recipe=recipe(), anatomy=examine(network))
+    networks: Any = {"dense": network, "pruned": network}
+    files: Any = {
         name: Variant(tmp_path / f"{name}.onnx", engines={("rtx", 2): tmp_path / f"{name}.engine"})
         for name in ("dense", "pruned")
     }
-    found = measure_stages._layers(job, network, variants, [{"runtime": "rtx", "batch_size": 2}])
+    measured = Measurement.from_samples("rtx", 2, dict.fromkeys(VARIANTS, [[1.0]] * 3), True, 1.0)
+    layers = measure_stages._account_layers(context, networks, files, [measured])
     monkeypatch.setattr(report_builder, "unchecked", lambda _: None)
-    assert report_builder._warnings(job.recipe, found) == [
+    assert report_builder._warnings(context.recipe, layers) == [
         "No account of where the time goes with TensorRT for RTX: profiling the layers failed: it said nothing."
     ]
     with pytest.raises(ProfilingError):
-        measure_stages._layers(job, network, variants, [{"runtime": "ort-cpu", "batch_size": 2}])
+        measure_stages._account_layers(context, networks, files, [replace(measured, runtime="ort-cpu")])
 
 
 def test_further_builds_are_made_anew_and_of_the_same(tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ def test_only_engines_that_can_be_measured_are_built_again(tmp_path: Path, monke
     monkeypatch.setattr(measure_stages, "is_measurable", lambda runtime: runtime == "rtx")
     shared, other = tmp_path / "net.rtx.engine", tmp_path / "net.tensorrt.engine"
     variant = Variant(Path("net.onnx"), engines={("rtx", 1): shared, ("rtx", 8): shared, ("tensorrt", 1): other})
-    found = measure_stages._built_again(variant, recipe(engine_builds=4), tmp_path)
+    found = measure_stages._build_again(variant, recipe(engine_builds=4), tmp_path)
     assert asked == [("net.rtx.engine", 4)]
     assert len(found.builds("rtx", 1)) == 4 and found.builds("rtx", 1) == found.builds("rtx", 8)
     assert found.builds("tensorrt", 1) == (other,)

@@ -28,7 +28,7 @@ from optin_deploy.models.custom import custom_network
 from optin_deploy.models.intake import validate
 from optin_deploy.network import Network, Source
 from optin_deploy.pruning.pruner import prune
-from optin_deploy.run import job
+from optin_deploy.run.prepare import prepare
 
 
 class Plain(nn.Module):
@@ -671,7 +671,7 @@ def test_what_shows_with_gradients_only_is_found_before_scoring(cls: Any, told: 
         prune(network, batches(), 0.7)
     recipe = make_recipe({"model": "own", "flops": 0.7, "runtimes": ("ort-cpu",)})
     with pytest.raises(UserError, match=told):
-        job.prepare(recipe, network, from_batches(batches(3)))
+        prepare(recipe, network, from_batches(batches(3)))
     if cls is WithoutGradient:
         with pytest.raises(UserError, match=r"no derivative can be taken .*--scorer exact"):
             prune(network, batches(), 0.7, scoring=Scoring("trajectory", "forward"))
@@ -690,7 +690,7 @@ ENTRIES: dict[str, Callable[[Network, Path], object]] = {
     "export": lambda network, path: api.export_onnx(network, path / "x.onnx"),
     "profile": lambda network, _: api.profile(network, seconds=0.1, threads=1),
     "compare": lambda network, _: api.compare(network, network, seconds=0.1, threads=1),
-    "prepare": lambda network, _: job.prepare(
+    "prepare": lambda network, _: prepare(
         make_recipe({"model": "own", "flops": 0.7, "runtimes": ("ort-cpu",)}), network, from_batches(batches(3))
     ),
 }

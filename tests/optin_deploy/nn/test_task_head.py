@@ -32,7 +32,6 @@ from optin_deploy.nn.task_head import HeadKind, answers, class_axis, head_of
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.report import read_report, wording
 from optin_deploy.report.comparison import lines
-from optin_deploy.report.schema import Agreement as Told
 from optin_deploy.run.pipeline import prune_export
 from optin_deploy.structure.plan import Plan
 from optin_deploy.sweeps.report_builder import assemble
@@ -286,7 +285,7 @@ def test_signs_and_ranks_of_one_logit(two: Network) -> None:
     assert found.sign_agreement == pytest.approx(float(((a > 0) == (b > 0)).double().mean()))
     assert found.rank_correlation == pytest.approx(spearmanr(a, b).statistic)
     assert found.cosine == pytest.approx(float(torch.cosine_similarity(a.double(), b.double(), dim=0)))
-    told = wording.agreement(Told(**vars(found)))
+    told = wording.agreement(found)
     assert "same yes or no on" in told and "rank correlation" in told and "top" not in told
 
 
@@ -305,7 +304,7 @@ def test_ranks_of_plain_numbers(shape: tuple[int, ...]) -> None:
     each = [spearmanr(x, y).statistic for x, y in zip(a.T, b.T, strict=True)]
     assert found.rank_correlation == pytest.approx(sum(each) / len(each))
     assert (found.top1_agreement, found.sign_agreement) == (None, None)
-    assert wording.likeness(Told(**vars(found))).startswith("rank correlation")
+    assert wording.likeness(found).startswith("rank correlation")
 
 
 def test_every_label_counts_of_several() -> None:
@@ -324,7 +323,7 @@ def test_numbers_that_stand_still_have_no_ranks() -> None:
     nn.init.zeros_(other.map.weight)
     (found,) = agreement(network, other, [{"x": torch.randn(5, 4)}])
     assert found.rank_correlation is None
-    assert wording.likeness(Told(**vars(found))).startswith("cosine")
+    assert wording.likeness(found).startswith("cosine")
 
 
 def test_maps_of_one_class_are_compared_by_sign_and_drawn_by_value() -> None:

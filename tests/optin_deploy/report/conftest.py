@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ def measurement(runtime: str, batch: int, dense_ms: float, speedup: float, noise
         return (rounds * (1 + generator.exponential(0.03, (40, 3)))).tolist()
 
     values = {"dense": samples(dense_ms), "dense_again": samples(dense_ms), "pruned": samples(dense_ms / speedup)}
-    return Measurement.from_samples(runtime, batch, values, True, 912.4).to_dict()
+    return asdict(Measurement.from_samples(runtime, batch, values, True, 912.4))
 
 
 def document() -> dict[str, Any]:

@@ -26,9 +26,9 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.report import read_report
-from optin_deploy.run import pipeline
+from optin_deploy.run import compare_stage, pipeline, prune_stage
 from optin_deploy.run.pipeline import Result, prune_export
-from optin_deploy.run.report_builder import _weights
+from optin_deploy.run.report_builder import _weights_origin
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from profilers.environment import Cores
@@ -120,7 +120,7 @@ def other_batch(network: Network) -> dict[str, torch.Tensor]:
 
 
 def test_all_files_are_there(run: Result) -> None:
-    names = {p.name for p in run.directory.iterdir()}
+    names = {p.name for p in run.directory.iterdir()} - {".lock"}
     assert names == FILES | ({"evaluation.json"} if run.report.evaluation else set())
 
 
@@ -154,9 +154,9 @@ def test_a_run_from_python_says_so_and_can_be_done_again(own: Result, vision: Re
 def test_weights_of_a_directory_are_not_called_pretrained(own: Result, tmp_path: Path) -> None:
     network = replace(own.network, weights="pretrained")
     recipe = Recipe(model=str(tmp_path), flops=0.5)
-    assert _weights(recipe, network) == "the directory's own"
-    assert _weights(recipe, own.network) == "user"
-    assert _weights(Recipe(model="deit_tiny_patch16_224", flops=0.5), network) == "pretrained"
+    assert _weights_origin(recipe, network) == "the directory's own"
+    assert _weights_origin(recipe, own.network) == "user"
+    assert _weights_origin(Recipe(model="deit_tiny_patch16_224", flops=0.5), network) == "pretrained"
 
 
 def test_flops_are_within_the_window(run: Result) -> None:
@@ -233,7 +233,7 @@ def artefacts(directory: Path) -> dict[str, bytes]:
 
 
 def times(directory: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
+    return {p.name: p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def test_interrupted_run_goes_on_and_gives_the_same(shallow: str, vision: Result, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(shallow: str, vision: Result
         "run.json": times(directory)["run.json"],
         "recipe.yaml": times(directory)["recipe.yaml"],
     }
-    assert {p.name for p in directory.iterdir()} == FILES
+    assert {p.name for p in directory.iterdir()} - {".lock"} == FILES
     assert result.report.flops_ratio == vision.report.flops_ratio
     for ours, theirs in zip(result.report.parity, vision.report.parity, strict=True):
         assert ours.max_abs_reference == theirs.max_abs_reference
@@ -262,10 +262,10 @@ def test_a_run_stopped_behind_its_scores_goes_on_in_the_same_bases(
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "_pruned", interrupt)
+        patch.setattr(prune_stage, "_prune", interrupt)
         prune_export(vision_recipe(shallow), output=directory, quiet=True)
     assert not (directory / "checkpoint").exists()
-    monkeypatch.setattr(pipeline, "score", interrupt)
+    monkeypatch.setattr(prune_stage, "score", interrupt)
     with pytest.raises(KeyboardInterrupt):
         no_export(monkeypatch)
         prune_export(vision_recipe(shallow), output=directory, quiet=True)
@@ -285,7 +285,7 @@ def test_a_run_with_a_checkpoint_reads_its_plan(
         raise KeyboardInterrupt
 
     for name in ("score", "in_principal_bases", "remove_in_rounds"):
-        monkeypatch.setattr(pipeline, name, None)
+        monkeypatch.setattr(prune_stage, name, None)
     monkeypatch.setattr(pipeline, "export_and_measure", export)
     before = artefacts(directory)
     with pytest.raises(KeyboardInterrupt):
@@ -302,8 +302,8 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
     before = times(own.directory)
     made: list[str] = []
     homes = {
-        "score": pipeline,
-        "agreement": pipeline,
+        "score": prune_stage,
+        "agreement": compare_stage,
         "onnx_in_precision": onnx_file,
         "check_parity": onnx_file,
     }

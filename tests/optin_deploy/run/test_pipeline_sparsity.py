@@ -19,7 +19,7 @@ from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
-from optin_deploy.run import pipeline
+from optin_deploy.run import pipeline, prune_stage
 from optin_deploy.run.pipeline import Result, prune_export
 
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_the_sparse_weights_of_its_checkpoint(
         patch.setattr(pipeline, "export_and_measure", interrupt)
         run()
     stored = checkpoint.load(tmp_path / "run" / "checkpoint", TinyModule()).state_dict()
-    monkeypatch.setattr(pipeline, "make_sparse", interrupt)
+    monkeypatch.setattr(prune_stage, "make_sparse", interrupt)
     result = run()
     assert all(torch.equal(t, stored[n]) for n, t in result.network.module.state_dict().items())
     report, inside = result.report, maps(result.network.module, "blocks.")

@@ -18,7 +18,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
 from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
-from optin_deploy.run import pipeline
+from optin_deploy.run import pipeline, prune_stage
 from optin_deploy.run.network_profile import run_profile
 from optin_deploy.run.pipeline import Result, prune_export
 from optin_deploy.tokens.merging import MergingBlocks
@@ -98,7 +98,7 @@ def test_a_run_goes_on_with_its_schedule(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", tokens="auto", tokens_share=0.5)
     written = json.loads((tmp_path / "run" / "plan.json").read_text())["tokens"]
-    monkeypatch.setattr(pipeline, "token_schedule", interrupt)
+    monkeypatch.setattr(prune_stage, "token_schedule", interrupt)
     again = run(tmp_path / "run", tokens="auto", tokens_share=0.5)
     merging = next(part for part in again.network.module.modules() if isinstance(part, MergingBlocks))
     assert list(merging.schedule) == written and written[-1] < 17

@@ -22,15 +22,15 @@ def recipe(**options: Any) -> Recipe:
 def test_fingerprint_changes_with_all_that_decides_the_result() -> None:
     module = own_network().module
     prints = [
-        run_directory.fingerprint(recipe(), module, "data", "1"),
-        run_directory.fingerprint(recipe(flops=0.4), module, "data", "1"),
-        run_directory.fingerprint(recipe(seed=1), module, "data", "1"),
-        run_directory.fingerprint(recipe(), own_network(seed=1).module, "data", "1"),
-        run_directory.fingerprint(recipe(), module, "other", "1"),
-        run_directory.fingerprint(recipe(), module, "data", "2"),
+        run_directory.compute_fingerprint(recipe(), module, "data", "1"),
+        run_directory.compute_fingerprint(recipe(flops=0.4), module, "data", "1"),
+        run_directory.compute_fingerprint(recipe(seed=1), module, "data", "1"),
+        run_directory.compute_fingerprint(recipe(), own_network(seed=1).module, "data", "1"),
+        run_directory.compute_fingerprint(recipe(), module, "other", "1"),
+        run_directory.compute_fingerprint(recipe(), module, "data", "2"),
     ]
     assert len(set(prints)) == len(prints)
-    assert run_directory.fingerprint(recipe(), own_network().module, "data", "1") == prints[0]
+    assert run_directory.compute_fingerprint(recipe(), own_network().module, "data", "1") == prints[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,7 +40,7 @@ def test_fingerprint_of_scalars_and_empty_tensors(dtype: torch.dtype) -> None:
         module.register_buffer("scale", torch.tensor(value, dtype=dtype))
         module.register_buffer("nothing", torch.zeros(0, 3, dtype=dtype))
         module.register_buffer("turned", torch.arange(6).reshape(2, 3).to(dtype).T)
-        return run_directory.fingerprint(recipe(), module, "", "")
+        return run_directory.compute_fingerprint(recipe(), module, "", "")
 
     assert hashed(1.0) == hashed(1.0) != hashed(2.0)
 
@@ -57,11 +57,11 @@ def test_default_directory_tells_model_and_budget() -> None:
 def test_a_run_may_continue_in_its_directory_only(tmp_path: Path) -> None:
     directory = tmp_path / "deep" / "run"
     run_directory.check(directory, "a")
-    with run_directory.held(directory, "a", recipe()):
+    with run_directory.hold(directory, "a", recipe()):
         run_directory.check(directory, "a")
-    with pytest.raises(UserError, match="holds another run"), run_directory.held(directory, "b", recipe()):
+    with pytest.raises(UserError, match="holds another run"), run_directory.hold(directory, "b", recipe()):
         pytest.fail("it is another run's")
-    assert sorted(p.name for p in directory.iterdir()) == ["recipe.yaml", "run.json"]
+    assert sorted(p.name for p in directory.iterdir() if p.name != ".lock") == ["recipe.yaml", "run.json"]
 
 
 # Holds the directory named by its argument until its standard input ends.
@@ -70,7 +70,7 @@ import sys
 from pathlib import Path
 from optin_deploy.run import run_directory
 from optin_deploy.config.recipe import Recipe
-with run_directory.held(Path(sys.argv[1]), "a", Recipe(model="some/model", flops=0.5)):
+with run_directory.hold(Path(sys.argv[1]), "a", Recipe(model="some/model", flops=0.5)):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -84,7 +84,7 @@ def test_two_processes_are_never_in_one_directory(tmp_path: Path, killed: bool) 
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         refused = pytest.raises(UserError, match="another run is at work there")
-        with refused, run_directory.held(tmp_path / "run", "a", recipe()):
+        with refused, run_directory.hold(tmp_path / "run", "a", recipe()):
             pytest.fail("it is held by another process")
         if killed:
             holder.kill()
@@ -92,13 +92,27 @@ def test_two_processes_are_never_in_one_directory(tmp_path: Path, killed: bool) 
             holder.communicate("")
         holder.wait()
     # However it ended, the directory is free again.
-    with run_directory.held(tmp_path / "run", "a", recipe()):
+    with run_directory.hold(tmp_path / "run", "a", recipe()):
         assert (tmp_path / "run" / "run.json").is_file()
 
 
 def test_an_error_inside_is_the_callers_own(tmp_path: Path) -> None:
-    with pytest.raises(BlockingIOError, match="mine"), run_directory.held(tmp_path, "a", recipe()):
+    with pytest.raises(BlockingIOError, match="mine"), run_directory.hold(tmp_path, "a", recipe()):
         raise BlockingIOError("mine")
+
+
+@pytest.mark.parametrize("entry", [".lock", ".run.json.x.partial"])
+def test_what_a_killed_run_left_in_its_first_moments_is_no_obstacle(tmp_path: Path, entry: str) -> None:
+    (tmp_path / entry).touch()
+    run_directory.check(tmp_path, "a")
+    with run_directory.hold(tmp_path, "a", recipe()):
+        assert (tmp_path / "run.json").is_file()
+
+
+def test_infinite_figures_are_read(tmp_path: Path) -> None:
+    """Infinity is written as json.dumps does."""
+    (tmp_path / "a.json").write_text('{"x": Infinity}')
+    assert run_directory.read_json(tmp_path / "a.json", dict[str, float]) == {"x": float("inf")}
 
 
 def test_empty_directory_may_be_used(tmp_path: Path) -> None:
@@ -121,22 +135,24 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
     below = r"--output .*file/run cannot be made"
     with pytest.raises(UserError, match=below):
         run_directory.check(tmp_path / "file" / "run", "a")
-    with pytest.raises(UserError, match=below), run_directory.held(tmp_path / "file" / "run", "a", recipe()):
+    with pytest.raises(UserError, match=below), run_directory.hold(tmp_path / "file" / "run", "a", recipe()):
         pytest.fail("there is no such directory")
 
 
-def test_kept_json_is_made_once(tmp_path: Path) -> None:
+def test_a_result_is_computed_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "a.json"
-    with run_directory.held(tmp_path / "run", "a", recipe()):
-        assert run_directory.kept_json(path, lambda: {"x": (1, 2)}) == {"x": [1, 2]}
-        assert run_directory.kept_json(path, lambda: pytest.fail("made again")) == {"x": [1, 2]}
-    assert json.loads(path.read_text()) == {"x": [1, 2]}
+    with run_directory.hold(tmp_path / "run", "a", recipe()):
+        kind = dict[str, tuple[float, ...]]
+        results = {"x": (1.0, float("inf"))}
+        assert run_directory.load_or_compute(path, kind, dict, results) == results
+        assert run_directory.load_or_compute(path, kind, pytest.fail, "made again") == results
+    assert json.loads(path.read_text()) == {"x": [1.0, float("inf")]}
 
 
 def kept_run(directory: Path) -> None:
     """A run that has kept a file and a directory."""
-    with run_directory.held(directory, "a", recipe()):
-        run_directory.kept_json(directory / "a.json", lambda: 1)
+    with run_directory.hold(directory, "a", recipe()):
+        run_directory.load_or_compute(directory / "a.json", int, lambda: 1)
         (directory / "checkpoint" / "deep").mkdir(parents=True)
         (directory / "checkpoint" / "deep" / "file").write_text("one")
         run_directory.record(directory / "checkpoint")
@@ -151,8 +167,8 @@ def test_what_a_run_wrote_may_be_removed_but_not_changed(tmp_path: Path, name: s
     with pytest.raises(UserError, match=f"{changed} is not what the run wrote"):
         run_directory.check(tmp_path / "run", "a")
     shutil.rmtree(tmp_path / "run" / changed) if changed == "checkpoint" else (tmp_path / "run" / changed).unlink()
-    with run_directory.held(tmp_path / "run", "a", recipe()):
-        assert run_directory.kept_json(tmp_path / "run" / "a.json", lambda: 1) == 1
+    with run_directory.hold(tmp_path / "run", "a", recipe()):
+        assert run_directory.load_or_compute(tmp_path / "run" / "a.json", int, lambda: 1) == 1
 
 
 @pytest.mark.parametrize("name", ["../a.json", "/dev/zero", "a\0", ".."])
@@ -163,11 +179,11 @@ def test_a_run_names_its_own_files_only(tmp_path: Path, name: str) -> None:
 
 
 def test_json_that_is_none_is_told(tmp_path: Path) -> None:
-    for content in ("", "{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")):
+    for content in ("", "{", '["a"]', "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")):
         path = tmp_path / "a.json"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=r"a\.json is damaged: remove it"):
-            run_directory.read_json(path)
+            run_directory.read_json(path, list[int])
 
 
 def test_a_run_that_was_killed_while_it_wrote_goes_on(tmp_path: Path) -> None:
@@ -177,5 +193,5 @@ def test_a_run_that_was_killed_while_it_wrote_goes_on(tmp_path: Path) -> None:
     (directory / ".checkpoint.y.partial").mkdir()
     (directory / ".checkpoint.y.partial" / "model.safetensors").touch()
     run_directory.check(directory, "a")
-    with run_directory.held(directory, "a", recipe()):
-        assert sorted(p.name for p in directory.iterdir()) == ["recipe.yaml", "run.json"]
+    with run_directory.hold(directory, "a", recipe()):
+        assert sorted(p.name for p in directory.iterdir() if p.name != ".lock") == ["recipe.yaml", "run.json"]

@@ -13,7 +13,8 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe, prunable
-from optin_deploy.structure.unpruned import Unpruned, unpruned
+from optin_deploy.structure.results import Unpruned
+from optin_deploy.structure.unpruned import unpruned
 
 
 class Mixer(nn.Module):

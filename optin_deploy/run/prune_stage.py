@@ -1,0 +1,276 @@
+"""The stages of a run that make the network smaller: scores, the plan, and the pruned network."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypedDict
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from optin_deploy.criteria.scoring import save_scores, score
+from optin_deploy.distributed.ranks import Shared
+from optin_deploy.errors import UserError
+from optin_deploy.latency.budget import edges_of
+from optin_deploy.latency.tables import Measured
+from optin_deploy.models import checkpoint
+from optin_deploy.network import Network
+from optin_deploy.nn.batches import Batches
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import Ridge, make_sparse, remove, remove_in_rounds, token_schedule, told_plan
+from optin_deploy.run import run_directory
+from optin_deploy.run.context import PrunedRun, RunContext
+from optin_deploy.run.latency_stage import latency_fraction, plan_for_latency
+from optin_deploy.run.prepare import PreparedRun, scoring_of
+from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+from optin_deploy.tokens.damage import Damages, token_damages
+from optin_deploy.tokens.stack import TokenStack
+from optin_deploy.utils.paths import regular
+from optin_deploy.utils.progress import part
+from optin_deploy.utils.spill import Shelf
+
+logger = logging.getLogger(__name__)
+_SCORES, _NOTES, _PLAN, _DAMAGES = "scores.safetensors", "scoring.json", "plan.json", "merging.json"
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What pruning starts from.
+
+    Attributes:
+        dense: the network in the basis that it is scored and pruned in, on the run's device.
+        scores: empty in all but the main process if they were kept, and if no units are removed.
+        batches: calibration batches on the run's device, shared by all processes.
+        tables: the latency tables; only the main process has them, and only if the recipe needs them.
+    """
+
+    dense: Network
+    scores: Mapping[str, Tensor]
+    batches: Shared
+    tables: Measured | None
+
+    @property
+    def measured(self) -> Measured:
+        """The latency tables of a run that needs them, in the main process."""
+        if self.tables is None:
+            raise RuntimeError("there are no latency tables in this process")
+        return self.tables
+
+
+@dataclass(frozen=True)
+class _PlanFile:
+    flops: float | None
+    kept: Mapping[str, tuple[int, ...]]
+    tokens: tuple[int, ...]
+
+
+class _DamagesFile(TypedDict):
+    tokens: list[int]
+    loss: list[list[float]]
+
+
+def prune_network(context: RunContext, tables: Measured | None) -> PrunedRun:
+    """Score the network and prune it, by all processes together; or read what an earlier try left.
+
+    Args:
+        tables: latency tables, in the main process, if the recipe needs them.
+    """
+    prepared, ranks = context.prepared, context.ranks
+    prepared.network.module.to(prepared.device)
+    batches = Shared(_batches_on_device(prepared), ranks)
+    dense, scores = _score(context, batches) if context.recipe.has_budget else (context.network, {})
+    if ranks.told(context.checkpoint.exists):
+        pruned = _read_checkpoint(context)
+    else:
+        pruned = _prune(context, _Scored(dense, scores, batches, tables))
+    logger.info("units kept: %s", ", ".join(_count_kept(prepared.anatomy.structure, pruned.plan)))
+    return pruned
+
+
+def read_notes(context: RunContext) -> list[str]:
+    """Read the sentences on how scoring differed from the options; empty if it did not."""
+    path = context.directory / _NOTES
+    return run_directory.read_json(path, list[str]) if path.is_file() and context.recipe.has_budget else []
+
+
+def _batches_on_device(prepared: PreparedRun) -> Batches:
+    """Return the calibration batches on the run's device; a spill list keeps only some of them in its memory."""
+    if prepared.device.type == "cpu":
+        return prepared.calibration.batches
+    return Shelf({name: t.to(prepared.device) for name, t in batch.items()} for batch in prepared.calibration.batches)
+
+
+def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Tensor]]:
+    """Return the network in the basis that it is scored and pruned in, and its scores."""
+    path, structure, ranks = context.directory / _SCORES, context.anatomy.structure, context.ranks
+    with context.stages.stage("score"):
+        if context.checkpoint.exists() and path.is_file():
+            return context.network, _keep_scores(path, structure)
+        dense = in_principal_bases(context.network, structure, batches)
+        if ranks.told(path.is_file):
+            return dense, _keep_scores(path, structure) if ranks.main else {}
+        notes: list[str] = []
+        costs, labels = context.anatomy.costs, context.prepared.calibration.labels
+        scores = score(dense, structure, costs, batches, scoring_of(context.recipe), labels=labels, tell=notes.append)
+        for note in notes:
+            logger.warning(note)
+        if ranks.main:
+            _save_scores(path, scores, [f"{note[0].upper()}{note[1:]}." for note in notes])
+        return dense, scores
+
+
+def _save_scores(path: Path, scores: Mapping[str, Tensor], notes: list[str]) -> None:
+    # The scores come last: if they are there, a later try scores no more.
+    if notes:
+        run_directory.write_json(path.with_name(_NOTES), notes, indent=None)
+    with run_directory.recording(path):
+        save_scores(scores, path)
+
+
+def _keep_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
+    """Read the scores of an earlier try; UserError unless they fit ``structure``."""
+    run_directory.keep(path)
+    try:
+        scores = load_file(regular(path))
+    except (OSError, SafetensorError):
+        scores = {}
+    if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:
+        raise UserError(f"{path} is damaged or of another network: remove it, and it is made again")
+    return scores
+
+
+def _read_checkpoint(context: RunContext) -> PrunedRun:
+    """Read the pruned network of an earlier try."""
+    structure = context.anatomy.structure
+    with context.stages.stage("slice and repair"):
+        run_directory.keep(context.checkpoint)
+        written = run_directory.read_with_checkpoint(context.directory, _PLAN, _PlanFile)
+        plan = Plan(written.kept, written.tokens)
+        plan.check(structure)
+        module = remove(context.network, structure, plan, [], None, stack=context.anatomy.stack)
+        checkpoint.load_weights(module, context.checkpoint)
+        return _on_cpu(context, plan, module)
+
+
+def _prune(context: RunContext, scored: _Scored) -> PrunedRun:
+    """Search, slice and compensate by all processes together; the main one saves the plan and the checkpoint."""
+    recipe = context.recipe
+    ridge: Ridge = recipe.ridge if recipe.compensate else None
+    schedule = _schedule_tokens(context, scored)
+    plan = _plan_for_latency(context, scored, schedule) if recipe.has_latency else None
+    with context.stages.stage("slice and repair"):
+        with part(1.0 if recipe.sparsity is None else 0.5):
+            if plan is not None:
+                anatomy = context.anatomy
+                module = remove(scored.dense, anatomy.structure, plan, scored.batches, ridge, anatomy.stack)
+            elif recipe.flops is not None:
+                plan, module = _prune_to_flops(context, scored, recipe.flops, schedule)
+            else:
+                plan, module = _keep_all_units(context)
+        if recipe.sparsity is not None:
+            make_sparse(scored.dense, module, context.anatomy.structure, plan, scored.batches, ridge)
+        pruned = _on_cpu(context, plan, module)
+        if context.ranks.main:
+            _save_checkpoint(context, pruned)
+        return pruned
+
+
+def _save_checkpoint(context: RunContext, pruned: PrunedRun) -> None:
+    plan = pruned.plan
+    run_directory.write_json(
+        context.directory / _PLAN, _PlanFile(context.recipe.flops, plan.kept, plan.tokens), indent=None
+    )
+    with run_directory.recording(context.checkpoint):
+        checkpoint.save(pruned.network, plan.after(context.prepared.earlier), context.checkpoint)
+
+
+def _plan_for_latency(context: RunContext, scored: _Scored, schedule: tuple[int, ...]) -> Plan:
+    def plan() -> Plan:
+        return plan_for_latency(context, scored.dense, scored.scores, scored.measured, schedule)
+
+    return told_plan(scored.batches, plan)
+
+
+def _prune_to_flops(
+    context: RunContext, scored: _Scored, flops: float, schedule: tuple[int, ...]
+) -> tuple[Plan, nn.Module]:
+    recipe, anatomy = context.recipe, context.anatomy
+    return remove_in_rounds(
+        scored.dense,
+        anatomy,
+        scored.scores,
+        scored.batches,
+        flops,
+        scoring=scoring_of(recipe),
+        labels=context.prepared.calibration.labels,
+        align=recipe.alignment or 64,
+        ridge=recipe.ridge if recipe.compensate else None,
+        rounds=recipe.rounds,
+        edges=edges_of(anatomy.structure, scored.tables) if scored.tables else None,
+        schedule=schedule,
+    )
+
+
+def _keep_all_units(context: RunContext) -> tuple[Plan, nn.Module]:
+    structure = context.anatomy.structure
+    plan = Plan({group.name: tuple(range(group.units)) for group in structure.groups})
+    return plan, sliced(context.network.module, structure, plan)
+
+
+def _schedule_tokens(context: RunContext, scored: _Scored) -> tuple[int, ...]:
+    """Return how many tokens enter each block; empty if none merge."""
+    stack = context.anatomy.stack
+    if stack is None:
+        return ()
+    damages = _measure_damages(context, scored, stack) if context.recipe.tokens == "auto" else None
+    return tuple(context.ranks.told(partial(_search_schedule, context, scored, damages)))
+
+
+def _search_schedule(context: RunContext, scored: _Scored, damages: Damages | None) -> tuple[int, ...]:
+    """Search the schedule for the FLOPs budget, or under a latency budget alone, for the same fraction of the FLOPs."""
+    recipe = context.recipe
+    flops = latency_fraction(recipe, scored.measured) if recipe.flops is None else recipe.flops
+    align = recipe.alignment or 64
+    return token_schedule(
+        scored.dense, context.anatomy, scored.scores, flops, align, recipe.tokens, recipe.tokens_share, damages
+    )
+
+
+def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) -> Damages:
+    """Measure what merging tokens costs, once for all budgets; or read what an earlier try measured."""
+    path, ranks = context.directory / _DAMAGES, context.ranks
+    with context.stages.stage("try merging"):
+        if ranks.told(path.is_file):
+            return Damages.from_dict(ranks.told(partial(_keep_damages, path)))
+        scoring = scoring_of(context.recipe)
+        damages = token_damages(scored.dense, context.anatomy.structure, stack, scored.batches, scoring)
+        if ranks.main:
+            run_directory.write_json(path, damages.to_dict())
+        return damages
+
+
+def _keep_damages(path: Path) -> _DamagesFile:
+    run_directory.keep(path)
+    return run_directory.read_json(path, _DamagesFile)
+
+
+def _on_cpu(context: RunContext, plan: Plan, module: nn.Module) -> PrunedRun:
+    """Return the pruned network after both networks have left the run's device."""
+    network = context.network.with_module(module.cpu())
+    context.network.module.cpu()
+    return PrunedRun(plan, network)
+
+
+def _count_kept(structure: Structure, plan: Plan) -> list[str]:
+    """Return, for each kind of unit, how many are kept of how many."""
+    kinds = dict.fromkeys(group.kind for group in structure.groups)
+    groups_of = {kind: [group for group in structure.groups if group.kind == kind] for kind in kinds}
+    return [
+        f"{kind} {sum(len(plan.kept[g.name]) for g in groups)} of {sum(g.units for g in groups)}"
+        for kind, groups in groups_of.items()
+    ]
