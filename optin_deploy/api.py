@@ -1,19 +1,21 @@
-"""The functions to use from Python. Each is a step, takes plain values and gives one that shows itself.
+"""The Python interface. Each function is one step, and takes and returns plain values that can be displayed.
 
-score → plan → prune → save, load → export_onnx → build_engine → profile, compare. A whole run, with its report, budgets
-in milliseconds and precision, is `optin_deploy.prune_export`.
+score → plan → prune → save, load → export_onnx → build_engine → profile, compare. `optin_deploy.prune_export` does a
+whole run, with its report, latency budgets and precisions.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from exporters import EngineConfig, Precision, input_ranges, is_quantized
+from exporters import EngineConfig, Precision, check_builder, input_ranges, is_quantized
 from exporters import build_engine as build_engine_file
 from exporters.files import staged
 from optin_deploy.api_results import Compared, EngineFile, OnnxFile, Scores
@@ -29,10 +31,11 @@ from optin_deploy.latency.tables import target_of
 from optin_deploy.models.custom import custom_network
 from optin_deploy.models.intake import validate
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import Batches, batch_size
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning import pruner
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Batches, Pruned, Ridge, Tokens, examine, examine_as
+from optin_deploy.pruning.pruner import Pruned, Ridge, Tokens, examine, examine_as
 from optin_deploy.report.profile_view import NetworkProfile
 from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
@@ -46,6 +49,7 @@ __all__ = [
     "EngineConfig",
     "EngineFile",
     "OnnxFile",
+    "PruneOptions",
     "Scores",
     "build_engine",
     "compare",
@@ -57,6 +61,31 @@ __all__ = [
 ]
 
 
+Files = OnnxFile | str | Path
+
+
+class PruneOptions(TypedDict, total=False):
+    """Options of `prune` for scoring and search.
+
+    Attributes:
+        scoring: the criterion and its settings; `Scoring()` by default.
+        labels: class numbers ``(samples,)`` for each batch, for the criterion "fisher".
+        align: neurons are kept in multiples of this number, finer in narrow layers; 64 by default.
+        rounds: number of steps to the budget, each scored again; 1 by default.
+        narrow: whether heads may also get narrower; by default the criterion decides.
+        tokens: how many tokens enter each block, "auto" to search for it together with the units, "off" by default.
+        tokens_share: share of the removed FLOPs that merging tokens removes; searched by default.
+    """
+
+    scoring: Scoring | None
+    labels: Sequence[Tensor] | None
+    align: int
+    rounds: int
+    narrow: bool | None
+    tokens: Tokens
+    tokens_share: float | None
+
+
 @torch.inference_mode(False)
 def score(
     network: Network,
@@ -66,16 +95,16 @@ def score(
     labels: Sequence[Tensor] | None = None,
     narrow: bool | None = None,
 ) -> Scores:
-    """What every head, dimension of heads, neuron and channel is worth.
+    """Score every head, head dimension, neuron and channel; higher scores matter more.
 
     Args:
-        batches: calibration inputs, by the names that forward has for them, on the network's device.
+        batches: calibration inputs by forward's argument names, on the network's device.
         scoring: the criterion and its settings; `Scoring()` when None.
         labels: class numbers ``(samples,)`` for each batch, for the criterion "fisher".
-        narrow: whether heads may also get narrower; None leaves it to the criterion.
+        narrow: whether heads may also get narrower; when None, the criterion decides.
 
     Raises:
-        UserError: nothing is prunable, or the network gives NaN or infinity on the calibration data.
+        UserError: nothing is prunable, or the network returns NaN or infinity on the calibration data.
 
     Example:
         >>> import optin_deploy
@@ -90,20 +119,20 @@ def score(
     network = pruner.ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     dense = in_principal_bases(network, anatomy.structure, batches)
-    found = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
-    return Scores(found, scoring, sum(len(next(iter(batch.values()))) for batch in batches))
+    scores = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
+    return Scores(scores, scoring, sum(map(batch_size, batches)))
 
 
 def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align: int = 64) -> Plan:
-    """The units to keep: those that are worth most together under a budget of FLOPs, by exact search.
+    """Choose the units to keep: an exact search for the largest total score within a FLOPs budget.
 
-    Budgets in milliseconds need latency tables and networks that are built and measured on the way:
-    `optin_deploy.prune_export` has them, and merging of tokens.
+    `optin_deploy.prune_export` also takes latency budgets, for which it builds and measures networks, and merges
+    tokens.
 
     Args:
-        scores: of `score`, or those that a run has left in scores.safetensors.
-        flops: part of the network's FLOPs to keep, above 0 and below 1.
-        align: neurons are kept in multiples of this number, finer where layers are narrow.
+        scores: from `score`, or from the file scores.safetensors of a run.
+        flops: fraction of the network's FLOPs to keep, above 0 and below 1.
+        align: neurons are kept in multiples of this number, finer in narrow layers.
 
     Raises:
         UserError: the budget is out of range or below the floor, or the scores are of another network.
@@ -125,18 +154,7 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
 
 @overload
 def prune(
-    network: Network,
-    batches: Batches,
-    flops: float,
-    *,
-    scoring: Scoring | None = None,
-    labels: Sequence[Tensor] | None = None,
-    align: int = 64,
-    ridge: Ridge = "auto",
-    rounds: int = 1,
-    narrow: bool | None = None,
-    tokens: Tokens = "off",
-    tokens_share: float | None = None,
+    network: Network, batches: Batches, flops: float, *, ridge: Ridge = "auto", **options: Unpack[PruneOptions]
 ) -> Pruned: ...
 @overload
 def prune(network: Network, batches: Batches, *, plan: Plan, ridge: Ridge = "auto") -> Pruned: ...
@@ -147,25 +165,23 @@ def prune(
     *,
     plan: Plan | None = None,
     ridge: Ridge = "auto",
-    **options: Any,
+    **options: Unpack[PruneOptions],
 ) -> Pruned:
-    """A smaller network: score, search, slice and repair in one call, or slice and repair by a plan.
+    """Return a smaller network: score, search, slice and compensate; or slice and compensate by a given plan.
 
     ``network`` is not changed.
 
     Args:
-        batches: calibration inputs, by the names that forward has for them, on the network's device.
-        flops: part of the network's FLOPs to keep, above 0 and below 1.
-        plan: what to keep, of `plan`, in place of a budget; what is said of scores and search has then no place.
-        ridge: strength of the repair's ridge, "auto" to choose it on held-out batches, None for no repair.
-        **options: ``scoring`` and ``labels`` as for `score`, ``align`` as for `plan`; ``narrow``: whether heads may
-            get narrower; ``rounds``: in how many steps the budget is approached, each scored anew; ``tokens``: how many
-            tokens enter each block, "auto" to find it with the units; ``tokens_share``: the part of the FLOPs removed
-            that merging tokens is to remove.
+        batches: calibration inputs by forward's argument names, on the network's device.
+        flops: fraction of the network's FLOPs to keep, above 0 and below 1.
+        plan: the units to keep, from `plan`, instead of a budget; ``options`` do not apply then.
+        ridge: strength of the ridge in compensation, "auto" to choose it on held-out batches, None for no compensation.
+        **options: see `PruneOptions`: ``scoring``, ``labels``, ``align``, ``rounds``, ``narrow``, ``tokens``,
+            ``tokens_share``.
 
     Raises:
         UserError: nothing is prunable, tokens cannot merge, the budget is out of range or below the floor, the plan
-            does not fit, or both or neither of the two are given.
+            does not fit, or not exactly one of ``flops`` and ``plan`` is given.
 
     Example:
         >>> import optin_deploy
@@ -179,11 +195,10 @@ def prune(
         >>> again.plan == pruned.plan
         True
     """
-    if (flops is None) == (plan is None):
-        raise UserError("prune takes flops=0.5, say, or plan=a plan: give one of the two")
-    if plan is None:
-        assert flops is not None
+    if plan is None and flops is not None:
         return pruner.prune(network, batches, flops, ridge=ridge, **options)
+    if plan is None or flops is not None:
+        raise UserError("prune takes flops=0.5, say, or plan=a plan: give one of the two")
     if options:
         raise UserError(f"prune with a plan neither scores nor searches: leave out {', '.join(options)}")
     return pruner.prune_to(network, batches, plan, ridge)
@@ -200,21 +215,23 @@ def export_onnx(
     tolerance: float | None = None,
     quiet: bool = True,
 ) -> OnnxFile:
-    """Write one ONNX file, checked against torch; whole or not at all, over one that was there.
+    """Write an ONNX file and check it against PyTorch; an existing file is replaced only if that succeeds.
+
+    The batch is a dynamic axis, and so is the sequence of a `Network` for texts.
 
     Args:
-        network: with dynamic batch and, for texts, sequence; of a module the batch is dynamic.
         path: ends in ``.onnx``.
-        inputs: for a module: a sample batch by forward's argument names, first axis the batch.
-        calibration: int8 and fp8 are calibrated on its batches, and the file is checked on what it holds out; on the
-            sample inputs when None.
-        precision: written into the file.
-        tolerance: largest error allowed, relative to the largest output; that of the precision when None.
-        quiet: no progress is shown.
+        inputs: for a module only: a sample batch by forward's argument names, first axis the batch.
+        calibration: its batches calibrate int8 and fp8, and its held-out samples check the file; when None, the sample
+            inputs check it.
+        precision: of weights and activations.
+        tolerance: largest error allowed, relative to the largest output; when None, that of the precision.
+        quiet: show no progress.
 
     Raises:
-        UserError: an argument is wrong; GateError: the file does not compute what torch does; ExportError: the network
-            cannot be exported. Nothing is written by any of them.
+        UserError: an argument is wrong.
+        GateError: the file does not compute the same as PyTorch.
+        ExportError: the network cannot be exported.
 
     Example:
         >>> import timm, torch, optin_deploy
@@ -223,29 +240,27 @@ def export_onnx(
         >>> optin_deploy.export_onnx(network, "dense.onnx")
         <OnnxFile dense.onnx (... MiB, fp32): x [batch, 3, 32, 32] -> output; largest error against torch ...>
     """
-    path, given = Path(path), _network(network, inputs)
+    path, network = Path(path), _as_network(network, inputs)
     if path.suffix != ".onnx":
         raise UserError(f"{path}: the name of an ONNX file ends in .onnx")
     if calibration is None and is_quantized(precision):
         raise UserError(
             f"precision={precision!r} is calibrated: give calibration=, of load_calibration or from_batches"
         )
-    sample = dict(given.inputs)
-    samples = calibration or Calibration(
-        (sample,), (sample,), "sample inputs", False, len(next(iter(sample.values()))), ""
-    )
-    recipe = _recipe(given, precision=precision, opset=opset, parity_tolerance=tolerance)
+    sample = dict(network.inputs)
+    data = calibration or Calibration((sample,), (sample,), "sample inputs", False, batch_size(sample), "")
+    recipe = _make_recipe(network, precision=precision, opset=opset, parity_tolerance=tolerance)
     check_runtimes(recipe)
     with Stages(Console(stderr=True), quiet=quiet) as stages, staged(path) as temporary:
-        parity = write_onnx(given, temporary, recipe, samples, stages)
-    axes = given.dynamic_axes
-    sizes = {label: sample[name].shape[axis] for name, of in axes.items() for axis, label in of.items()}
+        parity = write_onnx(network, temporary, recipe, data, stages)
+    axes = network.dynamic_axes
+    sizes = {label: sample[name].shape[axis] for name, labels in axes.items() for axis, label in labels.items()}
     shapes = {name: tuple(axes[name].get(i, n) for i, n in enumerate(t.shape)) for name, t in sample.items()}
-    return OnnxFile(path, precision, shapes, tuple(given.outputs), sizes, parity)
+    return OnnxFile(path, precision, shapes, tuple(network.outputs), sizes, parity)
 
 
 def build_engine(
-    onnx: OnnxFile | str | Path,
+    onnx: Files,
     path: str | Path,
     config: EngineConfig | None = None,
     *,
@@ -254,18 +269,19 @@ def build_engine(
     static: bool = False,
     sizes: Mapping[str, int] | None = None,
 ) -> EngineFile:
-    """Build an engine from an ONNX file; it appears whole or not at all, with what it needs in `ENGINE.json`.
+    """Build a TensorRT engine from an ONNX file, with a description of it in ``ENGINE.json``.
 
     Args:
         path: of the engine.
-        config: which product builds it (TensorRT for RTX when None, which takes no GPU to build) and how.
-        batch_sizes: it takes every size from the least to the most of them.
-        best: the batch size that it is fastest at; the largest when None.
-        static: it takes ``best`` only, and of other dynamic axes only their largest size.
-        sizes: name of a dynamic axis but the batch -> its largest size; an `OnnxFile` knows those of its sample.
+        config: the product that builds it, and its settings; when None TensorRT for RTX, which builds without a GPU.
+        batch_sizes: the engine takes every size from the smallest to the largest of them.
+        best: the batch size that the engine is optimised for; the largest when None.
+        static: the engine takes ``best`` only, and the largest size of all other dynamic axes.
+        sizes: largest size of each dynamic axis except the batch, by name; an `OnnxFile` has those of its sample.
 
     Raises:
-        UserError: an axis has no size; ExportError: the builder is not there or cannot build it.
+        UserError: an axis has no size.
+        ExportError: the builder is missing or cannot build the engine.
 
     Example:
         >>> import timm, torch, optin_deploy
@@ -276,21 +292,22 @@ def build_engine(
         <EngineFile dense.rtx.engine (rtx ...): x [1, 3, 32, 32] to [4, 3, 32, 32]>
     """
     config = config or EngineConfig("rtx")
-    file = onnx.path if isinstance(onnx, OnnxFile) else Path(onnx)
+    file = _path_of(onnx)
     known = {**(onnx.sizes if isinstance(onnx, OnnxFile) else {}), **(sizes or {}), "batch": max(batch_sizes)}
-    named = _onnx_shapes(file)
+    named = _read_input_shapes(file)
     unknown = sorted({d for shape in named.values() for d in shape if isinstance(d, str) and d not in known})
     if unknown:
         raise UserError(f"{file}: how large may {', '.join(unknown)} be? Give sizes={{{unknown[0]!r}: 128}}, say")
     axes = {n: {i: d for i, d in enumerate(shape) if isinstance(d, str)} for n, shape in named.items()}
     shapes = {n: tuple(known[d] if isinstance(d, str) else d for d in shape) for n, shape in named.items()}
     ranges = input_ranges(shapes, axes, batch_sizes, best or max(batch_sizes), static=static)
-    info = build_engine_file(file, Path(path), ranges, config, _timing_cache(config))
+    check_builder(config)
+    info = build_engine_file(file, Path(path), ranges, config, timing_cache(config.builder))
     return EngineFile(Path(path), info)
 
 
 def profile(
-    what: Network | nn.Module | OnnxFile | str | Path,
+    what: Network | nn.Module | Files,
     inputs: Mapping[str, Tensor] | None = None,
     *,
     runtime: str = "ort-cpu",
@@ -299,19 +316,20 @@ def profile(
     seconds: float = 10.0,
     quiet: bool = True,
 ) -> NetworkProfile:
-    """Measure one network here, in a process of its own: p50, p90 and p99 of its latency, and where the time goes.
+    """Measure the latency of one network on this machine, and which parts of it take the time.
 
     Args:
-        what: a network, a module with something prunable in it, or an ONNX file, of which time is told by operator.
+        what: a network, a module with prunable parts, or an ONNX file, whose time is broken down by operator type.
         inputs: a sample batch by name, for a module or a file.
-        runtime: what runs it, one of `profilers.RUNTIMES`; of files, those of ONNX Runtime.
+        runtime: one of `profilers.RUNTIMES`; for files, one of ONNX Runtime.
         batch_size: samples in one run.
         threads: CPU threads; all physical cores when None.
-        seconds: time limit of the measurement; the profile by part takes at most as long again.
-        quiet: no progress is shown.
+        seconds: time limit of the measurement; the breakdown takes at most as long again.
+        quiet: show no progress.
 
     Raises:
-        UserError: an argument is wrong; ProfilingError: the runtime failed.
+        UserError: an argument is wrong.
+        ProfilingError: the runtime failed.
 
     Example:
         >>> import timm, torch, optin_deploy
@@ -320,25 +338,22 @@ def profile(
         >>> optin_deploy.profile(network, seconds=0.2, threads=1)
         <NetworkProfile ONNX Runtime, batch 1, 1 thread: p50 ... ms, p90 ... ms, p99 ... ms; most of it ...>
     """
-    network = None if isinstance(what, OnnxFile | str | Path) else _network(what, inputs)
-    file = what.path if isinstance(what, OnnxFile) else Path(what) if isinstance(what, str | Path) else None
+    source = _path_of(what) if isinstance(what, Files) else _as_network(what, inputs)
     options = {"runtime": runtime, "batch_size": batch_size, "threads": threads, "profile_seconds": seconds}
-    recipe = _recipe(network or file, **options)
+    recipe = _make_recipe(source, **options)
     check_runtimes(recipe)
     check_measurable(runtime)
     with Stages(Console(stderr=True), quiet=quiet) as stages, stages.stage("measure"):
-        if network is not None:
-            return profile_network(network, target_of(recipe), seconds)
-        assert file is not None
+        if isinstance(source, Network):
+            return profile_network(source, target_of(recipe), seconds)
         if inputs is None or RUNTIMES[runtime] != "onnx":
-            raise UserError(f"{file}: a file is profiled with inputs=, a sample batch, and a runtime of ONNX Runtime")
-        sample = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
-        return profile_onnx(file, sample, target_of(recipe), seconds)
+            raise UserError(f"{source}: a file is profiled with inputs=, a sample batch, and a runtime of ONNX Runtime")
+        return profile_onnx(source, _first_sample(inputs), target_of(recipe), seconds)
 
 
 def compare(
-    dense: Network | OnnxFile | str | Path,
-    pruned: Network | OnnxFile | str | Path,
+    dense: Network | Files,
+    pruned: Network | Files,
     inputs: Mapping[str, Tensor] | None = None,
     *,
     runtimes: Sequence[str] = ("ort-cpu",),
@@ -348,22 +363,23 @@ def compare(
     seed: int = 0,
     quiet: bool = True,
 ) -> Compared:
-    """Measure two networks against each other here: dense, dense again and pruned take turns in one process.
+    """Measure two networks against each other: dense, dense again and pruned take turns in one process.
 
-    The speed-up has a 95 % interval; dense against dense is the noise floor, and no speed-up inside it is significant.
-    Networks are exported in float32 first, ONNX files are measured as they are.
+    The speed-up has a 95 % interval. Dense against dense is the noise floor, and a speed-up within it is not
+    significant. Networks are exported in float32 first; ONNX files are measured as they are.
 
     Args:
-        inputs: a sample batch by name, where neither of the two is a `Network`.
-        runtimes: what runs them, of `profilers.RUNTIMES`; of files, those of ONNX Runtime.
+        inputs: a sample batch by name, if neither of the two is a `Network`.
+        runtimes: names from `profilers.RUNTIMES`; for files, those of ONNX Runtime.
         batch_sizes: samples in one run.
         threads: CPU threads; all physical cores when None.
         seconds: time limit for each runtime and batch size.
         seed: of the order of turns and of the bootstrap.
-        quiet: no progress is shown.
+        quiet: show no progress.
 
     Raises:
-        UserError: an argument is wrong; ExportError, ProfilingError: an export or a runtime failed.
+        UserError: an argument is wrong.
+        ExportError, ProfilingError: an export or a runtime failed.
 
     Example:
         >>> import timm, torch, optin_deploy
@@ -373,20 +389,17 @@ def compare(
         >>> optin_deploy.compare(network, pruned.network, batch_sizes=(1,), seconds=0.2, threads=1)
         ONNX Runtime, batch 1: ...× [...–...]..., p50 ... -> ... ms, A/A noise ±... %, realised ...
     """
-    variants = {
-        name: validate(each) if isinstance(each, Network) else each
-        for name, each in {"dense": dense, "pruned": pruned}.items()
-    }
-    networks = {name: each for name, each in variants.items() if isinstance(each, Network)}
-    known = inputs or next((network.inputs for network in networks.values()), None)
-    if known is None:
+    sources = {"dense": _validated(dense), "pruned": _validated(pruned)}
+    networks = [source for source in sources.values() if isinstance(source, Network)]
+    sample = inputs if inputs is not None or not networks else networks[0].inputs
+    if sample is None:
         raise UserError("files are compared with inputs=, a sample batch by name")
     options = {"runtimes": tuple(runtimes), "batch_sizes": tuple(batch_sizes), "threads": threads, "seed": seed}
-    recipe = _recipe(dense, **options, profile_seconds=seconds)
+    recipe = _make_recipe(dense, **options, profile_seconds=seconds)
     check_runtimes(recipe)
     for runtime in recipe.measured_runtimes:
         check_measurable(runtime)
-    if len(networks) < len(variants) and any(RUNTIMES[runtime] != "onnx" for runtime in recipe.measured_runtimes):
+    if len(networks) < len(sources) and any(RUNTIMES[runtime] != "onnx" for runtime in recipe.measured_runtimes):
         raise UserError(f"runtimes={options['runtimes']}: files are compared with runtimes of ONNX Runtime")
     config = ProfileConfig(
         runtimes=recipe.measured_runtimes,
@@ -395,63 +408,68 @@ def compare(
         seconds=seconds,
         seed=seed,
     )
-    sample = {name: tensor[:1].numpy() for name, tensor in known.items()}
     with Stages(Console(stderr=True), quiet=quiet) as stages, TemporaryDirectory(prefix="optin-compare-") as folder:
-        files = _variants(variants, recipe, Path(folder), stages)
+        files = _export_all(sources, recipe, Path(folder), stages)
         with stages.stage("measure"):
-            measured = compare_files(
-                files["dense"], files["pruned"], sample, config, lambda done, _: report_progress(done)
+            comparison = compare_files(
+                files["dense"], files["pruned"], _first_sample(sample), config, lambda done, _: report_progress(done)
             )
-    flops = [count_flops(network.module, network.inputs) for network in networks.values()]
-    return Compared(measured, flops[0] / flops[1] if len(flops) == 2 and flops[1] < flops[0] else None)
+    flops = [count_flops(network.module, network.inputs) for network in networks]
+    return Compared(comparison, flops[0] / flops[1] if len(flops) == 2 and flops[1] < flops[0] else None)
 
 
-def _variants(
-    given: Mapping[str, Network | OnnxFile | str | Path], recipe: Recipe, folder: Path, stages: Stages
+def _export_all(
+    sources: Mapping[str, Network | Files], recipe: Recipe, folder: Path, stages: Stages
 ) -> dict[str, Variant]:
-    """The files to be measured: those given, and what is exported of networks."""
-    found: dict[str, Variant] = {}
-    networks = {name: each for name, each in given.items() if isinstance(each, Network)}
+    """Return the files to measure; networks are exported to ``folder``."""
+    variants: dict[str, Variant] = {}
+    networks = {name: source for name, source in sources.items() if isinstance(source, Network)}
     with stages.stage("export"):
-        for name, each in track(given.items()):
-            if isinstance(each, Network):
-                found[name] = Variant(folder / f"{name}.onnx", folder / f"{name}.pt2")
-                export_files(each, folder / f"{name}.onnx", folder / f"{name}.pt2", recipe, (dict(each.inputs),))
+        for name, source in track(sources.items()):
+            if isinstance(source, Network):
+                variants[name] = Variant(folder / f"{name}.onnx", folder / f"{name}.pt2")
+                export_files(source, folder / f"{name}.onnx", folder / f"{name}.pt2", recipe, (dict(source.inputs),))
             else:
-                found[name] = Variant(each.path if isinstance(each, OnnxFile) else Path(each))
+                variants[name] = Variant(_path_of(source))
     if wanted_engines(recipe):
         with stages.stage("build engines"):
             engines = build_engines(recipe, networks, folder)
-        found = {n: Variant(v.onnx, v.program, engines[n]) for n, v in found.items()}
-    return found
+        variants = {name: replace(variant, engines=engines[name]) for name, variant in variants.items()}
+    return variants
 
 
-def _network(given: Network | nn.Module, inputs: Mapping[str, Tensor] | None) -> Network:
-    """A network around a module with its sample inputs; a network has its own."""
-    if isinstance(given, Network):
+def _path_of(file: Files) -> Path:
+    return file.path if isinstance(file, OnnxFile) else Path(file)
+
+
+def _validated(source: Network | Files) -> Network | Files:
+    return validate(source) if isinstance(source, Network) else source
+
+
+def _first_sample(inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    return {name: tensor[:1].numpy() for name, tensor in inputs.items()}
+
+
+def _as_network(source: Network | nn.Module, inputs: Mapping[str, Tensor] | None) -> Network:
+    """Return a network as it is, or a module with its sample inputs as a network."""
+    if isinstance(source, Network):
         if inputs is not None:
             raise UserError("inputs= is for a module: a network has its own")
-        return validate(given)
+        return validate(source)
     if inputs is None:
-        raise UserError(f"a {type(given).__name__} is no network of optin_deploy: give inputs=, a sample batch by name")
-    return custom_network(given, inputs)
+        kind = type(source).__name__
+        raise UserError(f"a {kind} is not a network of optin_deploy: give inputs=, a sample batch by name")
+    return custom_network(source, inputs)
 
 
-def _recipe(what: object, **options: Any) -> Recipe:
-    """The options of one step, checked as those of a run are."""
-    name = what.source.name if isinstance(what, Network) else str(getattr(what, "path", what))
+def _make_recipe(source: Network | Files, **options: object) -> Recipe:
+    """Make a recipe of the options of one step, which checks them like those of a run."""
+    name = source.source.name if isinstance(source, Network) else str(_path_of(source))
     return make_recipe({"model": name, **{key: value for key, value in options.items() if value is not None}})
 
 
-def _timing_cache(config: EngineConfig) -> Path | None:
-    from exporters import check_builder
-
-    check_builder(config)
-    return timing_cache(config.builder)
-
-
-def _onnx_shapes(file: Path) -> dict[str, tuple[int | str, ...]]:
-    """Shapes of the inputs of an ONNX file, with the names of dynamic axes."""
+def _read_input_shapes(file: Path) -> dict[str, tuple[int | str, ...]]:
+    """Read the input shapes of an ONNX file, with the names of dynamic axes."""
     import onnx
 
     if not file.is_file():

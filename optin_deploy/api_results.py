@@ -1,4 +1,4 @@
-"""What the functions of ``api`` give: plain values, each of which shows itself."""
+"""The results of the Python interface: plain values that can be displayed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from profilers import Comparison, Measurement
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
-    """What every unit is worth: group name -> float64 ``(units,)``; a higher score matters more.
+    """The scores of all units: group name -> float64 ``(units,)``; a higher score matters more.
 
     Attributes:
-        units: the mapping itself, as plain as `optin_deploy.plan` takes it.
+        units: the plain mapping.
         scoring: how units were scored.
-        samples: on how many samples.
+        samples: number of calibration samples.
     """
 
     units: Mapping[str, Tensor]
@@ -47,15 +47,15 @@ class Scores(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An ONNX file that computes what torch does.
+    """An ONNX file that was checked against PyTorch.
 
     Attributes:
-        path: of the file; weights of 1.9 GB and more are beside it.
+        path: of the file; weights of 1.9 GB and more are stored next to it.
         precision: of its weights and activations; inputs and outputs are float32.
         inputs: name -> shape, with the names of dynamic axes.
         outputs: names.
         sizes: name of a dynamic axis -> its size in the sample inputs.
-        parity: how far every output is from torch's, at worst.
+        parity: the largest error of every output.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class OnnxFile:
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in self.inputs.items())
-        error = max(each.max_abs_error for each in self.parity)
+        error = max(output.max_abs_error for output in self.parity)
         mib = formatting.significant(self.path.stat().st_size / 2**20)
         return (
             f"<OnnxFile {self.path} ({mib} MiB, {self.precision}): "
@@ -77,7 +77,7 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class EngineFile:
-    """An engine, and what it was built of, by what and for what."""
+    """A TensorRT engine, and its description: the ONNX file, the builder, and the device that it is for."""
 
     path: Path
     info: EngineInfo
@@ -89,19 +89,19 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class Compared:
-    """Dense against pruned, measured here; ``flops_reduction`` is dense ÷ pruned, None where files were measured."""
+    """A measured comparison of dense and pruned; ``flops_reduction`` is dense ÷ pruned, None for files."""
 
     comparison: Comparison
     flops_reduction: float | None
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """One for each runtime and batch size."""
+        """One measurement for each runtime and batch size."""
         return self.comparison.measurements
 
     @property
     def realised(self) -> tuple[float, ...]:
-        """The realised ratio of each measurement, speed-up ÷ FLOP reduction; none where FLOPs are not known."""
+        """The realised ratio of each measurement, speed-up ÷ FLOP reduction; empty if the FLOPs are not known."""
         return tuple(m.speedup.value / self.flops_reduction for m in self.measurements if self.flops_reduction)
 
     def __repr__(self) -> str:

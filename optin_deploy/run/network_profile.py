@@ -1,6 +1,6 @@
-"""One network measured as it is: its latency, the part of it that each kind of layer takes, and its latency tables."""
+"""Measurements of a single network: its latency, the share of each part in it, and its latency tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,8 @@ from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
 from optin_deploy.utils.progress import Stages, part, report_progress
-from profilers import LAYER_RUNTIMES, layer_profile, measure_files
+from profilers import LAYER_RUNTIMES, LayerProfile, Summary, layer_profile, measure_files
+from profilers.latency_table import LatencyTable
 from profilers.layer_times import OTHER, LayerRow
 from profilers.stats import summarise
 
@@ -27,11 +28,13 @@ BETWEEN = "between operators"
 
 
 def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> NetworkProfile:
-    """Measure the network that ``recipe`` names, at its runtime and batch size; progress goes to ``console``, the
-    standard error stream when None.
+    """Measure the network that ``recipe`` names, at its runtime and batch size.
+
+    Args:
+        console: shows the progress; the standard error stream when None.
 
     Raises:
-        UserError: the network cannot be had, the runtime is not here, or nothing in the network is known by its parts.
+        UserError: the network cannot be loaded, the runtime is missing, or no part of the network is known.
         ProfilingError: the runtime failed.
     """
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
@@ -41,7 +44,7 @@ def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool =
 
 
 def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> TableView:
-    """The latency tables of the network that ``recipe`` names, at its runtime and batch size; errors as above."""
+    """Return the latency tables of the network that ``recipe`` names; arguments and errors as for `run_profile`."""
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
         with stages.stage("latency tables"):
@@ -62,25 +65,25 @@ def _load(recipe: Recipe, stages: Stages) -> Network:
 
 
 def profile_network(network: Network, target: Target, seconds: float) -> NetworkProfile:
-    """Export and measure for ``seconds``, then profile by layer for at most as long again.
+    """Export a network, measure it for ``seconds``, then profile its layers for at most as long again.
 
     Raises:
-        UserError: nothing in the network is known by its parts.
+        UserError: no part of the network is known.
         ProfilingError: the runtime failed.
     """
     sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
-    where = places(network.module, examine(network).structure) | merging_places(network.module)
-
-    def part_of(row: LayerRow) -> str:
-        return where[row.module].part if row.module in where else OTHER
-
+    roles = places(network.module, examine(network).structure) | merging_places(network.module)
     with TemporaryDirectory(prefix="optin-profile-") as folder:
         file = export_network(network, network.module, target, Path(folder, "network"))
-        return _profiled(file, sample, target, seconds, list(where), part_of)
+        summary = _measure_latency(file, sample, target, seconds)
+        layers = _profile_layers(file, sample, target, seconds, list(roles))
+    return _network_profile(
+        target, summary, layers, lambda row: roles[row.module].part if row.module in roles else OTHER
+    )
 
 
 def profile_onnx(file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float) -> NetworkProfile:
-    """The same of an ONNX file, by types of operators.
+    """Measure an ONNX file for ``seconds``, then profile it by operator type for at most as long again.
 
     Args:
         sample: input name to array of one sample, leading dimension 1.
@@ -88,49 +91,58 @@ def profile_onnx(file: Path, sample: Mapping[str, NDArray[Any]], target: Target,
     Raises:
         ProfilingError: the file is missing, the sample does not fit, or the runtime failed.
     """
-    return _profiled(file, dict(sample), target, seconds, [], lambda row: row.operator)
+    summary = _measure_latency(file, sample, target, seconds)
+    layers = _profile_layers(file, sample, target, seconds, [])
+    return _network_profile(target, summary, layers, lambda row: row.operator)
 
 
-def _profiled(
-    file: Path,
-    sample: dict[str, NDArray[Any]],
-    target: Target,
-    seconds: float,
-    modules: list[str],
-    part_of: Callable[[LayerRow], str],
-) -> NetworkProfile:
+def _measure_latency(file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float) -> Summary:
     with part(0.5):
-        samples = measure_files({"network": file}, sample, target.case(seconds), (), report_progress)
-    summary = summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
-    parts: dict[str, float] = {}
-    if target.runtime in LAYER_RUNTIMES:
-        layers = layer_profile(
-            target.runtime,
-            file,
-            sample,
-            modules,
-            batch_size=target.batch_size,
-            threads=target.threads,
-            seconds=seconds,
-            seed=target.seed,
-            onnx=file.with_suffix(".onnx"),
-            tf32=target.precision == "tf32",
-            progress=lambda done: report_progress(0.5 + done / 2),
-        )
-        for row in layers.rows:
-            name = part_of(row)
-            parts[name] = parts.get(name, 0.0) + row.ms
-        parts[BETWEEN] = layers.overhead_ms
-    factor = summary.p50_ms / sum(parts.values()) if parts else 1.0
+        samples = measure_files({"network": file}, dict(sample), target.case(seconds), (), report_progress)
+    return summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
+
+
+def _profile_layers(
+    file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float, modules: list[str]
+) -> LayerProfile | None:
+    """Profile the layers; None if the runtime cannot do that."""
+    if target.runtime not in LAYER_RUNTIMES:
+        return None
+    return layer_profile(
+        target.runtime,
+        file,
+        dict(sample),
+        modules,
+        batch_size=target.batch_size,
+        threads=target.threads,
+        seconds=seconds,
+        seed=target.seed,
+        onnx=file.with_suffix(".onnx"),
+        tf32=target.precision == "tf32",
+        progress=lambda done: report_progress(0.5 + done / 2),
+    )
+
+
+def _network_profile(
+    target: Target, summary: Summary, layers: LayerProfile | None, part_of: Callable[[LayerRow], str]
+) -> NetworkProfile:
+    """Sum the layers by part, and scale them to the measured latency."""
+    if layers is None:
+        return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, ())
+    parts_ms: dict[str, float] = {}
+    for row in layers.rows:
+        parts_ms[part_of(row)] = parts_ms.get(part_of(row), 0.0) + row.ms
+    parts_ms[BETWEEN] = layers.overhead_ms
+    factor = summary.p50_ms / sum(parts_ms.values())
     # Parts in their own order, operators by their time.
-    rest = sorted(parts.keys() - {*PARTS, OTHER, BETWEEN}, key=lambda name: -parts[name])
-    order = [name for name in (*PARTS, OTHER, *rest, BETWEEN) if name in parts]
-    times = tuple(PartTime(name, factor * parts[name]) for name in dict.fromkeys(order))
+    operators = sorted(parts_ms.keys() - {*PARTS, OTHER, BETWEEN}, key=lambda name: -parts_ms[name])
+    order = dict.fromkeys(name for name in (*PARTS, OTHER, *operators, BETWEEN) if name in parts_ms)
+    times = tuple(PartTime(name, factor * parts_ms[name]) for name in order)
     return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
 
 
 def network_tables(network: Network, target: Target) -> TableView:
-    """The latency tables of a network, measured where the cache has none.
+    """Return the latency tables of a network; those that are not in the cache are measured.
 
     Raises:
         UserError: the network has nothing to prune.
@@ -142,18 +154,10 @@ def network_tables(network: Network, target: Target) -> TableView:
     parts = []
     for kind, table in zip(measured.types, measured.tables, strict=True):
         for group in kind.groups[0]:
-            if group.outer is not None:
-                continue
-            name = part_name(kind.blocks[0], group)
-            rows = []
-            for row in sorted((r for r in table.rows if r.part == name), key=lambda r: (r.units, r.width or 0)):
-                ms = [value for turn in row.samples_ms for value in turn]
-                summary = summarise(ms)
-                block_ms = table.block_ms - table.saved_ms(row)
-                edge = group.name in edges and row.units in edges[group.name]
-                spread = _middle_half(ms) / summary.p50_ms / 2
-                rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, edge))
-            parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, tuple(rows)))
+            if group.outer is None:
+                name = part_name(kind.blocks[0], group)
+                rows = _size_rows(table, name, edges.get(group.name, ()))
+                parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, rows))
     return TableView(
         target.runtime,
         target.batch_size,
@@ -165,6 +169,18 @@ def network_tables(network: Network, target: Target) -> TableView:
     )
 
 
+def _size_rows(table: LatencyTable, part: str, edges: Collection[int]) -> tuple[SizeRow, ...]:
+    """Return the rows of one part of a block; ``edges`` are the sizes worth keeping."""
+    rows = []
+    for row in sorted((r for r in table.rows if r.part == part), key=lambda r: (r.units, r.width or 0)):
+        ms = [value for turn in row.samples_ms for value in turn]
+        block_ms = table.block_ms - table.saved_ms(row)
+        spread = _middle_half(ms) / summarise(ms).p50_ms / 2
+        rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, row.units in edges))
+    return tuple(rows)
+
+
 def _middle_half(values: list[float]) -> float:
+    """Return the distance between the quartiles."""
     ordered = sorted(values)
     return ordered[3 * (len(ordered) - 1) // 4] - ordered[(len(ordered) - 1) // 4]
