@@ -51,13 +51,16 @@ VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
 
 
 class _Value(BaseModel):
-    # Infinite and NaN figures (a failed parity) are written as strings, which are JSON and read back as numbers.
+    # Infinity and NaN (a failed parity) are written as strings, which are valid JSON and are read back as numbers.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class ModelInfo(_Value):
-    """The network. `weights` is "pretrained", "random", "the directory's own", "user" (a module from Python) or
-    a path; `inputs` gives shapes as [“batch”, 3, 224, 224]."""
+    """The network.
+
+    ``weights`` is "pretrained", "random", "the directory's own", "user" (a module from Python) or a path; ``inputs``
+    stores shapes like ["batch", 3, 224, 224].
+    """
 
     name: str
     library: str
@@ -66,7 +69,7 @@ class ModelInfo(_Value):
 
 
 class Calibration(_Value):
-    """What the scores were computed on; `builtin` marks the small set that comes with the product."""
+    """The data that scores were computed on; ``builtin`` marks the small built-in set."""
 
     source: str
     builtin: bool
@@ -75,7 +78,7 @@ class Calibration(_Value):
 
 
 class Budget(_Value):
-    """What was asked for: shares of the dense network's FLOPs and latency, 0 to 1, or milliseconds; None if not."""
+    """The budgets: fractions of the dense network's FLOPs and latency, 0 to 1, or milliseconds; None if not set."""
 
     flops: float | None = None
     latency: float | None = None
@@ -83,8 +86,7 @@ class Budget(_Value):
 
 
 class LatencyRound(_Value):
-    """One network that was built and measured on the way to a latency budget, on one scale of milliseconds; `by` is
-    the cost by which its plan was searched."""
+    """One network that was built and measured for a latency budget; ``by`` is the cost that its search used."""
 
     by: Literal["latency", "FLOPs"]
     predicted_ms: Above
@@ -94,9 +96,11 @@ class LatencyRound(_Value):
 class LatencyBudget(_Value):
     """How a latency budget was met.
 
-    `dense_ms` is the dense network's latency when the tables were made, `floor_ms` what would be left with every unit
-    removed, `taken` the number of the round whose plan was taken, `tables_cached` how many of `tables` were measured
-    before.
+    Attributes:
+        dense_ms: the dense network's latency when the tables were made.
+        floor_ms: the latency without any prunable unit.
+        taken: index of the round whose plan was taken.
+        tables, tables_cached: number of latency tables, and how many of them were in the cache.
     """
 
     runtime: str
@@ -110,7 +114,7 @@ class LatencyBudget(_Value):
     tables_cached: int
 
     @model_validator(mode="after")
-    def _taken_is_a_round(self) -> LatencyBudget:
+    def _check_taken(self) -> LatencyBudget:
         if self.taken >= len(self.rounds):
             raise ValueError(f"taken is {self.taken}, of {len(self.rounds)} rounds")
         return self
@@ -130,7 +134,7 @@ class Variant(_Value):
 
 
 class PlanEntry(_Value):
-    """How many units of one group stay; of the kind "token", how many tokens enter a block."""
+    """How many units of one group are kept; for the kind "token", how many tokens enter a block."""
 
     group: str
     kind: Literal["head", "width", "neuron", "channel", "token"]
@@ -159,10 +163,9 @@ class Evaluation(_Value):
 
 
 class Parity(_Value):
-    """How far one output of one network's ONNX file, or of its engine, is from torch's; ``runtime`` ran it.
+    """The largest error of one output of an ONNX file or engine, compared with PyTorch; ``runtime`` ran it.
 
-    Of all ``samples`` compared, rounding decided in ``near_ties`` which tokens merge: there torch had to decide the
-    same way before it was compared.
+    In ``near_ties`` of the ``samples``, rounding decided which tokens merge; there PyTorch merged the same ones.
     """
 
     variant: VariantName
@@ -177,7 +180,7 @@ class Parity(_Value):
 
 
 class Engine(_Value):
-    """An engine that was built of one network's ONNX file, by what, on which GPU (None: without one)."""
+    """An engine built from one network's ONNX file; ``device`` is the GPU that built it, None without one."""
 
     variant: VariantName
     runtime: str
@@ -189,14 +192,14 @@ class Engine(_Value):
 
 
 class Unmeasured(_Value):
-    """A runtime that was asked for and could not be measured."""
+    """A runtime of the recipe that could not be measured."""
 
     runtime: str
     reason: str
 
 
 class Gate(_Value):
-    """A promise that was checked."""
+    """A requirement that was checked."""
 
     name: str
     passed: bool
@@ -204,7 +207,7 @@ class Gate(_Value):
 
 
 class Realised(_Value):
-    """The headline: measured speed-up ÷ FLOP reduction factor, with the speed-up's interval scaled alike."""
+    """The headline figure: measured speed-up ÷ FLOP reduction factor, with its interval."""
 
     runtime: str
     batch_size: int
@@ -212,10 +215,7 @@ class Realised(_Value):
 
 
 class Report(_Value):
-    """One run's report. Written by `write_report`, which also writes the headline figures derived here.
-
-    `command` makes the run again; it is Python where the run was made from there, with a network or data of its own.
-    """
+    """The report of one run; ``command`` repeats it, and is Python code if no command line can."""
 
     schema_version: Literal[2] = 2
     created: AwareDatetime
@@ -248,10 +248,10 @@ class Report(_Value):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_derived(cls, data: Any) -> Any:
+    def _drop_computed(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return _lifted({key: value for key, value in data.items() if key not in cls.model_computed_fields})
+        return _upgrade({key: value for key, value in data.items() if key not in cls.model_computed_fields})
 
     def __repr__(self) -> str:
         from optin_deploy.report import wording
@@ -282,20 +282,19 @@ class Report(_Value):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def realised(self) -> list[Realised]:
-        """The realised ratio of every measurement, in their order; none where the FLOPs are as many as before."""
+        """The realised ratio of every measurement, in their order; empty if the FLOPs are as many as before."""
         ratios = [(item, self.realised_ratio(item)) for item in self.profile]
         return [Realised(runtime=m.runtime, batch_size=m.batch_size, ratio=r) for m, r in ratios if r is not None]
 
     def realised_ratio(self, measurement: Measurement) -> Interval | None:
-        """Measured speed-up ÷ FLOP reduction factor: 1 when the time fell as much as the FLOPs did. None where they
-        did not fall: there is nothing to be realised."""
+        """Return speed-up ÷ FLOP reduction factor, 1 if the time fell as much as the FLOPs; None if those did not."""
         if self.pruned.flops >= self.dense.flops:
             return None
         return measurement.speedup.scaled(1 / self.flops_reduction)
 
 
-def _lifted(data: dict[str, Any]) -> dict[str, Any]:
-    """A document of schema version 1 in the present layout; any other, or what is none, as it is."""
+def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
+    """Convert a document of schema version 1 to the present layout, and return any other as it is."""
     if data.get("schema_version") != 1:
         return data
     try:

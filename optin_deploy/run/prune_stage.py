@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -67,11 +66,6 @@ class _PlanFile:
     flops: float | None
     kept: Mapping[str, tuple[int, ...]]
     tokens: tuple[int, ...]
-
-
-class _DamagesFile(TypedDict):
-    tokens: list[int]
-    loss: list[list[float]]
 
 
 def prune_network(context: RunContext, tables: Measured | None) -> PrunedRun:
@@ -241,12 +235,12 @@ def _search_schedule(context: RunContext, scored: _Scored, damages: Damages | No
     )
 
 
-def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) -> Damages:
-    """Measure what merging tokens costs, once for all budgets; or read what an earlier try measured."""
+def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) -> Damages | None:
+    """Measure what merging tokens costs, once for all budgets; or let the main process read an earlier result."""
     path, ranks = context.directory / _DAMAGES, context.ranks
     with context.stages.stage("try merging"):
         if ranks.told(path.is_file):
-            return Damages.from_dict(ranks.told(partial(_keep_damages, path)))
+            return ranks.on_main(partial(_keep_damages, path))
         scoring = scoring_of(context.recipe)
         damages = token_damages(scored.dense, context.anatomy.structure, stack, scored.batches, scoring)
         if ranks.main:
@@ -254,9 +248,9 @@ def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) ->
         return damages
 
 
-def _keep_damages(path: Path) -> _DamagesFile:
+def _keep_damages(path: Path) -> Damages:
     run_directory.keep(path)
-    return run_directory.read_json(path, _DamagesFile)
+    return Damages.from_dict(run_directory.read_json(path, dict[str, list[object]]))
 
 
 def _on_cpu(context: RunContext, plan: Plan, module: nn.Module) -> PrunedRun:

@@ -59,7 +59,7 @@ def test_sparsity_alone_from_the_command_line(
     for layer in sparse.values():
         assert has_pattern(layer.weight) and int((layer.weight == 0).sum()) == layer.weight.numel() // 2
     assert report.pruned.flops == report.dense.flops and report.pruned.parameters == report.dense.parameters
-    assert report.realised == [] and all(layers.causes == [] for layers in report.layers)
+    assert report.realised == [] and all(layers.causes == () for layers in report.layers)
     assert [(g.name, g.passed) for g in report.gates] == [("parity", True)]
     assert all(entry.kept == entry.units for entry in report.plan)
     assert report.agreement[0].cosine > 0.5 and report.evaluation is not None
