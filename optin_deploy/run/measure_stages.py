@@ -1,6 +1,7 @@
 """The stages of a run after pruning: ONNX files, whether they compute the same, how fast they run, and why."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,7 +69,7 @@ def export_and_measure(context: RunContext, pruned: Network) -> DeploymentResult
     """Export both networks, check their files against PyTorch, and measure them."""
     prepared, directory, stages = context.prepared, context.directory, context.stages
     networks: Networks = {"dense": prepared.deployed(prepared.network), "pruned": prepared.deployed(pruned)}
-    # Programs for PyTorch are not kept, since torch reads no program of another version.
+    # Programs for the torch runtimes exist only as long as they are measured.
     with TemporaryDirectory(prefix="optin-deploy-") as temporary:
         with stages.stage("export ONNX"):
             files: Files = {name: _export(context, networks, name, Path(temporary)) for name in track(VARIANTS)}
@@ -89,14 +90,13 @@ def export_and_measure(context: RunContext, pruned: Network) -> DeploymentResult
 
 def _export(context: RunContext, networks: Networks, name: VariantName, programs: Path) -> Variant:
     """Export a network to the run's directory, where an ONNX file of an earlier try is kept."""
-    files = Variant(context.directory / f"{name}.onnx", programs / f"{name}.pt2")
-    arguments = (files.onnx, programs / f"{name}.pt2", context.recipe, context.prepared.calibration.batches)
-    if files.onnx.is_file():
+    program = programs / f"{name}.pt2"
+    files = Variant(context.directory / f"{name}.onnx", program)
+    is_kept = files.onnx.is_file()
+    if is_kept:
         run_directory.keep(files.onnx)
-        export_files(networks[name], *arguments)
-    else:
-        with run_directory.recording(files.onnx):
-            export_files(networks[name], *arguments)
+    with nullcontext() if is_kept else run_directory.recording(files.onnx):
+        export_files(networks[name], files.onnx, program, context.recipe, context.prepared.calibration.batches)
     return files
 
 
