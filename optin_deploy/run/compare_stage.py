@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from optin_deploy.evaluation.agreement import agreement
+from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.evaluation.example_images import pictures
-from optin_deploy.evaluation.images import Dataset
 from optin_deploy.evaluation.results import Agreement, ExampleImage
 from optin_deploy.network import Network
 from optin_deploy.report.schema import VARIANTS, Evaluation

@@ -12,7 +12,7 @@ from optin_deploy.analysis.breakdown import account
 from optin_deploy.analysis.module_roles import merging_places, narrow_widths, own_flops, places
 from optin_deploy.analysis.results import LayerAccount, Unprofiled
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.evaluation.images import Dataset
+from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines
 from optin_deploy.export.engines import Wanted, build_engines, more_builds, wanted_engines
 from optin_deploy.export.onnx_file import checked, export_files, parity_batches, parity_tolerance

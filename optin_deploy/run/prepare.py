@@ -13,7 +13,8 @@ from optin_deploy.criteria.fisher import check_head
 from optin_deploy.criteria.scoring import Scoring, check_reach
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import Dataset, load_dataset
+from optin_deploy.evaluation.dataset import Dataset
+from optin_deploy.evaluation.images import load_dataset
 from optin_deploy.export.requirements import check_pooling, check_runtimes
 from optin_deploy.latency.tables import Target, target_of
 from optin_deploy.models import checkpoint
