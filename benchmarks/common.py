@@ -10,7 +10,6 @@ from typing import Any, Generic, TypeVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from pydantic import TypeAdapter
 from rich.markup import escape
 from rich.table import Table
 
@@ -83,6 +82,9 @@ class ResultFile(Generic[Row]):
     """
 
     def __init__(self, name: str, row: type[Row], key: Callable[[Row], Hashable] | None = None) -> None:
+        # Not at the top: the images of GPU machines lack pydantic, and their benchmark keeps its results by itself.
+        from pydantic import TypeAdapter
+
         self.name = name
         self._rows = TypeAdapter(list[row])  # type: ignore[valid-type]
         self._key = key or id
