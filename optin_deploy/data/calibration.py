@@ -67,7 +67,7 @@ class Calibration:
 
 def load_calibration(
     network: Network,
-    path: Path | None,
+    path: Path | None = None,
     *,
     column: str | None = None,
     labels: str | None = None,

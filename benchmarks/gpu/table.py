@@ -1,11 +1,11 @@
-"""What ``gpu.py`` measured, as Markdown and line by line."""
+"""What ``benchmarks/gpu.sh`` measured, as Markdown and line by line."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_record import NAME
+from gpu.record import NAME
 
 NOTHING = "Nothing was measured on a GPU yet: `sh benchmarks/gpu.sh` does it."
 _METHODS = {

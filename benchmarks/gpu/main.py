@@ -21,13 +21,13 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import common
-import gpu_table
 import torch
-from gpu_cases import FULL, TINY, Case, Setup, available, cases, narrowed, planned
-from gpu_latency import export, latency
-from gpu_networks import METHODS, Pair, pruned_pair, scoring_row
-from gpu_record import Outcome, Record, attempt, opened
 
+from gpu import table
+from gpu.cases import FULL, TINY, Case, Setup, available, cases, narrowed, planned
+from gpu.latency import export, latency
+from gpu.networks import METHODS, Pair, pruned_pair, scoring_row
+from gpu.record import Outcome, Record, attempt, opened
 from profilers import RUNTIMES, usable_cores
 
 # Most seconds of one case.
@@ -97,7 +97,7 @@ def _measure(setup: Setup, record: Record, pairs: Mapping[str, Pair], group: Seq
 
 def _tell(record: Record, keys: Iterable[str]) -> None:
     for key in keys:
-        told = gpu_table.in_a_line(record.rows[key]) if key in record.rows else record.failed.get(key, "not measured")
+        told = table.in_a_line(record.rows[key]) if key in record.rows else record.failed.get(key, "not measured")
         print(f"[{max(0.0, record.left_s):3.0f} s left] {key}: {told}", flush=True)
 
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _options(arguments)
     results = given.results or common.RESULTS
     if given.table:
-        print(gpu_table.of_folder(results))
+        print(table.of_folder(results))
         return 0
     deadline = perf_counter() + 60 * given.minutes
     if given.tiny and not given.results:
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = opened(results, basis, facts, planned(setup), deadline)
     run(setup, record)
     path = record.save()
-    print(f"\n{gpu_table.markdown(path)}\n\nwritten to {path}")
+    print(f"\n{table.markdown(path)}\n\nwritten to {path}")
     return 0 if record.rows else 1
 
 

@@ -1,4 +1,4 @@
-"""What ``gpu.py`` has measured so far: kept after every case, gone on with in the next call, not given up for one case.
+"""The results of ``gpu.sh``: kept after every case, continued by the next call, not given up for one case.
 
 A case has a key, like ``latency/deit_small/fp16/ort-cuda/32``, and a row, a reason why it failed, or was not reached.
 """

@@ -1,11 +1,10 @@
-"""What ``gpu.py`` measures: networks, ways to run them, precisions and batch sizes, in the order of importance."""
+"""What ``gpu.sh`` measures, most important first: networks, runtimes, precisions and batch sizes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from gpu_networks import METHODS
-
 from exporters import EngineConfig, ExportError, Precision, check_builder
+from gpu.networks import METHODS
 from profilers import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, ProfilingError, check_provider, lacking_device
 
 

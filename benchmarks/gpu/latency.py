@@ -1,4 +1,4 @@
-"""Latency for ``gpu.py``: the files of dense and pruned networks, and one process for all batch sizes of a case."""
+"""Latencies for ``gpu.sh``: files of the dense and the pruned network, one process for all batch sizes of a case."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_cases import Case
-from gpu_networks import Pair
-from gpu_record import Outcome
 
 from exporters import (
     DynamicAxes,
@@ -28,6 +25,9 @@ from exporters import (
     save_program,
     trace,
 )
+from gpu.cases import Case
+from gpu.networks import Pair
+from gpu.record import Outcome
 from optin_deploy.network import Network, TensorOutputs
 from profilers import GPU_RUNTIMES, RUNTIMES, Measurement, usable_cores
 from profilers.gpu_watch import GpuWatch, cuda_uuid
@@ -129,7 +129,7 @@ def latency(
             "seed": 0,
             "gpu_uuid": cuda_uuid() if case.runtime in GPU_RUNTIMES else None,
         }
-        found = run_worker("gpu_worker", spec, usable_cores().physical, f"measuring {case.runtime}", lambda _: None)
+        found = run_worker("gpu.worker", spec, usable_cores().physical, f"measuring {case.runtime}", lambda _: None)
     except Exception as error:  # the folder's name is of no use to anyone
         raise RuntimeError(str(error).replace(f"{folder}{os.sep}", "")) from error
     return {key: _row(case, pair, size, found[str(size)]) for key, size in sizes.items() if str(size) in found}

@@ -1,4 +1,4 @@
-"""The networks of ``gpu.py``, random weights and random inputs throughout: scored and pruned.
+"""The networks of ``benchmarks/gpu.sh``, random weights and random inputs throughout: scored and pruned.
 
 Weights change neither how long scoring takes nor how fast a network runs. Needs no downloads, and no pydantic.
 """

@@ -1,4 +1,4 @@
-"""The isolated process that measures one runtime at several batch sizes: `python -m gpu_worker SPEC.json`.
+"""The isolated process that measures one runtime at several batch sizes: `python -m gpu.worker SPEC.json`.
 
 Loading a network and starting a GPU take longer than measuring it, so each file is loaded once for all sizes. The spec
 holds `runtime`, `batch_sizes`, `threads`, `seconds` (time limit of the rounds of one size), `stop_after_s` (no size is
