@@ -26,7 +26,7 @@ from optin_deploy.cli.options import RUN_OPTIONS
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.run import job, latency_stage, measure_stages
-from profilers import Comparison, Measurement, environment
+from profilers import Comparison, Measurement, RawSamples, environment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -115,7 +115,7 @@ def instantly(dense: Any, pruned: Any, sample: Any, config: Any, progress: Any) 
     samples = {"dense": [[2.0] * 3] * 9, "dense_again": [[2.0] * 3] * 9, "pruned": [[1.0] * 3] * 9}
     cases = [(runtime, size) for runtime in config.runtimes for size in config.batch_sizes]
     return Comparison(
-        tuple(Measurement.from_samples(r, size, samples, True, 1.0) for r, size in cases), environment(), {}
+        tuple(Measurement.from_samples(r, size, RawSamples(samples, True, 1.0)) for r, size in cases), environment(), {}
     )
 
 

@@ -280,7 +280,7 @@ def _tables(given: dict[str, Any], progress: dict[str, Any]) -> tuple[Renderable
 
     from optin_deploy.report.profile_view import cache_view, table_view
     from optin_deploy.run.network_profile import run_tables
-    from profilers.latency_table import cache_folder, cached_settings
+    from profilers.table_cache import cache_folder, cached_settings
 
     if recipe is None:
         settings = cached_settings()

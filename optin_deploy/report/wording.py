@@ -8,7 +8,7 @@ from typing import Literal
 
 from optin_deploy.report.schema import Agreement, LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
 from optin_deploy.utils import formatting
-from profilers import GPU_RUNTIMES
+from profilers import GPU_RUNTIMES, SPECS
 from profilers import Measurement as Measured
 from profilers.gpu_watch import SLOWDOWNS
 
@@ -27,16 +27,6 @@ SPEED_UP = (
 )
 
 VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
-_RUNTIMES = {
-    "ort-cpu": "ONNX Runtime",
-    "ort-cuda": "ONNX Runtime CUDA",
-    "ort-tensorrt": "ONNX Runtime TensorRT",
-    "torch": "PyTorch",
-    "torch-cuda": "PyTorch CUDA",
-    "torch-graph-cuda": "PyTorch CUDA graph",
-    "tensorrt": "TensorRT",
-    "rtx": "TensorRT for RTX",
-}
 
 
 @dataclass(frozen=True)
@@ -138,7 +128,7 @@ def _case(item: Measurement) -> str:
 
 def runtime_name(runtime: str) -> str:
     """A runtime as people call it."""
-    return _RUNTIMES.get(runtime, runtime)
+    return SPECS[runtime].label if runtime in SPECS else runtime
 
 
 def changed_pace(case: str, dense_ms: float, pruned_ms: float, low: float, high: float) -> str | None:

@@ -26,7 +26,16 @@ from optin_deploy.run.job import Job
 from optin_deploy.run.report_builder import VARIANTS
 from optin_deploy.structure.describe import describe
 from optin_deploy.utils.progress import Stages, report_progress, track
-from profilers import LAYER_RUNTIMES, ProfileConfig, ProfilingError, Variant, compare, layer_profile
+from profilers import (
+    LAYER_RUNTIMES,
+    Case,
+    ProfileConfig,
+    ProfilingError,
+    Variant,
+    compare,
+    layer_profile,
+    usable_cores,
+)
 
 # Time limit of one layer profile; averages over a hundred runs move little after it.
 _LAYER_SECONDS = 5.0
@@ -200,20 +209,17 @@ def _layers(
     found = []
     for measured in track(cases):
         files = {name: variants[name].file(measured["runtime"], batch_size) for name in VARIANTS}
+        case = Case(
+            measured["runtime"],
+            batch_size,
+            recipe.threads or usable_cores().physical,
+            min(_LAYER_SECONDS, recipe.profile_seconds),
+            recipe.seed,
+            tf32=recipe.precision == "tf32",
+        )
         try:
             profiles = [
-                layer_profile(
-                    measured["runtime"],
-                    file,
-                    sample,
-                    list(where),
-                    batch_size=batch_size,
-                    threads=recipe.threads,
-                    seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
-                    seed=recipe.seed,
-                    onnx=variants[name].onnx,
-                    tf32=recipe.precision == "tf32",
-                )
+                layer_profile(case, file, sample, list(where), onnx=variants[name].onnx)
                 for name, file in files.items()
                 if file is not None
             ]

@@ -105,16 +105,11 @@ def _profiled(
     parts: dict[str, float] = {}
     if target.runtime in LAYER_RUNTIMES:
         layers = layer_profile(
-            target.runtime,
+            target.case(seconds),
             file,
             sample,
             modules,
-            batch_size=target.batch_size,
-            threads=target.threads,
-            seconds=seconds,
-            seed=target.seed,
             onnx=file.with_suffix(".onnx"),
-            tf32=target.precision == "tf32",
             progress=lambda done: report_progress(0.5 + done / 2),
         )
         for row in layers.rows:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from profilers import Comparison, ProfileConfig, ProfilingError, Variant, compare
+from profilers.plain import from_plain
 
 Feeds = dict[str, NDArray[np.float32]]
 QUICK = ProfileConfig(runtimes=("ort-cpu",), batch_sizes=(1,), threads=1, seconds=0.5)
@@ -75,7 +76,7 @@ def test_a_much_smaller_network_is_found_to_be_faster(
     assert comparison.environment["versions"]["onnxruntime"]
     assert [fraction for fraction, _ in seen] == sorted(fraction for fraction, _ in seen)
     assert (seen[0], seen[-1]) == ((0.0, "ort-cpu, batch 2"), (1.0, "torch, batch 2"))
-    assert Comparison.from_dict(json.loads(json.dumps(comparison.to_dict()))) == comparison
+    assert from_plain(Comparison, json.loads(json.dumps(comparison.to_dict()))) == comparison
     assert not list(empty_temp.glob("optin-*"))
 
 
