@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from tiny_models import WORDS, classifier, save_bert, save_images, save_lines, save_shallow, texts
 
-from optin_deploy.cli.main import main
-from optin_deploy.cli.options import RUN_OPTIONS
+from optin_deploy.cli import main
+from optin_deploy.config.recipe import Recipe
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.run import job, latency_stage, measure_stages
@@ -228,7 +228,7 @@ def as_one_process(command: str) -> bool:
     """What follows the module is a command of ours with options that exist; what several processes do has tests of its
     own."""
     options = re.findall(r"--[\w-]+", command.partition("-m optin_deploy prune-export")[2])
-    known = {f"--{name.replace('_', '-')}" for name in (*RUN_OPTIONS, "flops", "latency", "latency_ms", "output")}
+    known = {f"--{name.replace('_', '-')}" for name in (*Recipe.model_fields, "output")}
     return set(options) <= known
 
 
