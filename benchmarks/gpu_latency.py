@@ -118,11 +118,12 @@ def latency(
             name: NetworkFiles((files[name.removesuffix("_again")],), feeds)
             for name in ("dense", "dense_again", "pruned")
         }
+        work = f"measuring {case.runtime}", usable_cores().physical
         rounds = MeasureCase(case.runtime, 1, usable_cores().physical, round_seconds)
         uuid = cuda_uuid() if case.runtime in GPU_RUNTIMES else None
-        spec = LatencySpec(rounds, networks, _PAIRS, uuid)
         left_s = seconds - (perf_counter() - start) - _RESERVE_S
-        result = run_worker("gpu_worker", GpuSpec(spec, tuple(sizes.values()), left_s), GpuResult, lambda _: None)
+        spec = GpuSpec(*work, LatencySpec(*work, rounds, networks, _PAIRS, uuid), tuple(sizes.values()), left_s)
+        result = run_worker("gpu_worker", spec, GpuResult, lambda _: None)
     except Exception as error:  # the folder's name is of no use to anyone
         raise RuntimeError(str(error).replace(f"{folder}{os.sep}", "")) from error
     rows: dict[str, Outcome] = {}

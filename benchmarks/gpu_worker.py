@@ -12,27 +12,17 @@ from time import perf_counter
 from profilers import RawSamples, open_runner
 from profilers.measure import LatencySpec
 from profilers.runners.base import Runner, first_line
-from profilers.worker_process import answer, print_progress
+from profilers.worker_process import WorkerSpec, answer, print_progress
 from profilers.workers.latency import LoadedRuns, measure_runs
 
 
 @dataclass(frozen=True)
-class GpuSpec:
-    """The work: ``latency`` at each of the batch sizes; no size is begun later than ``stop_after_s``."""
+class GpuSpec(WorkerSpec):
+    """``latency`` at each of the batch sizes; no size is begun later than ``stop_after_s``."""
 
     latency: LatencySpec
     batch_sizes: tuple[int, ...]
     stop_after_s: float
-
-    @property
-    def threads(self) -> int:
-        """See `WorkerSpec`."""
-        return self.latency.threads
-
-    @property
-    def task(self) -> str:
-        """See `WorkerSpec`."""
-        return f"measuring {self.latency.case.runtime}"
 
 
 @dataclass(frozen=True)

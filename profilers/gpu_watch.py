@@ -3,15 +3,18 @@
 Read through NVML, the driver's own interface, which launches nothing on the GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from statistics import fmean, median
 from threading import Event, Thread
 from types import ModuleType
 from typing import Any, Self
+
+Query = Callable[[], Any]
 
 _MIB = 2**20
 # NVML's reasons for lower clocks, in words. Idle is not among them.
@@ -54,17 +57,6 @@ class GpuWatch:
     reasons: tuple[str, ...] | None = None
 
 
-@dataclass
-class _Readings:
-    """Figures of one GPU, one value for each reading; empty if the device does not report it."""
-
-    power_w: list[float] = field(default_factory=list)
-    clock_mhz: list[float] = field(default_factory=list)
-    temperature_c: list[float] = field(default_factory=list)
-    memory_mib: list[float] = field(default_factory=list)
-    reasons: list[int] = field(default_factory=list)
-
-
 class Watch:
     """Watches one GPU while its block is entered; a context manager.
 
@@ -79,7 +71,7 @@ class Watch:
 
     def __init__(self, uuid: str | None, nvml: ModuleType | None, interval_s: float = 0.1) -> None:
         self._uuid, self._nvml, self._interval_s = uuid, nvml, interval_s
-        self._readings = _Readings()
+        self._readings: dict[str, list[Any]] = defaultdict(list)
         self._problem: str | None = None
         self._ended = Event()
         self._thread: Thread | None = None
@@ -114,22 +106,30 @@ class Watch:
         """Return the figures, once the block is left."""
         if self._problem is not None or self._nvml is None:
             return GpuWatch(watched=False, unwatched_because=self._problem)
-        readings = self._readings
+        power, clock = self._readings["power_w"], self._readings["clock_mhz"]
         return GpuWatch(
             watched=True,
-            mean_power_w=_aggregate(fmean, readings.power_w),
-            max_power_w=_aggregate(max, readings.power_w),
-            min_clock_mhz=_aggregate(min, readings.clock_mhz),
-            median_clock_mhz=_aggregate(median, readings.clock_mhz),
-            max_clock_mhz=_aggregate(max, readings.clock_mhz),
-            max_temperature_c=_aggregate(max, readings.temperature_c),
-            peak_memory_mib=_aggregate(max, readings.memory_mib),
-            reasons=_reasons_in_words(self._nvml, readings.reasons),
+            mean_power_w=_aggregate(fmean, power),
+            max_power_w=_aggregate(max, power),
+            min_clock_mhz=_aggregate(min, clock),
+            median_clock_mhz=_aggregate(median, clock),
+            max_clock_mhz=_aggregate(max, clock),
+            max_temperature_c=_aggregate(max, self._readings["temperature_c"]),
+            peak_memory_mib=_aggregate(max, self._readings["memory_mib"]),
+            reasons=_reasons_in_words(self._nvml, self._readings["reasons"]),
         )
 
     def _read_repeatedly(self, nvml: ModuleType, device: object) -> None:
+        queries: dict[str, Query] = {
+            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1e3,
+            "clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM),
+            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU),
+            "memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(device).used / _MIB,
+            "reasons": lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device),
+        }
         while True:
-            _read(nvml, device, self._readings)
+            for key, value in _ask(nvml, queries).items():
+                self._readings[key].append(value)
             if self._ended.wait(self._interval_s):
                 return
 
@@ -151,31 +151,28 @@ def gpu_settings(uuid: str | None, nvml: ModuleType | None) -> dict[str, Any]:
         uuid: see `cuda_uuid`.
         nvml: see `installed_nvml`.
     """
-    keys = ("driver", "power_limit_w", "max_clock_mhz", "ecc", "mig", "persistence")
-    settings: dict[str, Any] = dict.fromkeys(keys)
+    unknown = dict.fromkeys(("driver", "power_limit_w", "max_clock_mhz", "ecc", "mig", "persistence"))
     if uuid is None or nvml is None:
-        return settings
+        return unknown
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
-        return settings
+        return unknown
     try:
-        with suppress(nvml.NVMLError):
-            device = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            queries: dict[str, Callable[[], Any]] = {
-                "driver": nvml.nvmlSystemGetDriverVersion,
-                "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3,
-                "max_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM),
-                "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0]),
-                "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(device)[0]),
-                "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(device)),
-            }
-            for key, query in queries.items():
-                with suppress(nvml.NVMLError):
-                    settings[key] = query()
+        device = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        queries: dict[str, Query] = {
+            "driver": nvml.nvmlSystemGetDriverVersion,
+            "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3,
+            "max_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM),
+            "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0]),
+            "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(device)[0]),
+            "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(device)),
+        }
+        return unknown | _ask(nvml, queries)
+    except nvml.NVMLError:
+        return unknown
     finally:
         nvml.nvmlShutdown()
-    return settings
 
 
 def installed_nvml() -> ModuleType | None:
@@ -188,18 +185,13 @@ def installed_nvml() -> ModuleType | None:
     return module
 
 
-def _read(nvml: ModuleType, device: object, into: _Readings) -> None:
-    """Append one value of every figure that the device reports."""
-    with suppress(nvml.NVMLError):
-        into.power_w.append(nvml.nvmlDeviceGetPowerUsage(device) / 1e3)
-    with suppress(nvml.NVMLError):
-        into.clock_mhz.append(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM))
-    with suppress(nvml.NVMLError):
-        into.temperature_c.append(nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU))
-    with suppress(nvml.NVMLError):
-        into.memory_mib.append(nvml.nvmlDeviceGetMemoryInfo(device).used / _MIB)
-    with suppress(nvml.NVMLError):
-        into.reasons.append(nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
+def _ask(nvml: ModuleType, queries: Mapping[str, Query]) -> dict[str, Any]:
+    """Return the answers to the queries that the device supports."""
+    answers = {}
+    for key, query in queries.items():
+        with suppress(nvml.NVMLError):
+            answers[key] = query()
+    return answers
 
 
 def _aggregate(function: Callable[[list[float]], float], values: list[float]) -> float | None:

@@ -10,22 +10,16 @@ from profilers.errors import ProfilingError
 from profilers.measure import check_file
 from profilers.runners.base import Feeds
 from profilers.runners.registry import SPECS
-from profilers.worker_process import SavedFeeds, run_worker
+from profilers.worker_process import SavedFeeds, WorkerSpec, run_worker
 
 
 @dataclass(frozen=True)
-class InferenceSpec:
+class InferenceSpec(WorkerSpec):
     """The work of `profilers.workers.inference`: run ``file`` on every batch."""
 
     runtime: str
     file: Path
-    threads: int
     batches: tuple[SavedFeeds, ...]
-
-    @property
-    def task(self) -> str:
-        """See `WorkerSpec`."""
-        return f"running {self.file.name}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,6 @@ def infer_file(runtime: str, file: Path, batches: Sequence[Feeds], threads: int 
     check_file(runtime, file)
     with tempfile.TemporaryDirectory(prefix="optin-infer-") as folder:
         saved = tuple(SavedFeeds.save(Path(folder, f"{i}.npz"), batch) for i, batch in enumerate(batches))
-        spec = InferenceSpec(runtime, file, threads or usable_cores().physical, saved)
+        spec = InferenceSpec(f"running {file.name}", threads or usable_cores().physical, runtime, file, saved)
         result = run_worker("profilers.workers.inference", spec, InferenceResult, lambda _: None)
         return [outputs.load() for outputs in result.outputs]

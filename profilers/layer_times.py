@@ -9,7 +9,7 @@ from profilers.errors import ProfilingError
 from profilers.measure import Case, check_file, check_sample
 from profilers.runners.base import Feeds
 from profilers.runners.registry import LAYER_RUNTIMES
-from profilers.worker_process import Progress, SavedFeeds, run_worker
+from profilers.worker_process import Progress, SavedFeeds, WorkerSpec, run_worker
 
 OTHER = "other"
 """The module of operators that belong to none of those asked for."""
@@ -62,7 +62,7 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class LayerSpec(WorkerSpec):
     """The work of `profilers.workers.layers`; see `layer_profile`."""
 
     case: Case
@@ -70,16 +70,6 @@ class LayerSpec:
     onnx: Path | None
     modules: tuple[str, ...]
     sample: SavedFeeds
-
-    @property
-    def threads(self) -> int:
-        """See `WorkerSpec`."""
-        return self.case.threads
-
-    @property
-    def task(self) -> str:
-        """See `WorkerSpec`."""
-        return f"profiling the layers at {self.case.name}"
 
 
 def layer_profile(
@@ -119,5 +109,7 @@ def layer_profile(
     check_file(case.runtime, file)
     check_sample(sample)
     with tempfile.TemporaryDirectory(prefix="optin-layers-") as folder:
-        spec = LayerSpec(case, file, onnx, tuple(modules), SavedFeeds.save(Path(folder, "feeds.npz"), sample))
+        feeds = SavedFeeds.save(Path(folder, "feeds.npz"), sample)
+        task = f"profiling the layers at {case.name}"
+        spec = LayerSpec(task, case.threads, case, file, onnx, tuple(modules), feeds)
         return run_worker("profilers.workers.layers", spec, LayerProfile, progress)

@@ -12,7 +12,7 @@ from profilers.interleave import Samples
 from profilers.runners.base import Feeds
 from profilers.runners.registry import SPECS
 from profilers.stats import TOLERANCE
-from profilers.worker_process import Progress, SavedFeeds, run_worker
+from profilers.worker_process import Progress, SavedFeeds, WorkerSpec, run_worker
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,8 @@ class RawSamples:
     Attributes:
         samples_ms: name to latencies in milliseconds, rounds × repeats. Round r is of load r modulo ``loads``; of
             several builds, it is of build r modulo their number.
-        converged: whether the ratios had settled.
-        peak_rss_mib: most memory of the measuring process.
+        converged, peak_rss_mib, device_ms, cuda_graph, gpu: see `Measurement`.
         loads: how often each file was loaded.
-        device_ms: on a GPU, see `Measurement`.
-        cuda_graph: on a GPU, see `Measurement`.
-        gpu: on a GPU, see `Measurement`.
     """
 
     samples_ms: Samples
@@ -95,7 +91,7 @@ class NetworkFiles:
 
 
 @dataclass(frozen=True)
-class LatencySpec:
+class LatencySpec(WorkerSpec):
     """The work of `profilers.workers.latency`.
 
     Attributes:
@@ -108,17 +104,7 @@ class LatencySpec:
     case: Case
     networks: dict[str, NetworkFiles]
     pairs: tuple[tuple[str, str], ...]
-    gpu_uuid: str | None
-
-    @property
-    def threads(self) -> int:
-        """See `WorkerSpec`."""
-        return self.case.threads
-
-    @property
-    def task(self) -> str:
-        """See `WorkerSpec`."""
-        return f"measuring {self.case.name}"
+    gpu_uuid: str | None = None
 
 
 def measure_files(
@@ -167,7 +153,7 @@ def measure_each(
         }
         # Read here, because loading torch would add to the memory of a worker that runs something else.
         uuid = cuda_uuid() if SPECS[case.runtime].device == "cuda" else None
-        spec = LatencySpec(case, networks, tuple(pairs), uuid)
+        spec = LatencySpec(f"measuring {case.name}", case.threads, case, networks, tuple(pairs), uuid)
         return run_worker("profilers.workers.latency", spec, RawSamples, progress)
 
 

@@ -13,9 +13,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
@@ -33,20 +33,17 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-class WorkerSpec(Protocol):
-    """A dataclass that says what a worker has to do."""
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker has to do.
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    Attributes:
+        task: for an error message: "measuring ort-cpu, batch 1".
+        threads: CPU threads of the worker.
+    """
 
-    @property
-    def threads(self) -> int:
-        """CPU threads of the worker."""
-        ...
-
-    @property
-    def task(self) -> str:
-        """What the worker does, for an error message: "measuring ort-cpu, batch 1"."""
-        ...
+    task: str
+    threads: int
 
 
 @dataclass(frozen=True)

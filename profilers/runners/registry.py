@@ -3,18 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Runtime = Literal[
-    "ort-cpu",
-    "ort-cuda",
-    "ort-tensorrt",
-    "torch",
-    "torch-cuda",
-    "torch-graph-cuda",
-    "torch-compile",
-    "torch-compile-cuda",
-    "tensorrt",
-    "rtx",
-]
+_Torch = Literal["torch", "torch-cuda", "torch-graph-cuda", "torch-compile", "torch-compile-cuda"]
+Runtime = Literal["ort-cpu", "ort-cuda", "ort-tensorrt", _Torch, "tensorrt", "rtx"]
 Artifact = Literal["onnx", "program", "engine"]
 Provider = Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"]
 
@@ -31,8 +21,7 @@ class RuntimeSpec:
         package: what Python imports.
         extra: extra of ``optin-deploy`` that installs the package.
         runner: ``module:class`` of its `profilers.runners.base.Runner`.
-        layer_profiler: ``module:class`` of its `profilers.layer_profilers.ProfiledRuns`; None if it cannot time
-            single operators.
+        layer_profiler: ``module:class`` of its `profilers.layer_profilers.ProfiledRuns`; None if it has none.
         provider: execution provider of ONNX Runtime.
         compiled: whether ``torch.compile`` compiles the program.
         cuda_graph: whether every run replays a CUDA graph of the program.
@@ -70,7 +59,12 @@ _ORT = RuntimeSpec(
     runner="profilers.runners.ort:OnnxRuntimeRunner",
     layer_profiler="profilers.layer_profilers.ort:ProfiledSession",
     provider="CPUExecutionProvider",
-    default_precisions=("fp32", "fp16", "int8"),
+)
+_ORT_CUDA = replace(
+    _ORT, name="ort-cuda", label="ONNX Runtime CUDA", device="cuda", extra="gpu", provider="CUDAExecutionProvider"
+)
+_ORT_TENSORRT = replace(
+    _ORT_CUDA, name="ort-tensorrt", label="ONNX Runtime TensorRT", extra="ort-tensorrt", layer_profiler=None
 )
 _TORCH = RuntimeSpec(
     name="torch",
@@ -81,10 +75,12 @@ _TORCH = RuntimeSpec(
     extra="cpu",
     runner="profilers.runners.pyt:TorchRunner",
     layer_profiler="profilers.layer_profilers.pyt:ProfiledProgram",
-    default_precisions=("fp32", "fp16", "bf16"),
 )
-_TORCH_CUDA = replace(
-    _TORCH, name="torch-cuda", label="PyTorch CUDA", device="cuda", extra="gpu", default_precisions=("tf32",)
+_TORCH_CUDA = replace(_TORCH, name="torch-cuda", label="PyTorch CUDA", device="cuda", extra="gpu")
+_GRAPH = replace(_TORCH_CUDA, name="torch-graph-cuda", label="PyTorch CUDA graph", cuda_graph=True, layer_profiler=None)
+_COMPILED = replace(_TORCH, name="torch-compile", label="PyTorch compiled", compiled=True, layer_profiler=None)
+_COMPILED_CUDA = replace(
+    _TORCH_CUDA, name="torch-compile-cuda", label="PyTorch compiled CUDA", compiled=True, layer_profiler=None
 )
 _TENSORRT = RuntimeSpec(
     name="tensorrt",
@@ -95,66 +91,27 @@ _TENSORRT = RuntimeSpec(
     extra="tensorrt",
     runner="profilers.runners.trt:TensorRTRunner",
     layer_profiler="profilers.layer_profilers.trt:ProfiledEngine",
-    default_precisions=("fp8",),
+)
+# Capabilities by NVIDIA's support matrix; an H200 refuses its engines.
+_RTX = replace(
+    _TENSORRT,
+    name="rtx",
+    label="TensorRT for RTX",
+    package="tensorrt_rtx",
+    extra="rtx",
+    capabilities=((7, 5), (8, 6), (8, 9), (12, 0), (12, 1)),
 )
 _ROWS = (
-    _ORT,
-    replace(
-        _ORT,
-        name="ort-cuda",
-        label="ONNX Runtime CUDA",
-        device="cuda",
-        extra="gpu",
-        provider="CUDAExecutionProvider",
-        default_precisions=("tf32",),
-    ),
-    replace(
-        _ORT,
-        name="ort-tensorrt",
-        label="ONNX Runtime TensorRT",
-        device="cuda",
-        extra="ort-tensorrt",
-        layer_profiler=None,
-        provider="TensorrtExecutionProvider",
-        default_precisions=(),
-    ),
-    _TORCH,
-    _TORCH_CUDA,
-    replace(
-        _TORCH_CUDA,
-        name="torch-graph-cuda",
-        label="PyTorch CUDA graph",
-        layer_profiler=None,
-        cuda_graph=True,
-        default_precisions=(),
-    ),
-    replace(
-        _TORCH,
-        name="torch-compile",
-        label="PyTorch compiled",
-        layer_profiler=None,
-        compiled=True,
-        default_precisions=(),
-    ),
-    replace(
-        _TORCH_CUDA,
-        name="torch-compile-cuda",
-        label="PyTorch compiled CUDA",
-        layer_profiler=None,
-        compiled=True,
-        default_precisions=(),
-    ),
-    _TENSORRT,
-    replace(
-        _TENSORRT,
-        name="rtx",
-        label="TensorRT for RTX",
-        package="tensorrt_rtx",
-        extra="rtx",
-        default_precisions=(),
-        # NVIDIA's support matrix; an H200 refuses its engines.
-        capabilities=((7, 5), (8, 6), (8, 9), (12, 0), (12, 1)),
-    ),
+    replace(_ORT, default_precisions=("fp32", "fp16", "int8")),
+    replace(_ORT_CUDA, default_precisions=("tf32",)),
+    replace(_ORT_TENSORRT, provider="TensorrtExecutionProvider"),
+    replace(_TORCH, default_precisions=("fp32", "fp16", "bf16")),
+    replace(_TORCH_CUDA, default_precisions=("tf32",)),
+    _GRAPH,
+    _COMPILED,
+    _COMPILED_CUDA,
+    replace(_TENSORRT, default_precisions=("fp8",)),
+    _RTX,
 )
 
 SPECS: dict[str, RuntimeSpec] = {spec.name: spec for spec in _ROWS}

@@ -157,8 +157,8 @@ def spec(folder: Path, sizes: tuple[int, ...], stop_after_s: float = 60) -> gpu_
     feeds = SavedFeeds.save(folder / "feeds.npz", {"input": np.zeros((1, 8), np.float32)})
     networks = dict.fromkeys(("dense", "dense_again", "pruned"), NetworkFiles((folder / "net.onnx",), feeds))
     pairs = (("dense", "pruned"), ("dense", "dense_again"))
-    rounds = LatencySpec(MeasureCase("ort-cpu", 1, threads=1, seconds=0.05), networks, pairs, None)
-    return gpu_worker.GpuSpec(rounds, sizes, stop_after_s)
+    rounds = LatencySpec("measuring", 1, MeasureCase("ort-cpu", 1, threads=1, seconds=0.05), networks, pairs)
+    return gpu_worker.GpuSpec("measuring", 1, rounds, sizes, stop_after_s)
 
 
 def test_one_process_measures_all_sizes_and_outlives_one_that_fails(

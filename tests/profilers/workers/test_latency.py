@@ -23,7 +23,7 @@ CASE = Case("ort-cpu", batch_size=2, threads=1, seconds=0.2, loads=2)
 def arguments(folder: Path, model: Path, sample: Feeds, case: Case = CASE) -> list[str]:
     """Write a spec and return the worker's arguments."""
     network = NetworkFiles((model,), SavedFeeds.save(folder / "feeds.npz", sample))
-    spec = LatencySpec(case, dict.fromkeys(("dense", "pruned"), network), (("dense", "pruned"),), None)
+    spec = LatencySpec("measuring", 1, case, dict.fromkeys(("dense", "pruned"), network), (("dense", "pruned"),))
     (folder / "spec.json").write_text(to_json(spec))
     return [str(folder / "spec.json"), str(folder / "result.json")]
 
