@@ -20,7 +20,7 @@ from rich.text import Text
 from optin_deploy.cli.exit_codes import exit_code
 from optin_deploy.cli.options import Quiet, RecipeFile, Verbose, takes_recipe
 from optin_deploy.cli.streams import flush_stdout, prepare_streams, write_json
-from optin_deploy.config.options import EXPORT, MEASURE
+from optin_deploy.config.options import Panel
 from optin_deploy.config.recipe import Recipe, make_recipe
 from optin_deploy.config.sweep_plan import plan, read_sweep
 from optin_deploy.config.validation import check_layout, check_profile
@@ -170,13 +170,13 @@ def export(
         str,
         typer.Option(
             help="Write plain files, or triton: a model repository (default: plain).",
-            rich_help_panel=EXPORT,
+            rich_help_panel=Panel.EXPORT,
             show_default=False,
         ),
     ] = "plain",
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the models in a repository (default: the model's).", rich_help_panel=EXPORT),
+        typer.Option(help="Name of the models in a repository (default: the model's).", rich_help_panel=Panel.EXPORT),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="New folder, or the repository (default: exports/MODEL).")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -207,7 +207,7 @@ def profile(
     options: Options,
     table: Annotated[
         bool,
-        typer.Option("--table", help="Show the latency of its blocks by size instead.", rich_help_panel=MEASURE),
+        typer.Option("--table", help="Show the latency of its blocks by size instead.", rich_help_panel=Panel.MEASURE),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Quiet = False,

@@ -8,22 +8,16 @@ from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 from rich.markup import escape
 
-from optin_deploy.config.options import PANELS, Command, Option
+from optin_deploy.config.options import Command, Option, Panel
 from optin_deploy.config.recipe import Recipe, flag, recipe_options
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress: no bars, and no lines off a terminal.")]
 Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", help="Log what is found, kept, measured and written, each stage, and all warnings."),
+    bool, typer.Option("--verbose", help="Log what is found, kept, measured and written, each stage, and all warnings.")
 ]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option(help="YAML file with any of these options; the command line wins.", show_default=False),
-]
+RecipeFile = Annotated[Path | None, typer.Option(help="YAML file with any of these options; the command line wins.")]
 
 
 def split_list(text: str) -> list[str]:
@@ -44,10 +38,7 @@ def takes_recipe(command: Command) -> Callable[[Callable[..., None]], Callable[.
 
         keyword = inspect.Parameter.KEYWORD_ONLY
         own = [p.replace(kind=keyword) for p in list(inspect.signature(function).parameters.values())[1:]]
-        shared = [
-            inspect.Parameter(name, keyword, default=None, annotation=_annotation(name, option))
-            for name, option in options.items()
-        ]
+        shared = [inspect.Parameter(n, keyword, default=None, annotation=_annotate(n, o)) for n, o in options.items()]
         # typer reads the options from the signature.
         run.__signature__ = inspect.Signature(sorted([*own, *shared], key=_panel))  # type: ignore[attr-defined]
         return run
@@ -55,13 +46,14 @@ def takes_recipe(command: Command) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-def _annotation(name: str, option: Option) -> Any:
-    """Return what typer reads an option from: its type and how ``--help`` shows it."""
+def _annotate(name: str, option: Option) -> Any:
+    """Return the annotation from which typer makes an option."""
     field = Recipe.model_fields[name]
     kind = str if option.several else _type(field.annotation)
-    names = [f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool and field.default is not False else flag(name)]
-    text = typer.Option(*names, help=_help(option, field), rich_help_panel=option.panel, show_default=False)
-    return Annotated[kind | None, text]
+    names = f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool and field.default is not False else flag(name)
+    default = option.default or ("" if field.is_required() else _in_words(field.default))
+    text = escape(f"{option.text}{f' (default: {default})' if default else ''}.")
+    return Annotated[kind | None, typer.Option(names, help=text, rich_help_panel=option.panel, show_default=False)]
 
 
 def _type(annotation: Any) -> type:
@@ -71,20 +63,15 @@ def _type(annotation: Any) -> type:
     return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float, Path) else str
 
 
-def _help(option: Option, field: FieldInfo) -> str:
-    default = option.default or _in_words(field.default)
-    return escape(f"{option.text}{f' (default: {default})' if default else ''}.")
-
-
 def _in_words(default: object) -> str:
-    if default is None or default is False or default is PydanticUndefined:
-        return ""
+    if default is None or isinstance(default, bool):
+        return "on" if default else ""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
-    return "on" if default is True else f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _panel(parameter: inspect.Parameter) -> int:
     """Return the place of a parameter's panel: help shows panels in the order of their first options."""
     panel = parameter.annotation.__metadata__[0].rich_help_panel
-    return PANELS.index(panel) if panel in PANELS else len(PANELS)
+    return list(Panel).index(panel) if panel else len(Panel)

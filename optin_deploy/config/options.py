@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -18,13 +19,15 @@ RUNS_AND_EXPORT: tuple[Command, ...] = (*RUNS, "export")
 RUNS_AND_PROFILE: tuple[Command, ...] = (*RUNS, "profile")
 ALL: tuple[Command, ...] = (*RUNS_AND_EXPORT, "profile")
 
-MODEL, PRUNE, DATA, EXPORT, MEASURE = PANELS = (
-    "Model",
-    "Pruning",
-    "Calibration and evaluation",
-    "Export",
-    "Measuring",
-)
+
+class Panel(StrEnum):
+    """Headings in ``--help``, in their order."""
+
+    MODEL = "Model"
+    PRUNE = "Pruning"
+    DATA = "Calibration and evaluation"
+    EXPORT = "Export"
+    MEASURE = "Measuring"
 
 
 @dataclass(frozen=True)
@@ -40,20 +43,25 @@ class Condition:
     holds: Callable[["Recipe"], bool]
 
 
-BUDGET = Condition("--flops, --latency or --latency-ms", lambda recipe: recipe.has_budget)
-TABLE = Condition("--latency, --latency-ms or --align auto", lambda recipe: recipe.needs_table)
-ENGINES = Condition(
-    f"--runtimes {' or '.join(sorted(ENGINE_RUNTIMES))}",
-    lambda recipe: any(runtime in ENGINE_RUNTIMES for runtime in recipe.measured_runtimes),
-)
-OPTIN = Condition("--criterion trajectory", lambda recipe: recipe.criterion == "trajectory")
-TRAJECTORY = Condition(
-    "--criterion trajectory-obs or trajectory", lambda recipe: recipe.criterion in ("trajectory-obs", "trajectory")
-)
-PROBES = Condition("random probes", lambda recipe: TRAJECTORY.holds(recipe) and recipe.scorer != "exact")
-FISHER = Condition("--criterion fisher", lambda recipe: recipe.criterion == "fisher")
-COMPENSATION = Condition("--compensate", lambda recipe: recipe.compensate)
-TOKENS_AUTO = Condition("--tokens auto", lambda recipe: recipe.tokens == "auto")
+class Needs:
+    """The conditions that options need."""
+
+    BUDGET = Condition("--flops, --latency or --latency-ms", lambda recipe: recipe.has_budget)
+    TABLE = Condition("--latency, --latency-ms or --align auto", lambda recipe: recipe.needs_table)
+    ENGINES = Condition(
+        f"--runtimes {' or '.join(sorted(ENGINE_RUNTIMES))}",
+        lambda recipe: any(runtime in ENGINE_RUNTIMES for runtime in recipe.measured_runtimes),
+    )
+    OPTIN = Condition("--criterion trajectory", lambda recipe: recipe.criterion == "trajectory")
+    TRAJECTORY = Condition(
+        "--criterion trajectory-obs or trajectory", lambda recipe: recipe.criterion.startswith("trajectory")
+    )
+    PROBES = Condition(
+        "random probes", lambda recipe: recipe.criterion.startswith("trajectory") and recipe.scorer != "exact"
+    )
+    FISHER = Condition("--criterion fisher", lambda recipe: recipe.criterion == "fisher")
+    COMPENSATION = Condition("--compensate", lambda recipe: recipe.compensate)
+    TOKENS_AUTO = Condition("--tokens auto", lambda recipe: recipe.tokens == "auto")
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Option:
     """A field of `Recipe` on the command line.
 
     Attributes:
-        panel: heading in ``--help``, one of `PANELS`.
+        panel: heading in ``--help``.
         text: what the option does, one phrase without a full stop.
         default: the default in words; None shows that of the field.
         commands: commands that take the option.
@@ -71,7 +79,7 @@ class Option:
         profile: how ``profile`` shows the option, if not in the same way.
     """
 
-    panel: str
+    panel: Panel
     text: str
     default: str | None = None
     commands: tuple[Command, ...] = RUNS

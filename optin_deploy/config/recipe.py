@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast, get_args
@@ -10,26 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from exporters import Precision
-from optin_deploy.config.options import (
-    ALL,
-    BUDGET,
-    COMPENSATION,
-    DATA,
-    ENGINES,
-    EXPORT,
-    FISHER,
-    MEASURE,
-    MODEL,
-    OPTIN,
-    PROBES,
-    PRUNE,
-    RUNS_AND_EXPORT,
-    RUNS_AND_PROFILE,
-    TABLE,
-    TOKENS_AUTO,
-    TRAJECTORY,
-    Option,
-)
+from optin_deploy.config.options import ALL, RUNS, RUNS_AND_EXPORT, RUNS_AND_PROFILE, Needs, Option, Panel
 from optin_deploy.config.recipe_yaml import read_options
 from optin_deploy.errors import UserError
 from optin_deploy.utils.atomic_files import write_text
@@ -42,6 +24,14 @@ _BatchSize = Annotated[int, Field(ge=1, le=_MOST_IN_BATCH)]
 _MOST_CHARACTERS = 1000
 _SHOWN = 80
 
+_model = partial(Option, Panel.MODEL, commands=ALL)
+_data = partial(Option, Panel.DATA)
+_prune = partial(Option, Panel.PRUNE)
+_prune_to_budget = partial(Option, Panel.PRUNE, needs=(Needs.BUDGET,))
+_export = partial(Option, Panel.EXPORT, commands=RUNS_AND_EXPORT)
+_engine = partial(Option, Panel.EXPORT, commands=RUNS_AND_EXPORT, needs=(Needs.ENGINES,))
+_measure = partial(Option, Panel.MEASURE, commands=RUNS_AND_PROFILE)
+
 
 def default_runtimes(precision: Precision) -> tuple[Runtime, ...]:
     """Return the runtimes measured by default: those that support the precision and that most users have."""
@@ -53,190 +43,151 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    model: str = Option(
-        MODEL,
+    model: str = _model(
         "Network: a timm name (short forms work: deit_small), a transformers id or directory, or our checkpoint",
-        commands=RUNS_AND_EXPORT,
-        profile=Option(MODEL, "Network, as for prune-export; without it, --table lists the cached tables"),
+        profile=_model("Network, as for prune-export; without it, --table lists the cached tables"),
     ).field(min_length=1)
-    weights: str = Option(
-        MODEL, "Weights: pretrained, random, or a .safetensors file, with #PART if it holds several", commands=ALL
-    ).field("pretrained")
-    image_size: int | None = Option(
-        MODEL, "Image size in pixels, for a timm model that is to take another size than its own", commands=ALL
+    weights: str = _model("Weights: pretrained, random, or a .safetensors file, with #PART if it holds several").field(
+        "pretrained"
+    )
+    image_size: int | None = _model(
+        "Image size in pixels, for a timm model that is to take another size than its own"
     ).field(None, ge=1, le=_MOST_PIXELS)
-    sequence_length: int = Option(
-        MODEL, "Tokens of a text, for counting FLOPs and measuring latency", commands=ALL
-    ).field(128, ge=4, le=_MOST_UNITS)
-    max_text_length: int | None = Option(
-        DATA,
-        "Most tokens of a calibration or evaluation text; longer texts are cut",
-        "the most the model takes",
-        RUNS_AND_EXPORT,
+    sequence_length: int = _model("Tokens of a text, for counting FLOPs and measuring latency").field(
+        128, ge=4, le=_MOST_UNITS
+    )
+    max_text_length: int | None = _data(
+        "Most tokens of a text, longer texts are cut", "the most the model takes", RUNS_AND_EXPORT
     ).field(None, ge=4, le=_MOST_UNITS)
 
-    calibration: Path | None = Option(
-        DATA,
-        "Unlabelled samples: an image folder, text file, table, .npz or .safetensors file",
-        "built-in samples",
-        RUNS_AND_EXPORT,
+    calibration: Path | None = _data(
+        "Unlabelled samples: image folder, text file, table, .npz or .safetensors", "built-in samples", RUNS_AND_EXPORT
     ).field(None)
-    calibration_column: str | None = Option(
-        DATA,
+    calibration_column: str | None = _data(
         "Text columns of a table, by name or number, comma-separated; first+second makes one input of a pair",
         commands=RUNS_AND_EXPORT,
     ).field(None, max_length=_MOST_CHARACTERS)
-    calibration_labels: str | None = Option(
-        DATA,
+    calibration_labels: str | None = _data(
         "Labels for --criterion fisher: a column of a table, or `folders`: one class each",
-        needs=(BUDGET, FISHER),
+        needs=(Needs.BUDGET, Needs.FISHER),
     ).field(None, max_length=_MOST_CHARACTERS)
-    calibration_samples: int | None = Option(
-        DATA, "Number of calibration samples to draw", "128 images or 1024 texts"
-    ).field(None, ge=1, le=_MOST_SAMPLES)
-
-    flops: float | None = Option(PRUNE, "Fraction of the dense FLOPs to keep, like 0.5", swept=True).field(
-        None, gt=0, lt=1
+    calibration_samples: int | None = _data("Number of calibration samples to draw", "128 images or 1024 texts").field(
+        None, ge=1, le=_MOST_SAMPLES
     )
-    latency: float | None = Option(
-        PRUNE, "Fraction of the measured dense latency to keep, like 0.6; with --flops both budgets hold", swept=True
+
+    flops: float | None = _prune("Fraction of the dense FLOPs to keep, like 0.5", swept=True).field(None, gt=0, lt=1)
+    latency: float | None = _prune(
+        "Fraction of the measured dense latency to keep, like 0.6; with --flops both budgets hold", swept=True
     ).field(None, gt=0, lt=1)
-    latency_ms: float | None = Option(PRUNE, "Latency to reach in milliseconds, like 4.0", swept=True).field(
+    latency_ms: float | None = _prune("Latency to reach in milliseconds, like 4.0", swept=True).field(
         None, gt=0, le=1e9
     )
-    runtime: Runtime | None = Option(
-        PRUNE,
+    runtime: Runtime | None = _prune(
         "Runtime the latency budget applies to; it is measured too",
         "first of --runtimes",
-        profile=Option(MEASURE, "Runtime to measure", "ort-cpu"),
+        profile=_measure("Runtime to measure", "ort-cpu"),
     ).field(None)
-    batch_size: int | None = Option(
-        PRUNE,
+    batch_size: int | None = _prune(
         "Batch size the latency budget applies to",
         "first of --batch-sizes",
-        needs=(BUDGET, TABLE),
-        profile=Option(MEASURE, "Samples in one run", "1"),
+        needs=(Needs.BUDGET, Needs.TABLE),
+        profile=_measure("Samples in one run", "1"),
     ).field(None, ge=1, le=_MOST_IN_BATCH)
-    table_seconds: float = Option(
-        PRUNE,
+    table_seconds: float = _prune(
         "Time limit for measuring one type of block, in seconds; its latency table is cached",
-        needs=(BUDGET, TABLE),
-        profile=Option(MEASURE, "Time limit for measuring a table that is not cached, in seconds"),
+        needs=(Needs.BUDGET, Needs.TABLE),
+        profile=_measure("Time limit for measuring a table that is not cached, in seconds"),
     ).field(60.0, gt=0, le=_MOST_SECONDS)
-    criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = Option(
-        PRUNE, "How units are scored: trajectory-obs, trajectory (OPTIN), fisher, magnitude or random", needs=(BUDGET,)
+    criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = _prune_to_budget(
+        "How units are scored: trajectory-obs, trajectory (OPTIN), fisher, magnitude or random"
     ).field("trajectory-obs")
-    scorer: Literal["sketch", "exact", "forward"] = Option(
-        PRUNE,
+    scorer: Literal["sketch", "exact", "forward"] = _prune(
         "How --criterion trajectory is computed: sketch (neurons by random probes, heads exactly), exact or forward",
-        needs=(BUDGET, OPTIN),
+        needs=(Needs.BUDGET, Needs.OPTIN),
     ).field("sketch")
-    probes: int | None = Option(
-        PRUNE, "Random probes per calibration batch", "4 for trajectory, else 1", needs=(BUDGET, PROBES)
+    probes: int | None = _prune(
+        "Random probes per calibration batch", "4 for trajectory, else 1", needs=(Needs.BUDGET, Needs.PROBES)
     ).field(None, ge=1, le=_MOST_UNITS)
-    task_weight: Annotated[float, Field(ge=0, le=1e6)] | None = Option(
-        PRUNE,
+    task_weight: Annotated[float, Field(ge=0, le=1e6)] | None = _prune(
         "Weight of the task loss, compared with 1 for the trajectory loss",
         "1; classifiers and convolutions use the task loss only",
-        needs=(BUDGET, TRAJECTORY),
+        needs=(Needs.BUDGET, Needs.TRAJECTORY),
     ).field(None)
-    align: _Units | Literal["auto"] | None = Option(
-        PRUNE,
+    align: _Units | Literal["auto"] | None = _prune_to_budget(
         "Keep neurons in multiples of this number; auto measures which numbers are worth keeping",
         "64, or auto for a latency budget",
-        needs=(BUDGET,),
     ).field(None)
-    narrow_heads: bool | None = Option(
-        PRUNE, "Reduce the width of heads too", "on for trajectory-obs", needs=(BUDGET,)
-    ).field(None)
-    tokens: Literal["auto", "off"] | Annotated[tuple[_Units, ...], Field(min_length=1)] = Option(
-        PRUNE,
-        "Merge tokens between blocks: auto, off, or how many tokens enter each block, like 197,197,160,…",
-        needs=(BUDGET,),
+    narrow_heads: bool | None = _prune_to_budget("Reduce the width of heads too", "on for trajectory-obs").field(None)
+    tokens: Literal["auto", "off"] | Annotated[tuple[_Units, ...], Field(min_length=1)] = _prune_to_budget(
+        "Merge tokens between blocks: auto, off, or how many tokens enter each block, like 197,197,160,…"
     ).field("off")
-    tokens_share: float | None = Option(
-        PRUNE,
+    tokens_share: float | None = _prune(
         "Fraction of the removed FLOPs that merging tokens removes",
         "chosen by --tokens auto",
-        needs=(BUDGET, TOKENS_AUTO),
+        needs=(Needs.BUDGET, Needs.TOKENS_AUTO),
     ).field(None, gt=0, lt=1)
-    rounds: int = Option(
-        PRUNE, "Number of steps in which the budget is approached, with new scores in each", needs=(BUDGET,)
-    ).field(1, ge=1, le=16)
-    sparsity: Literal["2:4"] | None = Option(
-        PRUNE, "2:4 zeroes two of every four weights, for sparse tensor cores; it needs no budget"
+    rounds: int = _prune_to_budget("Number of steps in which the budget is approached, with new scores in each").field(
+        1, ge=1, le=16
+    )
+    sparsity: Literal["2:4"] | None = _prune(
+        "2:4 zeroes two of every four weights, for sparse tensor cores; it needs no budget"
     ).field(None)
-    compensate: bool = Option(PRUNE, "Refit linear layers in closed form").field(True)
-    ridge: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] = Option(
-        PRUNE, "Ridge strength of the refit; auto chooses it on held-out batches", needs=(COMPENSATION,)
+    compensate: bool = _prune("Refit linear layers in closed form").field(True)
+    ridge: Annotated[float, Field(gt=0, le=1e9)] | Literal["auto"] = _prune(
+        "Ridge strength of the refit; auto chooses it on held-out batches", needs=(Needs.COMPENSATION,)
     ).field("auto")
 
-    pooling_in_graph: bool = Option(
-        EXPORT, "Export pooled sentence embeddings, as evaluated, instead of token features", commands=RUNS_AND_EXPORT
+    pooling_in_graph: bool = _export(
+        "Export pooled sentence embeddings, as evaluated, instead of token features"
     ).field(False)
-    opset: int = Option(EXPORT, "ONNX opset, 17 to 23", commands=RUNS_AND_EXPORT).field(20, ge=17, le=23)
-    precision: Precision = Option(
-        EXPORT,
-        f"Precision of the exported and measured networks: {', '.join(get_args(Precision))}",
-        commands=RUNS_AND_EXPORT,
+    opset: int = _export("ONNX opset, 17 to 23").field(20, ge=17, le=23)
+    precision: Precision = _export(
+        f"Precision of the exported and measured networks: {', '.join(get_args(Precision))}"
     ).field("fp32")
-    parity_tolerance: float | None = Option(
-        EXPORT,
+    parity_tolerance: float | None = _export(
         "Largest error of ONNX compared with torch",
         "1e-4; 1e-2 for tf32 and fp16, 5e-2 for bf16, 0.15 for int8 and fp8",
-        RUNS_AND_EXPORT,
     ).field(None, gt=0)
 
-    static: bool = Option(
-        EXPORT, "Build an engine for each batch size instead of one for all", None, RUNS_AND_EXPORT, (ENGINES,)
-    ).field(False)
-    builder_optimization_level: int | None = Option(
-        EXPORT, "Optimization level of engines, 0 to 5", "the builder's", RUNS_AND_EXPORT, (ENGINES,)
-    ).field(None, ge=0, le=5)
-    workspace_mib: int | None = Option(
-        EXPORT, "Most scratch memory of an engine, in MiB", "the builder's", RUNS_AND_EXPORT, (ENGINES,)
-    ).field(None, ge=1, le=1 << 30)
-    refittable: bool = Option(
-        EXPORT, "Build engines whose weights can be exchanged", None, RUNS_AND_EXPORT, (ENGINES,)
-    ).field(False)
-    weight_stripped: bool = Option(
-        EXPORT, "Save engines without weights; a refit adds them again", None, RUNS_AND_EXPORT, (ENGINES,)
-    ).field(False)
-    version_compatible: bool = Option(
-        EXPORT, "Build engines that later versions of TensorRT run too", None, RUNS_AND_EXPORT, (ENGINES,)
-    ).field(False)
-    engine_builds: int = Option(
-        EXPORT, "Builds of each engine that are measured on a GPU; one is kept", needs=(ENGINES,)
-    ).field(3, ge=1, le=9)
+    static: bool = _engine("Build an engine for each batch size instead of one for all").field(False)
+    builder_optimization_level: int | None = _engine("Optimization level of engines, 0 to 5", "the builder's").field(
+        None, ge=0, le=5
+    )
+    workspace_mib: int | None = _engine("Most scratch memory of an engine, in MiB", "the builder's").field(
+        None, ge=1, le=1 << 30
+    )
+    refittable: bool = _engine("Build engines whose weights can be exchanged").field(False)
+    weight_stripped: bool = _engine("Save engines without weights; a refit adds them again").field(False)
+    version_compatible: bool = _engine("Build engines that later versions of TensorRT run too").field(False)
+    engine_builds: int = _engine("Builds of each engine that are measured on a GPU; one is kept", commands=RUNS).field(
+        3, ge=1, le=9
+    )
 
-    runtimes: tuple[Runtime, ...] = Option(
-        MEASURE,
+    runtimes: tuple[Runtime, ...] = _measure(
         f"Runtimes to measure, comma-separated: {', '.join(SPECS)}",
         "ort-cpu,torch, as far as they compute in --precision",
-        RUNS_AND_EXPORT,
+        commands=RUNS_AND_EXPORT,
         several=True,
     ).field(default_factory=lambda data: default_runtimes(data["precision"]), min_length=1)
-    batch_sizes: tuple[_BatchSize, ...] = Option(
-        MEASURE, "Batch sizes to measure, comma-separated", commands=RUNS_AND_EXPORT, several=True
+    batch_sizes: tuple[_BatchSize, ...] = _measure(
+        "Batch sizes to measure, comma-separated", commands=RUNS_AND_EXPORT, several=True
     ).field((1, 8), min_length=1)
-    threads: int | None = Option(MEASURE, "CPU threads while measuring", "all physical cores", RUNS_AND_PROFILE).field(
+    threads: int | None = _measure("CPU threads while measuring", "all physical cores").field(
         None, ge=1, le=_MOST_UNITS
     )
-    profile_seconds: float = Option(
-        MEASURE, "Time limit for one runtime and batch size, in seconds", commands=RUNS_AND_PROFILE
-    ).field(10.0, gt=0, le=_MOST_SECONDS)
-
-    evaluate: Path | None = Option(
-        DATA, "Labelled data: a folder of class folders, or a table of text,label or first,second,label"
-    ).field(None)
-    evaluate_columns: str | None = Option(
-        DATA, "Columns of the labelled data, by name or number, comma-separated"
-    ).field(None, max_length=_MOST_CHARACTERS)
-
-    device: Literal["auto", "cpu", "cuda"] = Option(PRUNE, "Device on which to prune: auto, cpu or cuda").field("auto")
-    seed: int = Option(PRUNE, "Random seed; one seed makes one result", commands=RUNS_AND_EXPORT).field(
-        0, ge=0, lt=1 << 64
+    profile_seconds: float = _measure("Time limit for one runtime and batch size, in seconds").field(
+        10.0, gt=0, le=_MOST_SECONDS
     )
+
+    evaluate: Path | None = _data(
+        "Labelled data: a folder of class folders, or a table of text,label or first,second,label"
+    ).field(None)
+    evaluate_columns: str | None = _data("Columns of the labelled data, by name or number, comma-separated").field(
+        None, max_length=_MOST_CHARACTERS
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = _prune("Device on which to prune: auto, cpu or cuda").field("auto")
+    seed: int = _prune("Random seed; one seed makes one result", commands=RUNS_AND_EXPORT).field(0, ge=0, lt=1 << 64)
 
     @field_validator("sparsity", mode="before")
     @classmethod

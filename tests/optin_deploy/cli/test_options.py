@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from optin_deploy.cli.main import app
 from optin_deploy.cli.options import _type, split_list
-from optin_deploy.config.options import PANELS, Command
+from optin_deploy.config.options import Command, Panel
 from optin_deploy.config.recipe import Recipe, flag, recipe_options
 
 GROUP = get_command(app)
@@ -39,7 +39,7 @@ def test_only_flags_that_are_on_by_default_or_undecided_can_be_turned_off() -> N
 def test_help_is_a_sentence_on_a_panel(name: str) -> None:
     option = recipe_options()[name]
     for shown in filter(None, (option, option.profile)):
-        assert shown.panel in PANELS
+        assert shown.panel in Panel
         assert shown.text[0].isupper() or shown.text[0].isdigit()
         assert not shown.text.endswith(".")
 
