@@ -1,7 +1,7 @@
 """Checks of options that depend on each other."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
 from exporters import is_quantized
@@ -63,22 +63,22 @@ def check_layout(recipe: Recipe, layout: str, name: str | None) -> Layout:
     return cast(Layout, layout)
 
 
-def check_profile(given: Collection[str], *, table: bool) -> None:
+def check_profile(options: Mapping[str, object], *, table: bool) -> None:
     """Raise UserError for options of ``profile`` that contradict each other.
 
     Args:
-        given: names of the options of `Recipe` that the user gave.
+        options: fields of `Recipe` that the user gave.
         table: whether the user asked for latency tables.
     """
-    if "model" not in given:
+    if "model" not in options:
         if not table:
             raise UserError("--model is needed: the network to profile (or --table alone, to list the tables kept)")
-        if given:
-            raise UserError(f"{flag(min(given))} needs --model: --table alone lists the tables kept")
-    if "table_seconds" in given and not table:
-        raise UserError("--table-seconds: it has an effect only with --table")
-    if "profile_seconds" in given and table:
-        raise UserError("--profile-seconds: it has an effect only without --table")
+        if options:
+            raise UserError(f"{flag(next(iter(options)))} needs --model: --table alone lists the tables kept")
+    without_effect, needed = ("profile_seconds", "without") if table else ("table_seconds", "with")
+    if without_effect in options:
+        seconds = f"{options[without_effect]:g}"
+        raise UserError(f"{flag(without_effect)} {seconds}: it has an effect only {needed} --table")
 
 
 def _check_tokens(recipe: Recipe) -> None:

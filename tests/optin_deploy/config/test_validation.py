@@ -31,17 +31,17 @@ def test_what_a_command_does_not_take_is_not_checked() -> None:
 @pytest.mark.parametrize(
     ("given", "table", "named"),
     [
-        ([], False, "--model"),
-        (["weights"], True, "--weights"),
-        (["model", "table_seconds"], False, "--table-seconds"),
-        (["model", "profile_seconds"], True, "--profile-seconds"),
+        ({}, False, "--model"),
+        ({"weights": "random"}, True, "--weights"),
+        ({"model": "m", "table_seconds": 5.0}, False, "--table-seconds 5:"),
+        ({"model": "m", "profile_seconds": 5.0}, True, "--profile-seconds 5:"),
     ],
 )
-def test_options_of_a_profile(given: list[str], table: bool, named: str) -> None:
+def test_options_of_a_profile(given: dict[str, object], table: bool, named: str) -> None:
     with pytest.raises(UserError, match=named):
         check_profile(given, table=table)
-    check_profile([], table=True)
-    check_profile(["model"], table=table)
+    check_profile({}, table=True)
+    check_profile({"model": "m"}, table=table)
 
 
 @pytest.mark.parametrize(
