@@ -14,7 +14,7 @@ import torch
 from bad_input import Material, Row
 from tiny_models import save_bert, save_images, save_shallow
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.models.load import load_network
 from optin_deploy.run.pipeline import prune_export

@@ -18,7 +18,7 @@ import typer
 from safetensors.torch import load_file
 from tiny_models import save_bert, save_lines, texts
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.distributed import torchrun

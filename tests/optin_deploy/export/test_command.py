@@ -10,7 +10,7 @@ from google.protobuf import text_format
 from exporters import PARITY_TOLERANCES, EngineConfig, ExportError, OutputParity, check_engine
 from exporters.trt_engine import EngineInfo
 from optin_deploy import load_network
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.errors import GateError, UserError
 from optin_deploy.export import command

@@ -18,7 +18,7 @@ from exporters import (
     onnx_from_program,
     trace,
 )
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.export import engines

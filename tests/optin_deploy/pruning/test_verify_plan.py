@@ -12,7 +12,7 @@ from tiny_models import save_bert, save_lines, texts
 from together import together
 from torch import Tensor, nn
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.report import Report, wording, write_report
 from optin_deploy.report.comparison import HEADING, Line, as_markdown, lines, notes, view
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from optin_deploy.analysis.module_roles import ATTENTION, FFN, PARTS
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.report.profile_view import NetworkProfile, TableView, profile_view, table_view
 from optin_deploy.run import network_profile

@@ -10,7 +10,7 @@ from tiny_models import TinyModule, own_batches, own_network, save_bert, save_li
 from torch import nn
 
 from exporters import check_engine
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.compensation.sparsity import has_pattern
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches

@@ -19,7 +19,7 @@ from rich.console import Console
 from tiny_models import own_batches, own_network, save_shallow
 
 import optin_deploy
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.config.sweep_plan import as_yaml, plan, read_sweep
 from optin_deploy.data.calibration import from_batches
