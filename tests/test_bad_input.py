@@ -65,7 +65,7 @@ def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         monkeypatch.setattr(sys, "argv", ["optin-deploy", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            main.main()
+            main()
         return int(caught.value.code or 0), *capsys.readouterr()
 
     return call

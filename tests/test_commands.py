@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from tiny_models import WORDS, classifier, save_bert, save_images, save_lines, save_shallow, texts
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import app, main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
@@ -155,7 +155,7 @@ def test_a_command_of_ours_runs(
     monkeypatch.setattr(sys, "argv", ["optin-deploy", *arguments(command)])
     try:
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
     except Reached:
         assert "--latency" in command
         return
@@ -172,7 +172,7 @@ def a_run() -> Path:
     folder = Path("runs") / "made"
     if not folder.exists():
         given = ["prune-export", "--model", "path/or/name", "--flops", "0.5", "--output", str(folder), *SHORT, *FINE]
-        main.app(given, standalone_mode=False)
+        app(given, standalone_mode=False)
     return folder
 
 

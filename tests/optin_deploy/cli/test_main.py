@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import save_bert, save_images, save_lines, save_shallow, texts
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.report import read_report
 from optin_deploy.run import pipeline
@@ -56,7 +56,7 @@ def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         monkeypatch.setattr(sys, "argv", ["optin-deploy", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            main.main()
+            main()
         captured = capsys.readouterr()
         return Outcome(int(caught.value.code or 0), captured.out, captured.err)
 
@@ -237,7 +237,7 @@ def test_an_error_that_names_no_file_is_a_bug(here: Path, run: Run, monkeypatch:
     monkeypatch.setattr(pipeline, "prepare", fail)
     monkeypatch.setattr(sys, "argv", ["optin-deploy", *RUN])
     with pytest.raises(ConnectionResetError):
-        main.main()
+        main()
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_launcher_that_gives_no_numbers_is_told(
     monkeypatch.delenv("RANK") if rank is None else monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(sys, "argv", ["optin-deploy", "export", "--model", "m"])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: TORCHELASTIC_RUN_ID is set, and RANK and WORLD_SIZE are no num")
 
@@ -137,7 +137,7 @@ def test_other_commands_are_refused(
         as_rank(monkeypatch, rank)
         monkeypatch.setattr(sys, "argv", ["optin-deploy", *arguments])
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
         assert ended.value.code == 2
         told = capsys.readouterr().err
         expected = f"error: {arguments[0]} runs in one process: start it without torchrun, which is for prune-export\n"
@@ -149,7 +149,7 @@ def test_wrong_options_are_told_once(monkeypatch: pytest.MonkeyPatch, capsys: py
         as_rank(monkeypatch, rank)
         monkeypatch.setattr(sys, "argv", ["optin-deploy", "prune-export", "--nothing"])
         with pytest.raises(SystemExit) as ended:
-            main.main()
+            main()
         assert ended.value.code == 2
         assert ("No such option" in capsys.readouterr().err) == (rank == 0)
 

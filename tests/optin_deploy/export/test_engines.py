@@ -148,7 +148,7 @@ def test_the_command_line_ends_with_2_and_says_what_is_there(
     monkeypatch.setattr("optin_deploy.run.pipeline.prune_export_together", lambda *_, **__: built)
     monkeypatch.setattr("sys.argv", ["optin-deploy", "prune-export", "--model", "mine", "--flops", "0.6"])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     told = capsys.readouterr()
     assert ended.value.code == 2
     assert "engines" in told.out and "dense.rtx.engine" in told.out
@@ -172,7 +172,7 @@ def test_measurements_are_made_again_where_a_device_has_come(built: Result, monk
     job = type("Job", (), {"recipe": recipe()})()
     for there in (False, False, True, True):
         monkeypatch.setattr(measure_stages, "is_measurable", lambda runtime, there=there: there or runtime != "rtx")
-        measure_stages._kept_profile(job, {}, folder, None)
+        measure_stages._kept_profile(job, {}, folder)
     assert asked == [("ort-cpu",), ("ort-cpu", "rtx")]
     assert not (folder / "layers.json").exists()
 

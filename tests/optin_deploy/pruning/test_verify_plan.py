@@ -198,7 +198,7 @@ def test_the_command_ends_with_3_and_one_line(
     arguments += ["--calibration", str(tmp_path / "texts.txt"), "--calibration-samples", "8", "--runtimes", "ort-cpu"]
     monkeypatch.setattr("sys.argv", ["optin-deploy", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     assert ended.value.code == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if "gate failed" in line]
     assert len(lines) == 1 and "the network cannot be cut as this plan asks" in lines[0] and "14 % off" in lines[0]

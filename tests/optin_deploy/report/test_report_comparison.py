@@ -83,7 +83,7 @@ def runs(report: Report, tmp_path: Path) -> list[str]:
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("sys.argv", ["optin-deploy", "report", *arguments])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     return int(ended.value.code or 0)
 
 

@@ -42,7 +42,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def tell(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["optin-deploy", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            main.main()
+            main()
         return int(stopped.value.code or 0), *capsys.readouterr()
 
     return tell

@@ -46,7 +46,7 @@ def test_sparsity_alone_from_the_command_line(
     arguments += ["--runtimes", "ort-cpu", "--batch-sizes", 1, "--profile-seconds", 0.2, "--threads", 1]
     monkeypatch.setattr("sys.argv", ["optin-deploy", *map(str, arguments), "--output", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     told = " ".join(capsys.readouterr().out.split())
     assert not ended.value.code
     assert "as many FLOPs, weights 2:4 sparse" in told and "realised ratio" not in told

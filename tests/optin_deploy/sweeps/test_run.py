@@ -51,7 +51,7 @@ def call(*arguments: object) -> int:
     """The command line, in this process; its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
         patch.setattr(sys, "argv", ["optin-deploy", *map(str, arguments)])
-        main.main()
+        main()
     return int(caught.value.code or 0)
 
 
