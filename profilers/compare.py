@@ -11,7 +11,7 @@ from typing import Any
 from profilers import interleave
 from profilers.environment import environment, usable_cores
 from profilers.errors import ProfilingError
-from profilers.measure import MOST_LOADS, Case, check_sample, loads_for, measure_files
+from profilers.measure import MOST_LOADS, Case, check_file, check_sample, loads_for, measure_files
 from profilers.results import Comparison, Measurement
 from profilers.runners.base import Feeds
 from profilers.runners.registry import RUNTIMES
@@ -153,9 +153,8 @@ def _check(dense: Variant, pruned: Variant, sample: Feeds, config: ProfileConfig
             if not files:
                 what = "engine" if RUNTIMES[runtime] == "engine" else "exported program (.pt2)"
                 raise ProfilingError(f"runtime {runtime}, batch {batch_size}, needs the {name} network's {what}")
-            missing = [file for file in files if not file.is_file()]
-            if missing:
-                raise ProfilingError(f"the {name} network's file {missing[0]} does not exist")
+            for file in files:
+                check_file(runtime, file, f"the {name} network's file")
     check_sample(sample)
 
 

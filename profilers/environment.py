@@ -11,17 +11,10 @@ from typing import Any
 import psutil
 
 from profilers.gpu_watch import cuda_uuid, gpu_settings, installed_nvml
+from profilers.runners.registry import SPECS
 
-PACKAGES = (
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt_rtx",
-    "timm",
-    "torch",
-    "transformers",
+_PACKAGES = sorted(
+    {"numpy", "onnx", "onnxruntime-gpu", "timm", "transformers", *(spec.package for spec in SPECS.values())}
 )
 _GIB = 1024**3
 
@@ -51,7 +44,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "cuda_devices": _cuda_devices(),
     }
 
