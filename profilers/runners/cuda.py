@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from profilers.errors import ProfilingError
 from profilers.runners.base import Run
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 # Lazy set-up (cuBLAS, kernels) must be over before a graph is captured.
 _RUNS_BEFORE_CAPTURE = 2
@@ -39,8 +41,8 @@ def timed_by_events(launch: Callable[[], object], stream: "torch.cuda.Stream", h
     return run
 
 
-def capture_graph(launch: Callable[[], object], stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
-    """Capture a run in a CUDA graph, after two plain runs.
+def capture_graph(launch: Callable[[], T], stream: "torch.cuda.Stream") -> "tuple[torch.cuda.CUDAGraph, T]":
+    """Capture a run in a CUDA graph, after two plain runs; also return the outputs that the graph writes.
 
     Args:
         launch: puts one complete run on ``stream``, which is the current stream meanwhile, always on the same memory.
@@ -59,8 +61,8 @@ def capture_graph(launch: Callable[[], object], stream: "torch.cuda.Stream") -> 
     graph = torch.cuda.CUDAGraph()
     # Ignore CUDA calls from other threads during capture.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch()
-    return graph
+        outputs = launch()
+    return graph, outputs
 
 
 def check_tf32(tf32: bool) -> None:

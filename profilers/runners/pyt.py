@@ -4,6 +4,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -74,11 +75,7 @@ class TorchRunner(Runner):
 
     def infer(self, feeds: Feeds) -> Feeds:
         """Return the outputs by their names in the exported program; see `Runner.infer`."""
-        import torch
-
-        inputs = self._place(feeds)
-        with torch.inference_mode():
-            outputs = self._forward(*inputs)
+        outputs = self._run(self._place(feeds))
         return numpy_feeds(self._outputs, (tensor.cpu().numpy() for tensor in _tensors(outputs)))
 
     def prepare(self, feeds: Feeds) -> Run:
@@ -87,8 +84,8 @@ class TorchRunner(Runner):
 
         inputs = self._place(feeds)
         if self.cuda_graph:
-            graph, held = self._capture(inputs)
-            return timed_by_events(graph.replay, torch.cuda.current_stream(), held)
+            graph, outputs = self._capture(inputs)
+            return timed_by_events(graph.replay, torch.cuda.current_stream(), (inputs, outputs))
         forward, inference_mode = self._forward, torch.inference_mode
 
         def run() -> None:
@@ -97,19 +94,18 @@ class TorchRunner(Runner):
 
         return timed_by_events(run, torch.cuda.current_stream(), inputs) if self._device.type == "cuda" else run
 
-    def _capture(self, inputs: "list[torch.Tensor]") -> "tuple[torch.cuda.CUDAGraph, list[Any]]":
-        """Return a CUDA graph, and the inputs that it reads with the outputs that it writes."""
+    def _run(self, inputs: "list[torch.Tensor]") -> Any:
         import torch
 
-        held: list[Any] = [inputs]
+        with torch.inference_mode():
+            return self._forward(*inputs)
 
-        def launch() -> None:
-            with torch.inference_mode():
-                # The last launch is the captured one: the graph writes into its outputs.
-                held[1:] = [self._forward(*inputs)]
+    def _capture(self, inputs: "list[torch.Tensor]") -> "tuple[torch.cuda.CUDAGraph, Any]":
+        """Return a CUDA graph that reads ``inputs``, and the outputs that it writes."""
+        import torch
 
         try:
-            return capture_graph(launch, torch.cuda.Stream()), held
+            return capture_graph(partial(self._run, inputs), torch.cuda.Stream())
         except RuntimeError as error:
             raise ProfilingError(f"the program cannot be captured in a CUDA graph: {first_line(error)}") from error
 

@@ -97,7 +97,7 @@ class TensorRTRunner(Runner):
         if is_capturable is not None and not is_capturable(self._stream.cuda_stream):
             return None
         try:
-            return capture_graph(launch, self._stream)
+            return capture_graph(launch, self._stream)[0]
         except (RuntimeError, ProfilingError):
             return None
 

@@ -144,8 +144,7 @@ def test_a_replayed_graph_gives_the_outputs_of_the_program(mlp_program: Program,
     ):
         (expected,) = plain.infer(sample).values()
         inputs = runner._place(sample)
-        graph, held = runner._capture(inputs)
-        output = held[-1]
+        graph, output = runner._capture(inputs)
         with torch.inference_mode():
             output.zero_()
         graph.replay()

@@ -59,10 +59,10 @@ class Context:
 def test_an_engine_that_cannot_be_captured_has_no_graph(
     context: Context, error: Exception | None, graph: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def capture(launch: object, stream: object) -> str:
+    def capture(launch: object, stream: object) -> tuple[str, None]:
         if error is not None:
             raise error
-        return "a graph"
+        return "a graph", None
 
     monkeypatch.setattr(tensorrt, "capture_graph", capture)
     runner = TensorRTRunner.__new__(TensorRTRunner)
