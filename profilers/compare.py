@@ -23,13 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """The files of one network.
+    """The files of one network: ONNX, exported program (``.pt2``), and engines by runtime and batch size.
 
-    Attributes:
-        onnx: its ONNX file.
-        program: its exported program (``.pt2``) for the torch runtimes.
-        engines: its engines by runtime and batch size: one, or several builds, for which the builder may have chosen
-            different tactics.
+    An engine may have several builds, for which the builder may have chosen different tactics.
     """
 
     onnx: Path
@@ -51,7 +47,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What to measure.
+    """What to measure; ValueError for a field out of range.
 
     Attributes:
         runtimes: keys of `RUNTIMES`.
@@ -60,9 +56,6 @@ class ProfileConfig:
         seconds: time limit of the rounds of one case, without loading and warm-up (a second or two).
         seed: of the order of turns and of the bootstrap.
         tf32: whether float32 may use TF32 on a GPU, see `open_runner`.
-
-    Raises:
-        ValueError: a field is out of range; one line says which.
     """
 
     runtimes: tuple[str, ...] = ("ort-cpu", "torch")

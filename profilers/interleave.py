@@ -31,13 +31,7 @@ Samples = dict[str, list[list[float]]]
 
 
 class Interleaved(NamedTuple):
-    """Samples of all variants.
-
-    Attributes:
-        samples_ms: latencies by the clock.
-        device_ms: times on the device; a turn is empty if its runs do not report any.
-        converged: whether the samples had settled when the rounds ended.
-    """
+    """Latencies by the clock, times on the device (empty turns if runs do not report any), and whether they settled."""
 
     samples_ms: Samples
     device_ms: Samples

@@ -92,14 +92,7 @@ class NetworkFiles:
 
 @dataclass(frozen=True)
 class LatencySpec(WorkerSpec):
-    """The work of `profilers.workers.latency`.
-
-    Attributes:
-        case: what to measure.
-        networks: by name.
-        pairs: names whose ratios must settle.
-        gpu_uuid: see `profilers.gpu_watch.cuda_uuid`; None if no GPU is to be watched.
-    """
+    """The work of `profilers.workers.latency`, see `measure_files`; ``gpu_uuid`` is that of `cuda_uuid`."""
 
     case: Case
     networks: dict[str, NetworkFiles]

@@ -154,13 +154,7 @@ def stable(baseline_ms: ArrayLike, candidate_ms: ArrayLike, tolerance: float = T
        drift. Twice, because the difference of two halves scatters twice as much as the whole. Without drift, 2 nearly
        implies 3.
 
-    Args:
-        baseline_ms: rounds × repeats, in milliseconds.
-        candidate_ms: rounds × repeats, in milliseconds, the same rounds.
-        tolerance: relative, 0.02 is 2 %.
-
-    Raises:
-        ValueError: the arrays are not both two-dimensional with the same two or more rounds.
+    Takes samples as `ratio_interval` does; raises ValueError as it does.
     """
     baseline, candidate = _paired_rounds(baseline_ms, candidate_ms)
     rounds = len(baseline)

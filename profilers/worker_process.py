@@ -35,12 +35,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker has to do.
-
-    Attributes:
-        task: for an error message: "measuring ort-cpu, batch 1".
-        threads: CPU threads of the worker.
-    """
+    """What a worker has to do: its task in words for errors, like "measuring ort-cpu, batch 1", and its CPU threads."""
 
     task: str
     threads: int

@@ -32,12 +32,7 @@ class Panel(StrEnum):
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on the other options.
-
-    Attributes:
-        words: the options that fulfil it, for an error message.
-        holds: whether a recipe fulfils it.
-    """
+    """A condition on other options: those that fulfil it, in words, and whether a recipe does."""
 
     words: str
     holds: Callable[["Recipe"], bool]

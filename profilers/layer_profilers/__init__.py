@@ -18,13 +18,8 @@ class Operator:
 
 @dataclass(frozen=True)
 class Record:
-    """Times of the profiled runs in milliseconds.
-
-    Attributes:
-        operators: in the order in which they run.
-        times_ms: runs × operators.
-        whole_ms: each complete run, with the overhead of profiling.
-    """
+    """Operators in the order in which they run, their times in milliseconds (runs × operators), and those of whole
+    runs, with the overhead of profiling."""
 
     operators: Sequence[Operator]
     times_ms: Sequence[Sequence[float]]
@@ -33,14 +28,8 @@ class Record:
 
 @dataclass(frozen=True)
 class ProfileInputs:
-    """What a profiler of operators needs next to the file.
-
-    Attributes:
-        feeds: the inputs of all runs.
-        folder: for temporary files.
-        onnx: the ONNX file that an engine was built from; without it, an engine's layers have no module.
-        owner: returns the module to which the time of a module's path is counted.
-    """
+    """Inputs of all runs, a folder for temporary files, the ONNX file that an engine was built from (without it, layers
+    have no module), and a function that returns the module to which the time of a module's path is counted."""
 
     feeds: Feeds
     folder: Path

@@ -19,13 +19,7 @@ Run = Callable[[], float | None]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a runner runs its file, see `profilers.open_runner`.
-
-    Attributes:
-        threads: CPU threads of one run.
-        tf32: whether float32 may use TF32 on a GPU.
-        cuda_graphs: whether an engine replays a CUDA graph if it can be captured in one.
-    """
+    """How a runner runs its file, see `profilers.open_runner`."""
 
     threads: int
     tf32: bool = False
@@ -33,15 +27,10 @@ class RunSettings:
 
 
 class Runner(ABC):
-    """One file loaded by one runtime; a context manager that frees it.
-
-    Runners are created as ``Runner(path, spec, settings)``.
-
-    Attributes:
-        cuda_graph: whether the runs prepared last replay a CUDA graph; None if the runtime was not asked for one.
-    """
+    """One file loaded by one runtime, as ``Runner(path, spec, settings)``; a context manager that frees it."""
 
     cuda_graph: bool | None = None
+    """Whether the runs prepared last replay a CUDA graph; None if the runtime was not asked for one."""
 
     def __enter__(self) -> Self:
         return self

@@ -23,11 +23,6 @@ class OnnxRuntimeRunner(Runner):
     (strongly typed), and leaves operators that it does not support to CUDA. Whether it may use TF32 is set for the
     whole process, before it is loaded. ONNX Runtime's own CUDA graphs are not used.
 
-    Args:
-        path: the ONNX file.
-        spec: the runtime, with its execution provider.
-        settings: with the intra-op threads; there is one inter-op thread.
-
     Raises:
         MissingPackageError: onnxruntime is not installed.
         ProfilingError: the file cannot be loaded, or the session falls back to another provider.

@@ -30,11 +30,6 @@ class TorchRunner(Runner):
     mode) compiles for the shapes of the first inputs. That takes a minute and, on the CPU, needs a C++ compiler. Only
     the runs of `prepare` replay a CUDA graph, `infer` does not.
 
-    Args:
-        path: a ``.pt2`` file.
-        spec: the runtime: its device, and whether the program is compiled or captured in a CUDA graph.
-        settings: threads and TF32.
-
     Raises:
         ProfilingError: the file cannot be loaded or holds pickled objects, or torch sees no CUDA device.
     """

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 class TensorRTRunner(Runner):
     """An engine on the first GPU, with inputs and outputs in device memory, on a stream of its own.
 
-    The runs of `prepare` replay a CUDA graph if the engine can be captured in one; ``cuda_graph`` says whether they do.
-
-    Args:
-        path: the engine. It runs only on the device and with the version it was built for (`exporters.check_engine`).
-        spec: ``tensorrt`` or ``rtx``.
-        settings: whether to use CUDA graphs.
+    It runs only on the device and with the version it was built for (`exporters.check_engine`). The runs of `prepare`
+    replay a CUDA graph if the engine can be captured in one; ``cuda_graph`` says whether they do.
 
     Raises:
         ProfilingError: there is no GPU, or the engine cannot be loaded.

@@ -27,13 +27,7 @@ def main(arguments: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class LoadedRuns:
-    """Networks that are ready to run.
-
-    Attributes:
-        runs: of each network, one for each load of each build.
-        cuda_graph: whether a network's runs replay a CUDA graph, if the runtime was asked for one.
-        loads: how often each network was loaded.
-    """
+    """Runs of each network, one for each load of each build; whether they replay a CUDA graph, if asked to; loads."""
 
     runs: Mapping[str, Sequence[Run]]
     cuda_graph: dict[str, bool]
