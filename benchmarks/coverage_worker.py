@@ -28,7 +28,7 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.structure.unpruned import unpruned
-from profilers.isolated import Case, measure_files
+from profilers.measure import Case, measure_files
 from profilers.stats import ratio_interval
 
 COLUMNS = ("score", "slice", "budget", "reload", "onnx", "speed")

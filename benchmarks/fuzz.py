@@ -207,7 +207,7 @@ def _sentences(folder: Path) -> tuple[Target, list[bytes]]:
 def _latency(folder: Path) -> tuple[Target, list[bytes]]:
     """A latency table in the cache, and the list of all."""
     from profilers.errors import ProfilingError
-    from profilers.latency_table import cache_folder, cached_settings, read_table, table_file
+    from profilers.table_cache import cache_folder, cached_settings, read_table, table_file
 
     setting = {"device": "cpu", "threads": 1}
     cache_folder().mkdir(parents=True)

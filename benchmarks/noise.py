@@ -18,7 +18,7 @@ from realised_ratio import export, load
 from rich.console import Console
 from rich.table import Table
 
-from profilers.isolated import Case, loads_for, measure_files
+from profilers.measure import Case, loads_for, measure_files
 from profilers.stats import Interval, ratio_interval
 
 MODEL, RUNTIME = "deit_tiny", "ort-cpu"

@@ -32,7 +32,7 @@ from optin_deploy.network import TensorOutputs
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.tokens.near_ties import alternatives
 from profilers import RUNTIMES
-from profilers.isolated import Case, loads_for, measure_files
+from profilers.measure import Case, loads_for, measure_files
 from profilers.stats import Interval, ratio_interval, summarise
 
 FLOPS = 0.5

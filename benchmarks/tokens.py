@@ -53,7 +53,7 @@ from optin_deploy.tokens.matching import Matching, merged
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
-from profilers.isolated import Case, loads_for, measure_files
+from profilers.measure import Case, loads_for, measure_files
 from profilers.stats import ratio_interval
 
 PARTS = ("maps", "texts", "schedules", "overhead", "tome")

@@ -1,7 +1,7 @@
-"""Measures networks: how fast an ONNX file or an exported program runs here, and how sure that is.
+"""Measure the latency of ONNX files, exported programs and engines on this machine, with its uncertainty.
 
-Knows nothing of pruning: `dense` and `pruned` are two files with the same inputs. Importing this package imports
-neither torch nor onnxruntime.
+This package knows nothing about pruning: ``dense`` and ``pruned`` are two files with the same inputs. Importing it
+imports neither torch nor onnxruntime.
 """
 
 from profilers.compare import ProfileConfig, Variant, compare
@@ -9,18 +9,31 @@ from profilers.environment import environment, usable_cores
 from profilers.errors import MissingPackageError, ProfilingError
 from profilers.gpu_watch import GpuWatch
 from profilers.inference import infer_file
-from profilers.isolated import Case, loads_for, measure_each, measure_files
-from profilers.layer_times import LAYER_RUNTIMES, LayerProfile, layer_profile
+from profilers.layer_times import LayerProfile, layer_profile
+from profilers.measure import Case, RawSamples, loads_for, measure_each, measure_files
 from profilers.results import Comparison, Measurement
-from profilers.runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, lacking_device, lacking_precision, open_runner
+from profilers.runners import open_runner
 from profilers.runners.ort import check_provider
+from profilers.runners.registry import (
+    ENGINE_RUNTIMES,
+    GPU_RUNTIMES,
+    LAYER_RUNTIMES,
+    ORT_PROVIDERS,
+    RUNTIMES,
+    SPECS,
+    Runtime,
+    lacking_device,
+    lacking_precision,
+)
 from profilers.stats import Interval, Summary
 
 __all__ = [
+    "ENGINE_RUNTIMES",
     "GPU_RUNTIMES",
     "LAYER_RUNTIMES",
     "ORT_PROVIDERS",
     "RUNTIMES",
+    "SPECS",
     "Case",
     "Comparison",
     "GpuWatch",
@@ -30,6 +43,8 @@ __all__ = [
     "MissingPackageError",
     "ProfileConfig",
     "ProfilingError",
+    "RawSamples",
+    "Runtime",
     "Summary",
     "Variant",
     "check_provider",

@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, cores, memory, system, package versions, CUDA devices."""
+"""The machine of a measurement: processor, cores, memory, system, package versions, CUDA devices."""
 
 import os
 import platform
@@ -11,36 +11,29 @@ from typing import Any
 import psutil
 
 from profilers.gpu_watch import cuda_uuid, gpu_settings, installed_nvml
+from profilers.runners.registry import SPECS
 
-PACKAGES = (
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt_rtx",
-    "timm",
-    "torch",
-    "transformers",
+_PACKAGES = sorted(
+    {"numpy", "onnx", "onnxruntime-gpu", "timm", "transformers", *(spec.package for spec in SPECS.values())}
 )
 _GIB = 1024**3
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Cores that this process may use (its affinity mask and container limit), not all those of the machine."""
+    """Cores that this process may use (affinity mask and container limit), not all cores of the machine."""
 
     physical: int
     logical: int
 
 
 def environment() -> dict[str, Any]:
-    """Describes this machine and process as a JSON-able dict.
+    """Describe this machine and process as a JSON-able dict.
 
-    Keys: `date` (UTC, ISO 8601), `cpu`, `physical_cores` and `logical_cores` (usable ones), `memory_gib`, `os`,
-    `python`, `versions` (package name to version, None when absent), `cuda_devices` (a list of `name`,
-    `memory_gib`, `compute_capability`; empty without a GPU), of which the first, on which all runs are, has what
-    `profilers.gpu_watch.gpu_settings` tells too.
+    Keys: ``date`` (UTC, ISO 8601), ``cpu``, ``physical_cores`` and ``logical_cores`` (usable ones), ``memory_gib``,
+    ``os``, ``python``, ``versions`` (package name to version, None if absent), ``cuda_devices`` (a list of ``name``,
+    ``memory_gib``, ``compute_capability``; empty without a GPU). The first device makes all runs and also has the keys
+    of `profilers.gpu_watch.gpu_settings`.
     """
     cores = usable_cores()
     return {
@@ -51,16 +44,16 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "cuda_devices": _cuda_devices(),
     }
 
 
 def usable_cores() -> Cores:
-    """Counts the cores this process may use: those of its affinity mask, capped by a container's CPU quota.
+    """Count the cores this process may use: those of its affinity mask, at most a container's CPU quota.
 
-    More threads than the quota allows are not merely useless: the kernel stops the whole process for the rest of
-    each scheduling period, which ruins a latency measurement.
+    With more threads than the quota allows, the kernel stops the whole process for the rest of each scheduling period,
+    which ruins a latency measurement.
     """
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     logical = len(cpus)
@@ -73,7 +66,7 @@ def usable_cores() -> Cores:
 
 
 def _siblings(cpu: int) -> str | None:
-    """The hardware threads sharing this logical CPU's core, in the kernel's notation; None where it does not say."""
+    """Return the hardware threads that share this logical CPU's core, in the kernel's notation; None if unknown."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
@@ -81,7 +74,7 @@ def _siblings(cpu: int) -> str | None:
 
 
 def _quota_cores(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """Whole cores' worth of CPU time that the container's cgroup (v2) allows; None where there is no limit."""
+    """Return the CPU time that the container's cgroup (v2) allows, in whole cores; None without a limit."""
     try:
         quota, period = path.read_text().split()
     except (OSError, ValueError):

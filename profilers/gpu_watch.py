@@ -1,17 +1,23 @@
-"""What a GPU does while it is measured: power, clocks, temperature, memory, and why it runs slower than it could.
+"""Power, clocks, temperature and memory of a GPU during a measurement, and why it runs slower than it could.
 
 Read through NVML, the driver's own interface, which launches nothing on the GPU.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from statistics import fmean, median
 from threading import Event, Thread
+from types import ModuleType
 from typing import Any, Self
 
+Query = Callable[[], Any]
+
 _MIB = 2**20
-# NVML's names of what holds the clocks down, in words. An idle GPU's are not held.
+# NVML's reasons for lower clocks, in words. Idle is not among them.
 _REASONS = {
     "SwPowerCap": "power cap",
     "HwSlowdown": "hardware slowdown",
@@ -23,20 +29,20 @@ _REASONS = {
     "SyncBoost": "clocks of a group of GPUs",
 }
 SLOWDOWNS = ("hardware slowdown", "thermal slowdown", "hardware thermal slowdown", "power brake")
-"""Reasons that come and go with heat and supply: latencies measured under them are longer than they need be."""
+"""Reasons that come and go with heat and power supply: latencies measured meanwhile are too long."""
 
 
 @dataclass(frozen=True)
 class GpuWatch:
-    """What NVML told about the GPU while its variants were measured, warm-up left out.
+    """State of the GPU while the variants were measured, without warm-up.
 
-    A figure is None where the device does not tell it, and all are where it was not watched. Memory is all that is
-    used on the GPU, by whatever process.
+    A figure is None if the device does not report it, or if the GPU was not watched. Memory is that of all processes.
 
     Attributes:
-        watched: whether NVML could be asked.
+        watched: whether NVML could be read.
         unwatched_because: why not.
-        reasons: what held the clocks down at any time, in words, see `SLOWDOWNS`; None where the device does not tell.
+        reasons: why the clocks were lowered at any time, in words, see `SLOWDOWNS`; None if the device does not
+            report it.
     """
 
     watched: bool
@@ -50,47 +56,33 @@ class GpuWatch:
     peak_memory_mib: float | None = None
     reasons: tuple[str, ...] | None = None
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """What `dataclasses.asdict` made, after JSON; KeyError or TypeError on anything else."""
-        return cls(**{**data, "reasons": None if data["reasons"] is None else tuple(data["reasons"])})
-
-
-@dataclass
-class _Readings:
-    """Figures of one GPU, one value for each time it was asked; none where the device does not tell."""
-
-    power_w: list[float] = field(default_factory=list)
-    clock_mhz: list[float] = field(default_factory=list)
-    temperature_c: list[float] = field(default_factory=list)
-    memory_mib: list[float] = field(default_factory=list)
-    reasons: list[int] = field(default_factory=list)
-
 
 class Watch:
     """Watches one GPU while its block is entered; a context manager.
 
-    A thread asks ten times a second and sleeps in between. While NVML answers it does not hold Python's lock, so the
-    runs that are measured wait for nothing but, now and then, the processor core that it takes.
+    A thread reads NVML ten times a second. It does not hold Python's lock meanwhile, so it takes no more from the
+    measured runs than, now and then, a processor core.
 
     Args:
-        uuid: see `cuda_uuid`. A number would not do: NVML counts devices otherwise than CUDA.
+        uuid: see `cuda_uuid`. A number would not do: NVML and CUDA number devices differently.
         nvml: see `installed_nvml`.
-        interval_s: between two questions.
+        interval_s: between two readings.
     """
 
-    def __init__(self, uuid: str | None, nvml: Any, interval_s: float = 0.1) -> None:
+    def __init__(self, uuid: str | None, nvml: ModuleType | None, interval_s: float = 0.1) -> None:
         self._uuid, self._nvml, self._interval_s = uuid, nvml, interval_s
-        self._readings = _Readings()
+        self._readings: dict[str, list[Any]] = defaultdict(list)
         self._problem: str | None = None
         self._ended = Event()
         self._thread: Thread | None = None
         self._begun = False
 
     def __enter__(self) -> Self:
-        if self._uuid is None or self._nvml is None:
-            missing = "nvidia-ml-py is not installed (pip install 'optin-deploy[gpu]')"
-            self._problem = missing if self._nvml is None else "torch sees no CUDA device, so which it is is not known"
+        if self._nvml is None:
+            self._problem = "nvidia-ml-py is not installed (pip install 'optin-deploy[gpu]')"
+            return self
+        if self._uuid is None:
+            self._problem = "torch sees no CUDA device, so it is not known which GPU to watch"
             return self
         try:
             self._nvml.nvmlInit()
@@ -99,7 +91,7 @@ class Watch:
         except self._nvml.NVMLError as error:
             self._problem = f"NVML says: {error}"
             return self
-        self._thread = Thread(target=self._ask, args=(device,), daemon=True)
+        self._thread = Thread(target=self._read_repeatedly, args=(self._nvml, device), daemon=True)
         self._thread.start()
         return self
 
@@ -107,118 +99,117 @@ class Watch:
         if self._thread is not None:
             self._ended.set()
             self._thread.join()
-        if self._begun:
+        if self._begun and self._nvml is not None:
             self._nvml.nvmlShutdown()
 
     def result(self) -> GpuWatch:
-        """What was seen, once the block is left."""
-        if self._problem is not None:
+        """Return the figures, once the block is left."""
+        if self._problem is not None or self._nvml is None:
             return GpuWatch(watched=False, unwatched_because=self._problem)
-        seen = self._readings
+        power, clock = self._readings["power_w"], self._readings["clock_mhz"]
         return GpuWatch(
             watched=True,
-            mean_power_w=_of(fmean, seen.power_w),
-            max_power_w=_of(max, seen.power_w),
-            min_clock_mhz=_of(min, seen.clock_mhz),
-            median_clock_mhz=_of(median, seen.clock_mhz),
-            max_clock_mhz=_of(max, seen.clock_mhz),
-            max_temperature_c=_of(max, seen.temperature_c),
-            peak_memory_mib=_of(max, seen.memory_mib),
-            reasons=_named(self._nvml, seen.reasons),
+            mean_power_w=_aggregate(fmean, power),
+            max_power_w=_aggregate(max, power),
+            min_clock_mhz=_aggregate(min, clock),
+            median_clock_mhz=_aggregate(median, clock),
+            max_clock_mhz=_aggregate(max, clock),
+            max_temperature_c=_aggregate(max, self._readings["temperature_c"]),
+            peak_memory_mib=_aggregate(max, self._readings["memory_mib"]),
+            reasons=_reasons_in_words(self._nvml, self._readings["reasons"]),
         )
 
-    def _ask(self, device: Any) -> None:
+    def _read_repeatedly(self, nvml: ModuleType, device: object) -> None:
+        queries: dict[str, Query] = {
+            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1e3,
+            "clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM),
+            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU),
+            "memory_mib": lambda: nvml.nvmlDeviceGetMemoryInfo(device).used / _MIB,
+            "reasons": lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device),
+        }
         while True:
-            _read(self._nvml, device, self._readings)
+            for key, value in _ask(nvml, queries).items():
+                self._readings[key].append(value)
             if self._ended.wait(self._interval_s):
                 return
 
 
 def cuda_uuid() -> str | None:
-    """The first of CUDA's devices, on which all runs are, as NVML writes it; None where torch sees no device."""
+    """Return the first CUDA device, which makes all runs, as NVML writes it; None if torch sees no device."""
     import torch
 
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else None
 
 
-def gpu_settings(uuid: str | None, nvml: Any) -> dict[str, Any]:
-    """What the GPU is set to, as far as NVML tells: a value is None where it does not, and all are without NVML.
+def gpu_settings(uuid: str | None, nvml: ModuleType | None) -> dict[str, Any]:
+    """Return the settings of the GPU; a value is None if NVML is missing or does not report it.
 
-    Keys: `driver` (its version), `power_limit_w`, `max_clock_mhz`, `ecc` and `mig` (whether they are on), and
-    `persistence` (whether the driver stays loaded without a process).
+    Keys: ``driver`` (its version), ``power_limit_w``, ``max_clock_mhz``, ``ecc`` and ``mig`` (whether they are on), and
+    ``persistence`` (whether the driver stays loaded without a process).
 
     Args:
         uuid: see `cuda_uuid`.
         nvml: see `installed_nvml`.
     """
-    keys = ("driver", "power_limit_w", "max_clock_mhz", "ecc", "mig", "persistence")
-    found: dict[str, Any] = dict.fromkeys(keys)
+    unknown = dict.fromkeys(("driver", "power_limit_w", "max_clock_mhz", "ecc", "mig", "persistence"))
     if uuid is None or nvml is None:
-        return found
+        return unknown
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
-        return found
+        return unknown
     try:
-        with suppress(nvml.NVMLError):
-            device = nvml.nvmlDeviceGetHandleByUUID(uuid)
-            questions: dict[str, Callable[[], Any]] = {
-                "driver": nvml.nvmlSystemGetDriverVersion,
-                "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3,
-                "max_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM),
-                "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0]),
-                "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(device)[0]),
-                "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(device)),
-            }
-            for key, ask in questions.items():
-                with suppress(nvml.NVMLError):
-                    found[key] = ask()
+        device = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        queries: dict[str, Query] = {
+            "driver": nvml.nvmlSystemGetDriverVersion,
+            "power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1e3,
+            "max_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(device, nvml.NVML_CLOCK_SM),
+            "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(device)[0]),
+            "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(device)[0]),
+            "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(device)),
+        }
+        return unknown | _ask(nvml, queries)
+    except nvml.NVMLError:
+        return unknown
     finally:
         nvml.nvmlShutdown()
-    return found
 
 
-def installed_nvml() -> Any:
-    """The module `pynvml`; None where it is not installed."""
+def installed_nvml() -> ModuleType | None:
+    """Return the module ``pynvml``; None if it is not installed."""
     try:
         import pynvml
     except ImportError:
         return None
-    return pynvml
+    module: ModuleType = pynvml
+    return module
 
 
-def _read(nvml: Any, device: Any, into: _Readings) -> None:
-    """One value of every figure that the device tells; it may tell some and not others."""
-    with suppress(nvml.NVMLError):
-        into.power_w.append(nvml.nvmlDeviceGetPowerUsage(device) / 1e3)
-    with suppress(nvml.NVMLError):
-        into.clock_mhz.append(nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM))
-    with suppress(nvml.NVMLError):
-        into.temperature_c.append(nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU))
-    with suppress(nvml.NVMLError):
-        into.memory_mib.append(nvml.nvmlDeviceGetMemoryInfo(device).used / _MIB)
-    with suppress(nvml.NVMLError):
-        into.reasons.append(nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
+def _ask(nvml: ModuleType, queries: Mapping[str, Query]) -> dict[str, Any]:
+    """Return the answers to the queries that the device supports."""
+    answers = {}
+    for key, query in queries.items():
+        with suppress(nvml.NVMLError):
+            answers[key] = query()
+    return answers
 
 
-def _of(figure: Callable[[list[float]], float], values: list[float]) -> float | None:
-    return float(figure(values)) if values else None
+def _aggregate(function: Callable[[list[float]], float], values: list[float]) -> float | None:
+    return float(function(values)) if values else None
 
 
-def _named(nvml: Any, masks: list[int]) -> tuple[str, ...] | None:
-    """All reasons in any of the bit masks, in words, in the order of `_REASONS`; those without any as bits.
+def _reasons_in_words(nvml: ModuleType, masks: Sequence[int]) -> tuple[str, ...] | None:
+    """Return all reasons in any of the bit masks, in the order of `_REASONS`; unknown bits as a number.
 
-    None without any mask: a device that does not tell is not one that never slowed down.
+    None without masks: then the device does not report reasons, which does not mean that it never slowed down.
     """
     if not masks:
         return None
-    seen = 0
-    for mask in masks:
-        seen |= mask
-    found, rest = [], seen & ~nvml.nvmlClocksEventReasonGpuIdle
+    seen = reduce(or_, masks)
+    names, rest = [], seen & ~nvml.nvmlClocksEventReasonGpuIdle
     for name, words in _REASONS.items():
         bit = getattr(nvml, f"nvmlClocksEventReason{name}")
         rest &= ~bit
         if seen & bit:
-            found.append(words)
-    return (*found, f"reason {rest:#x} of NVML") if rest else tuple(found)
+            names.append(words)
+    return (*names, f"reason {rest:#x} of NVML") if rest else tuple(names)

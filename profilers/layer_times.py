@@ -1,34 +1,29 @@
-"""Where the time of one run goes: every operator's time, summed by the module it belongs to."""
+"""Where the time of one run goes: the time of every operator, summed by the module it belongs to."""
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
-import numpy as np
-
-from profilers.environment import usable_cores
 from profilers.errors import ProfilingError
-from profilers.isolated import Case, check_onnx, check_sample, run_worker
+from profilers.measure import Case, check_file, check_sample
 from profilers.runners.base import Feeds
-
-LAYER_RUNTIMES = ("ort-cpu", "ort-cuda", "torch", "torch-cuda", "tensorrt", "rtx")
-"""Runtimes that tell what each operator takes."""
+from profilers.runners.registry import LAYER_RUNTIMES
+from profilers.worker_process import Progress, SavedFeeds, WorkerSpec, run_worker
 
 OTHER = "other"
-"""Stands for the module of operators that belong to none of those asked for."""
+"""The module of operators that belong to none of those asked for."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """All operators of one type in one module, without those in modules inside it that have rows of their own.
+    """All operators of one type in one module, without those in inner modules that have rows of their own.
 
     Attributes:
         module: its dotted name, or `OTHER`.
-        operator: type in the runtime's words ("MatMul", "linear", "gemm"), fused ones under their fused name.
-        calls: how many there are in one run.
-        ms: their time in one run in milliseconds, the mean over the middle half of the runs by their total.
+        operator: type in the runtime's words ("MatMul", "linear", "gemm"); a fused operator has its fused name.
+        calls: number of operators in one run.
+        ms: their time in one run in milliseconds: the mean over the middle half of the runs by total time.
     """
 
     module: str
@@ -39,14 +34,14 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What one run of one file consists of.
+    """The time of one run of one file, by operator.
 
     Attributes:
         runtime: one of `LAYER_RUNTIMES`.
         batch_size: samples in one run.
         rows: in the order in which the modules first run.
-        total_ms: median latency of a whole run without the profiler, taken in turns with profiled ones.
-        profiled_ms: latency of the profiled runs that the rows are from, with what profiling itself takes.
+        total_ms: median latency of a run without the profiler; such runs take turns with profiled ones.
+        profiled_ms: latency of the profiled runs that the rows are from, with the overhead of profiling.
     """
 
     runtime: str
@@ -62,77 +57,59 @@ class LayerProfile:
 
     @property
     def overhead_ms(self) -> float:
-        """What of a whole run is in no operator: at most what is in none in a profiled one, whatever the noise."""
+        """Time of a run outside operators, at most that of a profiled run, so that noise does not exceed it."""
         return min(max(0.0, self.total_ms - self.operators_ms), max(0.0, self.profiled_ms - self.operators_ms))
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The profile that `to_dict` wrote; KeyError or TypeError on anything else."""
-        return cls(**{**data, "rows": tuple(LayerRow(**row) for row in data["rows"])})
+@dataclass(frozen=True)
+class LayerSpec(WorkerSpec):
+    """The work of `profilers.workers.layers`; see `layer_profile`."""
+
+    case: Case
+    file: Path
+    onnx: Path | None
+    modules: tuple[str, ...]
+    sample: SavedFeeds
 
 
 def layer_profile(
-    runtime: str,
-    path: Path,
+    case: Case,
+    file: Path,
     sample: Feeds,
     modules: Sequence[str],
     *,
-    batch_size: int,
-    threads: int | None = None,
-    seconds: float = 5.0,
-    seed: int = 0,
     onnx: Path | None = None,
-    tf32: bool = False,
-    progress: Callable[[float], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> LayerProfile:
-    """Profiles one file in a process of its own, after the warm-up of `profilers.interleave`.
+    """Profile one file in a process of its own, after the warm-up of `profilers.interleave`.
 
-    On CUDA each operator waits for its kernels, since a launch's time says nothing of them: what the operators take
-    then exceeds `total_ms` where launches overlap with computing.
+        case = Case("ort-cpu", batch_size=1, threads=4, seconds=5)
+        profile = layer_profile(case, Path("net.onnx"), sample, ["blocks.0.attn", "blocks.0.mlp"])
+
+    On CUDA each operator waits for its kernels, because the time of a launch says nothing about them. The sum over
+    operators then exceeds ``total_ms`` if launches overlap with computing.
 
     Args:
-        runtime: one of `LAYER_RUNTIMES`.
-        path: an ONNX file, an exported program (`.pt2`) for the torch runtimes, or an engine. Operators are told apart
-            by the module names that torch's exporters leave in them; in a file without, all belong to `OTHER`.
-        sample: input name to array of one sample, leading dimension 1; tiled to the batch size.
-        modules: dotted names of submodules; an operator belongs to the innermost of them. They may stand in a wrapper:
-            "blocks.0" is found in "module.blocks.0" too.
-        batch_size: samples in one run.
-        threads: CPU threads of one run; None takes all usable physical cores.
-        seconds: time limit; warm-up comes on top.
-        seed: of the order of turns.
-        onnx: the file that an engine was built of, which has the module names; without it all belongs to `OTHER`.
-        tf32: see `profilers.open_runner`.
+        case: what to measure, at one of `LAYER_RUNTIMES`; ``tolerance`` and ``loads`` have no effect.
+        file: of the runtime's kind. Operators are assigned by the module names that torch's exporters write into it; in
+            a file without them, all belong to `OTHER`.
+        sample: input name to array of one sample, leading dimension 1; repeated to the batch size.
+        modules: dotted names of submodules. An operator belongs to the innermost of them. They may be inside a wrapper:
+            "blocks.0" also matches "module.blocks.0".
+        onnx: the file that an engine was built from, which has the module names; without it all belongs to `OTHER`.
         progress: called with the fraction done.
 
     Raises:
         ProfilingError: the runtime has no profile, the file is missing or has weights outside its own directory, the
             sample does not fit, or the worker failed.
     """
-    if runtime not in LAYER_RUNTIMES:
-        raise ProfilingError(f"runtime {runtime!r} has no profile by layer: choose from {', '.join(LAYER_RUNTIMES)}")
-    if not path.is_file():
-        raise ProfilingError(f"the file {path} does not exist")
-    check_onnx(runtime, path)
+    if case.runtime not in LAYER_RUNTIMES:
+        known = ", ".join(LAYER_RUNTIMES)
+        raise ProfilingError(f"runtime {case.runtime!r} has no profile by layer: choose from {known}")
+    check_file(case.runtime, file)
     check_sample(sample)
-    case = Case(runtime, batch_size, threads or usable_cores().physical, seconds, seed, tf32=tf32)
     with tempfile.TemporaryDirectory(prefix="optin-layers-") as folder:
-        feeds = Path(folder, "feeds.npz")
-        np.savez(feeds, *sample.values())
-        spec = {
-            **asdict(case),
-            # The worker may stand in another folder.
-            "file": str(path.resolve()),
-            "onnx": onnx and str(onnx.resolve()),
-            "modules": list(modules),
-            "feeds": str(feeds),
-            "inputs": list(sample),
-            "folder": folder,
-        }
-        doing = f"profiling the layers at {case.name}"
-        result = run_worker("profilers.workers.layers", spec, case.threads, doing, progress)
-    return LayerProfile.from_dict({"runtime": runtime, "batch_size": batch_size, **result})
+        feeds = SavedFeeds.save(Path(folder, "feeds.npz"), sample)
+        task = f"profiling the layers at {case.name}"
+        spec = LayerSpec(task, case.threads, case, file, onnx, tuple(modules), feeds)
+        return run_worker("profilers.workers.layers", spec, LayerProfile, progress)

@@ -6,7 +6,7 @@ from math import log
 from typing import Any, Generic, Self, TypeVar
 
 from profilers.gpu_watch import GpuWatch
-from profilers.interleave import Samples
+from profilers.measure import RawSamples
 from profilers.stats import Interval, Summary, ratio_interval, summarise
 
 _T = TypeVar("_T")
@@ -39,32 +39,31 @@ class Builds:
 
     @classmethod
     def from_turns(cls, turns: Sequence[Sequence[float]], count: int) -> Self:
-        """Works both out from samples (rounds × repeats, no fewer rounds than builds), see `isolated.Measured`."""
+        """Compute both from samples (rounds × repeats, at least as many rounds as builds); see `RawSamples`."""
         p50_ms = tuple(summarise([ms for turn in turns[build::count] for ms in turn]).p50_ms for build in range(count))
         return cls(p50_ms, max(p50_ms) / min(p50_ms) - 1)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One runtime at one batch size. The variants are `dense`, `dense_again` (the same file, loaded twice), `pruned`.
+    """One runtime at one batch size. The variants are ``dense``, ``dense_again`` (the same file) and ``pruned``.
 
     Attributes:
-        runtime: its name, one of `profilers.RUNTIMES`.
+        runtime: a key of `profilers.RUNTIMES`.
         batch_size: samples in one run.
         samples_ms: variant to its latencies in milliseconds, rounds × repeats.
         summary: variant to the summary of its latencies.
         throughput_per_s: variant to samples per second: all samples ÷ the time of all runs.
-        speedup: dense ÷ pruned, by `statistics.ratio_interval`, with its 95% interval.
-        noise: the same of dense ÷ dense_again, which is 1 but for noise (the A/A run).
-        significant: the speed-up's interval excludes 1, and the speed-up (or slow-down) is larger than the largest
-            ratio that the A/A interval allows for the same file.
-        converged: the figures had settled when the rounds ended, else the time limit ended them.
-        peak_rss_mib: most memory that the measuring process held, all three variants loaded, in MiB.
-        device_ms: variant to the median of what the same runs took on the device, between CUDA events; None where the
-            runtime does not tell. Latencies are longer by the launch and the wait for it.
-        cuda_graph: variant to whether its runs replayed a CUDA graph; None where none was asked for.
-        gpu: what the GPU did meanwhile; None on a CPU.
-        builds: how much the builds of those variants differ that were built more than once.
+        speedup: dense ÷ pruned with its 95 % interval, see `profilers.stats.ratio_interval`.
+        noise: dense ÷ dense_again (A/A): 1 apart from noise.
+        significant: see `is_significant`.
+        converged: whether the figures settled before the time limit.
+        peak_rss_mib: most memory of the measuring process, all three variants loaded, in MiB.
+        device_ms: variant to the median time of the same runs on the device, between CUDA events; None if the runtime
+            does not report it. Latencies also contain the launch and the wait for it.
+        cuda_graph: variant to whether its runs replayed a CUDA graph; None if the runtime was not asked for one.
+        gpu: state of the GPU meanwhile; None on a CPU.
+        builds: how much the builds of a variant differ, for variants that were built more than once.
     """
 
     runtime: str
@@ -84,20 +83,18 @@ class Measurement:
 
     @classmethod
     def from_samples(
-        cls,
-        runtime: str,
-        batch_size: int,
-        samples_ms: Samples,
-        converged: bool,
-        peak_rss_mib: float,
-        seed: int = 0,
-        device_ms: dict[str, float] | None = None,
-        cuda_graph: dict[str, bool] | None = None,
-        gpu: GpuWatch | None = None,
-        builds: Mapping[str, int] | None = None,
+        cls, runtime: str, batch_size: int, raw: RawSamples, *, seed: int = 0, builds: Mapping[str, int] | None = None
     ) -> Self:
-        """Works out every figure from the samples; `seed` is that of the bootstrap, `builds` how many there are of a
-        variant, one where it is left out."""
+        """Compute all figures from the samples.
+
+        Args:
+            runtime: a key of `profilers.RUNTIMES`.
+            batch_size: samples in one run.
+            raw: samples of the three variants.
+            seed: of the bootstrap.
+            builds: number of builds of each variant; 1 for those not named.
+        """
+        samples_ms = raw.samples_ms
         summary = {name: summarise([value for turn in turns for value in turn]) for name, turns in samples_ms.items()}
         speedup = ratio_interval(samples_ms["dense"], samples_ms["pruned"], seed=seed)
         noise = ratio_interval(samples_ms["dense"], samples_ms["dense_again"], seed=seed)
@@ -110,11 +107,11 @@ class Measurement:
             speedup=speedup,
             noise=noise,
             significant=is_significant(speedup, noise),
-            converged=converged,
-            peak_rss_mib=peak_rss_mib,
-            device_ms=device_ms,
-            cuda_graph=cuda_graph,
-            gpu=gpu,
+            converged=raw.converged,
+            peak_rss_mib=raw.peak_rss_mib,
+            device_ms=raw.device_ms,
+            cuda_graph=raw.cuda_graph,
+            gpu=raw.gpu,
             builds={n: Builds.from_turns(samples_ms[n], count) for n, count in (builds or {}).items() if count > 1},
         )
 
@@ -125,8 +122,8 @@ class Comparison:
 
     Attributes:
         measurements: one per runtime and batch size, runtimes outermost.
-        environment: what they ran on; see `profilers.environment.environment`.
-        protocol: how they were made, in words and numbers.
+        environment: the machine, see `profilers.environment.environment`.
+        protocol: how the measurements were made, in words and numbers.
     """
 
     measurements: tuple[Measurement, ...]
@@ -135,9 +132,10 @@ class Comparison:
 
 
 def is_significant(speedup: Interval, noise: Interval) -> bool:
-    """Whether a speed-up may be claimed, given what the same file measured twice differs by.
+    """Return whether a speed-up (or slow-down) may be claimed.
 
-    Its own interval must exclude 1, and |log(speed-up)| must exceed the largest |log| within the A/A interval.
+    Its interval must exclude 1, and |log(speed-up)| must exceed the largest |log| within the A/A interval, by which
+    the same file measured twice may differ.
     """
     floor = max(abs(log(noise.low)), abs(log(noise.high)))
     return not speedup.contains(1.0) and abs(log(speedup.value)) > floor

@@ -1,8 +1,9 @@
-"""Statistics of latency samples: percentiles, a bootstrap interval on a speed-up, and when to stop measuring.
+"""Statistics of latency samples: percentiles, a bootstrap interval of a speed-up, and when to stop measuring.
 
-Samples of one variant are an array of rounds × repeats, in milliseconds. Rounds are the unit of resampling: noise
-on a real machine is correlated in time (another process wakes up, the clock drops), so the repeats of one round are
-no independent samples, and all variants measured in one round share its luck.
+Samples of one variant are an array of rounds × repeats, in milliseconds. Whole rounds are resampled: noise on a real
+machine is correlated in time (another process wakes up, the clock drops), so the repeats of one round are not
+independent, and the noise of a round hits all variants measured in it. ``scipy.stats.bootstrap`` resamples single
+values and has neither such blocks nor the corrections of `_stretch` for few and autocorrelated rounds.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ import numpy as np
 from annotated_types import Gt
 from numpy.typing import ArrayLike, NDArray
 
-# An interval from a handful of rounds is too rough an estimate to be trusted to end a measurement.
+# With fewer rounds the interval is too rough to end a measurement.
 STABLE_ROUNDS = 10
 TOLERANCE = 0.02
 _STABLE_RESAMPLES = 300
-# With more, the estimate from a handful of rounds would blow the interval up beyond use.
+# An upper limit: the estimate from few rounds could be near 1 and make the interval useless.
 _LARGEST_AUTOCORRELATION = 0.8
 
 
@@ -48,7 +49,7 @@ class Interval:
     high: Above
 
     def contains(self, x: float) -> bool:
-        """Whether x lies between the bounds, both included."""
+        """Return whether x lies between the bounds, both included."""
         return self.low <= x <= self.high
 
     def scaled(self, factor: float) -> "Interval":
@@ -57,7 +58,7 @@ class Interval:
 
 
 def summarise(samples_ms: ArrayLike) -> Summary:
-    """Percentiles, mean and minimum over all samples of any shape; ValueError when there are none."""
+    """Return percentiles, mean and minimum of samples of any shape; ValueError without samples."""
     flat = np.asarray(samples_ms, dtype=np.float64).ravel()
     if flat.size == 0:
         raise ValueError("no samples to summarise")
@@ -66,10 +67,10 @@ def summarise(samples_ms: ArrayLike) -> Summary:
 
 
 def paired_ratio(first_ms: ArrayLike, second_ms: ArrayLike) -> float:
-    """first ÷ second: the interquartile mean, over rounds, of the logarithm of the ratio of a round's medians.
+    """Return first ÷ second: the interquartile mean over rounds of the logarithm of the ratio of a round's medians.
 
-    Rounds are compared with themselves, since a machine's pace changes from round to round and both share its luck:
-    on a shared machine this scatters less than half as much (in variance) as the ratio of medians over all rounds.
+    The ratio is computed within each round, because the speed of a machine changes from round to round. On a shared
+    machine its variance is less than half that of the ratio of medians over all rounds.
 
     Raises:
         ValueError: the arrays are not both two-dimensional with the same two or more rounds.
@@ -85,19 +86,20 @@ def ratio_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """How many times faster the candidate is, `paired_ratio` of baseline ÷ candidate, with a bootstrap interval.
+    """Return the speed-up of the candidate, `paired_ratio` of baseline ÷ candidate, with a bootstrap interval.
 
-    Whole rounds are drawn with replacement, the same rounds for both variants, so that noise that lasts longer than
-    a run widens the interval as it should, and noise that hits both variants of a round cancels as it should. The
-    percentile interval of the resampled ratios, which is too narrow for a handful of rounds and for noise that lasts
-    longer than a round, is stretched by `_stretch`.
+        interval = ratio_interval(dense_ms, pruned_ms)  # Interval(value=1.52, low=1.49, high=1.55)
+
+    Whole rounds are drawn with replacement, the same rounds for both variants. So noise that lasts longer than a run
+    widens the interval, and noise that hits both variants of a round cancels. The percentile interval of the resampled
+    ratios is too narrow for few rounds and for noise that lasts longer than a round; `_stretch` corrects it.
 
     Args:
         baseline_ms: rounds × repeats, in milliseconds.
-        candidate_ms: rounds × repeats, in milliseconds: the same rounds, perhaps another number of repeats.
-        confidence: coverage aimed at, between 0 and 1.
+        candidate_ms: rounds × repeats, in milliseconds: the same rounds; the number of repeats may differ.
+        confidence: nominal coverage, between 0 and 1.
         resamples: bootstrap resamples.
-        seed: of the resampling; one seed makes one interval.
+        seed: of the resampling.
 
     Raises:
         ValueError: the arrays are not both two-dimensional with the same two or more rounds.
@@ -107,29 +109,28 @@ def ratio_interval(
     value = float(_midmean(logs))
     bounds = np.quantile(_midmean(logs[picks]), [(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = value + (bounds - value) * _stretch(logs, confidence)
-    return Interval(*(float(np.exp(found)) for found in (value, min(low, value), max(high, value))))
+    return Interval(*(float(np.exp(log)) for log in (value, min(low, value), max(high, value))))
 
 
 def _log_ratios(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The logarithm of the ratio of every round's medians."""
+    """Return the logarithm of the ratio of the medians of each round."""
     return np.log(np.median(first, axis=1) / np.median(second, axis=1))
 
 
 def _midmean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean of the middle half along the last axis: nearly as steady as the mean, and blind to what sticks out."""
+    """Return the mean of the middle half along the last axis: nearly as efficient as the mean, robust to outliers."""
     count = values.shape[-1]
     return np.sort(values, axis=-1)[..., count // 4 : count - count // 4].mean(-1)
 
 
 def _stretch(logs: NDArray[np.float64], confidence: float) -> float:
-    """How many times wider than the bootstrap's an interval of the logarithms has to be, with n rounds:
+    """Return the factor by which to widen the bootstrap interval of the logarithms, with n rounds:
 
         t(n − 1) / z · √(n / (n − 1)) · √((1 + ρ) / (1 − ρ))
 
-    Student's t over the normal's quantile because the spread is an estimate, n / (n − 1) because resamples scatter
-    around the sample's ratio and not the true one, and ρ, the lag-1 autocorrelation of the rounds' ratios, because
-    rounds that resemble the one before count for less. ρ is corrected for the bias −(1 + 3ρ) / n of its estimate
-    (Marriott & Pope, 1954), at n < 5 as at 5.
+    Student's t ÷ the normal quantile: the spread is an estimate. n / (n − 1): resamples scatter around the ratio of the
+    sample, not the true one. ρ, the lag-1 autocorrelation of the ratios: a round similar to the one before adds less
+    information. ρ is corrected for the bias −(1 + 3ρ) / n of its estimate (Marriott & Pope, 1954); n < 5 counts as 5.
     """
     rounds = len(logs)
     logs = logs - logs.mean()
@@ -144,7 +145,7 @@ def _stretch(logs: NDArray[np.float64], confidence: float) -> float:
 
 @cache
 def student_quantile(confidence: float, degrees: int) -> float:
-    """The t within whose ±t Student's distribution has the probability ``confidence``; good to 1e-4 of its value."""
+    """Return the t for which Student's distribution has the probability ``confidence`` within ±t, to 1e-4 relative."""
     # With t = √d · tan θ the density is proportional to cos(θ)^(d − 1), on a finite range.
     angles = np.linspace(0, np.pi / 2, 100_001)
     heights = np.cos(angles) ** (degrees - 1)
@@ -153,23 +154,17 @@ def student_quantile(confidence: float, degrees: int) -> float:
 
 
 def stable(baseline_ms: ArrayLike, candidate_ms: ArrayLike, tolerance: float = TOLERANCE) -> bool:
-    """The stopping rule: has the ratio settled to within ±tolerance (relative)?
+    """Return whether the ratio has settled to within ±tolerance (relative): the stopping rule.
 
     All of these must hold:
 
     1. There are at least `STABLE_ROUNDS` rounds.
-    2. The 95% interval of the ratio reaches no further than ±tolerance from its middle: enough samples.
-    3. The ratio over the first half of the rounds and that over the second differ by no more than twice the
-       tolerance: no drift. Twice, because halves scatter twice as much around each other as the whole does around
-       the truth; without drift, 2. nearly implies 3.
+    2. The 95 % interval of the ratio is within ±tolerance of its middle: there are enough samples.
+    3. The ratios of the first and of the second half of the rounds differ by at most twice the tolerance: there is no
+       drift. Twice, because the difference of two halves scatters twice as much as the whole. Without drift, 2 nearly
+       implies 3.
 
-    Args:
-        baseline_ms: rounds × repeats, in milliseconds.
-        candidate_ms: rounds × repeats, in milliseconds, the same rounds.
-        tolerance: relative, 0.02 is 2%.
-
-    Raises:
-        ValueError: the arrays are not both two-dimensional with the same two or more rounds.
+    Takes samples as `ratio_interval` does; raises ValueError as it does.
     """
     baseline, candidate = _paired_rounds(baseline_ms, candidate_ms)
     rounds = len(baseline)

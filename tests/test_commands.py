@@ -22,11 +22,11 @@ import pytest
 from tiny_models import WORDS, classifier, save_bert, save_images, save_lines, save_shallow, texts
 
 from optin_deploy.cli.main import app, main
-from optin_deploy.cli.options import RUN_OPTIONS
+from optin_deploy.config.recipe import Recipe
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.run import latency_stage, measure_stages, prepare
-from profilers import Comparison, Measurement, environment
+from profilers import Comparison, Measurement, RawSamples, environment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -115,7 +115,7 @@ def instantly(dense: Any, pruned: Any, sample: Any, config: Any, progress: Any) 
     samples = {"dense": [[2.0] * 3] * 9, "dense_again": [[2.0] * 3] * 9, "pruned": [[1.0] * 3] * 9}
     cases = [(runtime, size) for runtime in config.runtimes for size in config.batch_sizes]
     return Comparison(
-        tuple(Measurement.from_samples(r, size, samples, True, 1.0) for r, size in cases), environment(), {}
+        tuple(Measurement.from_samples(r, size, RawSamples(samples, True, 1.0)) for r, size in cases), environment(), {}
     )
 
 
@@ -228,7 +228,7 @@ def as_one_process(command: str) -> bool:
     """What follows the module is a command of ours with options that exist; what several processes do has tests of its
     own."""
     options = re.findall(r"--[\w-]+", command.partition("-m optin_deploy prune-export")[2])
-    known = {f"--{name.replace('_', '-')}" for name in (*RUN_OPTIONS, "flops", "latency", "latency_ms", "output")}
+    known = {f"--{name.replace('_', '-')}" for name in (*Recipe.model_fields, "output")}
     return set(options) <= known
 
 

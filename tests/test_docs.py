@@ -12,7 +12,7 @@ import torch
 from tiny_models import save_bert, save_images, save_lines, texts
 
 from optin_deploy.cli.main import app
-from optin_deploy.cli.options import RUN_OPTIONS
+from optin_deploy.config.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -80,7 +80,7 @@ def test_the_command_page_lists_every_option() -> None:
     hooks = importlib.util.module_from_spec(found)
     found.loader.exec_module(hooks)
     page = hooks.on_page_markdown((DOCS / "reference" / "cli.md").read_text(encoding="utf-8"))
-    assert all(f"--{name.replace('_', '-')}" in page for name in RUN_OPTIONS)
+    assert all(f"--{name.replace('_', '-')}" in page for name in Recipe.model_fields)
     assert all(
         f"## {name}\n" in page for name in ("prune-export", "sweep", "export", "profile", "report", "models", "env")
     )

@@ -9,9 +9,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-import numpy as np
 import torch
 
 from exporters import (
@@ -29,17 +27,18 @@ from gpu.cases import Case
 from gpu.networks import Pair
 from gpu.record import Outcome
 from optin_deploy.network import Network, TensorOutputs
-from profilers import GPU_RUNTIMES, RUNTIMES, Measurement, usable_cores
-from profilers.gpu_watch import GpuWatch, cuda_uuid
-from profilers.isolated import run_worker
+from profilers import GPU_RUNTIMES, RUNTIMES, Measurement, RawSamples, usable_cores
+from profilers import Case as MeasureCase
+from profilers.gpu_watch import cuda_uuid
+from profilers.measure import LatencySpec, NetworkFiles
 from profilers.runners.base import first_line
-from profilers.stats import TOLERANCE
+from profilers.worker_process import SavedFeeds, run_worker
 
 VARIANTS = ("dense", "pruned")
 OPSET = 20
 # What a process takes to start, and for one batch size: none is begun later.
 _RESERVE_S = 15.0
-_PAIRS = [("dense", "pruned"), ("dense", "dense_again")]
+_PAIRS = (("dense", "pruned"), ("dense", "dense_again"))
 
 
 def _stem(folder: Path, name: str, precision: str, variant: str) -> Path:
@@ -113,26 +112,27 @@ def latency(
     try:
         files = {variant: _file(case, pair, folder, variant) for variant in VARIANTS}
         sample = {name: tensor[:1].numpy() for name, tensor in pair.dense.inputs.items()}
-        np.savez(folder / "feeds.npz", *sample.values())
-        spec = {
-            "runtime": case.runtime,
-            "batch_sizes": list(sizes.values()),
-            "threads": usable_cores().physical,
-            "seconds": round_seconds,
-            "stop_after_s": seconds - (perf_counter() - start) - _RESERVE_S,
-            # The dense file is measured twice: by how much it differs from itself is the noise floor.
-            "files": {n: str(files[n.removesuffix("_again")]) for n in ("dense", "dense_again", "pruned")},
-            "feeds": str(folder / "feeds.npz"),
-            "inputs": list(sample),
-            "pairs": _PAIRS,
-            "tolerance": TOLERANCE,
-            "seed": 0,
-            "gpu_uuid": cuda_uuid() if case.runtime in GPU_RUNTIMES else None,
+        feeds = SavedFeeds.save(folder / "feeds.npz", sample)
+        # The dense file is measured twice: by how much it differs from itself is the noise floor.
+        networks = {
+            name: NetworkFiles((files[name.removesuffix("_again")],), feeds)
+            for name in ("dense", "dense_again", "pruned")
         }
-        found = run_worker("gpu.worker", spec, usable_cores().physical, f"measuring {case.runtime}", lambda _: None)
+        work = f"measuring {case.runtime}", usable_cores().physical
+        rounds = MeasureCase(case.runtime, 1, usable_cores().physical, round_seconds)
+        uuid = cuda_uuid() if case.runtime in GPU_RUNTIMES else None
+        left_s = seconds - (perf_counter() - start) - _RESERVE_S
+        spec = GpuSpec(*work, LatencySpec(*work, rounds, networks, _PAIRS, uuid), tuple(sizes.values()), left_s)
+        result = run_worker("gpu_worker", spec, GpuResult, lambda _: None)
     except Exception as error:  # the folder's name is of no use to anyone
         raise RuntimeError(str(error).replace(f"{folder}{os.sep}", "")) from error
-    return {key: _row(case, pair, size, found[str(size)]) for key, size in sizes.items() if str(size) in found}
+    rows: dict[str, Outcome] = {}
+    for key, size in sizes.items():
+        if raw := result.samples.get(str(size)):
+            rows[key] = _row(case, pair, size, raw)
+        elif str(size) in result.failed:
+            rows[key] = result.failed[str(size)]
+    return rows
 
 
 def _file(case: Case, pair: Pair, folder: Path, variant: str) -> Path:
@@ -148,11 +148,8 @@ def _file(case: Case, pair: Pair, folder: Path, variant: str) -> Path:
     return engine
 
 
-def _row(case: Case, pair: Pair, size: int, result: Mapping[str, Any]) -> Outcome:
-    if "failed" in result:
-        return str(result["failed"])
-    gpu = GpuWatch.from_dict(result["gpu"]) if result["gpu"] else None
-    measured = Measurement.from_samples(case.runtime, size, **{**result, "gpu": gpu})
+def _row(case: Case, pair: Pair, size: int, raw: RawSamples) -> Outcome:
+    measured = Measurement.from_samples(case.runtime, size, raw)
     figures = asdict(measured)
     # A hundred numbers for each of a hundred cases, of which everything that is told is worked out above.
     samples = figures.pop("samples_ms")

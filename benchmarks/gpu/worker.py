@@ -1,53 +1,70 @@
-"""The isolated process that measures one runtime at several batch sizes: `python -m gpu.worker SPEC.json`.
+"""Measure one runtime at several batch sizes in this process: `python -m gpu_worker SPEC.json RESULT.json`.
 
-Loading a network and starting a GPU take longer than measuring it, so each file is loaded once for all sizes. The spec
-holds `runtime`, `batch_sizes`, `threads`, `seconds` (time limit of the rounds of one size), `stop_after_s` (no size is
-begun later than that), `files` (variant name to file), `feeds` (an `.npz` with one sample, arrays in the order of
-`inputs`), `inputs` (their names), `pairs`, `tolerance`, `seed` and `gpu_uuid` as in `profilers.workers.latency`, and
-`result`, the JSON file to write: by batch size the result of `profilers.workers.latency`, or `failed`, the reason why
-there is none. Sizes that were not begun are not in it.
+Loading a network and starting a GPU take longer than measuring it, so each file is loaded once for all sizes.
 """
 
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
 
-from profilers import open_runner
+from profilers import RawSamples, open_runner
+from profilers.measure import LatencySpec
 from profilers.runners.base import Runner, first_line
-from profilers.workers.latency import answer, load_feeds, measure_runs, print_progress
+from profilers.worker_process import WorkerSpec, answer, print_progress
+from profilers.workers.latency import LoadedRuns, measure_runs
 
 
-def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GpuSpec(WorkerSpec):
+    """``latency`` at each of the batch sizes; no size is begun later than ``stop_after_s``."""
+
+    latency: LatencySpec
+    batch_sizes: tuple[int, ...]
+    stop_after_s: float
+
+
+@dataclass(frozen=True)
+class GpuResult:
+    """Samples by batch size, and why other sizes failed. Sizes that were not begun are in neither."""
+
+    samples: dict[str, RawSamples] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def measure(spec: GpuSpec) -> GpuResult:
     """Load every file once and measure all sizes that there is time for."""
     start = perf_counter()
-    found: dict[str, Any] = {}
-    if spec["stop_after_s"] <= 0:
-        return found
+    result, case = GpuResult(), spec.latency.case
+    if spec.stop_after_s <= 0:
+        return result
     with ExitStack() as opened:
         runners = {
-            name: opened.enter_context(open_runner(spec["runtime"], Path(file), spec["threads"]))
-            for name, file in spec["files"].items()
+            name: opened.enter_context(open_runner(case.runtime, network.builds[0], case.threads))
+            for name, network in spec.latency.networks.items()
         }
-        for size in spec["batch_sizes"]:
-            if perf_counter() - start > spec["stop_after_s"]:
+        for number, size in enumerate(spec.batch_sizes):
+            if perf_counter() - start > spec.stop_after_s:
                 break
             try:
-                found[str(size)] = _at_size(runners, size, spec)
+                result.samples[str(size)] = _at_size(
+                    runners, replace(spec.latency, case=replace(case, batch_size=size))
+                )
             except Exception as error:  # a size that does not fit on the device must not take the others with it
-                found[str(size)] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-            print_progress(len(found) / len(spec["batch_sizes"]))
-    return found
+                result.failed[str(size)] = f"{type(error).__name__}: {first_line(error)}"
+            print_progress((number + 1) / len(spec.batch_sizes))
+    return result
 
 
-def _at_size(runners: Mapping[str, Runner], size: int, spec: Mapping[str, Any]) -> dict[str, Any]:
-    feeds = load_feeds(Path(spec["feeds"]), spec["inputs"], size)
-    runs = {name: [runner.prepare(feeds)] for name, runner in runners.items()}
+def _at_size(runners: Mapping[str, Runner], spec: LatencySpec) -> RawSamples:
+    runs = {
+        name: [runner.prepare(spec.networks[name].sample.load(spec.case.batch_size))]
+        for name, runner in runners.items()
+    }
     graphs = {name: runner.cuda_graph for name, runner in runners.items() if runner.cuda_graph is not None}
-    return measure_runs(runs, graphs, spec, lambda _: None)
+    return measure_runs(LoadedRuns(runs, graphs), spec, lambda _: None)
 
 
 if __name__ == "__main__":
-    sys.exit(answer(sys.argv[1:], measure))
+    sys.exit(answer(sys.argv[1:], GpuSpec, measure))

@@ -1,4 +1,4 @@
-"""stdout and stderr, whatever they are: closed, full, or of an encoding that cannot say everything."""
+"""stdout and stderr, which may be closed, full, or of an encoding that lacks characters."""
 
 import errno
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def prepare_streams() -> None:
-    """Let everything be written: what the encoding lacks as `?` (escaped on stderr); what is closed leads nowhere."""
+    """Write characters that an encoding lacks as ``?`` or, on stderr, escaped; discard output to a closed stream."""
     for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
         if stream is None:
@@ -20,21 +20,21 @@ def prepare_streams() -> None:
 
 
 def write_json(text: str) -> None:
-    """Write a JSON document to stdout; what its encoding lacks is escaped, so that it stays the same document."""
+    """Write a JSON document to stdout. Characters that its encoding lacks are escaped, which JSON reads as the same."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)
+        text = re.sub(r"[^\x00-\x7f]", lambda match: json.dumps(match[0])[1:-1], text)
     sys.stdout.write(text + "\n")
 
 
 def flush_stdout() -> None:
-    """Write what stdout still holds while a failure can be told: at its end Python would only say it on the side."""
+    """Flush stdout while a failure can still be reported; at exit Python would only print a note."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # What cannot be written is tried once more at the end.
+        # Python flushes once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             sys.exit(1)

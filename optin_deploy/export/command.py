@@ -18,7 +18,8 @@ from exporters import (
 )
 from exporters.triton_repository import Backend, Engine, model_file, triton_config
 from exporters.trt_engine import EngineInfo
-from optin_deploy.config.recipe import Layout, Recipe, check_engine_options, check_layout
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.config.validation import Layout, check_effects, check_layout
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.export.engine_parity import check_engine_parity, is_checkable, unchecked
 from optin_deploy.export.engines import Wanted, engine_config, timing_cache, wanted_engines
@@ -80,7 +81,7 @@ def export_network(
         # Engines are built where they are asked for.
         recipe = recipe.model_copy(update={"runtimes": ("ort-cpu",)})
     check_layout(recipe, layout, name)
-    check_engine_options(recipe)
+    check_effects(recipe, "export")
     check_runtimes(recipe)
     folders: dict[Backend, Path] = {}
     if layout == "triton":

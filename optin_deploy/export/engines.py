@@ -12,7 +12,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.network import Network
 from optin_deploy.utils.atomic_files import tell_kept, tell_written
 from optin_deploy.utils.progress import track
-from profilers.latency_table import cache_folder
+from profilers.table_cache import cache_folder
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ from profilers import (
     measure_files,
     usable_cores,
 )
-from profilers.latency_table import LatencyTable, Row, check_cache, read_table, save_table, table_file
+from profilers.latency_table import LatencyTable, Row
 from profilers.stats import paired_ratio
+from profilers.table_cache import check_cache, read_table, save_table, table_file
 
 _SHALLOW, _DEPTH = 1, 3
 # Sizes measured per part: enough to see a staircase, few enough for a minute.

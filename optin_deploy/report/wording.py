@@ -8,7 +8,7 @@ from typing import Literal
 
 from optin_deploy.report.schema import VARIANTS, Agreement, LayerAccount, Measurement, Report, Unmeasured, Unpruned
 from optin_deploy.utils import formatting
-from profilers import GPU_RUNTIMES
+from profilers import GPU_RUNTIMES, SPECS
 from profilers.gpu_watch import SLOWDOWNS
 
 RANDOM_WEIGHTS = (
@@ -24,17 +24,6 @@ SPEED_UP = (
     "Speed-up: dense ÷ pruned within each round, interquartile mean over rounds; the p50s are over all rounds, so "
     "their own ratio may differ."
 )
-
-_RUNTIMES = {
-    "ort-cpu": "ONNX Runtime",
-    "ort-cuda": "ONNX Runtime CUDA",
-    "ort-tensorrt": "ONNX Runtime TensorRT",
-    "torch": "PyTorch",
-    "torch-cuda": "PyTorch CUDA",
-    "torch-graph-cuda": "PyTorch CUDA graph",
-    "tensorrt": "TensorRT",
-    "rtx": "TensorRT for RTX",
-}
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def _case(item: Measurement) -> str:
 
 def runtime_name(runtime: str) -> str:
     """A runtime as people call it."""
-    return _RUNTIMES.get(runtime, runtime)
+    return SPECS[runtime].label if runtime in SPECS else runtime
 
 
 def changed_pace(case: str, dense_ms: float, pruned_ms: float, low: float, high: float) -> str | None:

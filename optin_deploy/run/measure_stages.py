@@ -26,6 +26,7 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.utils.progress import report_progress, track
 from profilers import (
     LAYER_RUNTIMES,
+    Case,
     Comparison,
     LayerProfile,
     Measurement,
@@ -34,6 +35,7 @@ from profilers import (
     Variant,
     compare,
     layer_profile,
+    usable_cores,
 )
 
 # Time limit of one layer profile; averages over a hundred runs change little after it.
@@ -255,15 +257,13 @@ def _profile_layers(
     recipe, file = context.recipe, variant.file(case.runtime, case.batch_size)
     if file is None:
         raise ProfilingError(f"there is no file for {case.runtime} at batch size {case.batch_size}")
-    return layer_profile(
+    settings = Case(
         case.runtime,
-        file,
-        {name: t[:1].numpy() for name, t in network.inputs.items()},
-        modules,
-        batch_size=case.batch_size,
-        threads=recipe.threads,
-        seconds=min(_LAYER_SECONDS, recipe.profile_seconds),
-        seed=recipe.seed,
-        onnx=variant.onnx,
+        case.batch_size,
+        recipe.threads or usable_cores().physical,
+        min(_LAYER_SECONDS, recipe.profile_seconds),
+        recipe.seed,
         tf32=recipe.precision == "tf32",
     )
+    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    return layer_profile(settings, file, sample, modules, onnx=variant.onnx)

@@ -109,16 +109,11 @@ def _profile_layers(
     if target.runtime not in LAYER_RUNTIMES:
         return None
     return layer_profile(
-        target.runtime,
+        target.case(seconds),
         file,
         dict(sample),
         modules,
-        batch_size=target.batch_size,
-        threads=target.threads,
-        seconds=seconds,
-        seed=target.seed,
         onnx=file.with_suffix(".onnx"),
-        tf32=target.precision == "tf32",
         progress=lambda done: report_progress(0.5 + done / 2),
     )
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from optin_deploy.compensation.sparsity import can_be_sparse
-from optin_deploy.config.recipe import Recipe, check_options
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.config.validation import check_options
 from optin_deploy.criteria.fisher import check_head
 from optin_deploy.criteria.scoring import Scoring, check_reach
 from optin_deploy.data.calibration import Calibration, load_calibration

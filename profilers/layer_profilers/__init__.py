@@ -1,15 +1,16 @@
-"""Runs that tell what each operator took, by runtime."""
+"""Runs that time each operator, by runtime."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
-from profilers.runners.base import Run
+from profilers.runners.base import Feeds
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of a graph: its type, and the dotted path of the module it was traced in ("" where unknown)."""
+    """One operator of a graph: its type, and the dotted path of the module it was traced in ("" if unknown)."""
 
     type: str
     path: str
@@ -17,22 +18,32 @@ class Operator:
 
 @dataclass(frozen=True)
 class Record:
-    """What was profiled, in milliseconds: ``times_ms`` runs × operators, ``whole_ms`` each run with what profiling
-    itself takes. The operators stand in the order they run."""
+    """Operators in the order in which they run, their times in milliseconds (runs × operators), and those of whole
+    runs, with the overhead of profiling."""
 
     operators: Sequence[Operator]
     times_ms: Sequence[Sequence[float]]
     whole_ms: Sequence[float]
 
 
-class ProfiledRuns(Protocol):
-    """A file loaded so that each of its runs is profiled."""
+@dataclass(frozen=True)
+class ProfileInputs:
+    """Inputs of all runs, a folder for temporary files, the ONNX file that an engine was built from (without it, layers
+    have no module), and a function that returns the module to which the time of a module's path is counted."""
 
-    @property
-    def run(self) -> Run:
-        """Makes one complete run."""
-        ...
+    feeds: Feeds
+    folder: Path
+    onnx: Path | None
+    owner: Callable[[str], str]
 
+
+class ProfiledRuns(ABC):
+    """A file loaded so that each run is profiled. Created as ``ProfiledRuns(path, spec, settings, inputs)``."""
+
+    @abstractmethod
+    def run(self) -> float | None:
+        """Make one complete run."""
+
+    @abstractmethod
     def finish(self) -> Record:
-        """What all runs so far took."""
-        ...
+        """Return the times of all runs so far."""

@@ -6,31 +6,20 @@ from typing import Any
 
 import torch
 
-from profilers.layer_profilers import Operator, Record
-from profilers.runners.base import Feeds
+from profilers.layer_profilers import Operator, ProfiledRuns, ProfileInputs, Record
+from profilers.layer_profilers.scopes import innermost_module
+from profilers.runners.base import RunSettings
 from profilers.runners.pyt import TorchRunner
+from profilers.runners.registry import RuntimeSpec
 
-_NO_MODULE = "_empty_nn_module_stack"
 
+class ProfiledProgram(TorchRunner, ProfiledRuns):
+    """An exported program whose graph is run node by node; raises as `TorchRunner`."""
 
-class ProfiledProgram(TorchRunner):
-    """An exported program whose graph is run node by node.
-
-    Args:
-        path: a `.pt2` file.
-        device: `cpu` or `cuda`.
-        threads: intra-op threads.
-        feeds: the inputs of all runs.
-        tf32: see `TorchRunner`.
-
-    Raises:
-        ProfilingError: see `TorchRunner`.
-    """
-
-    def __init__(self, path: Path, device: str, threads: int, feeds: Feeds, *, tf32: bool = False) -> None:
-        super().__init__(path, device, threads, tf32=tf32)
-        self._timer = _Timer(self._forward.__self__, cuda=device == "cuda")
-        self._inputs_on_device = self._place(feeds)
+    def __init__(self, path: Path, spec: RuntimeSpec, settings: RunSettings, inputs: ProfileInputs) -> None:
+        super().__init__(path, spec, settings)
+        self._timer = _Timer(self._forward.__self__, cuda=spec.device == "cuda")
+        self._inputs_on_device = self._place(inputs.feeds)
         self._whole_ms: list[float] = []
 
     def run(self) -> None:
@@ -48,9 +37,9 @@ class ProfiledProgram(TorchRunner):
 
 
 class _Timer(torch.fx.Interpreter):
-    """Runs a graph and keeps what each of its function calls takes, run by run, in milliseconds."""
+    """Runs a graph and stores the milliseconds of each function call, run by run."""
 
-    def __init__(self, module: Any, *, cuda: bool) -> None:
+    def __init__(self, module: torch.nn.Module, *, cuda: bool) -> None:
         super().__init__(module)
         self.runs_ms: list[list[float]] = []
         self._cuda = cuda
@@ -65,12 +54,11 @@ class _Timer(torch.fx.Interpreter):
 
 
 def _type(node: torch.fx.Node) -> str:
-    """The name of an operator without its overload: "linear" for aten.linear.default."""
-    target: Any = node.target
-    return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
+    """Return the name of an operator without its overload: "linear" for aten.linear.default."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
 
 
 def _path(node: torch.fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    return "" if path.startswith(_NO_MODULE) else path
+    stack = node.meta.get("nn_module_stack") or {}
+    return innermost_module([str(path) for path, _ in stack.values()])

@@ -1,63 +1,77 @@
-"""What every runtime offers to the measuring loop."""
+"""The interface of a runtime to the measuring loop."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from types import TracebackType
-from typing import Any, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from profilers.errors import ProfilingError
 
 Feeds = dict[str, NDArray[Any]]
-"""Input or output name to array, batch first."""
+"""Arrays by the name of the input or output, batch first."""
 
 Run = Callable[[], float | None]
-"""Makes one complete run; the milliseconds it took on the device, between events around it, where the runtime tells."""
+"""Makes one complete run. Returns its milliseconds on the device, between two events, or None if they are unknown."""
 
 
-class Runner(Protocol):
-    """One model loaded by one runtime; a context manager that frees it.
+@dataclass(frozen=True)
+class RunSettings:
+    """How a runner runs its file, see `profilers.open_runner`."""
 
-    Attributes:
-        cuda_graph: whether what was prepared last replays a CUDA graph; None where the runtime is not asked for one.
-    """
+    threads: int
+    tf32: bool = False
+    cuda_graphs: bool = True
 
-    cuda_graph: bool | None
 
-    def __enter__(self) -> Self: ...
+class Runner(ABC):
+    """One file loaded by one runtime, as ``Runner(path, spec, settings)``; a context manager that frees it."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    cuda_graph: bool | None = None
+    """Whether the runs prepared last replay a CUDA graph; None if the runtime was not asked for one."""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
     def infer(self, feeds: Feeds) -> Feeds:
-        """Runs the model once, transfers included; ProfilingError when the input names are not the model's."""
-        ...
+        """Run once, transfers included; ProfilingError if the input names are not the model's."""
 
+    @abstractmethod
     def prepare(self, feeds: Feeds) -> Run:
-        """Places the inputs on the device and returns a callable that makes one complete run on them.
+        """Place the inputs on the device and return a callable that makes one complete run on them.
 
-        What the callable takes is the latency: neither the transfer of inputs to the device nor that of outputs
-        back to the host is in it. It returns when the outputs are computed. ProfilingError when the input names are
-        not the model's, or a CUDA graph was asked for and the model cannot be captured in one.
+        The callable returns when the outputs are computed. Its duration is the latency, without the transfer of inputs
+        to the device and of outputs back to the host.
+
+        Raises:
+            ProfilingError: the input names are not the model's, or a CUDA graph was asked for and the model cannot be
+                captured in one.
         """
-        ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the file."""
 
 
 def check_inputs(expected: Iterable[str], feeds: Feeds) -> None:
-    """ProfilingError unless the feeds carry exactly the expected names."""
+    """Raise ProfilingError unless ``feeds`` has exactly the expected names."""
     names = set(expected)
     if names != set(feeds):
         raise ProfilingError(f"the model's inputs are {sorted(names)}, but the sample holds {sorted(feeds)}")
 
 
 def first_line(error: BaseException) -> str:
-    """An error's message cut to its first line that says something."""
+    """Return the first line of an error's message that is not empty, or else its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-def numpy_feeds(names: Iterable[str], values: Iterable[Any]) -> Feeds:
-    """Names and array-likes zipped into feeds."""
+def numpy_feeds(names: Iterable[str], values: Iterable[ArrayLike]) -> Feeds:
+    """Zip names and array-likes into feeds."""
     return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}

@@ -1,27 +1,31 @@
-"""What the runners that launch work on a CUDA device through torch have in common: timing, graphs, TF32."""
+"""Shared by the runners that launch work on a CUDA device through torch: timing, CUDA graphs, TF32."""
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from profilers.errors import ProfilingError
 from profilers.runners.base import Run
 
-# What is set up lazily (cuBLAS, kernels) cannot be while a graph is captured.
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+# Lazy set-up (cuBLAS, kernels) must be over before a graph is captured.
 _RUNS_BEFORE_CAPTURE = 2
 _OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
-def timed_by_events(launch: Callable[[], object], stream: Any, held: object) -> Run:
-    """A run that waits for what ``launch`` has put on the stream, and returns the milliseconds between two events.
+def timed_by_events(launch: Callable[[], object], stream: "torch.cuda.Stream", held: object) -> Run:
+    """Return a run that waits for ``launch`` and returns the milliseconds between two events on the stream.
 
-    Recording the events and reading them is part of what the caller's clock sees: some microseconds, whatever the
-    network.
+    Recording and reading the events adds some microseconds to the latency by the clock, for every network the same.
 
     Args:
         launch: puts one complete run on the stream.
-        stream: a `torch.cuda.Stream`.
-        held: lives as long as the run does: the tensors of which ``launch`` knows only where they lie.
+        stream: where it runs.
+        held: kept alive as long as the run: the tensors of which ``launch`` knows only the addresses.
     """
     import torch
 
@@ -37,16 +41,15 @@ def timed_by_events(launch: Callable[[], object], stream: Any, held: object) -> 
     return run
 
 
-def captured(launch: Callable[[], object], stream: Any) -> Any:
-    """What ``launch`` puts on the stream as a `torch.cuda.CUDAGraph`, after two runs as it is.
+def capture_graph(launch: Callable[[], T], stream: "torch.cuda.Stream") -> "tuple[torch.cuda.CUDAGraph, T]":
+    """Capture a run in a CUDA graph, after two plain runs; also return the outputs that the graph writes.
 
     Args:
-        launch: puts one complete run on ``stream``, which is the current one while it is called, always on the same
-            memory.
-        stream: a `torch.cuda.Stream`, not the default one, which cannot be captured.
+        launch: puts one complete run on ``stream``, which is the current stream meanwhile, always on the same memory.
+        stream: not the default stream, which cannot be captured.
 
     Raises:
-        RuntimeError: the run does what a graph cannot hold, such as waiting for the device.
+        RuntimeError: the run does something that a graph cannot hold, such as waiting for the device.
     """
     import torch
 
@@ -56,14 +59,14 @@ def captured(launch: Callable[[], object], stream: Any) -> Any:
             launch()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # What other threads of a runtime do meanwhile is none of the capture's business.
+    # Ignore CUDA calls from other threads during capture.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch()
-    return graph
+        outputs = launch()
+    return graph, outputs
 
 
 def check_tf32(tf32: bool) -> None:
-    """ProfilingError where TF32 is asked for and the environment forbids it."""
+    """Raise ProfilingError if TF32 is asked for and the environment forbids it."""
     if tf32 and os.environ.get(_OVERRIDE) == "0":
         raise ProfilingError(f"TF32 was asked for, but {_OVERRIDE}=0 forbids it: unset it")
 
@@ -72,15 +75,15 @@ def set_torch_tf32(tf32: bool) -> None:
     """Let torch's matrix products and convolutions on CUDA use TF32, or not, in this process."""
     import torch
 
-    # Not `fp32_precision`, which replaces these: torch.compile still reads them, and fails where only that was set.
+    # Not ``fp32_precision``, which replaces them: torch.compile still reads these and fails if only that is set.
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
 
 
 def set_tensorrt_tf32(tf32: bool) -> None:
-    """Keep TensorRT inside ONNX Runtime from using TF32 in this process, unless it may.
+    """Keep TensorRT inside ONNX Runtime from using TF32 in this process, unless ``tf32`` allows it.
 
-    An environment variable is the only way, and is read when TensorRT is first used.
+    An environment variable is the only way. TensorRT reads it when it is first used.
     """
     if not tf32:
         os.environ[_OVERRIDE] = "0"

@@ -1,89 +1,82 @@
-"""Engines run by the product that built them: TensorRT or TensorRT for RTX."""
+"""Engines run by TensorRT or TensorRT for RTX, whichever built them."""
 
 import importlib
 import json
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from profilers.errors import MissingPackageError, ProfilingError
-from profilers.runners import lacking_device
-from profilers.runners.base import Feeds, Run, check_inputs, numpy_feeds
-from profilers.runners.cuda import captured, timed_by_events
+from profilers.runners.base import Feeds, Run, Runner, RunSettings, check_inputs, numpy_feeds
+from profilers.runners.cuda import capture_graph, timed_by_events
+from profilers.runners.registry import RuntimeSpec, lacking_device
 
-# Runtime to what Python imports, and the extra that installs it.
-_PACKAGES = {"tensorrt": ("tensorrt", "tensorrt"), "rtx": ("tensorrt_rtx", "rtx")}
+if TYPE_CHECKING:
+    import torch
 
 
-class TensorRTRunner:
+class TensorRTRunner(Runner):
     """An engine on the first GPU, with inputs and outputs in device memory, on a stream of its own.
 
-    What `prepare` returns replays a CUDA graph, unless the engine cannot be captured in one: `cuda_graph` says so.
-
-    Args:
-        path: the engine; only one that was built for this device by this version runs (`exporters.check_engine`).
-        runtime: `tensorrt` or `rtx`.
-        cuda_graphs: False launches every run anew.
+    It runs only on the device and with the version it was built for (`exporters.check_engine`). The runs of `prepare`
+    replay a CUDA graph if the engine can be captured in one; ``cuda_graph`` says whether they do.
 
     Raises:
-        ProfilingError: there is no GPU, or the engine cannot be loaded; MissingPackageError: the product is absent.
+        ProfilingError: there is no GPU, or the engine cannot be loaded.
+        MissingPackageError: the package is not installed.
     """
 
-    def __init__(self, path: Path, runtime: str, *, cuda_graphs: bool = True) -> None:
+    def __init__(self, path: Path, spec: RuntimeSpec, settings: RunSettings) -> None:
         import torch
 
-        package, extra = _PACKAGES[runtime]
         try:
-            trt = importlib.import_module(package)
+            trt = importlib.import_module(spec.package)
         except ImportError as error:
-            raise MissingPackageError(package, extra) from error
-        if lacking := lacking_device(runtime):
+            raise MissingPackageError(spec.package, spec.extra) from error
+        if lacking := lacking_device(spec.name):
             # Without a device the next lines could end the process.
             raise ProfilingError(f"{path.name} cannot run: {lacking}")
         self._trt, self._torch = trt, torch
         self._runtime: Any = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         if _is_version_compatible(path):
-            # Such an engine brings the code that runs it, which TensorRT does not load unless it is told to.
+            # Such an engine brings the code that runs it. TensorRT loads that only if allowed to.
             self._runtime.engine_host_code_allowed = True
         self._engine: Any = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise ProfilingError(f"{package} cannot load {path.name}: build it again on this machine")
-        self._context: Any = _context(trt, self._engine, runtime)
+            raise ProfilingError(f"{spec.package} cannot load {path.name}: build it again on this machine")
+        self._context: Any = _context(trt, self._engine, spec.name)
         if self._context is None:
             raise ProfilingError(f"{path.name} has no room on the GPU: free memory, or measure smaller batches")
-        # An engine that tells much of its layers would do so in every run, to a tool that is not there.
+        # An engine built with detailed layer names would report them in every run, to a tool that does not listen.
         self._context.nvtx_verbosity = trt.ProfilingVerbosity.NONE
         self._stream = torch.cuda.Stream()
-        self._cuda_graphs = cuda_graphs
-        self.cuda_graph: bool | None = None
+        self._cuda_graphs = settings.cuda_graphs
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         self._outputs = [n for n in names if n not in self._inputs]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """See `Runner.close`."""
         self._context = self._engine = self._runtime = None
 
     def infer(self, feeds: Feeds) -> Feeds:
-        """Outputs by their ONNX names; see `Runner.infer`."""
-        tensors = self._placed(feeds)
+        """Return the outputs by their ONNX names; see `Runner.infer`."""
+        tensors = self._place(feeds)
         self._launch(tensors)
         self._stream.synchronize()
         return numpy_feeds(self._outputs, (tensors[name].cpu().numpy() for name in self._outputs))
 
     def prepare(self, feeds: Feeds) -> Run:
-        """Each run is timed by events and ends with a synchronisation; what was prepared last is what runs; see
-        `Runner.prepare`."""
-        tensors = self._placed(feeds)
+        """Return a run that is timed by events and ends with a synchronisation; see `Runner.prepare`.
+
+        Preparing other inputs invalidates the runs prepared before.
+        """
+        tensors = self._place(feeds)
         launch = partial(self._launch, tensors)
-        # An engine that does not run at all must not pass for one that cannot be captured.
+        # An engine that does not run at all must not be taken for one that cannot be captured.
         launch()
         self._stream.synchronize()
         graph = self._graph(launch)
@@ -92,20 +85,20 @@ class TensorRTRunner:
             return timed_by_events(launch, self._stream, tensors)
         return timed_by_events(graph.replay, self._torch.cuda.current_stream(), tensors)
 
-    def _graph(self, launch: partial[None]) -> Any:
-        """A `torch.cuda.CUDAGraph` of a run; None where none is asked for, or the engine cannot be captured."""
+    def _graph(self, launch: partial[None]) -> "torch.cuda.CUDAGraph | None":
+        """Return a graph of a run; None if none is wanted, or if the engine cannot be captured."""
         if not self._cuda_graphs:
             return None
-        tells = getattr(self._context, "is_stream_capturable", None)
-        if tells is not None and not tells(self._stream.cuda_stream):
+        is_capturable = getattr(self._context, "is_stream_capturable", None)
+        if is_capturable is not None and not is_capturable(self._stream.cuda_stream):
             return None
         try:
-            return captured(launch, self._stream)
+            return capture_graph(launch, self._stream)[0]
         except (RuntimeError, ProfilingError):
             return None
 
-    def _placed(self, feeds: Feeds) -> dict[str, Any]:
-        """Input and output tensors on the device, at addresses that the context is given."""
+    def _place(self, feeds: Feeds) -> "dict[str, torch.Tensor]":
+        """Allocate inputs and outputs on the device and set their addresses in the context."""
         check_inputs(self._inputs, feeds)
         torch, context = self._torch, self._context
         tensors = {}
@@ -124,14 +117,14 @@ class TensorRTRunner:
     def _kind(self, name: str) -> np.dtype[Any]:
         return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
 
-    def _launch(self, tensors: dict[str, Any]) -> None:
-        """Puts one run on the stream; the tensors are those whose addresses the context has."""
+    def _launch(self, tensors: "dict[str, torch.Tensor]") -> None:
+        """Put one run on the stream. The context has the addresses of ``tensors``."""
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ProfilingError("the engine did not run")
 
 
 def _is_version_compatible(engine: Path) -> bool:
-    """Whether the description that the builder wrote next to ``engine`` says so; False where there is none."""
+    """Whether the description that the builder wrote next to ``engine`` says so; False without a description."""
     try:
         description = json.loads(engine.with_name(f"{engine.name}.json").read_text(encoding="utf-8"))
         return description["config"]["version_compatible"] is True
@@ -139,10 +132,10 @@ def _is_version_compatible(engine: Path) -> bool:
         return False
 
 
-def _context(trt: Any, engine: Any, runtime: str) -> Any:
+def _context(trt: ModuleType, engine: Any, runtime: str) -> Any:
     if runtime != "rtx":
         return engine.create_execution_context()
-    # TensorRT for RTX otherwise compiles kernels for a shape while it runs others: a graph would keep those others.
+    # By default TensorRT for RTX runs generic kernels while it compiles those of a shape; a graph would keep them.
     config = engine.create_runtime_config()
     config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
     return engine.create_execution_context(config)

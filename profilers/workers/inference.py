@@ -1,34 +1,25 @@
-"""The isolated process that runs one file on inputs: `python -m profilers.workers.inference SPEC.json`.
-
-The spec holds `runtime`, `file`, `threads`, `batches` (a list of `feeds`, an `.npz` with arrays in the order of
-`inputs`, `inputs`, their names, and `outputs`, the `.npz` to write), and `result`, the JSON file to write: `outputs`,
-for each batch the names of its outputs in the order of their arrays. Errors are told as by `profilers.workers.latency`.
-"""
+"""Run one file as an `InferenceSpec` says: ``python -m profilers.workers.inference SPEC.json RESULT.json``."""
 
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-
+from profilers.inference import InferenceResult, InferenceSpec
 from profilers.runners import open_runner
-from profilers.workers.latency import answer, load_feeds
+from profilers.worker_process import SavedFeeds, answer
 
 
-def main(arguments: list[str]) -> int:
-    """Runs what the spec describes; the exit status."""
-    return answer(arguments, infer)
+def main(arguments: Sequence[str]) -> int:
+    """Run; return the exit status."""
+    return answer(arguments, InferenceSpec, infer)
 
 
-def infer(spec: dict[str, Any]) -> dict[str, Any]:
-    """Runs the file on every batch, writes what it gives, and returns what goes into the result file."""
-    names = []
-    with open_runner(spec["runtime"], Path(spec["file"]), spec["threads"]) as runner:
-        for batch in spec["batches"]:
-            outputs = runner.infer(load_feeds(Path(batch["feeds"]), batch["inputs"], 1))
-            np.savez(batch["outputs"], *outputs.values())
-            names.append(list(outputs))
-    return {"outputs": names}
+def infer(spec: InferenceSpec) -> InferenceResult:
+    """Run the file on every batch and save its outputs next to the batch."""
+    with open_runner(spec.runtime, spec.file, spec.threads) as runner:
+        outputs = [
+            SavedFeeds.save(batch.file.with_suffix(".out.npz"), runner.infer(batch.load())) for batch in spec.batches
+        ]
+    return InferenceResult(tuple(outputs))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ ROWS = (
     Row("recipe-key-no-text", _written(GOOD + "[1, 2]: 3\n"), r"r\.yaml"),
     Row("recipe-large", _written(GOOD + "#" * (1 << 21)), UNREADABLE + "it is larger than 1 MiB"),
     Row("recipe-directory", _directory, UNREADABLE),
-    Row("recipe-pipe", _pipe, UNREADABLE + "it is no file"),
+    Row("recipe-pipe", _pipe, UNREADABLE + "it is not a file"),
     Row(
         "recipe-hexadecimal-of-5000-digits", _written(GOOD + f"seed: 0x{'f' * 5000}\n"), "--seed of thousands of digits"
     ),

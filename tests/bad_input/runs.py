@@ -16,7 +16,7 @@ from optin_deploy.latency.block_stacks import block_types
 from optin_deploy.latency.tables import _setting, target_of
 from optin_deploy.models.load import load_network
 from optin_deploy.pruning.pruner import examine
-from profilers.latency_table import table_file
+from profilers.table_cache import table_file
 
 AGAIN = [*pruning("shallow", "--calibration", "images"), "--output", "run"]
 

@@ -11,11 +11,14 @@ import torch
 # The benchmarks are scripts: they import each other by name.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from gpu import cases, main, networks, table, worker
+from gpu import cases, main, networks, table
 from gpu.cases import FULL, TINY, Case
 
 from exporters import onnx_from_program, trace
 from profilers import GPU_RUNTIMES, RUNTIMES
+from profilers import Case as MeasureCase
+from profilers.measure import LatencySpec, NetworkFiles
+from profilers.worker_process import SavedFeeds
 
 SCRIPT = Path(main.__file__).parents[1] / "gpu.sh"
 NEEDED = ["scoring/tiny_vit/trajectory-obs", "pruning/tiny_vit", "latency/tiny_vit/fp16/torch/1"]
@@ -140,52 +143,42 @@ def test_a_text_network_is_pruned_to_half_on_random_words() -> None:
     assert (row["samples"], pair.pruned.inputs.keys()) == (8, network.inputs.keys())
 
 
-def spec(folder: Path, sizes: list[int], stop_after_s: float = 60) -> dict[str, Any]:
+def spec(folder: Path, sizes: tuple[int, ...], stop_after_s: float = 60) -> gpu_worker.GpuSpec:
     """Of a linear layer in ONNX Runtime."""
     import numpy as np
 
     axes = {"input": {0: "batch"}}
     program = trace(torch.nn.Linear(8, 4), {"input": torch.zeros(2, 8)}, axes)
     onnx_from_program(program, folder / "net.onnx", output_names=("y",), dynamic_axes=axes)
-    np.savez(folder / "feeds.npz", np.zeros((1, 8), np.float32))
-    return {
-        "runtime": "ort-cpu",
-        "batch_sizes": sizes,
-        "threads": 1,
-        "seconds": 0.05,
-        "stop_after_s": stop_after_s,
-        "files": {name: str(folder / "net.onnx") for name in ("dense", "dense_again", "pruned")},
-        "feeds": str(folder / "feeds.npz"),
-        "inputs": ["input"],
-        "pairs": [["dense", "pruned"], ["dense", "dense_again"]],
-        "tolerance": 0.02,
-        "seed": 0,
-        "gpu_uuid": None,
-    }
+    feeds = SavedFeeds.save(folder / "feeds.npz", {"input": np.zeros((1, 8), np.float32)})
+    networks = dict.fromkeys(("dense", "dense_again", "pruned"), NetworkFiles((folder / "net.onnx",), feeds))
+    pairs = (("dense", "pruned"), ("dense", "dense_again"))
+    rounds = LatencySpec("measuring", 1, MeasureCase("ort-cpu", 1, threads=1, seconds=0.05), networks, pairs)
+    return gpu_worker.GpuSpec("measuring", 1, rounds, sizes, stop_after_s)
 
 
 def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = worker.load_feeds
+    load = SavedFeeds.load
 
-    def short_of_memory(path: Path, inputs: list[str], size: int) -> Any:
+    def short_of_memory(self: SavedFeeds, size: int) -> Any:
         if size == 3:
             raise RuntimeError("CUDA out of memory\nsome advice")
-        feeds = load(path, inputs, size)
+        feeds = load(self, size)
         assert feeds["input"].shape == (size, 8)
         return feeds
 
-    monkeypatch.setattr(worker, "load_feeds", short_of_memory)
-    found = worker.measure(spec(tmp_path, [2, 3, 1]))
-    assert list(found) == ["2", "3", "1"]
-    assert found["3"] == {"failed": "RuntimeError: CUDA out of memory"}
-    assert set(found["1"]["samples_ms"]) == {"dense", "dense_again", "pruned"}
-    assert len(found["1"]["samples_ms"]["dense"]) >= 5
+    monkeypatch.setattr(SavedFeeds, "load", short_of_memory)
+    result = gpu_worker.measure(spec(tmp_path, (2, 3, 1)))
+    assert list(result.samples) == ["2", "1"]
+    assert result.failed == {"3": "RuntimeError: CUDA out of memory"}
+    assert set(result.samples["1"].samples_ms) == {"dense", "dense_again", "pruned"}
+    assert len(result.samples["1"].samples_ms["dense"]) >= 5
 
 
 def test_sizes_that_there_is_no_time_for_are_not_begun(tmp_path: Path) -> None:
-    assert worker.measure(spec(tmp_path, [1, 2], stop_after_s=0)) == {}
+    assert gpu_worker.measure(spec(tmp_path, (1, 2), stop_after_s=0)) == gpu_worker.GpuResult()
 
 
 def test_a_case_names_its_measurements() -> None:

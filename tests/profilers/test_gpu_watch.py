@@ -166,9 +166,9 @@ def test_an_error_inside_the_block_ends_the_watch() -> None:
 @pytest.mark.parametrize(
     ("uuid", "nvml", "why"),
     [
-        ("GPU-1", None, "nvidia-ml-py is not installed (pip install 'optin-deploy[gpu]')"),
-        ("GPU-2", Nvml(), "NVML says: Not Found"),
-        (None, Nvml(), "torch sees no CUDA device, so which it is is not known"),
+        ("GPU-1", None, "optin-deploy[gpu]"),
+        ("GPU-2", Nvml(), "Not Found"),
+        (None, Nvml(), "no CUDA device"),
     ],
 )
 def test_a_gpu_that_cannot_be_watched_says_why(uuid: str | None, nvml: Nvml | None, why: str) -> None:
@@ -178,7 +178,7 @@ def test_a_gpu_that_cannot_be_watched_says_why(uuid: str | None, nvml: Nvml | No
     assert not seen.watched
     assert seen.median_clock_mhz is None
     assert seen.unwatched_because is not None
-    assert seen.unwatched_because == why
+    assert why in seen.unwatched_because
     assert nvml is None or nvml.users == 0
 
 

@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from profilers.interleave import FEWEST_ROUNDS, MOST_REPEATS, WARM_UP_RUNS, WARMED_MS, Samples, interleave
+from profilers.interleave import FEWEST_ROUNDS, MOST_REPEATS, WARM_UP_RUNS, WARMED_MS, RoundPlan, Samples, interleave
 
 
 class Machine:
@@ -26,7 +26,7 @@ class Machine:
     ) -> tuple[Samples, bool]:
         networks = {name: [self.network(name, latency)] for name, latency in latencies_ms.items()}
         self.fractions: list[float] = []
-        found = interleave(networks, settled, seconds, seed, self.fractions.append, self.clock_ns)
+        found = interleave(networks, RoundPlan(seconds, settled, seed, self.clock_ns), self.fractions.append)
         assert all(not any(turns) for turns in found.device_ms.values())
         return found.samples_ms, found.converged
 
@@ -86,7 +86,7 @@ def test_a_turn_begins_with_a_run_that_is_not_counted_unless_runs_are_slow() -> 
 def test_all_loads_of_a_variant_take_turns() -> None:
     machine = Machine()
     loads = {"a": [machine.network(f"a{i}", 250.0 + i) for i in range(3)], "b": [machine.network("b", 250.0)]}
-    samples = interleave(loads, never, 5.0, 0, lambda _: None, machine.clock_ns).samples_ms
+    samples = interleave(loads, RoundPlan(5.0, never, clock_ns=machine.clock_ns)).samples_ms
     assert [turn[0] for turn in samples["a"][:6]] == [250.0, 251.0, 252.0] * 2
     assert {turn[0] for turn in samples["b"]} == {250.0}
     # Each is warmed up for its part of the time.
@@ -96,7 +96,7 @@ def test_all_loads_of_a_variant_take_turns() -> None:
 def test_each_of_many_builds_has_a_turn_whatever_the_limit() -> None:
     machine = Machine()
     builds = {"a": [machine.network(f"a{i}", 250.0 + i) for i in range(9)]}
-    found = interleave(builds, never, 0.1, 0, lambda _: None, machine.clock_ns)
+    found = interleave(builds, RoundPlan(0.1, never, clock_ns=machine.clock_ns))
     assert [turn[0] for turn in found.samples_ms["a"]] == [250.0 + i for i in range(9)]
 
 
@@ -123,7 +123,7 @@ def test_times_on_the_device_are_kept_beside_the_latencies() -> None:
         return float(len(machine.runs))
 
     both = {"a": [run], "b": [machine.network("b", 30.0)]}
-    found = interleave(both, never, 1.0, 0, lambda _: None, machine.clock_ns)
+    found = interleave(both, RoundPlan(1.0, never, clock_ns=machine.clock_ns))
     counted = [[number + 1.0] for number, name in enumerate(machine.runs) if name == "a"]
     # The turns hold the counted runs: each comes after one that is not counted, and that after the warm-up.
     assert found.device_ms["a"] == counted[-2 * len(found.samples_ms["a"]) :][1::2]
@@ -142,5 +142,5 @@ def test_what_is_done_during_the_rounds_begins_after_the_warm_up() -> None:
         seen.append(len(machine.runs))
 
     networks = {"a": [machine.network("a", 300.0)]}
-    interleave(networks, never, 1.0, 0, lambda _: None, machine.clock_ns, during_rounds=during())
+    interleave(networks, RoundPlan(1.0, never, clock_ns=machine.clock_ns), during_rounds=during())
     assert seen == [WARM_UP_RUNS, len(machine.runs)]

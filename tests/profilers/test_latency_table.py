@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
@@ -8,17 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profilers import ProfilingError
-from profilers.latency_table import (
-    LatencyTable,
-    Row,
-    check_cache,
-    log_error,
-    read_table,
-    rising,
-    save_table,
-    shrunk,
-    table_file,
-)
+from profilers.latency_table import LatencyTable, Row
+from profilers.shrinkage import fit_rising, log_error, shrink_to_line
+from profilers.table_cache import cache_folder, check_cache, read_table, save_table, table_file
 
 SETTING = {"runtime": "ort-cpu", "batch_size": 1}
 DEPTH = 3
@@ -72,7 +65,7 @@ def test_the_staircase_keeps_the_largest_size_of_every_level() -> None:
 @settings(max_examples=100)
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=4))
 def test_rising_is_the_nearest_rising_sequence(values: list[int]) -> None:
-    found = rising(values)
+    found = fit_rising(values)
     assert all(a <= b + 1e-12 for a, b in pairwise(found))
 
     def distance(other: tuple[float, ...] | list[float]) -> float:
@@ -114,16 +107,16 @@ def test_a_line_comes_back_out_of_noise() -> None:
     sizes = [(n, n * w, w) for n in range(1, 9) for w in (8, 16, 32)]
     truth = np.array([3 + 2.0 * n - 0.1 * w + 0.05 * n * w for n, _, w in sizes])
     noisy = truth + generator.normal(0, 0.5, len(sizes))
-    found = np.array(shrunk(sizes, noisy.tolist(), 0.5))
+    found = np.array(shrink_to_line(sizes, noisy.tolist(), 0.5))
     assert np.abs(found - truth).mean() < 0.5 * np.abs(noisy - truth).mean()
 
 
 def test_stairs_larger_than_the_noise_stay() -> None:
     sizes = [(n, 0, 0) for n in range(1, 33)]
     stairs = [10.0 * (1 + (n - 1) // 8) for n in range(1, 33)]
-    np.testing.assert_allclose(shrunk(sizes, stairs, 0.1), stairs, atol=0.02)
-    assert shrunk(sizes, stairs, 0.0) == stairs
-    assert shrunk(sizes[:2], stairs[:2], 5.0) == stairs[:2]
+    np.testing.assert_allclose(shrink_to_line(sizes, stairs, 0.1), stairs, atol=0.02)
+    assert shrink_to_line(sizes, stairs, 0.0) == stairs
+    assert shrink_to_line(sizes[:2], stairs[:2], 5.0) == stairs[:2]
 
 
 @given(st.integers(0, 2**16), st.sampled_from([0.003, 0.03]))
@@ -174,6 +167,17 @@ def test_without_rounds_in_common_no_error_is_told() -> None:
     assert log_error([[[1.0], [2.0]]]) == 0.0
     assert log_error([[[1.0]], [[2.0]]]) == 0.0
     assert log_error([[[1.0], [1.0]], [[2.0]]]) == 0.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other folders")
+def test_the_cache_is_where_it_has_always_been(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_folder() == cache
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for unset in ("", None):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        if unset is not None:
+            monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache_folder() == tmp_path / "home" / ".cache" / "optin-deploy" / "tables"
 
 
 def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,16 @@ from transformers import BertModel
 from exporters import onnx_from_program, save_program, trace
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network, TensorOutputs
-from profilers import ProfilingError
+from profilers import Case, ProfilingError
 from profilers.layer_profilers import Operator
 from profilers.layer_profilers.ort import node_paths, node_times
 from profilers.layer_profilers.scopes import module_path
 from profilers.layer_times import OTHER, LayerProfile, LayerRow, layer_profile
+from profilers.plain import from_plain, to_json
 from profilers.runners.base import Feeds
-from profilers.workers.layers import innermost, summed, typical
+from profilers.workers.layers import innermost, sum_by_module, typical
 
+CASE = Case("ort-cpu", 1, threads=1, seconds=5.0)
 VIT = ("patch_embed", "blocks.0", "blocks.0.attn", "blocks.0.mlp", "norm", "head")
 BERT = ("embeddings", *(f"encoder.layer.0{name}" for name in ("", ".attention.self", ".intermediate", ".output.dense")))
 
@@ -50,7 +52,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Feeds]:
 
 def profile(runtime: str, files: tuple[Path, Path, Feeds], modules: tuple[str, ...]) -> LayerProfile:
     path = files[0] if runtime.startswith("ort") else files[1]
-    return layer_profile(runtime, path, files[2], modules, batch_size=2, threads=1, seconds=0.2)
+    return layer_profile(Case(runtime, 2, threads=1, seconds=0.2), path, files[2], modules)
 
 
 def operators(found: LayerProfile, module: str) -> dict[str, int]:
@@ -94,7 +96,7 @@ def test_the_rows_add_up_and_come_back_from_json(vit: tuple[Path, Path, Feeds]) 
     assert 0 <= found.overhead_ms <= found.total_ms
     # Operators that run one after the other in one run cannot take longer than it, but for rounding.
     assert found.operators_ms < 1.05 * found.profiled_ms
-    assert LayerProfile.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert from_plain(LayerProfile, json.loads(to_json(found))) == found
 
 
 def test_overhead_is_at_most_what_a_profiled_run_has() -> None:
@@ -116,11 +118,11 @@ def test_the_innermost_module_owns_and_a_wrapper_is_allowed_for() -> None:
 
 def test_sums_keep_the_order_of_the_operators() -> None:
     graph = [Operator("MatMul", "b.x"), Operator("Add", "a"), Operator("MatMul", "b.y"), Operator("Shape", "")]
-    assert summed(graph, [1.0, 2.0, 3.0, 4.0], ["a", "b"]) == [
-        {"module": "b", "operator": "MatMul", "calls": 2, "ms": 4.0},
-        {"module": "a", "operator": "Add", "calls": 1, "ms": 2.0},
-        {"module": OTHER, "operator": "Shape", "calls": 1, "ms": 4.0},
-    ]
+    assert sum_by_module(graph, [1.0, 2.0, 3.0, 4.0], ["a", "b"]) == (
+        LayerRow("b", "MatMul", 2, 4.0),
+        LayerRow("a", "Add", 1, 2.0),
+        LayerRow(OTHER, "Shape", 1, 4.0),
+    )
 
 
 def test_warm_up_and_runs_that_were_interrupted_do_not_count() -> None:
@@ -179,21 +181,21 @@ def test_scopes_end_with_the_operation(scopes: str, path: str) -> None:
 
 
 def test_a_file_without_scopes_is_all_other(mlp_onnx: Callable[[int], Path], sample: Feeds) -> None:
-    found = layer_profile("ort-cpu", mlp_onnx(32), sample, ["up"], batch_size=1, threads=1, seconds=0.1)
+    found = layer_profile(Case("ort-cpu", 1, threads=1, seconds=0.1), mlp_onnx(32), sample, ["up"])
     assert {row.module for row in found.rows} == {OTHER}
 
 
 @pytest.mark.parametrize("runtime", ["torch-compile", "torch-compile-cuda", "nonsense"])
 def test_runtimes_without_a_profile_are_refused(runtime: str, sample: Feeds, tmp_path: Path) -> None:
     with pytest.raises(ProfilingError, match=f"{runtime}.*choose from ort-cpu"):
-        layer_profile(runtime, tmp_path / "x", sample, [], batch_size=1)
+        layer_profile(Case(runtime, 1, 1, 1), tmp_path / "x", sample, [])
 
 
 def test_what_cannot_be_profiled_is_one_line(mlp_onnx: Callable[[int], Path], sample: Feeds, tmp_path: Path) -> None:
     with pytest.raises(ProfilingError, match="does not exist"):
-        layer_profile("ort-cpu", tmp_path / "none.onnx", sample, [], batch_size=1)
+        layer_profile(CASE, tmp_path / "none.onnx", sample, [])
     with pytest.raises(ProfilingError, match="leading dimension"):
-        layer_profile("ort-cpu", mlp_onnx(32), {"x": np.zeros((2, 3), np.float32)}, [], batch_size=1)
+        layer_profile(CASE, mlp_onnx(32), {"x": np.zeros((2, 3), np.float32)}, [])
     with pytest.raises(ProfilingError, match="inputs are") as caught:
-        layer_profile("ort-cpu", mlp_onnx(32), {"y": sample["x"]}, [], batch_size=1, threads=1)
+        layer_profile(CASE, mlp_onnx(32), {"y": sample["x"]}, [])
     assert "\n" not in str(caught.value)

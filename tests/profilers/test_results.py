@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 import pytest
 from pydantic import TypeAdapter
 
-from profilers import Comparison, GpuWatch, Interval, Measurement
+from profilers import Comparison, GpuWatch, Interval, Measurement, RawSamples
 from profilers.results import Builds, is_significant
 
 SAMPLES = {
@@ -14,7 +14,7 @@ SAMPLES = {
 
 
 def measurement() -> Measurement:
-    return Measurement.from_samples("ort-cpu", 4, SAMPLES, converged=True, peak_rss_mib=123.4567)
+    return Measurement.from_samples("ort-cpu", 4, RawSamples(SAMPLES, converged=True, peak_rss_mib=123.4567))
 
 
 def test_figures_follow_from_the_samples() -> None:
@@ -33,7 +33,9 @@ def test_figures_follow_from_the_samples() -> None:
 def test_json_gives_the_same_back() -> None:
     gpu = GpuWatch(watched=True, mean_power_w=200.5, max_clock_mhz=1980.0, reasons=("power cap", "sync boost"))
     on_gpu = replace(measurement(), device_ms={"dense": 1.9}, cuda_graph={"dense": True}, gpu=gpu)
-    several = Measurement.from_samples("rtx", 4, SAMPLES, True, 1.0, builds={"dense": 2, "dense_again": 2, "pruned": 1})
+    several = Measurement.from_samples(
+        "rtx", 4, RawSamples(SAMPLES, True, 1.0), builds={"dense": 2, "dense_again": 2, "pruned": 1}
+    )
     comparison = Comparison((measurement(), on_gpu, several), {"cpu": "abacus"}, {"threads": 2})
     saved = TypeAdapter(Comparison).dump_json(comparison)
     assert TypeAdapter(Comparison).validate_json(saved) == comparison
@@ -53,7 +55,7 @@ def test_each_build_has_the_rounds_that_were_its_own() -> None:
     assert builds.p50_ms == pytest.approx((1.15, 2.1, 3.0))
     assert builds.spread == pytest.approx(3.0 / 1.15 - 1)
     samples = {name: [turn[:1] for turn in turns] for name in SAMPLES}
-    found = Measurement.from_samples("rtx", 1, samples, True, 1.0, builds={"dense": 3, "pruned": 1}).builds
+    found = Measurement.from_samples("rtx", 1, RawSamples(samples, True, 1.0), builds={"dense": 3, "pruned": 1}).builds
     assert found == {"dense": Builds((1.15, 2.1, 3.0), 3.0 / 1.15 - 1)}
 
 

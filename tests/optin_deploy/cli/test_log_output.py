@@ -7,12 +7,12 @@ import warnings
 import pytest
 from rich.console import Console
 
-from optin_deploy.cli.log_output import logs_shown
+from optin_deploy.cli.log_output import show_logs
 
 
 def shown(*, terminal: bool) -> str:
     file = io.StringIO()
-    with logs_shown(Console(file=file, force_terminal=terminal, width=60, color_system=None)):
+    with show_logs(Console(file=file, force_terminal=terminal, width=60, color_system=None)):
         logging.getLogger("optin_deploy.somewhere").info("found [cpu] and %s", "more " * 20)
         logging.getLogger("profilers.somewhere").debug("a detail")
         logging.getLogger("transformers.somewhere").warning("one of theirs")

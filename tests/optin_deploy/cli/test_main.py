@@ -226,7 +226,8 @@ def test_what_cannot_be_read_or_written_is_one_line(
     outcome = run(*RUN, "--output", "run")
     assert outcome.code == 2
     told = without_progress(outcome.err)
-    assert re.fullmatch(r"error: run/plan.json cannot be read or written: [^\n]+; mend [^\n]+\n", told)
+    assert re.fullmatch(r"error: run/plan.json cannot be read or written: [^\n]+\n", told)
+    assert os.strerror(number) in told
 
 
 def test_an_error_that_names_no_file_is_a_bug(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,11 +397,12 @@ def test_an_onnxruntime_without_the_provider_names_the_extras(
 
 
 @pytest.mark.parametrize("endpoint", ["http://x:abc", "http://[::1"])
-def test_a_hub_without_address_is_told(
+def test_a_hub_with_an_invalid_address_is_an_error(
     endpoint: str, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    assert refusal("models").startswith(f"error: HF_ENDPOINT {endpoint} is no address: ")
+    message = refusal("models")
+    assert "HF_ENDPOINT" in message and endpoint in message
 
 
 def test_messages_are_no_markup(here: Path, refusal: Callable[..., str]) -> None:

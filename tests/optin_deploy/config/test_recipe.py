@@ -5,7 +5,8 @@ import pytest
 from tiny_models import save_lines
 
 from exporters import Precision
-from optin_deploy.config.recipe import Recipe, check_options, make_recipe
+from optin_deploy.config.recipe import Recipe, make_recipe
+from optin_deploy.config.validation import check_options
 from optin_deploy.errors import UserError
 
 NEEDED: dict[str, Any] = {"model": "deit_small", "flops": 0.5}

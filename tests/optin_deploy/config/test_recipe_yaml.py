@@ -31,7 +31,7 @@ def test_values_and_their_places(tmp_path: Path) -> None:
     file = written(tmp_path, "# mine\nmodel: deit_tiny\n\nbatch_sizes: [1, 8]\n")
     found = read_options(file)
     assert found.values == {"model": "deit_tiny", "batch_sizes": [1, 8]}
-    assert found.places == {"model": f"{file}, line 2", "batch_sizes": f"{file}, line 4"}
+    assert found.lines == {"model": f"{file}, line 2", "batch_sizes": f"{file}, line 4"}
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_hostile_files(tmp_path: Path, text: str) -> None:
 
 def test_a_file_without_end_is_not_read() -> None:
     if Path("/dev/zero").exists():
-        assert "it is no file" in refusal(Path("/dev/zero"))
+        assert "not a file" in refusal(Path("/dev/zero"))
 
 
 @given(st.text(alphabet="ab:-[]{}&*!?|>#'\"%@`, \n\t0.5~<", max_size=60))

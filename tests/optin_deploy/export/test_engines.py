@@ -30,7 +30,7 @@ from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
 from optin_deploy.run import measure_stages, report_builder
 from optin_deploy.run.pipeline import Result, prune_export
-from profilers import Comparison, Measurement, ProfilingError, Variant
+from profilers import Comparison, Measurement, ProfilingError, RawSamples, Variant
 
 VARIANTS = ("dense", "dense_again", "pruned")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -192,7 +192,7 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
         name: Variant(tmp_path / f"{name}.onnx", engines={("rtx", 2): tmp_path / f"{name}.engine"})
         for name in ("dense", "pruned")
     }
-    measured = Measurement.from_samples("rtx", 2, dict.fromkeys(VARIANTS, [[1.0]] * 3), True, 1.0)
+    measured = Measurement.from_samples("rtx", 2, RawSamples(dict.fromkeys(VARIANTS, [[1.0]] * 3), True, 1.0))
     layers = measure_stages._account_layers(context, networks, files, [measured])
     monkeypatch.setattr(report_builder, "unchecked", lambda _: None)
     assert report_builder._warnings(context.recipe, layers) == [

@@ -21,7 +21,7 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.tokens.costs import token_costs
 from optin_deploy.tokens.find_stack import token_stack
-from profilers.isolated import Measured as Sampled
+from profilers import RawSamples
 
 TARGET = Target("ort-cpu", 1, 1)
 DENSE_MS, FIXED = 20.0, 0.2
@@ -63,11 +63,11 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         built.append(plan)
         return sliced(module, structure, plan)
 
-    def measure(files: Mapping[str, Path], *_: Any) -> Sampled:
+    def measure(files: Mapping[str, Path], *_: Any) -> RawSamples:
         plans = built[len(built) - len(files) + 1 :]
         true_ms = [DENSE_MS, *(costs(1.0).of(plan) for plan in plans)]
         samples = {name: [[2 * ms] * 3] * 3 for name, ms in zip(files, true_ms, strict=True)}
-        return Sampled(samples, True, 1.0, 1)
+        return RawSamples(samples, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "sliced", build)
     monkeypatch.setattr(budget, "export_network", lambda *args: args[-1])
@@ -136,10 +136,10 @@ def test_merged_tokens_count_in_the_tables_and_in_what_is_built(
     merging: list[Plan] = []
     monkeypatch.setattr(budget, "with_merging", lambda *args: merging.append(args[-1]))
 
-    def measure(files: Mapping[str, Path], *_: Any) -> Sampled:
+    def measure(files: Mapping[str, Path], *_: Any) -> RawSamples:
         plans = fake_lab[len(fake_lab) - len(files) + 1 :]
         true_ms = [DENSE_MS, *(replace(costs(1.0), parts=parts, merged_ms=merged_ms).of(plan) for plan in plans)]
-        return Sampled({n: [[ms] * 3] * 3 for n, ms in zip(files, true_ms, strict=True)}, True, 1.0, 1)
+        return RawSamples({n: [[ms] * 3] * 3 for n, ms in zip(files, true_ms, strict=True)}, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "measure_files", measure)
     measured = Measured(costs(1.0), (), (), ())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optin_deploy.report import Report
-from profilers import Measurement
+from profilers import Measurement, RawSamples
 
 
 def measurement(runtime: str, batch: int, dense_ms: float, speedup: float, noise: float = 0.01) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def measurement(runtime: str, batch: int, dense_ms: float, speedup: float, noise
         return (rounds * (1 + generator.exponential(0.03, (40, 3)))).tolist()
 
     values = {"dense": samples(dense_ms), "dense_again": samples(dense_ms), "pruned": samples(dense_ms / speedup)}
-    return asdict(Measurement.from_samples(runtime, batch, values, True, 912.4))
+    return asdict(Measurement.from_samples(runtime, batch, RawSamples(values, True, 912.4)))
 
 
 def document() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.report.profile_view import NetworkProfile, TableView, profile_view, table_view
 from optin_deploy.run import network_profile
 from optin_deploy.run.network_profile import run_profile, run_tables
-from profilers.latency_table import cache_folder, cached_settings
+from profilers.table_cache import cache_folder, cached_settings
 
 QUICK: dict[str, Any] = {"batch_size": 2, "threads": 1, "profile_seconds": 0.5, "table_seconds": 0.3}
 pytestmark = pytest.mark.usefixtures("quick_tables")

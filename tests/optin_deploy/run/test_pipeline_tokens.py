@@ -12,7 +12,8 @@ from torch import Tensor
 
 from exporters import EngineConfig, build_engine, check_engine, input_ranges
 from optin_deploy.analysis.module_roles import MERGING
-from optin_deploy.config.recipe import Recipe, check_options, make_recipe
+from optin_deploy.config.recipe import Recipe, make_recipe
+from optin_deploy.config.validation import check_options
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint

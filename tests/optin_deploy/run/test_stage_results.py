@@ -9,7 +9,7 @@ from optin_deploy.analysis.results import Cause, LayerAccount, TimeRow, Unprofil
 from optin_deploy.errors import UserError
 from optin_deploy.report.schema import Evaluation, LatencyBudget, Parity
 from optin_deploy.run.run_directory import read_json, read_with_checkpoint, write_json
-from profilers import Comparison, Measurement
+from profilers import Comparison, Measurement, RawSamples
 
 SAMPLES = {name: [[1.0, 1.1], [1.0, 1.0], [1.1, 1.0]] for name in ("dense", "dense_again", "pruned")}
 
@@ -33,7 +33,9 @@ def test_layers_come_back_the_same(directory: Path) -> None:
 
 
 def test_a_profile_comes_back_the_same(directory: Path) -> None:
-    profile = Comparison((Measurement.from_samples("ort-cpu", 1, SAMPLES, True, 1.0),), {"cpu": "abacus"}, {})
+    profile = Comparison(
+        (Measurement.from_samples("ort-cpu", 1, RawSamples(SAMPLES, True, 1.0)),), {"cpu": "abacus"}, {}
+    )
     write_json(directory / "profile.json", profile)
     assert read_json(directory / "profile.json", Comparison) == profile
 

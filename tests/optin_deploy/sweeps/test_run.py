@@ -34,7 +34,7 @@ from optin_deploy.sweeps.schema import SweepReport
 from optin_deploy.sweeps.terminal import summary
 from optin_deploy.sweeps.web_page import render
 from optin_deploy.utils.atomic_files import link_or_copy
-from profilers import Comparison, Measurement
+from profilers import Comparison, Measurement, RawSamples
 
 BASE = ["--runtimes", "ort-cpu", "--batch-sizes", "1", "--threads", "1", "--calibration-samples", "8"]
 VISION = ["sweep", "--model", "test_vit", "--weights", "random", "--image-size", "32", *BASE]
@@ -76,7 +76,7 @@ def measured(speedup: float, noise: float = 0.01) -> Measurement:
         "dense_again": [[10 * w for w in reversed(row)] for row in wave],
         "pruned": [[10 * w / speedup for w in row] for row in other],
     }
-    return Measurement.from_samples("ort-cpu", 1, samples, True, 100.0)
+    return Measurement.from_samples("ort-cpu", 1, RawSamples(samples, True, 100.0))
 
 
 def unmeasured(patch: pytest.MonkeyPatch) -> None:

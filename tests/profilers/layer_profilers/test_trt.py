@@ -13,11 +13,12 @@ from tiny_models import classifier
 
 from exporters import EngineConfig, build_engine, input_ranges, onnx_from_program, trace
 from optin_deploy.network import Network, TensorOutputs
-from profilers import ProfilingError, layer_profile
-from profilers.layer_profilers import Operator
+from profilers import SPECS, Case, ProfilingError, layer_profile
+from profilers.layer_profilers import Operator, ProfileInputs
 from profilers.layer_profilers import trt as engines
 from profilers.layer_profilers.trt import Node, ProfiledEngine, layer_nodes, layer_operators
 from profilers.layer_times import OTHER
+from profilers.runners.base import RunSettings
 from profilers.runners.trt import TensorRTRunner
 from profilers.workers.layers import innermost
 
@@ -106,7 +107,7 @@ class FakeContext:
 def engine(monkeypatch: pytest.MonkeyPatch, layers: list[tuple[str, float]], onnx: Path | None) -> ProfiledEngine:
     information = json.dumps({"Layers": [layer("stem + x", "Reformat"), layer("fc", "gemm", "fc1")]})
 
-    def open_fake(self: Any, path: Path, runtime: str) -> None:
+    def open_fake(self: Any, *_: object) -> None:
         self._trt = SimpleNamespace(
             IProfiler=type("IProfiler", (), {"__init__": lambda _: None}),
             LayerInformationFormat=SimpleNamespace(JSON=1),
@@ -118,7 +119,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, layers: list[tuple[str, float]], onn
     monkeypatch.setattr(TensorRTRunner, "__init__", open_fake)
     monkeypatch.setattr(TensorRTRunner, "prepare", lambda self, feeds: None)
     monkeypatch.setattr(engines, "_nodes", lambda path: NODES)
-    return ProfiledEngine(Path("net.engine"), "rtx", {"x": np.zeros(1)}, onnx, OWNER)
+    inputs = ProfileInputs({"x": np.zeros(1)}, Path(), onnx, OWNER)
+    return ProfiledEngine(Path("net.engine"), SPECS["rtx"], RunSettings(1), inputs)
 
 
 def test_runs_are_kept_apart_and_a_layers_pieces_summed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +145,7 @@ def test_without_the_onnx_file_all_is_other(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_engine_that_tells_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     profiled = engine(monkeypatch, [], None)
     profiled.run()
-    with pytest.raises(ProfilingError, match="does not tell what its layers took"):
+    with pytest.raises(ProfilingError, match="does not report"):
         profiled.finish()
 
 
@@ -172,6 +174,6 @@ def test_the_layers_of_a_real_engine_add_up(tmp_path: Path, runtime: str) -> Non
     build_engine(onnx, path, inputs, EngineConfig(runtime))
     sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
     modules = ("patch_embed", "blocks.0.attn", "blocks.0.mlp", "head")
-    found = layer_profile(runtime, path, sample, modules, batch_size=2, threads=1, seconds=0.5, onnx=onnx)
+    found = layer_profile(Case(runtime, 2, threads=1, seconds=0.5), path, sample, modules, onnx=onnx)
     assert {"blocks.0.attn", "blocks.0.mlp"} <= {row.module for row in found.rows}
     assert 0 < found.operators_ms < 1.1 * found.profiled_ms

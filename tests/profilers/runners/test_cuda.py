@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from profilers import ProfilingError
-from profilers.runners.cuda import captured, check_tf32, set_tensorrt_tf32, set_torch_tf32, timed_by_events
+from profilers.runners.cuda import capture_graph, check_tf32, set_tensorrt_tf32, set_torch_tf32, timed_by_events
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -80,6 +80,6 @@ def test_events_time_what_is_on_the_stream() -> None:
 def test_what_waits_for_the_device_cannot_be_captured() -> None:
     values = torch.ones(8, device="cuda")
     with pytest.raises(RuntimeError):
-        captured(lambda: values.sum().item(), torch.cuda.Stream())
+        capture_graph(lambda: values.sum().item(), torch.cuda.Stream())
     # And leaves the device as it was.
     assert values.sum().item() == 8

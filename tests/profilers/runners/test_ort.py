@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from profilers import ORT_PROVIDERS, MissingPackageError, ProfilingError, check_provider, open_runner
-from profilers.runners.ort import OnnxRuntimeRunner, _library_name, _loading_error, provider_options
+from profilers.runners.ort import _library_name, _loading_error, provider_options
 
 Feeds = dict[str, NDArray[np.float32]]
 
@@ -66,11 +66,6 @@ def test_a_broken_file_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ProfilingError, match=r"cannot load .*broken\.onnx") as caught:
         open_runner("ort-cpu", path, threads=1)
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_provider(mlp_onnx: Callable[[int], Path]) -> None:
-    with pytest.raises(ProfilingError, match="unknown provider 'Abacus'"):
-        OnnxRuntimeRunner(mlp_onnx(32), "Abacus", 1)
 
 
 @pytest.mark.parametrize(("runtime", "extra"), [("ort-cpu", "cpu"), ("ort-cuda", "gpu")])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from profilers import Case, ProfilingError, measure_files, open_runner
+from profilers import SPECS, Case, ProfilingError, measure_files, open_runner
+from profilers.runners.base import RunSettings
 from profilers.runners.pyt import TorchRunner
 
 Feeds = dict[str, NDArray[np.float32]]
@@ -137,10 +138,13 @@ def test_cuda_outputs_are_those_of_the_cpu(mlp_program: Program, sample: Feeds) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_replayed_graph_gives_the_outputs_of_the_program(mlp_program: Program, sample: Feeds) -> None:
     path = mlp_program(32)[1]
-    with TorchRunner(path, "cuda", 1, graph=True) as runner, open_runner("torch-cuda", path, threads=1) as plain:
+    with (
+        TorchRunner(path, SPECS["torch-graph-cuda"], RunSettings(1)) as runner,
+        open_runner("torch-cuda", path, threads=1) as plain,
+    ):
         (expected,) = plain.infer(sample).values()
         inputs = runner._place(sample)
-        graph, output = runner._captured(inputs)
+        graph, output = runner._capture(inputs)
         with torch.inference_mode():
             output.zero_()
         graph.replay()

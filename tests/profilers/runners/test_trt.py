@@ -11,8 +11,9 @@ from engine_runtimes import needs_device
 from numpy.typing import NDArray
 
 from exporters import EngineConfig, build_engine, input_ranges
-from profilers import MissingPackageError, ProfilingError, lacking_device, lacking_precision, open_runner
+from profilers import SPECS, MissingPackageError, ProfilingError, lacking_device, lacking_precision, open_runner
 from profilers.runners import trt as tensorrt
+from profilers.runners.base import RunSettings
 from profilers.runners.trt import TensorRTRunner
 
 Feeds = dict[str, NDArray[np.float32]]
@@ -58,12 +59,12 @@ class Context:
 def test_an_engine_that_cannot_be_captured_has_no_graph(
     context: Context, error: Exception | None, graph: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def captured(launch: object, stream: object) -> str:
+    def capture(launch: object, stream: object) -> tuple[str, None]:
         if error is not None:
             raise error
-        return "a graph"
+        return "a graph", None
 
-    monkeypatch.setattr(tensorrt, "captured", captured)
+    monkeypatch.setattr(tensorrt, "capture_graph", capture)
     runner = TensorRTRunner.__new__(TensorRTRunner)
     runner._context, runner._stream, runner._cuda_graphs = context, SimpleNamespace(cuda_stream=1), True
     assert runner._graph(partial(runner._launch, {})) == graph
@@ -106,9 +107,9 @@ def test_a_replayed_graph_fills_the_same_outputs(
 ) -> None:
     engine = tmp_path / "net.engine"
     build(runtime, mlp_onnx(32), engine, sample)
-    with TensorRTRunner(engine, runtime) as runner:
+    with TensorRTRunner(engine, SPECS[runtime], RunSettings(1)) as runner:
         expected = runner.infer(sample)["y"]
-        tensors = runner._placed(sample)
+        tensors = runner._place(sample)
         graph = runner._graph(partial(runner._launch, tensors))
         assert graph is not None
         tensors["y"].zero_()

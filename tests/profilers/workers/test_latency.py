@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar, Self
@@ -9,36 +10,28 @@ from typing import ClassVar, Self
 import numpy as np
 import pytest
 
+from profilers import Case
+from profilers.measure import LatencySpec, NetworkFiles
+from profilers.plain import to_json
 from profilers.runners.base import Feeds, Run
+from profilers.worker_process import SavedFeeds
 from profilers.workers import latency
 
+CASE = Case("ort-cpu", batch_size=2, threads=1, seconds=0.2, loads=2)
 
-def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Path:
-    np.savez(folder / "feeds.npz", *sample.values())
-    variant = {"files": [str(model)], "feeds": str(folder / "feeds.npz"), "inputs": list(sample)}
-    spec = {
-        "runtime": "ort-cpu",
-        "batch_size": 2,
-        "threads": 1,
-        "seconds": 0.2,
-        "seed": 0,
-        "tolerance": 0.02,
-        "loads": 2,
-        "tf32": False,
-        "gpu_uuid": None,
-        "variants": dict.fromkeys(("dense", "pruned"), variant),
-        "pairs": [["dense", "pruned"]],
-        "result": str(folder / "result.json"),
-    }
-    path = folder / "spec.json"
-    path.write_text(json.dumps({**spec, **changes}))
-    return path
+
+def arguments(folder: Path, model: Path, sample: Feeds, case: Case = CASE) -> list[str]:
+    """Write a spec and return the worker's arguments."""
+    network = NetworkFiles((model,), SavedFeeds.save(folder / "feeds.npz", sample))
+    spec = LatencySpec("measuring", 1, case, dict.fromkeys(("dense", "pruned"), network), (("dense", "pruned"),))
+    (folder / "spec.json").write_text(to_json(spec))
+    return [str(folder / "spec.json"), str(folder / "result.json")]
 
 
 def test_result_and_progress(
     tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert latency.main([str(spec_file(tmp_path, mlp_onnx(32), sample))]) == 0
+    assert latency.main(arguments(tmp_path, mlp_onnx(32), sample)) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result) == {"samples_ms", "converged", "peak_rss_mib", "loads", "device_ms", "cuda_graph", "gpu"}
     assert result["device_ms"] is result["cuda_graph"] is result["gpu"] is None
@@ -63,7 +56,7 @@ def test_networks_are_loaded_again_while_there_is_memory(
     monkeypatch.setattr(
         latency.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(held)))
     )
-    assert latency.main([str(spec_file(tmp_path, mlp_onnx(32), sample, loads=3))]) == 0
+    assert latency.main(arguments(tmp_path, mlp_onnx(32), sample, replace(CASE, loads=3))) == 0
     assert json.loads((tmp_path / "result.json").read_text())["loads"] == loads
 
 
@@ -101,8 +94,8 @@ def test_variants_are_measured_with_graphs_or_all_without(
     monkeypatch.setattr(latency, "open_runner", OnDevice)
     monkeypatch.setattr(OnDevice, "opened", [])
     monkeypatch.setattr(OnDevice, "uncapturable", uncapturable)
-    spec = spec_file(tmp_path, mlp_onnx(32), sample, runtime="tensorrt", loads=1, tf32=True)
-    assert latency.main([str(spec)]) == 0
+    case = replace(CASE, runtime="tensorrt", loads=1, tf32=True)
+    assert latency.main(arguments(tmp_path, mlp_onnx(32), sample, case)) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["device_ms"] == {"dense": device_ms, "pruned": device_ms}
     assert result["cuda_graph"] == dict.fromkeys(("dense", "pruned"), device_ms == 0.5)
@@ -114,14 +107,14 @@ def test_an_unforeseen_error_ends_in_one_line(
     tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong_dtype = {"x": sample["x"].astype(np.int64)}
-    assert latency.main([str(spec_file(tmp_path, mlp_onnx(32), wrong_dtype))]) == 1
+    assert latency.main(arguments(tmp_path, mlp_onnx(32), wrong_dtype)) == 1
     assert "float" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "result.json").exists()
 
 
 def test_the_sample_is_repeated_to_the_batch(tmp_path: Path) -> None:
-    np.savez(tmp_path / "feeds.npz", np.array([[1, 2]]), np.array([[3.0]]))
-    feeds = latency.load_feeds(tmp_path / "feeds.npz", ["file", "b"], 3)
+    # "file" is also the name of a parameter of numpy's.
+    feeds = SavedFeeds.save(tmp_path / "feeds.npz", {"file": np.array([[1, 2]]), "b": np.array([[3.0]])}).load(3)
     assert feeds["file"].tolist() == [[1, 2]] * 3
     assert feeds["b"].tolist() == [[3.0]] * 3
 

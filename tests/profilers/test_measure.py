@@ -1,10 +1,11 @@
-"""How often files are loaded, in which order builds run, and what workers are told. What measures is tested with
-`compare`."""
+"""How often files are loaded, in which order builds run, and what the specs of workers hold.
+
+The measurement itself is tested with `compare`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from profilers import (
     Case,
     ProfileConfig,
     ProfilingError,
+    RawSamples,
     Variant,
     compare,
-    isolated,
     layer_profile,
     layer_times,
     loads_for,
+    measure,
     measure_files,
 )
+from profilers.layer_times import LayerProfile, LayerSpec
+from profilers.measure import LatencySpec
 from profilers.results import Builds
 from profilers.runners.base import Feeds
 
@@ -41,7 +45,7 @@ from profilers.runners.base import Feeds
 def test_files_are_loaded_as_often_as_memory_allows(
     runtime: str, sizes: tuple[int, ...], loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolated, "_LOADED_BYTES", 100)
+    monkeypatch.setattr(measure, "_LOADED_BYTES", 100)
     files = [tmp_path / str(i) for i in range(len(sizes))]
     for file, size in zip(files, sizes, strict=True):
         file.write_bytes(bytes(size))
@@ -52,21 +56,20 @@ def test_files_are_loaded_as_often_as_memory_allows(
 def test_tf32_reaches_the_workers(tf32: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, sample = tmp_path / "net.onnx", {"x": np.zeros((1, 2), np.float32)}
     file.touch()
-    specs: list[dict[str, Any]] = []
+    specs: list[LatencySpec | LayerSpec] = []
 
-    def run_worker(module: str, spec: dict[str, Any], *_: object) -> dict[str, Any]:
+    def run_worker(module: str, spec: LatencySpec | LayerSpec, *_: object) -> RawSamples | LayerProfile:
         specs.append(spec)
-        if module == "profilers.workers.layers":
-            return {"rows": [], "total_ms": 1.0, "profiled_ms": 1.0}
-        turns = {name: [[1.0, 1.1], [1.0, 1.2]] for name in spec["variants"]}
-        return {"samples_ms": turns, "converged": True, "peak_rss_mib": 1.0, "loads": 1}
+        if isinstance(spec, LayerSpec):
+            return LayerProfile("ort-cuda", 1, (), 1.0, 1.0)
+        return RawSamples({name: [[1.0, 1.1], [1.0, 1.2]] for name in spec.networks}, True, 1.0)
 
-    monkeypatch.setattr(isolated, "run_worker", run_worker)
+    monkeypatch.setattr(measure, "run_worker", run_worker)
     monkeypatch.setattr(layer_times, "run_worker", run_worker)
     config = ProfileConfig(runtimes=("ort-cuda",), batch_sizes=(1,), tf32=tf32)
     found = compare(Variant(file), Variant(file), sample, config)
-    layer_profile("ort-cuda", file, sample, [], batch_size=1, tf32=tf32)
-    assert [spec["tf32"] for spec in specs] == [tf32, tf32]
+    layer_profile(Case("ort-cuda", 1, 1, 1.0, tf32=tf32), file, sample, [])
+    assert [spec.case.tf32 for spec in specs] == [tf32, tf32]
     assert found.protocol["tf32"] is tf32
 
 
