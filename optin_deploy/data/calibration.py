@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from optin_deploy.data.image_files import check_fit, image_files, images_in_folders, reading
-from optin_deploy.data.labels import class_numbers
-from optin_deploy.data.preprocessing import PicturePreprocessing, TextPreprocessing, different_shapes
+from optin_deploy.data.image_files import check_image_input, image_files, images_in_folders, reading
+from optin_deploy.data.labels import classes_of_folders
+from optin_deploy.data.preprocessing import VisionPreprocessing, TextPreprocessing, shape_mismatch
 from optin_deploy.data.tables import TABLE_KINDS, is_table, read_table
-from optin_deploy.data.tensor_files import read_tensors, selecting
+from optin_deploy.data.tensor_files import read_tensors, row_selector
 from optin_deploy.data.texts import (
     as_texts,
     check_groups,
     check_texts,
-    class_numbers_of,
+    classes_of_labels,
     length,
     read_texts,
-    stripped,
-    tell_cut,
+    strip_texts,
+    warn_truncated,
 )
 from optin_deploy.data.unread import unread
 from optin_deploy.errors import UserError
@@ -103,9 +103,9 @@ def load_calibration(
     if path is not None and path.suffix.lower() in (".npz", ".safetensors"):
         tensors = read_tensors(network, path)
         rows = range(len(next(iter(tensors.values()))))
-        return _accepted(network, _calibration(rows, selecting(tensors), path, "tensor", samples, seed))
-    if isinstance(preprocessing, PicturePreprocessing):
-        check_fit(network)
+        return _accepted(network, _calibration(rows, row_selector(tensors), path, "tensor", samples, seed))
+    if isinstance(preprocessing, VisionPreprocessing):
+        check_image_input(network)
         if path is not None:
             files = image_files(path)
             return _fitting(network, _calibration(files, reading(preprocessing), path, "image", samples, seed))
@@ -140,13 +140,13 @@ def _labelled(
     preprocessing = network.preprocessing
     if network.logits is None:
         raise UserError(f"--calibration-labels {labels}: the network has no class logits")
-    if isinstance(preprocessing, PicturePreprocessing) and path is not None:
-        check_fit(network)
+    if isinstance(preprocessing, VisionPreprocessing) and path is not None:
+        check_image_input(network)
         if labels != "folders":
             raise UserError(f"--calibration-labels {labels}: images are labelled by their class folders: say `folders`")
         files = images_in_folders(path)
         folders = [file.relative_to(path).parts[0] for file in files]
-        numbers = class_numbers(network, path, sorted(set(folders)))
+        numbers = classes_of_folders(network, path, sorted(set(folders)))
         return files, [numbers[f] for f in folders], reading(preprocessing), "image"
     if isinstance(preprocessing, TextPreprocessing) and path is not None and is_table(path):
         if column is None or "," in column:
@@ -159,8 +159,8 @@ def _labelled(
         rows = [row for row in table.select([*group, labels]) if any(cell.strip() for cell in row[:-1])]
         if not rows:
             raise UserError(f"{path} holds no texts in {column}")
-        classes = class_numbers_of(network, [row[-1] for row in rows], path, table.names_of_classes(labels))
-        of_text = dict(zip(stripped(as_texts(rows, group)), classes, strict=True))
+        classes = classes_of_labels(network, [row[-1] for row in rows], path, table.names_of_classes(labels))
+        of_text = dict(zip(strip_texts(as_texts(rows, group)), classes, strict=True))
         check_texts(list(of_text), preprocessing, path)
         return list(of_text), list(of_text.values()), preprocessing, "text"
     raise UserError(f"--calibration-labels {labels}: only a table of texts and a folder of class folders have labels")
@@ -210,7 +210,7 @@ def _calibration(
     used = order[: min(count, len(items) - held)]
     others = order[len(used) : len(used) + held]
     if isinstance(preprocess, TextPreprocessing):
-        tell_cut([items[i] for i in used + others], preprocess, "built-in samples" if path is None else str(path))
+        warn_truncated([items[i] for i in used + others], preprocess, "built-in samples" if path is None else str(path))
     digest, parts = hashlib.sha256(), []
     batches: Shelf[dict[str, Tensor]] = Shelf()
     for whole in _parts(items, used, kind, seed):
@@ -258,7 +258,7 @@ def _fitting(network: Network, calibration: Calibration) -> Calibration:
     batches = chain(calibration.batches, calibration.held_out)
     first, *others = dict.fromkeys(tuple(batch[name].shape[2:]) for batch in batches)
     if others:
-        raise UserError(f"calibration on {calibration.source}: {different_shapes(first, others[0], 'of them')}")
+        raise UserError(f"calibration on {calibration.source}: {shape_mismatch(first, others[0], 'of them')}")
     if first == tuple(network.inputs[name].shape[2:]):
         return calibration
     try:

@@ -12,9 +12,9 @@ from torch import Tensor
 from optin_deploy.data.preprocessing import (
     MOST_PIXELS,
     ImagePreprocessing,
-    PicturePreprocessing,
+    VisionPreprocessing,
     ProcessorPreprocessing,
-    different_shapes,
+    shape_mismatch,
 )
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
@@ -100,7 +100,7 @@ def read_images(files: Sequence[Path]) -> list[Image.Image]:
     return images
 
 
-def check_images(files: Sequence[Path], preprocessing: PicturePreprocessing) -> None:
+def check_images(files: Sequence[Path], preprocessing: VisionPreprocessing) -> None:
     """Look at pictures that will be read later.
 
     Raises:
@@ -128,9 +128,9 @@ def check_images(files: Sequence[Path], preprocessing: PicturePreprocessing) -> 
         logger.warning("%d files hold several pictures or pages: the first of each is taken", several)
 
 
-def check_fit(network: Network) -> None:
+def check_image_input(network: Network) -> None:
     """Raise UserError where what ``network`` prepares of pictures is not what it takes."""
-    preprocessing: PicturePreprocessing = network.preprocessing
+    preprocessing: VisionPreprocessing = network.preprocessing
     sample = network.inputs.get(preprocessing.input_name)
     if sample is None:
         raise UserError(
@@ -143,7 +143,7 @@ def check_fit(network: Network) -> None:
         )
 
 
-def reading(preprocessing: PicturePreprocessing) -> Callable[[list[Path]], dict[str, Tensor]]:
+def reading(preprocessing: VisionPreprocessing) -> Callable[[list[Path]], dict[str, Tensor]]:
     """What makes a batch of inputs of picture files, each read when it is its turn."""
 
     def inputs(files: list[Path]) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def _check_mode(file: Path, image: Image.Image) -> None:
     )
 
 
-def _check_resized(file: Path, image: Image.Image, preprocessing: PicturePreprocessing) -> None:
+def _check_resized(file: Path, image: Image.Image, preprocessing: VisionPreprocessing) -> None:
     """Raise UserError for a picture too elongated: all of it is resized before it is cropped."""
     width, height = image.size
     resized_width, resized_height = preprocessing.resized(width, height)
@@ -184,7 +184,7 @@ def _check_one_shape(sizes: Mapping[tuple[int, int], Path], preprocessing: Proce
         shape = preprocessing.shape_of(*size)
         first = first or shape
         if shape != first:
-            raise UserError(different_shapes(first, shape, f"as {file}"))
+            raise UserError(shape_mismatch(first, shape, f"as {file}"))
 
 
 def _orientation(image: Image.Image) -> int:

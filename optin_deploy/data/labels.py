@@ -39,7 +39,7 @@ class _Names:
 
     Attributes:
         own: as the network's files name the classes.
-        alike: the same by the names that `normalised` makes of these.
+        alike: the same by the names that `normalize_name` makes of these.
         table: as ImageNet does, where the network tells its classes apart.
         classes: how many there are.
     """
@@ -51,7 +51,7 @@ class _Names:
 
     def named(self, folder: str) -> frozenset[int]:
         """The classes of that name, or of one like it where none has it exactly."""
-        plain = normalised(folder)
+        plain = normalize_name(folder)
         return self.own.get(folder) or self.alike.get(plain) or self.table.get(plain) or frozenset()
 
     def numbered(self, folder: str) -> frozenset[int]:
@@ -64,7 +64,7 @@ class _Names:
         return frozenset({number} if number < self.classes else ())
 
 
-def class_numbers(network: Network, path: Path, folders: list[str]) -> dict[str, int]:
+def classes_of_folders(network: Network, path: Path, folders: list[str]) -> dict[str, int]:
     """The class number of each of ``folders`` (in ``path``, with images).
 
     Raises:
@@ -119,8 +119,8 @@ def class_number(network: Network, label: str, classes: int) -> int:
     if not numbers and label.isdecimal() and int(label) < classes:
         return int(label)
     if not numbers:
-        plain = normalised(label)
-        numbers = {_checked(name, number, classes) for name, number in pairs if normalised(name) == plain}
+        plain = normalize_name(label)
+        numbers = {_checked(name, number, classes) for name, number in pairs if normalize_name(name) == plain}
     if len(numbers) > 1:
         told = " and ".join(map(str, sorted(numbers)))
         raise ValueError(f"label {label!r} is the name of classes {told}: correct label2id and id2label in config.json")
@@ -131,7 +131,7 @@ def class_number(network: Network, label: str, classes: int) -> int:
     raise ValueError(f"label {label!r} is no class number from 0 to {classes - 1}{known}{hint}")
 
 
-def normalised(name: str) -> str:
+def normalize_name(name: str) -> str:
     """``name`` without what is written in different ways: case, accents as one or two characters, and what parts words:
     spaces, underscores, hyphens."""
     return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFKC", name).casefold().strip(" _-\t")))
@@ -180,7 +180,7 @@ def _collected(pairs: Iterable[tuple[str, int]]) -> dict[str, frozenset[int]]:
 
 def _words(name: str) -> set[str]:
     """A name as it is compared, and the words in it that commas part: "tench, Tinca tinca" is both."""
-    return {normalised(each) for each in (name, *name.split(","))} - {""}
+    return {normalize_name(each) for each in (name, *name.split(","))} - {""}
 
 
 @cache
@@ -240,7 +240,7 @@ def _single(path: Path, found: Mapping[str, frozenset[int]]) -> dict[str, int]:
 
 def _check_unknown(path: Path, names: _Names, folders: Sequence[str], unknown: Sequence[str]) -> None:
     """Raise UserError unless the order of folders can tell their classes, although ``unknown`` are no names."""
-    listed = _listed(unknown)
+    first_and_count = _listed(unknown)
     if names.own:
         known = _listed([name for name, _ in sorted(names.own.items(), key=lambda each: min(each[1]))])
         first = sorted(folders)[0]
@@ -252,14 +252,14 @@ def _check_unknown(path: Path, names: _Names, folders: Sequence[str], unknown: S
         )
         raise UserError(
             f"{path} has {len(folders)} class folders, the network tells {names.classes} classes, and calls none "
-            f"{listed} but {known}{by_order}: name folders by these, or by class number from 0"
+            f"{first_and_count} but {known}{by_order}: name folders by these, or by class number from 0"
         )
     if len(folders) != names.classes:
         empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in folders and not hidden(p.name))
         why = (
             f"{', '.join(map(repr, empty))[:80]} without images"
             if empty
-            else f"{listed} is no class number from 0 to {names.classes - 1}"
+            else f"{first_and_count} is no class number from 0 to {names.classes - 1}"
         )
         raise UserError(
             f"{path} has {len(folders)} class folders, the network tells {names.classes} classes: give one folder "
@@ -268,7 +268,7 @@ def _check_unknown(path: Path, names: _Names, folders: Sequence[str], unknown: S
     of_table = [folder for folder in folders if names.named(folder)]
     if 2 * len(of_table) >= len(folders):
         raise UserError(
-            f"{path}: {len(of_table)} of {len(folders)} class folders are named as ImageNet's classes are, {listed} "
+            f"{path}: {len(of_table)} of {len(folders)} class folders are named as ImageNet's classes are, {first_and_count} "
             "not: name all of them by synset (n01440764) or by class number"
         )
 

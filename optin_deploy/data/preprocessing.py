@@ -19,7 +19,7 @@ _EDGES = ("shortest_edge", "longest_edge")
 # Special tokens around a text or a pair.
 _MOST_ADDED = 8
 # What files of pictures are read as.
-PICTURE_CHANNELS = 3
+IMAGE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class ProcessorPreprocessing:
         prepared = [self._prepared(image) for image in images]
         for image, each in zip(images, prepared, strict=True):
             if each.shape != prepared[0].shape:
-                raise UserError(different_shapes(prepared[0].shape[-2:], each.shape[-2:], f"of {image.size} pixels"))
+                raise UserError(shape_mismatch(prepared[0].shape[-2:], each.shape[-2:], f"of {image.size} pixels"))
         return {self.input_name: torch.cat(prepared)}
 
     def _prepared(self, image: Image.Image) -> Tensor:
@@ -175,7 +175,7 @@ class ProcessorPreprocessing:
         return pixels
 
 
-def different_shapes(one: Sequence[int], other: Sequence[int], which: str) -> str:
+def shape_mismatch(one: Sequence[int], other: Sequence[int], which: str) -> str:
     """What is told of a picture whose prepared shape is not that of the others."""
     first, second = (" x ".join(map(str, shape)) for shape in (one, other))
     return (
@@ -253,5 +253,5 @@ class TextPreprocessing:
         return [[text.lower() for text in column] for column in columns] if self.lower_case else columns
 
 
-PicturePreprocessing = ImagePreprocessing | ProcessorPreprocessing
-Preprocessing = PicturePreprocessing | TextPreprocessing
+VisionPreprocessing = ImagePreprocessing | ProcessorPreprocessing
+Preprocessing = VisionPreprocessing | TextPreprocessing

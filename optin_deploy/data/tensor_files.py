@@ -33,7 +33,7 @@ def read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
     return {name: tensors[name].to(sample.dtype) for name, sample in network.inputs.items()}
 
 
-def selecting(tensors: Mapping[str, Tensor]) -> Callable[[list[int]], dict[str, Tensor]]:
+def row_selector(tensors: Mapping[str, Tensor]) -> Callable[[list[int]], dict[str, Tensor]]:
     """What makes a batch of inputs of rows of ``tensors``."""
     return lambda rows: {name: tensor[rows] for name, tensor in tensors.items()}
 

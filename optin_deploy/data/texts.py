@@ -70,7 +70,7 @@ def _stripped(text: Text) -> Text:
     return text.strip() if isinstance(text, str) else (text[0].strip(), text[1].strip())
 
 
-def stripped(texts: Sequence[Text]) -> list[Text]:
+def strip_texts(texts: Sequence[Text]) -> list[Text]:
     """``texts`` without white space around them."""
     return [_stripped(text) for text in texts]
 
@@ -90,7 +90,7 @@ def check_texts(texts: Sequence[Text], preprocessing: TextPreprocessing, path: P
         )
 
 
-def tell_cut(texts: Sequence[Text], preprocessing: TextPreprocessing, source: str) -> None:
+def warn_truncated(texts: Sequence[Text], preprocessing: TextPreprocessing, source: str) -> None:
     """Log how many texts are longer than what the network is given of them."""
     count = preprocessing.cut(texts)
     if count:
@@ -103,7 +103,7 @@ def tell_cut(texts: Sequence[Text], preprocessing: TextPreprocessing, source: st
         )
 
 
-def class_numbers_of(
+def classes_of_labels(
     network: Network, labels: Sequence[str], path: Path, names: tuple[str, ...] | None = None
 ) -> list[int]:
     """The number of the class of each label, given by number (also as 1.0) or by name.

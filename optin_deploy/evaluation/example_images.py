@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from optin_deploy.data.preprocessing import PicturePreprocessing
+from optin_deploy.data.preprocessing import VisionPreprocessing
 from optin_deploy.network import Network
 
 MOST = 4
@@ -81,9 +81,9 @@ def _drawn(dense: Tensor, pruned: Tensor) -> tuple[str, str]:
 
 
 def _image(network: Network, batch: Mapping[str, Tensor], sample: int) -> str | None:
-    """The input as it was before it was normalised."""
+    """The input as it was before it was normalize_name."""
     preprocessing = network.preprocessing
-    if not isinstance(preprocessing, PicturePreprocessing):
+    if not isinstance(preprocessing, VisionPreprocessing):
         return None
     return _png(preprocessing.shown(batch[preprocessing.input_name][sample].float().cpu()).numpy())
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.data.image_files import check_fit, check_images, images_in_folders, read_images
-from optin_deploy.data.labels import class_numbers
-from optin_deploy.data.preprocessing import ImagePreprocessing, PicturePreprocessing, TextPreprocessing
+from optin_deploy.data.image_files import check_image_input, check_images, images_in_folders, read_images
+from optin_deploy.data.labels import classes_of_folders
+from optin_deploy.data.preprocessing import ImagePreprocessing, VisionPreprocessing, TextPreprocessing
 from optin_deploy.data.unread import unread
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.dataset import Dataset
@@ -37,7 +37,7 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
         UserError: the data is unreadable, empty, or does not suit the network.
     """
     check_there(path, "evaluation data")
-    if isinstance(network.preprocessing, PicturePreprocessing):
+    if isinstance(network.preprocessing, VisionPreprocessing):
         return _images(network, path)
     if not isinstance(network.preprocessing, TextPreprocessing):
         if told := unread(network):
@@ -47,8 +47,8 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
 
 
 def _images(network: Network, path: Path) -> Dataset:
-    preprocessing: PicturePreprocessing = network.preprocessing
-    check_fit(network)
+    preprocessing: VisionPreprocessing = network.preprocessing
+    check_image_input(network)
     if isinstance(preprocessing, ImagePreprocessing) and preprocessing.assumed:
         raise UserError(
             f"the files of {network.source.name} do not say how pictures are prepared, so that top-1 would be a guess: "
@@ -60,7 +60,7 @@ def _images(network: Network, path: Path) -> Dataset:
     if network.head == "regression":
         raise UserError("the network gives numbers, not classes: evaluate it on a table of texts and numbers, or not")
     folders = [file.relative_to(path).parts[0] for file in labelled]
-    numbers = class_numbers(network, path, sorted(set(folders)))
+    numbers = classes_of_folders(network, path, sorted(set(folders)))
     labels = [numbers[folder] for folder in folders]
     check_images(labelled, preprocessing)
 

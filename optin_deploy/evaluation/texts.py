@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.data.preprocessing import Text, TextPreprocessing
 from optin_deploy.data.tables import Table, read_table
-from optin_deploy.data.texts import as_texts, check_texts, class_numbers_of, length, tell_cut
+from optin_deploy.data.texts import as_texts, check_texts, classes_of_labels, length, warn_truncated
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.network import Network
@@ -53,7 +53,7 @@ def load_texts(network: Network, preprocessing: TextPreprocessing, path: Path, c
         )
     texts = as_texts(rows, groups[0])
     check_texts(texts, preprocessing, path)
-    tell_cut(texts, preprocessing, str(path))
+    warn_truncated(texts, preprocessing, str(path))
     labels = [row[-1].strip() for row in rows]
     return _answers(network, preprocessing, path, (texts, labels), table.names_of_classes(names[-1]))
 
@@ -109,7 +109,7 @@ def _answers(
     elif kind == "binary" and all(label.lower() in _TRUTH for label in labels):
         wanted = torch.tensor([_TRUTH[label.lower()] for label in labels])
     else:
-        wanted = torch.tensor(class_numbers_of(network, labels, path, class_names))
+        wanted = torch.tensor(classes_of_labels(network, labels, path, class_names))
     order = sorted(range(len(texts)), key=lambda i: length(texts[i]))
     ranked = wanted.is_floating_point()
 
@@ -154,7 +154,7 @@ def _similarities(network: Network, preprocessing: TextPreprocessing, path: Path
         tell_default(network.source.name)
     texts = sorted({text for row in rows for text in row[:2]}, key=lambda text: (len(text), text))
     check_texts(texts, preprocessing, path)
-    tell_cut(texts, preprocessing, str(path))
+    warn_truncated(texts, preprocessing, str(path))
     place = {text: i for i, text in enumerate(texts)}
     head = copy.deepcopy(sentences.head).double()
 

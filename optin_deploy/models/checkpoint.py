@@ -30,8 +30,8 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import transformers_models
 from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
 from optin_deploy.models.intake.inputs import MOST_VALUES
-from optin_deploy.models.libraries import UNFIT, build, reason
-from optin_deploy.models.sentence_files import read_sentence_files, sentences_of
+from optin_deploy.models.libraries import LIBRARY_ERRORS, build, reason
+from optin_deploy.models.sentence_files import read_sentence_files, build_sentences
 from optin_deploy.models.transformers_images import read_processor
 from optin_deploy.models.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.models.transformers_models import read_tokenizer
@@ -277,7 +277,7 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
             with_merging(small, structure, token_stack(dense, inputs, structure, description.token_mask), plan)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
-    except UNFIT as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"checkpoint {path} does not fit {description.source.name}: {reason(error)}") from error
     load_weights(small, path)
     transformers_models.read_generation(small, path)
@@ -291,7 +291,7 @@ def load_weights(small: nn.Module, path: Path) -> None:
         state = load_file(regular(path / WEIGHTS_NAME))
         check_kinds(small, state, path / WEIGHTS_NAME)
         small.load_state_dict(state)
-    except (OSError, *UNFIT) as error:
+    except (OSError, *LIBRARY_ERRORS) as error:
         raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {reason(error)}") from error
 
 
@@ -362,7 +362,7 @@ def _preprocessing(description: _Description, path: Path) -> Preprocessing | Non
 def _processor(path: Path) -> Any:
     try:
         return read_processor(str(path))
-    except (OSError, *UNFIT) as error:
+    except (OSError, *LIBRARY_ERRORS) as error:
         raise UserError(f"the image processor in {path} cannot be read: {reason(error)}") from error
 
 
@@ -373,4 +373,4 @@ def _sentences(path: Path, preprocessing: Preprocessing | None) -> Sentences:
         raise UserError(
             f"checkpoint {path} is damaged: modules.json, which says how sentences are embedded, is missing"
         )
-    return sentences_of(files, preprocessing.tokenizer)
+    return build_sentences(files, preprocessing.tokenizer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.models.intake import take_in
+from optin_deploy.models.intake import adopt_module
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.outputs import named_outputs as named_outputs
 from optin_deploy.nn.task_head import HeadKind, head_of
@@ -37,7 +37,7 @@ def custom_network(
     Raises:
         UserError: the module cannot be pruned or exported as it is, see ``intake``; or there is no such output.
     """
-    taken = take_in(module, inputs)
+    taken = adopt_module(module, inputs)
     names = {key: name for name, key in taken.outputs.items()}
     if logits is not None and logits not in (*taken.outputs, *names):
         raise UserError(f"there is no output {logits!r}; the network gives {', '.join(taken.outputs)}")

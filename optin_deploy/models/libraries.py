@@ -9,7 +9,7 @@ from optin_deploy.models import timm_models, transformers_models
 from optin_deploy.network import Network, Source
 
 # What libraries raise for a configuration, weights or inputs that do not fit.
-UNFIT = (
+LIBRARY_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -32,7 +32,7 @@ def reason(error: Exception) -> str:
 
 def build(source: Source) -> nn.Module:
     """The dense module of ``source`` with initial weights, ready to be pruned; UserError when it cannot be built."""
-    return ready(source, initialised(source))
+    return ready(source, create_module(source))
 
 
 def ready(source: Source, module: nn.Module) -> nn.Module:
@@ -40,7 +40,7 @@ def ready(source: Source, module: nn.Module) -> nn.Module:
     return transformers_models.ready(module) if source.library == "transformers" else module
 
 
-def initialised(source: Source) -> nn.Module:
+def create_module(source: Source) -> nn.Module:
     """The module as the library itself makes it, whose weights files fit; UserError when it cannot be built."""
     if source.library == "timm":
         return timm_models.build(source)

@@ -12,9 +12,9 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint, timm_files, timm_models, transformers_models
 from optin_deploy.models.hub import cached_if_unreachable, read_origin
 from optin_deploy.models.intake import validate
-from optin_deploy.models.libraries import UNFIT, initialised, ready, reason
-from optin_deploy.models.model_directories import check_directory, file_told, variant_of, weights_in
-from optin_deploy.models.sentence_files import SentenceFiles, read_sentence_files, sentences_of
+from optin_deploy.models.libraries import LIBRARY_ERRORS, create_module, ready, reason
+from optin_deploy.models.model_directories import check_directory, describe_file, variant_of, find_weights
+from optin_deploy.models.sentence_files import SentenceFiles, read_sentence_files, build_sentences
 from optin_deploy.models.weight_files import named
 from optin_deploy.models.weights import load_weights
 from optin_deploy.network import Network, Origin, Source
@@ -104,7 +104,7 @@ def check_weights(network: Network) -> None:
 
 
 def _timm_network(name: str, weights: str, image_size: int | None, seed: int) -> Network:
-    told = timm_files.told_by_weights(name, named(weights)) if weights not in ("pretrained", "random") else {}
+    told = timm_files.arguments_from_weights(name, named(weights)) if weights not in ("pretrained", "random") else {}
     source = timm_models.source_of(name, image_size, told)
     if weights == "pretrained":
         try:
@@ -129,7 +129,7 @@ def _saved_timm_network(
     source, file = saved.source, _own_weights(Path(model)) if own else weights
     if file != "random":
         # What the configuration does not say: timm writes only those arguments that it is told.
-        told = timm_files.told_by_weights(source.name, named(file))
+        told = timm_files.arguments_from_weights(source.name, named(file))
         source = replace(source, arguments={**told, **source.arguments})
     module = _initialised(source, file, seed)
     origin = read_origin(model, ()) if own else Origin()
@@ -139,7 +139,7 @@ def _saved_timm_network(
 def _own_weights(directory: Path) -> str:
     """The file of weights in ``directory``; UserError, which tells the other choices too, where there is none."""
     try:
-        return str(weights_in(directory))
+        return str(find_weights(directory))
     except UserError as error:
         # What tells a command to be given needs no other choice.
         more = "" if "--weights" in str(error) or "python -c" in str(error) else f"; or {_CHOICES}"
@@ -180,13 +180,13 @@ def _transformers_network(
             raise UserError(
                 f"the weights of {model} cannot be fetched or found ({reason(error)}): {_CHOICES}"
             ) from error
-        except UNFIT as error:
+        except LIBRARY_ERRORS as error:
             raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
         try:
             preprocessing = transformers_models.read_preprocessing(encoder, module, max_text_length, sentences)
-        except (OSError, *UNFIT) as error:
+        except (OSError, *LIBRARY_ERRORS) as error:
             raise UserError(f"the preprocessing of {model} cannot be used: {reason(error)}") from error
-        origin = read_origin(model, transformers_models.companions(module))
+        origin = read_origin(model, transformers_models.companion_files(module))
     if weights != "pretrained":
         origin = Origin(files=origin.files)
     source = transformers_models.with_padding(source, module)
@@ -194,7 +194,7 @@ def _transformers_network(
         network = transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
         network = replace(network, origin=origin)
         return with_sentences(network, sentences) if sentences and sentences.embeds else network
-    except UNFIT as error:
+    except LIBRARY_ERRORS as error:
         raise UserError(f"{model} does not take what its own preprocessing gives: {reason(error)}") from error
 
 
@@ -220,7 +220,7 @@ def with_sentences(network: Network, files: SentenceFiles) -> Network:
             f"modules.json makes sentence embeddings of texts, {network.source.name} takes "
             f"{', '.join(network.inputs)} and gives {', '.join(network.outputs)}: no {FEATURES} of tokens"
         )
-    sentences = sentences_of(files, network.preprocessing.tokenizer)
+    sentences = build_sentences(files, network.preprocessing.tokenizer)
     try:
         with torch.inference_mode():
             replace(network, sentences=sentences).with_pooling().forward(network.inputs)
@@ -235,11 +235,11 @@ def _transformers_config(model: str) -> object:
     try:
         with cached_if_unreachable(model):
             return transformers_models.read_config(model)
-    except (OSError, *UNFIT) as error:
+    except (OSError, *LIBRARY_ERRORS) as error:
         if Path(model).is_dir():
             raise UserError(f"{Path(model, 'config.json')} cannot be used: {reason(error)}") from error
         if Path(model).is_file():
-            told = file_told(Path(model))
+            told = describe_file(Path(model))
             raise UserError(
                 told
                 or f"--model {model} is a file: name the model that its weights are of, as in --model deit_small "
@@ -256,7 +256,7 @@ def _transformers_config(model: str) -> object:
 def _initialised(source: Source, weights: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = initialised(source)
+        module = create_module(source)
     if weights == "random":
         return ready(source, module)
     if source.library != "transformers":

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from optin_deploy.errors import UserError
 from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.models.pickles import SUFFIXES as PICKLES
-from optin_deploy.models.pickles import conversion, python_command
+from optin_deploy.models.pickles import conversion_command, python_command
 from optin_deploy.models.weight_files import INDEX_SUFFIX, LFS_POINTER, SHARD, shards
 from optin_deploy.utils.paths import regular
 
@@ -64,7 +64,7 @@ def check_directory(directory: Path) -> None:
         raise UserError(f"{directory} has no config.json, {directory / trained[-1]} has: give that")
 
 
-def weights_in(directory: Path) -> Path:
+def find_weights(directory: Path) -> Path:
     """The file of weights in ``directory``, or their index.
 
     Raises:
@@ -144,7 +144,7 @@ def _without_weights(directory: Path, names: Sequence[str], variants: Sequence[s
         path = directory / pickle
         if is_pointer(path):
             return _pointer_told(path)
-        command = conversion(path, directory / WEIGHTS)
+        command = conversion_command(path, directory / WEIGHTS)
         return f"the weights of {directory} are in {pickle} (pickles are never loaded); convert it: {command}"
     if other := next((n for n in names if n.endswith((".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite"))), None):
         return f"{directory} holds {other} and no {WEIGHTS}: only weights of PyTorch, as safetensors, are loaded"
@@ -196,7 +196,7 @@ def _labels(directory: Path) -> int | None:
         return None
 
 
-def file_told(path: Path) -> str | None:
+def describe_file(path: Path) -> str | None:
     """What a file given as a model is, where that is no network that can be pruned; None where that is unknown."""
     kinds = {
         ".onnx": "an exported ONNX graph: give the network that it was exported from, as a name or directory",

@@ -28,7 +28,7 @@ _USUAL = ("argparse.Namespace", "numpy.core.multiarray.scalar", "numpy.dtype", "
 _MOST_SHOWN = 6
 
 
-def conversion(source: Path, target: Path) -> str:
+def conversion_command(source: Path, target: Path) -> str:
     """The command for a shell that converts the pickle ``source`` to the safetensors file ``target``."""
     return python_command(f"from optin_deploy.models.pickles import convert; convert({str(source)!r}, {str(target)!r})")
 
@@ -40,7 +40,7 @@ def python_command(code: str) -> str:
     return f"python -c {quoted}"
 
 
-def converted_name(source: Path) -> Path:
+def converted_path(source: Path) -> Path:
     """Where the tensors of the pickle ``source`` go: beside it."""
     while source.suffix in SUFFIXES:
         source = source.with_suffix("")

@@ -351,7 +351,7 @@ def _moved(files: Mapping[str, bytes], modules: list[Any], folder: str) -> dict[
     return {own.get(name, name): content for name, content in files.items()} | {MODULES_NAME: first.encode()}
 
 
-def sentences_of(files: SentenceFiles, tokenizer: Any) -> Sentences:
+def build_sentences(files: SentenceFiles, tokenizer: Any) -> Sentences:
     """How the model of ``files``, which embeds, makes sentence embeddings of the tokens of ``tokenizer``."""
     prompt = files.prompt.lower() if files.lower_case else files.prompt
     ids = tokenizer(prompt)["input_ids"] if prompt else []

@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.weight_files import WeightsFile, shapes_if_readable
-from optin_deploy.models.weight_names import chosen, parts_of, unwrapped
+from optin_deploy.models.weight_names import choose_part, find_parts, unwrap_names
 from optin_deploy.network import Source
 
 # Far more than any network has of anything but classes: a depth without end would be built until memory is full.
@@ -125,7 +125,7 @@ def _own(architecture: str) -> dict[str, Any]:
     return known.to_dict() if known else {}
 
 
-def told_by_weights(name: str, file: WeightsFile) -> dict[str, int]:
+def arguments_from_weights(name: str, file: WeightsFile) -> dict[str, int]:
     """What a file of weights tells of the network ``name`` where that is other than timm's own: arguments for timm.
 
     They are the number of classes, 0 for a file without a head, and of the channels of its pictures. Nothing where the
@@ -138,9 +138,9 @@ def told_by_weights(name: str, file: WeightsFile) -> dict[str, int]:
     try:
         with torch.device("meta"):
             usual = {n: tuple(t.shape) for n, t in timm.create_model(name).state_dict().items()}
-        found = unwrapped(shapes)
-        parts = parts_of(found, [n for n in usual if not n.startswith(f"{head}.")])
-        part = parts[0] if file.part is None else chosen(parts, file.part, file.path)
+        found = unwrap_names(shapes)
+        parts = find_parts(found, [n for n in usual if not n.startswith(f"{head}.")])
+        part = parts[0] if file.part is None else choose_part(parts, file.part, file.path)
         conv, usual_conv = shapes[found[part.found[f"{first}.weight"]]], usual[f"{first}.weight"]
         classes = shapes.get(found.get(f"{part.prefix}{head}.weight", ""), (0,))[0]
     except (UserError, NotImplementedError, RuntimeError, LookupError):

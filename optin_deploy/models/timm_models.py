@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from optin_deploy.data.preprocessing import PICTURE_CHANNELS, ImagePreprocessing
+from optin_deploy.data.preprocessing import IMAGE_CHANNELS, ImagePreprocessing
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network, Origin, Source
 from optin_deploy.structure.canonicalize import prunable_form
@@ -150,7 +150,7 @@ def _for_channels(name: str, key: str, values: Sequence[float], channels: int) -
     """
     if len(values) == channels:
         return tuple(values)
-    if len(values) in (1, PICTURE_CHANNELS):
+    if len(values) in (1, IMAGE_CHANNELS):
         return (sum(values) / len(values),) * channels
     raise UserError(
         f"pretrained_cfg.{key} of {name} has {len(values)} numbers, its pictures have {channels} channels: correct "

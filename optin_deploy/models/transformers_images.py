@@ -11,7 +11,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from optin_deploy.data.preprocessing import ImagePreprocessing, PicturePreprocessing, ProcessorPreprocessing
+from optin_deploy.data.preprocessing import ImagePreprocessing, VisionPreprocessing, ProcessorPreprocessing
 from optin_deploy.errors import UserError
 from optin_deploy.models import transformers_inputs as inputs_of
 from optin_deploy.models.hub import PROCESSOR_FILES, read_files
@@ -26,7 +26,7 @@ _OF_PILLOW_ONLY = (Image.Resampling.BOX, Image.Resampling.HAMMING)
 _PROBES = ((256, 256), (300, 300), (320, 200), (200, 330))
 
 
-def read_image_preprocessing(name: str, module: nn.Module) -> PicturePreprocessing | None:
+def read_image_preprocessing(name: str, module: nn.Module) -> VisionPreprocessing | None:
     """What prepares pictures for ``module``: the image processor beside its weights.
 
     None, with a warning, where the network takes pictures of other channels than the processor makes. Without a
@@ -69,7 +69,7 @@ def _with_pillow() -> dict[str, Any]:
     return {"backend": "pil"} if named else {"use_fast": False}
 
 
-def _for_channels(preprocessing: PicturePreprocessing, channels: int, name: str) -> PicturePreprocessing | None:
+def _for_channels(preprocessing: VisionPreprocessing, channels: int, name: str) -> VisionPreprocessing | None:
     if preprocessing.channels == channels:
         return preprocessing
     logger.warning(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.data.preprocessing import PicturePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.data.preprocessing import VisionPreprocessing, Preprocessing, TextPreprocessing
 from optin_deploy.errors import UserError
 from optin_deploy.nn.outputs import all_outputs, named_outputs, unfit
 
@@ -66,7 +66,7 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
         length = min([sequence_length, *(limit for limit in limits if limit is not None)])
         text = _SAMPLE_TEXT * max(64, length // len(_SAMPLE_TEXT.split()) + 1)
         return replace(preprocessing, max_length=length)([text] * _SAMPLES)
-    if isinstance(preprocessing, PicturePreprocessing):
+    if isinstance(preprocessing, VisionPreprocessing):
         size: tuple[int, ...] = (preprocessing.channels, *preprocessing.size)
         return {IMAGE_INPUT: torch.randn(_SAMPLES, *size, generator=generator)}
     inputs = {}

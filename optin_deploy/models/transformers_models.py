@@ -20,7 +20,7 @@ from optin_deploy.models import transformers_inputs as inputs_of
 from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.models.sentence_files import SentenceFiles
 from optin_deploy.models.transformers_images import read_image_preprocessing
-from optin_deploy.models.weight_names import listed
+from optin_deploy.models.weight_names import first_and_count
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.task_head import HeadKind, head_of
@@ -98,7 +98,7 @@ def _is_model_class(name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
 
 
-def initialised(source: Source) -> nn.Module:
+def create_module(source: Source) -> nn.Module:
     """The dense module with initial weights, in fp32, as transformers makes it."""
     if not _is_model_class(source.name):
         installed = transformers.__version__
@@ -169,7 +169,7 @@ def _check_unexpected(name: str, source: Source, module: nn.Module, keys: list[s
             "config.json"
         )
     if keys:
-        logger.warning("%s: %s has no place for the weights of %s", name, source.name, listed(keys))
+        logger.warning("%s: %s has no place for the weights of %s", name, source.name, first_and_count(keys))
 
 
 def ready(module: nn.Module) -> nn.Module:
@@ -210,7 +210,7 @@ def task(class_name: str, inputs: Iterable[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def companions(module: nn.Module) -> tuple[str, ...]:
+def companion_files(module: nn.Module) -> tuple[str, ...]:
     """Names of the files beside the weights that no preprocessing of the network holds."""
     kinds = inputs_of.input_kinds(module)
     if kinds == [inputs_of.TEXT_INPUT]:

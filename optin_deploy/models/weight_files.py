@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.pickles import SUFFIXES as PICKLES
-from optin_deploy.models.pickles import conversion, converted_name
+from optin_deploy.models.pickles import conversion_command, converted_path
 from optin_deploy.utils.paths import regular
 
 INDEX_SUFFIX = ".index.json"
@@ -82,7 +82,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors.update(load_file(regular(each)))
         return tensors
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-        told = kind_of(each) or " ".join(str(error).split())[:200] or type(error).__name__
+        told = describe_unreadable(each) or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"weights file {each} cannot be read: {told}") from error
 
 
@@ -124,10 +124,10 @@ def check_suffix(path: Path) -> None:
     kind = _content(path)
     if kind is not None:
         raise UserError(f"--weights {path} is {kind}")
-    raise UserError(f"{told}; convert it: {conversion(path, converted_name(path))}")
+    raise UserError(f"{told}; convert it: {conversion_command(path, converted_path(path))}")
 
 
-def kind_of(path: Path) -> str | None:
+def describe_unreadable(path: Path) -> str | None:
     """What a file is that is no safetensors file, and what to do, as a part of one line; None where that is unknown."""
     kind = _content(path)
     if kind is not None:
@@ -141,7 +141,7 @@ def kind_of(path: Path) -> str | None:
     if not zipfile.is_zipfile(path) and not (head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return None
     target = path.with_name(f"{path.stem}-converted.safetensors")
-    return f"it is a pickle by another name (pickles are never loaded); convert it: {conversion(path, target)}"
+    return f"it is a pickle by another name (pickles are never loaded); convert it: {conversion_command(path, target)}"
 
 
 def _content(path: Path) -> str | None:

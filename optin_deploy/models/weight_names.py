@@ -41,13 +41,13 @@ class Part:
         return self.prefix.removesuffix(".") or PLAIN
 
 
-def unwrapped(names: Collection[str]) -> dict[str, str]:
+def unwrap_names(names: Collection[str]) -> dict[str, str]:
     """Name without the wrappers that torch inserts anywhere -> name; as they are where two names would become one."""
     without = {".".join(p for p in name.split(".") if p not in _WRAPPERS): name for name in names}
     return without if len(without) == len(names) else {name: name for name in names}
 
 
-def parts_of(names: Collection[str], own: Collection[str]) -> list[Part]:
+def find_parts(names: Collection[str], own: Collection[str]) -> list[Part]:
     """The parts of a file with ``names`` that hold at least half of the names in ``own`` each; the fullest comes first.
 
     A name belongs to one part. Without such a part there is none.
@@ -72,7 +72,7 @@ def parts_of(names: Collection[str], own: Collection[str]) -> list[Part]:
     return parts
 
 
-def chosen(parts: Sequence[Part], wanted: str | None, path: object) -> Part:
+def choose_part(parts: Sequence[Part], wanted: str | None, path: object) -> Part:
     """The one part that is meant: the only one, or the one that ``wanted`` names by all of its prefix or a piece.
 
     Raises:
@@ -97,11 +97,11 @@ def chosen(parts: Sequence[Part], wanted: str | None, path: object) -> Part:
     raise UserError(f"--weights {path}#{wanted} names no one part of the file: give {choices}")
 
 
-def of_training(name: str) -> bool:
+def is_training_name(name: str) -> bool:
     """Whether a name is of what training scripts save beside a network."""
     return _OF_TRAINING.match(name) is not None
 
 
-def listed(names: Sequence[str]) -> str:
+def first_and_count(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are."""
     return names[0] + f" ({len(names) - 1} more)" * (len(names) > 1)

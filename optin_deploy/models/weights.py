@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.weight_files import INDEX_SUFFIX, SHARD, WeightsFile, read_tensors
-from optin_deploy.models.weight_names import Part, chosen, listed, of_training, parts_of, unwrapped
+from optin_deploy.models.weight_names import Part, choose_part, first_and_count, is_training_name, find_parts, unwrap_names
 
 logger = logging.getLogger(__name__)
 _REFIT = "give the --model it was saved from"
@@ -59,7 +59,7 @@ def load_weights(
         UserError: the file cannot be read, does not fit, or holds the network several times.
     """
     given = read_tensors(file.path)
-    originals = unwrapped(given)
+    originals = unwrap_names(given)
     tensors = {name: given[there] for name, there in originals.items()}
     own = module.state_dict()
     part, naming, copies = _part(tensors, [{name: name for name in own}, *namings], file)
@@ -70,7 +70,7 @@ def load_weights(
         # Where the user names this part, what stands beside the network's own modules is left out.
         tops, named = {naming[name].partition(".")[0] for name in naming}, file.part is not None
         tops |= {name.partition(".")[0] for name in naming}
-        within = [name for name in within if name.partition(".")[0] in tops or not (named or of_training(name))]
+        within = [name for name in within if name.partition(".")[0] in tops or not (named or is_training_name(name))]
     unknown = _unknown(module, part.prefix, {name: tensors[name] for name in within}, unused, file)
     _check_numbers(own, found, file)
     state = _completed(module, found)
@@ -81,9 +81,9 @@ def load_weights(
     _check_beside(part, [name for name in beside if name not in within], file)
     before = sorted({originals[there].removesuffix(name) for name, there in part.found.items()} - {""})
     if before:
-        logger.info("%s: the network's names stand behind %s", file, listed(before))
+        logger.info("%s: the network's names stand behind %s", file, first_and_count(before))
     if lacking := sorted({to.removesuffix(name) for name, to in naming.items() if to.endswith(name)} - {""}):
-        logger.info("%s: the names lack the network's %s", file, listed(lacking))
+        logger.info("%s: the names lack the network's %s", file, first_and_count(lacking))
     if copies:
         logger.info("%s: %d tensors of other copies of the network are not used", file, len(copies))
     module.load_state_dict(state)
@@ -96,7 +96,7 @@ def _part(
 
     Of several ways to name a module's tensors, the one that most of them have.
     """
-    found = [(parts_of(tensors, each), each) for each in namings]
+    found = [(find_parts(tensors, each), each) for each in namings]
     parts, naming = max(found, key=lambda each: len(each[0][0].found) if each[0] else 0)
     if not parts:
         known = {name: name for name in tensors if name in naming}
@@ -104,7 +104,7 @@ def _part(
             raise UserError(f"--weights {file}: no part of the file fits the model; {_REFIT}")
         return Part("", known), naming, set()
     alike = file.part is None and _alike(parts, tensors)
-    part = parts[0] if alike else chosen(parts, file.part, file.path)
+    part = parts[0] if alike else choose_part(parts, file.part, file.path)
     return part, naming, {there for each in parts if each is not part for there in each.found.values()}
 
 
@@ -141,7 +141,7 @@ def _unknown(
         else:
             left_out.append(name)
     if left_out and not unknown:
-        logger.info("%s: not needed: %s", file, listed(left_out))
+        logger.info("%s: not needed: %s", file, first_and_count(left_out))
     return unknown
 
 
@@ -189,7 +189,7 @@ def _unfit(module: nn.Module, state: Mapping[str, Tensor], unknown: Sequence[str
         hint = _hint(module, other, given, wanted)
         return f"{other[0]} has shape {given}, the model takes {wanted}; {hint}"
     pairs = ("it has no", missing), ("the model has no", unknown)
-    told = [f"{verb} {listed(names)}" for verb, names in pairs if names]
+    told = [f"{verb} {first_and_count(names)}" for verb, names in pairs if names]
     return f"{', '.join(told)}; {_REFIT}" if told else ""
 
 
@@ -227,14 +227,14 @@ def _foreign(names: Iterable[str]) -> str | None:
 def _check_beside(part: Part, outside: Sequence[str], file: WeightsFile) -> None:
     """Raise UserError where the file holds more than the network and its training, and the user did not name the part
     that is meant."""
-    more = [name for name in outside if not of_training(name)]
+    more = [name for name in outside if not is_training_name(name)]
     if len(outside) > len(more):
-        logger.info("%s: of training, not used: %s", file, listed([n for n in outside if n not in more]))
+        logger.info("%s: of training, not used: %s", file, first_and_count([n for n in outside if n not in more]))
     if not more:
         return
     if file.part is None:
         raise UserError(
-            f"weights file {file} holds {listed(more)} beside the network's {part.prefix}: give "
+            f"weights file {file} holds {first_and_count(more)} beside the network's {part.prefix}: give "
             f"--weights {file.path}#{part.label} to leave that out"
         )
-    logger.warning("%s: not used: %s", file, listed(more))
+    logger.warning("%s: not used: %s", file, first_and_count(more))

@@ -167,7 +167,7 @@ def _profile(job: Job, runtimes: tuple[str, ...], variants: Mapping[str, Variant
         seed=recipe.seed,
         tf32=recipe.precision == "tf32",
     )
-    sample = {name: t[:1].numpy() for name, t in job.network.inputs.items()}
+    sample = job.network.sample_arrays()
     with TemporaryDirectory(prefix="optin-builds-") as folder:
         dense, pruned = (_built_again(variants[name], recipe, Path(folder)) for name in VARIANTS)
         return compare(dense, pruned, sample, config, lambda done, _: report_progress(done)).to_dict()
@@ -194,7 +194,7 @@ def _layers(
     flops = [own_flops(dense.module, dense.inputs, where), own_flops(small.module, small.inputs, {**where, **merging})]
     where |= merging
     widths = narrow_widths(describe(small.module, small.inputs))
-    sample = {name: t[:1].numpy() for name, t in dense.inputs.items()}
+    sample = dense.sample_arrays()
     batch_size = recipe.headline_batch_size
     cases = [m for m in measurements if m["runtime"] in LAYER_RUNTIMES and m["batch_size"] == batch_size]
     found = []

@@ -68,7 +68,7 @@ def profile_network(network: Network, target: Target, seconds: float) -> Network
         UserError: nothing in the network is known by its parts.
         ProfilingError: the runtime failed.
     """
-    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    sample = network.sample_arrays()
     where = places(network.module, examine(network).structure) | merging_places(network.module)
 
     def part_of(row: LayerRow) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.models.intake.forwards import counted_outputs, run_samples
 from optin_deploy.models.intake.inputs import plain_inputs
-from optin_deploy.models.intake.modules import CAST, check_parameters, own_module
+from optin_deploy.models.intake.modules import CAST, check_parameters, unwrap_module
 from optin_deploy.network import Network
 from optin_deploy.nn.copies import called, copied, copyable, kept_tensors, sharing
 from optin_deploy.nn.outputs import unfit, unused
@@ -30,7 +30,7 @@ _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoin
 
 
 @dataclass(frozen=True)
-class Taken:
+class AdoptedModule:
     """A module as it is pruned and exported, with what was found in its forward passes.
 
     Attributes:
@@ -44,22 +44,22 @@ class Taken:
     notes: tuple[str, ...]
 
 
-def take_in(given: object, inputs: object) -> Taken:
+def adopt_module(given: object, inputs: object) -> AdoptedModule:
     """A module of the user's own, put in eval mode, with its sample ``inputs``.
 
     Raises:
         UserError: it cannot be pruned or exported as it is.
     """
     with torch.inference_mode(False):
-        check_surroundings()
+        check_environment()
         notes: list[str] = []
-        module = own_module(given, notes)
+        module = unwrap_module(given, notes)
         module.eval()
         check_parameters(module)
         module = prunable_form(copyable(module))
         sample = plain_inputs(module, inputs)
         module, sample = _in_float32(module, sample, notes)
-        module = put_right(module, notes)
+        module = make_differentiable(module, notes)
         found = run_samples(module, sample)
         counted, left_out = counted_outputs(found)
         if left_out:
@@ -70,7 +70,7 @@ def take_in(given: object, inputs: object) -> Taken:
         outputs = _output_names(counted, sample, notes)
     for note in notes:
         logger.warning("%s: %s", called(module), note)
-    return Taken(module, sample, outputs, tuple(notes))
+    return AdoptedModule(module, sample, outputs, tuple(notes))
 
 
 def validate(network: Network) -> Network:
@@ -84,7 +84,7 @@ def validate(network: Network) -> Network:
 def check_module(
     module: nn.Module, inputs: Mapping[str, Tensor], outputs: Mapping[str, str], known: Collection[str] = ()
 ) -> nn.Module:
-    """The module of a network that exists, with what `put_right` mends; see `Taken` for ``outputs``.
+    """The module of a network that exists, with what `make_differentiable` mends; see `AdoptedModule` for ``outputs``.
 
     Args:
         known: notes that are not told again.
@@ -93,16 +93,16 @@ def check_module(
         UserError: it cannot be pruned or exported as it is, or an output cannot be one.
     """
     with torch.inference_mode(False):
-        check_surroundings()
+        check_environment()
         notes: list[str] = []
-        module = own_module(module, notes)
+        module = unwrap_module(module, notes)
         check_parameters(module)
         low = next((n for n, p in module.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
         if low is not None:
             raise UserError(f"{called(module)} is in half precision ({low}): make it by custom_network, which casts it")
         if any(part.training for part in module.modules()):
             module.eval()
-        module = put_right(copyable(module), notes)
+        module = make_differentiable(copyable(module), notes)
         found = run_samples(module, plain_inputs(module, inputs))
         for note in (*notes, *found.notes):
             if note not in known:
@@ -118,7 +118,7 @@ def check_module(
     return module
 
 
-def check_surroundings() -> None:
+def check_environment() -> None:
     """Raise UserError where the caller has autocast on: everything would be computed in its precision."""
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
@@ -134,7 +134,7 @@ def _in_float32(module: nn.Module, inputs: dict[str, Tensor], notes: list[str]) 
     return copied(module).float(), {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
 
 
-def put_right(module: nn.Module, notes: list[str]) -> nn.Module:
+def make_differentiable(module: nn.Module, notes: list[str]) -> nn.Module:
     """``module`` without gradient checkpointing and without tensors of inference mode, which no gradient passes; itself
     where it has neither, else a copy."""
     if any(t.is_inference() for t in module.parameters()):

@@ -13,13 +13,13 @@ CAST = (torch.float16, torch.bfloat16, torch.float64)
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
-def own_module(given: object, notes: list[str]) -> nn.Module:
+def unwrap_module(given: object, notes: list[str]) -> nn.Module:
     """``given`` without the wrappers of parallel training; UserError where it is no module that can be pruned."""
     if isinstance(given, torch.export.ExportedProgram):
         raise UserError("an exported program holds operators and no modules: give the module that was exported")
     if isinstance(given, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        notes.append(f"Taken out of {type(given).__name__}.")
-        return own_module(given.module, notes)
+        notes.append(f"AdoptedModule out of {type(given).__name__}.")
+        return unwrap_module(given.module, notes)
     if not isinstance(given, nn.Module):
         hint = ": give an instance of it" if isinstance(given, type) else ""
         raise UserError(f"a torch.nn.Module is needed, not a {type(given).__name__}{hint}")
@@ -68,7 +68,7 @@ def check_parameters(module: nn.Module) -> None:
 
 def _unfit_parameter(parameter: Tensor) -> str | None:
     if is_lazy(parameter):
-        return "is not initialised (a lazy module): run the module once, and load its weights"
+        return "is not create_module (a lazy module): run the module once, and load its weights"
     if parameter.is_meta:
         return "is on the meta device, without values: load its weights"
     if parameter.is_nested or parameter.layout != torch.strided:

@@ -13,12 +13,12 @@ from torch import nn
 
 import optin_deploy
 from optin_deploy.data.calibration import load_calibration
-from optin_deploy.data.labels import class_numbers
+from optin_deploy.data.labels import classes_of_folders
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.images import load_dataset
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
-from optin_deploy.models.timm_files import saved, told_by_weights
+from optin_deploy.models.timm_files import saved, arguments_from_weights
 from optin_deploy.models.weight_files import WeightsFile
 from optin_deploy.network import Network
 from optin_deploy.structure.plan import Plan
@@ -73,7 +73,7 @@ def test_files_that_say_nothing_of_classes(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, other)
     text.write_text("no tensors")
     for path in (own, other, text, tmp_path / "none.safetensors", tmp_path / "weights.pth"):
-        assert told_by_weights("test_vit", WeightsFile(path)) == {}
+        assert arguments_from_weights("test_vit", WeightsFile(path)) == {}
 
 
 @pytest.mark.parametrize("channels", [4, 6])
@@ -209,13 +209,13 @@ def test_pictures_of_a_directory_are_prepared_as_timm_does(written: str, tmp_pat
         assert getattr(network.preprocessing, name) == (tuple(own[name]) if name in ("mean", "std") else own[name])
     checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
     for each in (network, load_network(str(tmp_path / "checkpoint"))):
-        assert class_numbers(each, tmp_path, ["cat", "dog", "emu"]) == {"emu": 0, "dog": 1, "cat": 2}
+        assert classes_of_folders(each, tmp_path, ["cat", "dog", "emu"]) == {"emu": 0, "dog": 1, "cat": 2}
     if written != "flat":
-        assert class_numbers(network, tmp_path, ["Man's best friend"]) == {"Man's best friend": 1}
+        assert classes_of_folders(network, tmp_path, ["Man's best friend"]) == {"Man's best friend": 1}
 
 
 def test_labels_with_gaps(tmp_path: Path) -> None:
     save(trained(num_classes=3), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "label_names": {"2": "cat", "0": "emu"}}))
-    assert class_numbers(load_network(str(tmp_path)), tmp_path, ["cat", "emu"]) == {"cat": 2, "emu": 0}
+    assert classes_of_folders(load_network(str(tmp_path)), tmp_path, ["cat", "emu"]) == {"cat": 2, "emu": 0}
