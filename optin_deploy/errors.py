@@ -10,5 +10,5 @@ class GateError(Exception):
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return the message of ``error`` in one line of at most ``limit`` characters, or the error's type if it is empty."""
+    """Return the message of ``error`` in one line, cut to ``limit`` characters; the error's type if it is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

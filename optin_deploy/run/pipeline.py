@@ -22,7 +22,7 @@ from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.distributed.torchrun import joined, launched_ranks, local_device
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import Agreement, agreement
-from optin_deploy.evaluation.example_images import pictures
+from optin_deploy.evaluation.example_images import draw_examples
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.tables import Measured
 from optin_deploy.models import checkpoint
@@ -404,7 +404,7 @@ def _compared(job: Job, small: Network, directory: Path, stages: Stages) -> dict
         )
         drawn = run_directory.kept_json(
             directory / "pictures.json",
-            lambda: [asdict(p) for p in pictures(job.network, small.module, job.calibration.held_out)],
+            lambda: [asdict(p) for p in draw_examples(job.network, small.module, job.calibration.held_out)],
         )
     found = {"agreement": agreed, "pictures": drawn, "evaluation": None}
     if job.dataset is None:

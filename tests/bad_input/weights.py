@@ -123,7 +123,10 @@ def _zeroed(material: Material) -> Sequence[str]:
     return pruning("shallow")
 
 
-UNREADABLE, LIBRARY_ERRORS = r"weights file w\.safetensors cannot be read: ", r"weights file w\.safetensors does not fit"
+UNREADABLE, UNFIT = (
+    r"weights file w\.safetensors cannot be read: ",
+    r"weights file w\.safetensors does not fit",
+)
 ROWS = (
     Row("weights-empty", _bytes(lambda _: b""), UNREADABLE),
     Row("weights-truncated", _bytes(lambda whole: whole[: len(whole) // 2]), UNREADABLE),
@@ -172,7 +175,7 @@ ROWS = (
     Row(
         "weights-quantized",
         _tensors(lambda state: state.update({"head.qweight": state.pop("head.weight").to(torch.int32)})),
-        LIBRARY_ERRORS + r".*head\.qweight, of quantized weights",
+        UNFIT + r".*head\.qweight, of quantized weights",
     ),
     Row(
         "weights-of-eight-bits",
@@ -193,14 +196,18 @@ ROWS = (
         lambda _: [*COMMAND[:-1], f"{LONG}.safetensors"],
         LONG + r"\.safetensors cannot be read: .*too long",
     ),
-    Row("weights-of-another-network", _of_bert, LIBRARY_ERRORS),
+    Row("weights-of-another-network", _of_bert, UNFIT),
     Row(
         "weights-of-another-image-size",
         _larger,
-        LIBRARY_ERRORS + r".*: pos_embed has shape \(1, \d+, 64\), the model takes \(1, \d+, 64\); give the --image-size",
+        UNFIT + r".*: pos_embed has shape \(1, \d+, 64\), the model takes \(1, \d+, 64\); give the --image-size",
     ),
-    Row("weights-missing", _tensors(lambda state: state.pop("head.bias")), LIBRARY_ERRORS + ".*head.bias"),
-    Row("weights-shape", _tensors(lambda state: state.update({"head.bias": torch.zeros(3)})), LIBRARY_ERRORS + ".*head.bias"),
+    Row("weights-missing", _tensors(lambda state: state.pop("head.bias")), UNFIT + ".*head.bias"),
+    Row(
+        "weights-shape",
+        _tensors(lambda state: state.update({"head.bias": torch.zeros(3)})),
+        UNFIT + ".*head.bias",
+    ),
     Row(
         "weights-integers",
         _tensors(lambda state: state.update({"head.bias": state["head.bias"].to(torch.int8)})),

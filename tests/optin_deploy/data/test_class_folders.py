@@ -31,7 +31,7 @@ def named(names: Sequence[str] | None, classes: int = 0, by_name: Mapping[str, A
     )
     config.id2label = dict(enumerate(names)) if names else {i: f"LABEL_{i}" for i in range(count)}
     config.label2id = dict(by_name) if by_name else {name: i for i, name in config.id2label.items()}
-    module = library.ready(hf.ViTForImageClassification(config))
+    module = library.prepare_module(hf.ViTForImageClassification(config))
     source = Source("transformers", type(module).__name__, module.config.to_dict())
     return library.network_of(module, source, "random", None, 7)
 

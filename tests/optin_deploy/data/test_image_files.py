@@ -20,7 +20,7 @@ from optin_deploy.data.calibration import load_calibration
 from optin_deploy.data.image_files import image_files, read_images
 from optin_deploy.data.preprocessing import ImagePreprocessing
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 
 PREPARING = ImagePreprocessing("x", (32, 32))
 
@@ -211,7 +211,7 @@ def test_grey_networks_of_timm_get_grey_pictures(tmp_path: Path) -> None:
     given = network.preprocessing(read_images([file]))["x"]
     assert given.shape == (1, 1, 32, 32)
     assert torch.allclose(given[0], transform(Image.open(file).convert("L")))
-    shown = network.preprocessing.shown(given[0])
+    shown = network.preprocessing.to_colors(given[0])
     assert shown.shape == (32, 32, 3)
     assert torch.equal(shown[..., 0], shown[..., 2])
     assert load_dataset(network, tmp_path).samples == 2

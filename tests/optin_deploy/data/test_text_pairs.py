@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import optin_deploy
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.nn.task_head import HeadKind

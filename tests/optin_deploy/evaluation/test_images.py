@@ -14,8 +14,8 @@ from torch import nn
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.dataset import Dataset
-from optin_deploy.evaluation.images import load_dataset
-from optin_deploy.evaluation.texts import spearman
+from optin_deploy.evaluation.load import load_dataset
+from optin_deploy.evaluation.metrics import spearman
 from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network

@@ -14,7 +14,7 @@ from tiny_models import WORDS, save_lines, texts
 import optin_deploy
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
 from optin_deploy.structure.plan import Plan

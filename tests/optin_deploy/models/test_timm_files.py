@@ -15,10 +15,10 @@ import optin_deploy
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.data.labels import classes_of_folders
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
-from optin_deploy.models.timm_files import saved, arguments_from_weights
+from optin_deploy.models.timm_files import arguments_from_weights, read_saved_network
 from optin_deploy.models.weight_files import WeightsFile
 from optin_deploy.network import Network
 from optin_deploy.structure.plan import Plan
@@ -184,9 +184,9 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "vit", "architecture": "x"}', "[" * 9999])
 def test_other_directories_are_not_timms(text: str, tmp_path: Path) -> None:
-    assert saved(tmp_path) is None
+    assert read_saved_network(tmp_path) is None
     (tmp_path / "config.json").write_text(text)
-    assert saved(tmp_path) is None
+    assert read_saved_network(tmp_path) is None
 
 
 FLAT = {"architecture": "test_vit", "num_classes": 3, "mean": [0.1, 0.2, 0.3], "labels": ["emu", "dog", "cat"]}

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForIma
 from optin_deploy.config.recipe import make_recipe
 from optin_deploy.errors import UserError
 from optin_deploy.models.load import load_network
-from optin_deploy.models.weight_files import WeightsFile, named
+from optin_deploy.models.weight_files import WeightsFile, parse_weights
 from optin_deploy.network import Network
 
 State = dict[str, Tensor]
@@ -170,8 +170,8 @@ def test_an_average_of_parameters_alone_is_never_filled_up(tmp_path: Path) -> No
 def test_a_file_with_a_number_sign_in_its_name(tmp_path: Path) -> None:
     save_file(PLAIN, tmp_path / "w#1.safetensors")
     assert same(load_network("test_vit", weights=str(tmp_path / "w#1.safetensors")), PLAIN)
-    assert named("a.safetensors#ema") == WeightsFile(Path("a.safetensors"), "ema")
-    assert str(named("a.safetensors#ema")) == "a.safetensors#ema"
+    assert parse_weights("a.safetensors#ema") == WeightsFile(Path("a.safetensors"), "ema")
+    assert str(parse_weights("a.safetensors#ema")) == "a.safetensors#ema"
 
 
 def test_a_recipe_takes_a_part(tmp_path: Path) -> None:

@@ -220,6 +220,6 @@ def test_transformers_outputs_stay_what_they_were() -> None:
         output_attentions=True,
     )
     module = transformers.BertForSequenceClassification(config).eval()
-    assert transformers_inputs.counted_outputs(module, tiny.texts()) == ["logits"]
+    assert transformers_inputs.exported_outputs(module, tiny.texts()) == ["logits"]
     plain = transformers.BertModel(config, add_pooling_layer=False).eval()
-    assert transformers_inputs.counted_outputs(plain, tiny.texts()) == ["last_hidden_state"]
+    assert transformers_inputs.exported_outputs(plain, tiny.texts()) == ["last_hidden_state"]

@@ -25,7 +25,7 @@ from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.models.custom import custom_network
-from optin_deploy.models.intake import validate
+from optin_deploy.models.validation.adopt import validate
 from optin_deploy.network import Network, Source
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.run import job
