@@ -126,7 +126,7 @@ def reached(*_: object, **__: object) -> None:
 @pytest.fixture
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(world)
-    monkeypatch.setattr(job, "load_network", stand_in)
+    monkeypatch.setattr("optin_deploy.models.load.load_network", stand_in)
     monkeypatch.setattr(measure_stages, "compare", instantly)
     monkeypatch.setattr(measure_stages, "_layers", lambda *_: [])
     monkeypatch.setattr(latency_stage, "measure_network", reached)

@@ -19,7 +19,7 @@ def unwrap_module(candidate: object, notes: list[str]) -> nn.Module:
     if isinstance(candidate, torch.export.ExportedProgram):
         raise UserError("an exported program holds operators and no modules: give the module that was exported")
     if isinstance(candidate, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        notes.append(f"AdoptedModule out of {type(candidate).__name__}.")
+        notes.append(f"Removed the wrapper {type(candidate).__name__}.")
         return unwrap_module(candidate.module, notes)
     if not isinstance(candidate, nn.Module):
         hint = ": give an instance of it" if isinstance(candidate, type) else ""
@@ -71,7 +71,7 @@ def check_parameters(module: nn.Module) -> None:
 
 def _unfit_parameter(parameter: Tensor) -> str | None:
     if is_lazy(parameter):
-        return "is not create_module (a lazy module): run the module once, and load its weights"
+        return "is not initialised (a lazy module): run the module once, and load its weights"
     if parameter.is_meta:
         return "is on the meta device, without values: load its weights"
     if parameter.is_nested or parameter.layout != torch.strided:

@@ -104,9 +104,9 @@ def check_channels(network: Network, module: nn.Module, channels: int, folder: P
     save_images(folder / "pictures", 2)
     shape = f"tensor 'x' of shape \\(samples, {channels}, {given.shape[2]}, {given.shape[3]}\\)"
     for path in (None, folder / "pictures"):
-        with pytest.raises(UserError, match=f"{channels}-channel pictures.*{shape}.*--calibration FILE"):
+        with pytest.raises(UserError, match=f"{channels} channels.*{shape}.*--calibration FILE"):
             load_calibration(network, path)
-    with pytest.raises(UserError, match=f"--evaluate .*{channels}-channel pictures"):
+    with pytest.raises(UserError, match=f"--evaluate .*{channels} channels"):
         load_dataset(network, folder / "pictures")
     save_file({"x": torch.randn(4, *given.shape[1:])}, folder / "samples.safetensors")
     assert load_calibration(network, folder / "samples.safetensors").batches[0]["x"].shape[1] == channels
