@@ -74,7 +74,7 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
         for align, plan in plans.items():
             small = sliced(dense.module, anatomy.structure, plan)
             files[align] = export_network(dense, small, target, Path(name, align))
-        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
+        sample = dense.sample_arrays()
         pairs = [("dense", align) for align in plans]
         samples = measure_files(files, sample, target.case(given.seconds, files.values()), pairs).samples_ms
     best = kept_score(plans["1"], scores)

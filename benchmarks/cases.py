@@ -15,7 +15,7 @@ from optin_deploy import Network, load_network
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.data.image_files import image_files, read_images
 from optin_deploy.data.tables import read_table
-from optin_deploy.evaluation.texts import spearman
+from optin_deploy.evaluation.metrics import spearman
 
 Batch = dict[str, Tensor]
 # Photographs that no seed calibrates on.

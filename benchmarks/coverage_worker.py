@@ -252,7 +252,7 @@ def _check_speed(row: Row, dense: Network, folder: Path, batch: Mapping[str, Ten
         _export(dense, files["dense"], batch)
     except Exception as error:
         raise _FailedError(f"the dense network cannot be exported: {in_a_line(error)}") from error
-    sample = {name: tensor[:1].numpy() for name, tensor in dense.inputs.items()}
+    sample = dense.sample_arrays()
     three = {"dense": files["dense"], "again": files["dense"], "pruned": files["pruned"]}
     case = Case("ort-cpu", 1, threads=1, seconds=seconds)
     samples = measure_files(three, sample, case, [("dense", "pruned"), ("dense", "again")]).samples_ms

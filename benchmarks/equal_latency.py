@@ -61,7 +61,7 @@ def latencies(
     """Milliseconds of all modules in one interleaved run, by name."""
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
         files = {name: export_network(dense, module, target, Path(folder, name)) for name, module in modules.items()}
-        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
+        sample = dense.sample_arrays()
         pairs = [("dense", name) for name in modules if name != "dense"]
         return dict(measure_files(files, sample, target.case(seconds, files.values()), pairs).samples_ms)
 

@@ -147,7 +147,7 @@ def _tables(folder: Path) -> tuple[Target, list[bytes]]:
     """CSV, TSV and JSON files of texts, for calibration (names of columns, numbers) and evaluation (labels, scores)."""
     from optin_deploy.data.calibration import load_calibration
     from optin_deploy.errors import UserError
-    from optin_deploy.evaluation.images import load_dataset
+    from optin_deploy.evaluation.load import load_dataset
 
     network = _small_bert(folder / "bert")
 

@@ -108,7 +108,7 @@ def run(
         small = sliced(dense.module, anatomy.structure, met.plan)
         file = export_network(dense, dense.module, target, Path(folder, "dense"))
         files = {"dense": file, "dense again": file, "pruned": export_network(dense, small, target, Path(folder, "p"))}
-        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
+        sample = dense.sample_arrays()
         pairs = [("dense", "pruned"), ("dense", "dense again")]
         samples = measure_files(files, sample, target.case(seconds, files.values()), pairs).samples_ms
     return Row(

@@ -75,7 +75,7 @@ def main() -> None:
 def measure(data: Path, count: int, sizes: list[int], threads: int, seconds: float) -> None:
     """``count`` runs of each batch size, written when all are done."""
     network, calibration = load(MODEL, data, 8)
-    sample = {name: tensor[:1].numpy() for name, tensor in network.inputs.items()}
+    sample = network.sample_arrays()
     runs = []
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
         export(network, Path(folder, "dense"), calibration.held_out)

@@ -181,7 +181,7 @@ def run(model: str, data: Path, samples: int | None, cases: Sequence[Case]) -> l
             stem = Path(folder, method)
             export(small, stem, calibration.held_out)
             pruned[method] = (stem, count_flops(small.module, network.inputs) / total)
-        sample = {name: tensor[:1].numpy() for name, tensor in network.inputs.items()}
+        sample = network.sample_arrays()
         for case in cases:
             found = measure(model, dense, pruned, sample, case)
             rows += found

@@ -195,7 +195,7 @@ def timed(network: Network, modules: Mapping[str, nn.Module], given: Namespace, 
         for name, module in {"dense": network.module, **modules}.items():
             export(network.with_module(module), Path(folder, name), ({n: t[:2] for n, t in network.inputs.items()},))
             files[name] = Path(folder, f"{name}.onnx")
-        sample = {name: tensor[:1].numpy() for name, tensor in network.inputs.items()}
+        sample = network.sample_arrays()
         for size in sizes:
             measured = Case("ort-cpu", size, given.threads, given.seconds, loads=loads_for("ort-cpu", files.values()))
             samples = measure_files(files, sample, measured, [("dense", name) for name in modules]).samples_ms

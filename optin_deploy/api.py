@@ -29,7 +29,7 @@ from optin_deploy.export.onnx_file import export_files, write_onnx
 from optin_deploy.export.requirements import check_measurable, check_runtimes
 from optin_deploy.latency.tables import target_of
 from optin_deploy.models.custom import custom_network
-from optin_deploy.models.intake import validate
+from optin_deploy.models.validation.adopt import validate
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches, batch_size
 from optin_deploy.nn.flops import count_flops

@@ -1,9 +1,14 @@
-"""The two ways a run ends that are not bugs. Every message is one line: what is wrong, and what to do."""
+"""Errors that end a run and are not bugs. Each message is one line: what is wrong, and what to do."""
 
 
 class UserError(Exception):
-    """Something the user can fix. The command line prints the message and exits with 2."""
+    """An error that the user can fix. The command line prints the message and exits with 2."""
 
 
 class GateError(Exception):
-    """The work was done, but a promise (parity, budget) is not kept. The command line exits with 3."""
+    """A result that misses its promise (parity, budget), after the work was done. The command line exits with 3."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return the message of ``error`` in one line, cut to ``limit`` characters; the error's type if it is empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

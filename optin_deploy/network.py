@@ -1,13 +1,15 @@
-"""A network as the product sees it: a module, what goes in, what comes out, and how to build it again."""
+"""The value that every stage works on: a module with its inputs, its outputs, and how to build it again."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.batches import Batch
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import EMBEDDING, FEATURES, SentenceHead, Sentences
 from optin_deploy.nn.task_head import HeadKind
@@ -15,10 +17,20 @@ from optin_deploy.nn.task_head import HeadKind
 Library = Literal["timm", "transformers", "custom"]
 
 
+class Preprocessing(Protocol):
+    """Makes a batch of inputs from samples: images, texts or pairs of texts."""
+
+    def __call__(self, samples: Sequence[Any], /) -> dict[str, Tensor]:
+        """Return the inputs by name; the first axis is the sample."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """How to build the dense module: ``timm.create_model(name, **arguments)``, or the transformers class ``name`` with
-    the configuration ``arguments``. A ``custom`` module can be built by its owner only."""
+    """How to build the dense module.
+
+    timm: ``timm.create_model(name, **arguments)``. transformers: the class ``name`` with the configuration
+    ``arguments``. A ``custom`` module can only be built by its owner.
+    """
 
     library: Library
     name: str
@@ -27,13 +39,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of where a network came from, for what is published of it.
+    """Where a network came from, for the model card and files of the pruned one.
 
     Attributes:
-        base_model: its id on the Hugging Face hub, where its weights are from there.
-        license: as its model card or timm says it.
-        files: name -> content of what goes with the weights: configurations of processors, and of tokenizers that no
-            preprocessing holds.
+        base_model: its id on the Hugging Face hub, if its weights are from there.
+        license: as its model card or timm states it.
+        files: name -> content of files to copy next to the weights: configurations of processors, and of tokenizers
+            that no preprocessing holds.
     """
 
     base_model: str | None = None
@@ -47,24 +59,24 @@ class Network:
 
     Attributes:
         module: takes ``inputs`` as keyword arguments; in eval mode.
-        inputs: a sample batch; every tensor's first axis is the batch.
-        outputs: name of each output, in order -> what the module calls it (see `named_outputs`).
+        inputs: a sample batch; the first axis of every tensor is the batch.
+        outputs: name of each output, in order -> its key in `named_outputs` of the module's output.
         source: how the dense module is built.
-        weights: "pretrained", "random", or where they came from.
+        weights: "pretrained", "random", or where the weights came from.
         sequence_inputs: inputs whose second axis is a sequence of any length.
         token_mask: the input that is 0 at padding tokens, if there is one.
-        logits: the output that holds the logits of a task head, if there is one; scores then have a task term.
-        head: what the numbers of that output mean (see `task_head`).
-        class_names: what timm's files call each class, in the order of class numbers: a name, perhaps a description.
-            Networks of transformers have names in their configuration.
-        preprocessing: what makes inputs out of images or texts (see ``calibration``).
+        logits: the output with the logits of a task head, if there is one; scores then have a task term.
+        head: what the numbers in that output mean (see `task_head`).
+        class_names: the names of each class in timm's files, in the order of class numbers: a label, perhaps a
+            description. Networks of transformers have names in their configuration.
+        preprocessing: makes inputs from images or texts (see ``data.preprocessing``).
         origin: see `Origin`.
-        notes: what was put right or left out when the network was taken in, a sentence each.
-        sentences: how sentence embeddings are made of the network's token features, where its files say so.
+        notes: what was changed or left out when the module was adopted, one sentence each.
+        sentences: how sentence embeddings are made from the network's token features, if its files say so.
     """
 
     module: nn.Module
-    inputs: Mapping[str, Tensor]
+    inputs: Batch
     outputs: Mapping[str, str]
     source: Source
     weights: str
@@ -73,68 +85,74 @@ class Network:
     logits: str | None = None
     head: HeadKind = "classes"
     class_names: tuple[tuple[str, ...], ...] = ()
-    preprocessing: Any = None
+    preprocessing: Preprocessing | None = None
     origin: Origin = field(default_factory=Origin)
     notes: tuple[str, ...] = ()
     sentences: Sentences | None = None
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.module.parameters())
-        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
+        inputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
         return (
-            f"<Network {self.source.name} ({self.source.library}, weights: {self.weights}): {given} -> "
+            f"<Network {self.source.name} ({self.source.library}, weights: {self.weights}): {inputs} -> "
             f"{', '.join(self.outputs)}; {parameters:,} parameters>"
         )
 
     def with_module(self, module: nn.Module) -> "Network":
-        """The same network around another (pruned) module."""
+        """Return the same network around another (pruned) module."""
         return replace(self, module=module)
 
-    def forward(self, batch: Mapping[str, Tensor], module: nn.Module | None = None) -> dict[str, Tensor]:
-        """Outputs by name for a batch of inputs, of this network or of another ``module`` in its place."""
+    def forward(self, batch: Batch, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """Return the outputs by name for ``batch``, of this network or of ``module`` in its place.
+
+        Raises:
+            UserError: the module does not return an output that it returned for the sample inputs.
+        """
         output = (module or self.module)(**batch)
-        if not self.pools:
-            return dict(zip(self.outputs, _of_keys(output, self.outputs.values()), strict=True))
-        assert self.sentences is not None
-        given = named_outputs(output)
-        if EMBEDDING not in given:
-            features = given[FEATURES]
-            head = copy.deepcopy(self.sentences.head).to(features.device)
-            given[EMBEDDING] = head(features, batch[self.token_mask] if self.token_mask else None)
-        return {name: given[key] for name, key in self.outputs.items()}
+        head, mask = self._pooling_head, None
+        if head is not None:
+            head = copy.deepcopy(head).to(next(iter(batch.values())).device)
+            mask = batch[self.token_mask] if self.token_mask else None
+        return dict(zip(self.outputs, _select_outputs(output, self.outputs.values(), head, mask), strict=True))
 
     @property
     def pools(self) -> bool:
-        """Whether the output is sentence embeddings, pooled behind the module."""
+        """Whether an output is sentence embeddings, pooled from the module's token features."""
         return self.sentences is not None and EMBEDDING in self.outputs
 
+    @property
+    def _pooling_head(self) -> SentenceHead | None:
+        return self.sentences.head if self.sentences is not None and self.pools else None
+
     def with_pooling(self) -> "Network":
-        """The same network with sentence embeddings for its output; token features that nothing is said of are pooled
-        to their mean.
+        """Return the same network with sentence embeddings as its output; the default pooling is the mean of tokens.
 
         Raises:
-            UserError: it gives no token features.
+            UserError: the network has no token features.
         """
         if FEATURES not in self.outputs:
             raise UserError(
-                f"{self.source.name} gives {', '.join(self.outputs)}, no token features ({FEATURES}): there is nothing "
-                "to pool to sentence embeddings"
+                f"{self.source.name} returns {', '.join(self.outputs)}, no token features ({FEATURES}): sentence "
+                "embeddings cannot be pooled"
             )
         sentences = self.sentences or Sentences()
         return replace(self, outputs={EMBEDDING: EMBEDDING}, sentences=sentences)
 
     def tensor_outputs(self, module: nn.Module | None = None) -> "TensorOutputs":
-        """The network as exporters want it, or another ``module`` in its place."""
-        head = self.sentences.head if self.sentences is not None and self.pools else None
-        return TensorOutputs(module or self.module, self.outputs, head, self.token_mask)
+        """Return the network, or ``module`` in its place, as a module whose output is a tuple of tensors."""
+        return TensorOutputs(module or self.module, self.outputs, self._pooling_head, self.token_mask)
 
-    def valid_tokens(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Bool ``(batch, tokens)``, False at padding; None where every token counts."""
+    def valid_tokens(self, batch: Batch) -> Tensor | None:
+        """Return a bool tensor ``(batch, tokens)``, False at padding; None if the network has no token mask."""
         return batch[self.token_mask].bool() if self.token_mask else None
+
+    def sample_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the first sample input as NumPy arrays ``(1, ...)`` by name, for runtimes."""
+        return {name: tensor[:1].numpy(force=True) for name, tensor in self.inputs.items()}
 
     @property
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Input name -> axis -> "batch" or "sequence", of what a decoder takes "decoder_sequence"."""
+        """Input name -> axis -> "batch", "sequence", or "decoder_sequence" for inputs of a decoder."""
         axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in self.inputs}
         for name in self.sequence_inputs:
             axes[name][1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
@@ -142,9 +160,9 @@ class Network:
 
 
 class TensorOutputs(nn.Module):
-    """A module that gives a tuple of tensors, as exporters want it, around one that gives anything.
+    """A module that returns a tuple of tensors, for exporters, around a module with any output.
 
-    With a ``head``, sentence embeddings are one of the outputs.
+    With a ``head``, one of the outputs is sentence embeddings.
     """
 
     def __init__(
@@ -161,18 +179,18 @@ class TensorOutputs(nn.Module):
         self.token_mask = token_mask
 
     def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
-        output = self.module(**inputs)
-        if self.head is None:
-            return _of_keys(output, self.keys)
-        given = named_outputs(output)
-        given[EMBEDDING] = self.head(given[FEATURES], inputs[self.token_mask] if self.token_mask else None)
-        return tuple(given[key] for key in self.keys)
+        mask = inputs[self.token_mask] if self.head is not None and self.token_mask else None
+        return _select_outputs(self.module(**inputs), self.keys, self.head, mask)
 
 
-def _of_keys(output: Any, keys: Iterable[str]) -> tuple[Tensor, ...]:
-    """The tensors of these names, of what a module gives; UserError where one is missing."""
-    given = named_outputs(output)
+def _select_outputs(
+    output: object, keys: Iterable[str], head: SentenceHead | None, mask: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return the tensors with these keys in a module's output, pooled by ``head`` where it does not pool itself."""
+    tensors = named_outputs(output)
     try:
-        return tuple(given[key] for key in keys)
+        if head is not None and EMBEDDING not in tensors:
+            tensors[EMBEDDING] = head(tensors[FEATURES], mask)
+        return tuple(tensors[key] for key in keys)
     except KeyError as error:
-        raise UserError(f"the network gives no {error.args[0]} for this batch, as it did for the sample") from error
+        raise UserError(f"the network returns no {error.args[0]} for this batch, as it did for the sample") from error

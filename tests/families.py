@@ -215,7 +215,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 def network(name: str) -> Network:
     """The network of that name as the library makes one; one object for all tests, so leave it as it is."""
     torch.manual_seed(0)
-    module = library.ready(tiny.randomised(FAMILIES[name]()))
+    module = library.prepare_module(tiny.randomised(FAMILIES[name]()))
     source = Source("transformers", type(module).__name__, module.config.to_dict())
     return library.network_of(module, source, "random", None, _LENGTH)
 

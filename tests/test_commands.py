@@ -25,7 +25,7 @@ from optin_deploy.cli.main import app, main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.run import latency_stage, measure_stages, prepare
+from optin_deploy.run import latency_stage, measure_stages
 from profilers import Comparison, Measurement, RawSamples, environment
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def reached(*_: object, **__: object) -> None:
 @pytest.fixture
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(world)
-    monkeypatch.setattr(prepare, "load_network", stand_in)
+    monkeypatch.setattr("optin_deploy.models.load.load_network", stand_in)
     monkeypatch.setattr(measure_stages, "compare", instantly)
     monkeypatch.setattr(measure_stages, "_account_layers", lambda *_: [])
     monkeypatch.setattr(latency_stage, "measure_network", reached)

@@ -13,7 +13,7 @@ import torch
 from optin_deploy import load_calibration, load_network, prune
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.evaluation.agreement import agreement
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.masking import masked

@@ -50,7 +50,7 @@ def _text(layers: int, width: int, heads: int, neurons: int, words: int = 30522,
         intermediate_size=neurons,
     )
     source = Source("transformers", "BertModel", config.to_dict())
-    module = _initialised(lambda: transformers_models.ready(transformers_models.initialised(source)))
+    module = _initialised(lambda: transformers_models.prepare_module(transformers_models.create_module(source)))
     ids = torch.randint(words, (2, tokens), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     outputs = {"last_hidden_state": "last_hidden_state"}

@@ -1,4 +1,4 @@
-"""From pictures and texts to the tensors a network takes, by the model's own configuration."""
+"""Preprocessing: from images and texts to a network's input tensors, by the model's own configuration."""
 
 import math
 from collections.abc import Sequence
@@ -11,27 +11,27 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from optin_deploy.errors import UserError
+from optin_deploy.errors import UserError, one_line
 
-# As many as Pillow opens without a warning.
+# The most that Pillow opens without a warning.
 MOST_PIXELS = 89_478_485
 _EDGES = ("shortest_edge", "longest_edge")
-# Special tokens around a text or a pair.
+# An upper bound on the special tokens around a text or a pair.
 _MOST_ADDED = 8
-# What files of pictures are read as.
-PICTURE_CHANNELS = 3
+# Image files are read as RGB.
+IMAGE_CHANNELS = 3
 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Resize, crop and normalise, as timm does it for evaluation. Pictures are not turned by their EXIF orientation.
+    """Resize, crop and normalise, as timm does for evaluation. The EXIF orientation of images is ignored.
 
     Attributes:
-        input_name: forward's argument.
+        input_name: argument of the network's forward.
         size: height and width in pixels.
-        mean, std: of the colours red, green and blue from 0 to 1; one value each for a network of grey pictures.
-        crop_pct: part of the resized picture that the crop takes; crop_mode "squash" resizes to ``size`` directly.
-        assumed: whether this is a guess, because the network's files do not say how pictures are prepared.
+        mean, std: per color channel (red, green, blue), for values from 0 to 1; one value each for grey images.
+        crop_pct: fraction of the resized image that the crop keeps; crop_mode "squash" resizes to ``size`` directly.
+        assumed: whether this is a guess, because the network's files do not describe its preprocessing.
     """
 
     input_name: str
@@ -47,36 +47,36 @@ class ImagePreprocessing:
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise UserError(
                 f"ImagePreprocessing has {len(self.mean)} values in mean and {len(self.std)} in std: give 3 of each "
-                "for colours, or 1 for grey pictures; calibrate networks of other channels on tensors"
+                "for colors, or 1 for grey images; calibrate networks with other channels on tensors"
             )
 
     @property
     def channels(self) -> int:
-        """How many channels the network's pictures have: 3 for colours, 1 for grey."""
+        """Number of image channels: 3 for colors, 1 for grey."""
         return len(self.mean)
 
     @property
     def fixed(self) -> bool:
-        """Whether all pictures come out in ``size``."""
+        """Whether every prepared image has the same ``size``."""
         return True
 
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """What a picture of ``width`` times ``height`` pixels is resized to, before it is cropped; about."""
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return roughly the width and height to which an image is resized before the crop."""
         target_height, target_width = (math.floor(n / self.crop_pct) for n in self.size)
         if self.crop_mode == "squash":
             return target_width, target_height
         scales = target_width / width, target_height / height
-        # Borders are added where the whole picture is kept.
+        # "border" keeps the whole image and pads it.
         scale = min(scales) if self.crop_mode == "border" else max(scales)
         return round(width * scale), round(height * scale)
 
-    def shown(self, pixels: Tensor) -> Tensor:
-        """Colours ``(height, width, 3)`` from 0 to 1 of one prepared picture ``(channels, height, width)``."""
+    def to_colors(self, pixels: Tensor) -> Tensor:
+        """Return the colors ``(height, width, 3)``, 0 to 1, of one prepared image ``(channels, height, width)``."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """A batch ``(images, channels, height, width)`` by input name."""
+        """Return a batch ``(images, channels, height, width)`` by input name."""
         transform = timm.data.create_transform(
             input_size=(self.channels, *self.size),
             is_training=False,
@@ -92,17 +92,16 @@ class ImagePreprocessing:
 
 @dataclass(frozen=True)
 class ProcessorPreprocessing:
-    """An image processor of transformers, used as transformers' own pipelines do: one picture after the other, turned
-    by its EXIF orientation, in RGB.
+    """An image processor of transformers, used as in its pipelines: one image at a time, upright by EXIF, in RGB.
 
     Attributes:
         processor: a ``BaseImageProcessor``.
-        input_name: forward's argument, by which the processor calls its pictures too.
-        channels: of the pictures that the processor makes.
-        size: their height and width in pixels; where these depend on the picture, those of the sample inputs.
-        fixed: whether all pictures come out in ``size``.
-        masks: other tensors of the processor's that the network takes. Pictures for which these are not 1 everywhere
-            are refused, since the network gets none and takes that for 1.
+        input_name: argument of the network's forward; the processor uses the same name.
+        channels: of the prepared images.
+        size: height and width of prepared images in pixels; those of the sample inputs if they depend on the image.
+        fixed: whether every prepared image has the same ``size``.
+        masks: other tensors of the processor that the network accepts. The network is run without them and then
+            assumes 1 everywhere, so images with another mask are refused.
     """
 
     processor: Any
@@ -112,8 +111,8 @@ class ProcessorPreprocessing:
     fixed: bool
     masks: tuple[str, ...] = ()
 
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """What a picture of ``width`` times ``height`` pixels is resized to, before it is cropped; about."""
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return roughly the width and height to which an image is resized before the crop."""
         size = self.processor.to_dict().get("size")
         shortest, longest = (size.get(key) if isinstance(size, dict) else None for key in _EDGES)
         if not getattr(self.processor, "do_resize", True) or not shortest or longest:
@@ -122,70 +121,72 @@ class ProcessorPreprocessing:
         return round(width * scale), round(height * scale)
 
     def shape_of(self, width: int, height: int) -> tuple[int, int]:
-        """Height and width of what a picture of ``width`` times ``height`` pixels comes out as."""
-        prepared = self._prepared(Image.new("RGB", (width, height)))
+        """Return the height and width of a prepared image that was ``width`` x ``height`` pixels."""
+        prepared = self._process(Image.new("RGB", (width, height)))
         return prepared.shape[-2], prepared.shape[-1]
 
-    def shown(self, pixels: Tensor) -> Tensor:
-        """Colours ``(height, width, 3)`` from 0 to 1 of one prepared picture ``(channels, height, width)``."""
-        matrix, black = self._colours
+    def to_colors(self, pixels: Tensor) -> Tensor:
+        """Return the colors ``(height, width, 3)``, 0 to 1, of one prepared image ``(channels, height, width)``."""
+        matrix, black = self._color_map
         return ((pixels - black[:, None, None]).permute(1, 2, 0) @ matrix.T).clamp(0, 1)
 
     @cached_property
-    def _colours(self) -> tuple[Tensor, Tensor]:
-        """From a pixel as it is prepared, less what black is prepared to, to its colour: ``(3, channels)``; and black.
+    def _color_map(self) -> tuple[Tensor, Tensor]:
+        """A matrix ``(3, channels)`` from prepared pixels minus black to colors, and the prepared black.
 
-        Rescaling, normalising and the order of channels are linear, so that four pictures of one colour tell them.
+        Rescaling, normalising and reordering channels are affine, so four images of one color determine the map.
         """
-        colours = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
-        prepared = [self._prepared(Image.new("RGB", (256, 256), colour))[0] for colour in colours]
-        black, *others = (each[:, each.shape[1] // 2, each.shape[2] // 2] for each in prepared)
-        return torch.linalg.pinv(torch.stack([each - black for each in others], dim=1)), black
+        colors = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+        images = [self._process(Image.new("RGB", (256, 256), color))[0] for color in colors]
+        black, *primaries = (image[:, image.shape[1] // 2, image.shape[2] // 2] for image in images)
+        return torch.linalg.pinv(torch.stack([color - black for color in primaries], dim=1)), black
 
     def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """A batch ``(images, channels, height, width)`` by input name; UserError where shapes differ."""
-        prepared = [self._prepared(image) for image in images]
-        for image, each in zip(images, prepared, strict=True):
-            if each.shape != prepared[0].shape:
-                raise UserError(different_shapes(prepared[0].shape[-2:], each.shape[-2:], f"of {image.size} pixels"))
+        """Return a batch ``(images, channels, height, width)`` by input name.
+
+        Raises:
+            UserError: the processor fails, or the prepared images have different shapes.
+        """
+        prepared = [self._process(image) for image in images]
+        for image, pixels in zip(images, prepared, strict=True):
+            if pixels.shape != prepared[0].shape:
+                raise UserError(shape_mismatch(prepared[0].shape[-2:], pixels.shape[-2:], f"of {image.size} pixels"))
         return {self.input_name: torch.cat(prepared)}
 
-    def _prepared(self, image: Image.Image) -> Tensor:
-        """One picture ``(1, channels, height, width)``; UserError where the processor does not make that of it."""
-        kind = type(self.processor).__name__
+    def _process(self, image: Image.Image) -> Tensor:
+        """Return one prepared image ``(1, channels, height, width)``; UserError if the processor cannot make that."""
         upright = ImageOps.exif_transpose(image).convert("RGB")
-        told = f"{kind}, on a picture of {upright.width} x {upright.height} pixels"
+        context = f"{type(self.processor).__name__}, on an image of {upright.width} x {upright.height} pixels"
         try:
-            given = self.processor(images=upright, return_tensors="pt")
-            pixels = torch.as_tensor(given[self.input_name]).float()
-        except Exception as error:  # of any type: processors of many kinds, each with its own
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{told}, fails: {reason}") from error
+            features = self.processor(images=upright, return_tensors="pt")
+            pixels = torch.as_tensor(features[self.input_name]).float()
+        except Exception as error:  # processors of many kinds raise errors of any type
+            raise UserError(f"{context}, fails: {one_line(error)}") from error
         if pixels.dim() != 4 or len(pixels) != 1 or pixels.shape[1] != self.channels:
             raise UserError(
-                f"{told}, gives {self.input_name} of shape {tuple(pixels.shape)}: (1, {self.channels}, height, width) "
-                "is needed; calibrate on tensors"
+                f"{context}, returns {self.input_name} of shape {tuple(pixels.shape)}: (1, {self.channels}, height, "
+                "width) is needed; calibrate on tensors"
             )
         for name in self.masks:
-            if not (torch.as_tensor(given[name]) == 1).all():
+            if not (torch.as_tensor(features[name]) == 1).all():
                 raise UserError(
-                    f"{told}, pads, and tells by {name} where: the network is pruned without {name}; set the processor "
-                    "to a size that needs no padding"
+                    f"{context}, pads and marks the padding in {name}: the network is pruned without {name}; set the "
+                    "processor to a size that needs no padding"
                 )
         return pixels
 
 
-def different_shapes(one: Sequence[int], other: Sequence[int], which: str) -> str:
-    """What is told of a picture whose prepared shape is not that of the others."""
+def shape_mismatch(one: Sequence[int], other: Sequence[int], which: str) -> str:
+    """Return the error message for two prepared images of different shapes; ``which`` describes the second."""
     first, second = (" x ".join(map(str, shape)) for shape in (one, other))
     return (
-        f"pictures come out of the image processor in different shapes, {first} and {second} (height x width) for one "
-        f"{which}: give pictures of one size, or set the processor to a fixed size in preprocessor_config.json"
+        f"the image processor makes different shapes, {first} and {second} (height x width) for one {which}: give "
+        "images of one size, or set a fixed size in preprocessor_config.json"
     )
 
 
 Text = str | tuple[str, str]
-"""One input of a text network: a text, or a pair of texts that it takes as one sequence."""
+"""One input of a text network: a text, or a pair of texts that are joined to one sequence."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,12 @@ class TextPreprocessing:
 
     Attributes:
         tokenizer: a ``PreTrainedTokenizerBase``.
-        input_names: which of the tokenizer's tensors the network takes.
-        max_length: longer texts are cut to this many tokens; of a pair, the longer text is cut first.
-        decoder_start: for encoder-decoders the token that the decoder's input begins with; the text follows, as in
-            training on repeating it.
+        input_names: the tokenizer's tensors that the network takes.
+        max_length: texts are truncated to this many tokens; in a pair, the longer text is truncated first.
+        decoder_start: for encoder-decoders, the first token of the decoder's input; the text follows, as in training
+            to repeat it.
         prompt: put in front of every text.
-        lower_case: texts are lower-cased first.
+        lower_case: whether texts are lower-cased first.
     """
 
     tokenizer: Any
@@ -210,29 +211,29 @@ class TextPreprocessing:
     lower_case: bool = False
 
     def without_tokens(self, texts: Sequence[Text]) -> list[Text]:
-        """Those of ``texts`` that the tokenizer makes nothing of; none where it adds special tokens."""
+        """Return the texts that have no tokens; empty if the tokenizer adds special tokens."""
         if self.tokenizer("")["input_ids"]:
             return []
-        found = self.tokenizer(*self._columns(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        return [text for text, ids in zip(texts, found, strict=True) if not ids]
+        tokens = self.tokenizer(*self._columns(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        return [text for text, ids in zip(texts, tokens, strict=True) if not ids]
 
-    def cut(self, texts: Sequence[Text]) -> int:
-        """How many of ``texts`` are longer than ``max_length`` tokens."""
-        # No tokenizer makes many more tokens than there are bytes: what is shorter need not be counted.
+    def count_truncated(self, texts: Sequence[Text]) -> int:
+        """Return how many of ``texts`` are longer than ``max_length`` tokens."""
+        # A text has at most as many tokens as bytes, plus special tokens: shorter ones need not be tokenized.
         long = [
             t for t in texts if len("".join(t).encode()) + len(self.prompt.encode()) + _MOST_ADDED > self.max_length
         ]
         if not long:
             return 0
-        found = self.tokenizer(*self._columns(long), truncation=False, verbose=False)["input_ids"]
-        return sum(len(ids) > self.max_length for ids in found)
+        tokens = self.tokenizer(*self._columns(long), truncation=False, verbose=False)["input_ids"]
+        return sum(len(ids) > self.max_length for ids in tokens)
 
     def __call__(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        """Token tensors ``(texts, longest text)`` by input name, padded. All are texts, or all pairs."""
+        """Return padded token tensors ``(texts, longest text)`` by input name, for texts only or pairs only."""
         encoded = self.tokenizer(
             *self._columns(texts),
             padding=True,
-            # Masks of decoders, and positions counted from the start, are for padding behind the text.
+            # Decoder masks and position ids assume padding after the text.
             padding_side="right",
             truncation=True,
             max_length=self.max_length,
@@ -246,12 +247,11 @@ class TextPreprocessing:
         return batch
 
     def _columns(self, texts: Sequence[Text]) -> list[list[str]]:
-        """What the tokenizer takes: the texts, or the first and the second texts of pairs."""
+        """Return the tokenizer's arguments: the texts, or the first and the second texts of pairs."""
         pairs = [text if isinstance(text, tuple) else (text,) for text in texts]
         columns = [list(column) for column in zip(*pairs, strict=True)]
         columns[0] = [self.prompt + text for text in columns[0]]
         return [[text.lower() for text in column] for column in columns] if self.lower_case else columns
 
 
-PicturePreprocessing = ImagePreprocessing | ProcessorPreprocessing
-Preprocessing = PicturePreprocessing | TextPreprocessing
+VisionPreprocessing = ImagePreprocessing | ProcessorPreprocessing

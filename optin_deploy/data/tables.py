@@ -1,4 +1,4 @@
-"""Tables of texts, scores and labels in files: CSV, TSV, JSON, JSON Lines, Parquet, Arrow and saved `datasets`."""
+"""Tables of texts, scores and labels from CSV, TSV, JSON, JSON Lines, Parquet, Arrow and saved `datasets`."""
 
 import csv
 import gzip
@@ -6,13 +6,13 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from optin_deploy.errors import UserError
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.utils.paths import hidden, regular
 
 logger = logging.getLogger(__name__)
@@ -23,41 +23,36 @@ _ARROW = (".parquet", ".arrow", ".feather")
 _PLAIN_TEXT = (".txt", ".text", "")
 _PACKED = (".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar", ".lz4")
 TABLE_KINDS = "CSV, TSV, JSON, JSON Lines, Parquet or Arrow"
+# Usual column names of data sets of texts.
 _HEADERS = frozenset(
-    [
-        "text",
-        "texts",
-        "sentence",
-        "sentences",
-        "sentence1",
-        "sentence2",
-        "premise",
-        "hypothesis",
-        "question",
-        "query",
-        "passage",
-        "document",
-        "review",
-        "content",
-        "title",
-        "body",
-        "label",
-        "labels",
-        "score",
-    ]
+    {
+        *(
+            "text",
+            "texts",
+            "sentence",
+            "sentences",
+            "sentence1",
+            "sentence2",
+            "premise",
+            "hypothesis",
+            "question",
+            "query",
+        ),
+        *("passage", "document", "review", "content", "title", "body", "label", "labels", "score"),
+    }
 )
-# A text may hold some zero bytes, a part of its bytes; of UTF-16 they are half, of programs and pictures many.
+# The largest share of zero bytes in a text file; UTF-16 has about a half, programs and images have many.
 _MOST_ZEROS = 0.1
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; what is asked for is given as text.
+    """Rows of cells, which are returned as text.
 
     Attributes:
-        header: names of the columns. None for a CSV or TSV file, whose first row may be one.
-        class_names: name of a column -> names of the classes that its numbers stand for, where the file says so.
+        header: names of the columns; None for CSV and TSV, where the first row may be a header.
+        class_names: name of a column -> names of its class numbers, if the file stores them.
     """
 
     path: Path
@@ -67,33 +62,35 @@ class Table:
 
     @property
     def width(self) -> int:
-        """Columns of the first row."""
+        """Number of columns."""
         return len(self.rows[0] if self.header is None else self.header)
 
     def split(self, columns: str) -> list[tuple[str, ...]]:
-        """The parts of a comma-separated list, each one column or, joined by ``+``, the two columns of a pair.
+        """Split a comma-separated list into groups of one column or, joined by ``+``, the two columns of a pair.
 
-        A column whose own name has a ``+`` stays one.
+        A column whose name contains ``+`` is not split.
         """
-        named = self.header if self.header is not None else [str(cell).strip() for cell in self.rows[0]]
-        parts = [part.strip() for part in columns.split(",")]
-        return [(p,) if p in named else tuple(name.strip() for name in p.split("+")) for p in parts]
+        names = self.header if self.header is not None else [str(cell).strip() for cell in self.rows[0]]
+        groups = [group.strip() for group in columns.split(",")]
+        return [(g,) if g in names else tuple(name.strip() for name in g.split("+")) for g in groups]
 
     def select(self, columns: Sequence[str]) -> list[list[str]]:
-        """The named columns, row by row.
+        """Return the given columns, row by row.
 
-        A column is a name of the header; a number counts from 1 and, for a CSV or TSV file, means that there is no
-        header line. Raises UserError for a column that is not there and for a cell that is no text or number.
+        A column is a name of the header, or a number from 1. For CSV and TSV, numbers mean that there is no header.
+
+        Raises:
+            UserError: a column does not exist, or a cell holds neither text nor a number.
         """
         columns = [column.strip() for column in columns]
         if self.header is not None:
-            indices = [self._place(column, self.header) for column in columns]
+            indices = [self._find_column(column, self.header) for column in columns]
             return [[self._cell(row, number, i) for i in indices] for number, row in enumerate(self.rows, 1)]
         if all(column.isdecimal() for column in columns):
-            return self._numbered(columns)
-        return self._under_header(columns)
+            return self._select_by_number(columns)
+        return self._select_by_header(columns)
 
-    def _numbered(self, columns: Sequence[str]) -> list[list[str]]:
+    def _select_by_number(self, columns: Sequence[str]) -> list[list[str]]:
         indices = [int(c) - 1 for c in columns]
         width = min(len(row) for row in self.rows)
         wrong = [c for c, i in zip(columns, indices, strict=True) if not 0 <= i < width]
@@ -105,19 +102,19 @@ class Table:
         first = [cell.strip() for cell in self.rows[0]]
         if len(self.rows) > 1 and first == [str(i) for i in range(len(first))]:
             raise UserError(
-                f"{self.path}: its first line is {','.join(first)}, a header of numbers as pandas writes it, where "
-                f"column {columns[0]} could mean two; give the columns names, or remove that line"
+                f"{self.path}: its first line is {','.join(first)}, a header of numbers as pandas writes it, so column "
+                f"{columns[0]} is ambiguous; give the columns names, or remove that line"
             )
         if any(first[i].lower() in _HEADERS for i in indices):
             logger.warning(
-                "%s: columns are given by number, so its first line (%s) is taken for a row; give the columns by name "
-                "if it is a header",
+                "%s: columns are given by number, so its first line (%s) is read as a row; give the columns by name if "
+                "it is a header",
                 self.path,
                 ", ".join(first)[:80],
             )
         return [[row[i] for i in indices] for row in self.rows]
 
-    def _under_header(self, columns: Sequence[str]) -> list[list[str]]:
+    def _select_by_header(self, columns: Sequence[str]) -> list[list[str]]:
         header, body = [cell.strip() for cell in self.rows[0]], self.rows[1:]
         for name in columns:
             if name not in header:
@@ -136,20 +133,22 @@ class Table:
         return [[row[i] for i in indices] for row in body]
 
     def names_of_classes(self, column: str) -> tuple[str, ...] | None:
-        """What the file calls the classes that a column's numbers stand for; None where it does not say."""
+        """Return the file's names for the class numbers in ``column``; None if it stores none."""
         if self.header is None:
             return None
-        return self.class_names.get(self.header[self._place(column.strip(), self.header)])
+        return self.class_names.get(self.header[self._find_column(column.strip(), self.header)])
 
     def separator_hint(self) -> str:
-        """A question to put behind an error where all of a row is in one column; else nothing."""
+        """Return a hint to append to an error if the rows seem to have another separator, else an empty string."""
         if self.header is not None or len(self.rows[0]) > 1:
             return ""
-        found = [mark for mark in ";\t|," if mark in str(self.rows[0][0])]
-        mark = {"\t": "a tab"}.get(found[0], repr(found[0])) if found else ""
-        return f"; it has one column: is the separator {mark}? Write commas (.csv) or tabs (.tsv)" if found else ""
+        separator = next((mark for mark in ";\t|," if mark in str(self.rows[0][0])), None)
+        if separator is None:
+            return ""
+        name = "a tab" if separator == "\t" else repr(separator)
+        return f"; it has one column: is the separator {name}? Write commas (.csv) or tabs (.tsv)"
 
-    def _place(self, column: str, header: Sequence[str]) -> int:
+    def _find_column(self, column: str, header: Sequence[str]) -> int:
         if column in header:
             return header.index(column)
         if column.isdecimal() and 1 <= int(column[:9]) <= len(header):
@@ -162,13 +161,12 @@ class Table:
             return str(int(value))
         if isinstance(value, str | int | float):
             return str(value)
-        kinds = {type(None): "nothing", dict: "an object"}
-        kind = kinds.get(type(value), "a list, a picture or the like")
+        kind = {type(None): "nothing", dict: "an object"}.get(type(value), "a list, an image or the like")
         raise UserError(f"{self.path}, row {number}: column {name!r} holds {kind}, not a text or a number")
 
 
 def is_table(path: Path | None) -> bool:
-    """Whether a name is one of a table: by the end of a file's name, or by what a directory holds."""
+    """Whether ``path`` is a table, by a file's suffix or a directory's content."""
     if path is None:
         return False
     if path.is_dir():
@@ -177,20 +175,20 @@ def is_table(path: Path | None) -> bool:
 
 
 def read_table(path: Path) -> Table:
-    """A table, empty rows left out; UserError when it cannot be read, is empty or is none."""
+    """Return a table without empty rows; UserError if it cannot be read, is empty or is not a table."""
     if path.is_dir():
         table = _arrow_table(path, _arrow_files(path))
     elif _suffix(path) in _ARROW:
         table = _arrow_table(path, [path])
     elif _suffix(path) in _JSON:
-        table = _parsed(path, _json_table)
+        table = _json_table(path, _read_text(path, "a table"))
     elif _suffix(path) in _DELIMITED:
-        table = _parsed(path, _delimited_table)
+        table = _delimited_table(path, _read_text(path, "a table"))
     else:
         _check_regular(path, "a table")
         raise UserError(
-            f"{path}: {_unknown(path)}; a table is {TABLE_KINDS}, told by the end of its name "
-            f"({' '.join(_DELIMITED + _JSON + _ARROW)}; all but the last three also with .gz)"
+            f"{path}: {_unknown(path)}; a table is {TABLE_KINDS}, with the suffix "
+            f"{' '.join(_DELIMITED + _JSON + _ARROW)} (all but the last three also with .gz)"
         )
     if not table.rows:
         raise UserError(f"{path} holds no rows")
@@ -198,32 +196,27 @@ def read_table(path: Path) -> Table:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file; UserError when it cannot be read, or its name is not one of a text file."""
+    """Return the lines of a text file; UserError if it cannot be read, or its suffix is not one of text files."""
     if _suffix(path) not in _PLAIN_TEXT:
         _check_regular(path, "text")
         raise UserError(
             f"{path}: {_unknown(path)}; texts are read from text files (.txt, one text a line) and tables "
             f"({' '.join(_DELIMITED + _JSON + _ARROW)})"
         )
-    # Not splitlines, which takes form feeds and the like for ends of lines.
-    return io.StringIO(_decoded(path, "text"), newline=None).read().split("\n")
+    # splitlines would also split at form feeds and the like.
+    return io.StringIO(_read_text(path, "text"), newline=None).read().split("\n")
 
 
 def _suffix(path: Path) -> str:
-    """The end of a file's name that says what it is, without that of gzip."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes else ""
+    """Return the suffix of a file's name in lower case, without ``.gz``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _unknown(path: Path) -> str:
     suffix = path.suffix.lower()
-    return (
-        f"{suffix} files are packed: unpack it"
-        if suffix in _PACKED
-        else f"{suffix or 'a name without an end'} is unknown"
-    )
+    if suffix in _PACKED:
+        return f"{suffix} files are packed: unpack it"
+    return f"{suffix or 'a name without suffix'} is unknown"
 
 
 def _check_regular(path: Path, what: str) -> None:
@@ -233,8 +226,8 @@ def _check_regular(path: Path, what: str) -> None:
         raise UserError(f"{path} cannot be read as {what} in UTF-8: {error}") from error
 
 
-def _decoded(path: Path, what: str) -> str:
-    """The content of a file in UTF-8, line ends as they are; UserError that tells the encoding where it is another."""
+def _read_text(path: Path, what: str) -> str:
+    """Return the text of a UTF-8 file with its line ends; UserError with the likely encoding if it is another."""
     try:
         data = regular(path).read_bytes()
         if path.suffix.lower() == ".gz":
@@ -257,15 +250,11 @@ def _decoded(path: Path, what: str) -> str:
         ) from error
 
 
-def _parsed(path: Path, parse: Callable[[Path, str], Table]) -> Table:
-    return parse(path, _decoded(path, "a table"))
-
-
 def _delimited_table(path: Path, text: str) -> Table:
     file = io.StringIO(text, newline="")
     try:
         if _suffix(path) == ".csv":
-            # Not strict, a quote that is never closed would swallow all lines behind it.
+            # Without strict, an unclosed quote would swallow all lines after it.
             rows = list(csv.reader(file, strict=True))
         else:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -276,38 +265,35 @@ def _delimited_table(path: Path, text: str) -> Table:
 
 def _json_table(path: Path, text: str) -> Table:
     try:
-        found = _json_lines(text) if _suffix(path) != ".json" else _json_or_lines(text)
+        content = _json_lines(text) if _suffix(path) != ".json" else _json_or_lines(text)
     except (ValueError, RecursionError) as error:
-        told = " ".join(str(error).split())[:120]
-        raise UserError(f"{path} cannot be read as JSON: {told}") from error
-    if isinstance(found, dict):
-        return _json_columns(path, found)
-    if not isinstance(found, list):
-        raise UserError(f"{path} holds a {type(found).__name__}: a table is a list of objects, or lists by column")
-    if found and all(isinstance(row, str) for row in found):
-        return Table(path, [[text] for text in found], ("text",))
-    wrong = next((i for i, row in enumerate(found, 1) if not isinstance(row, dict)), None)
-    if wrong:
-        raise UserError(
-            f"{path}, row {wrong}: a {type(found[wrong - 1]).__name__}; every row is an object, or every one a text"
-        )
-    header = tuple(dict.fromkeys(name for row in found for name in row))
-    return Table(path, [[row.get(name) for name in header] for row in found], header)
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error, 120)}") from error
+    if isinstance(content, dict):
+        return _json_columns(path, content)
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds a {type(content).__name__}: a table is a list of objects, or lists by column")
+    if content and all(isinstance(row, str) for row in content):
+        return Table(path, [[text] for text in content], ("text",))
+    for number, row in enumerate(content, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: a {type(row).__name__}; rows must be all objects, or all texts")
+    header = tuple(dict.fromkeys(name for row in content for name in row))
+    return Table(path, [[row.get(name) for name in header] for row in content], header)
 
 
 def _json_lines(text: str) -> list[Any]:
-    found = []
+    values = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found.append(json.loads(line))
+                values.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
-    return found
+    return values
 
 
 def _json_or_lines(text: str) -> Any:
-    """One JSON value; where more follow it, JSON Lines, which are often called .json, too."""
+    """Parse JSON, or JSON Lines if several values follow each other: such files are often called .json too."""
     if not text.strip():
         return []
     try:
@@ -318,26 +304,24 @@ def _json_or_lines(text: str) -> Any:
         return _json_lines(text)
 
 
-def _json_columns(path: Path, found: Mapping[str, Any]) -> Table:
-    """Lists by column, or what pandas writes: objects by column, their keys the rows."""
-    columns = {name: list(c.values()) if isinstance(c, dict) else c for name, c in found.items()}
-    lengths = {name: len(column) if isinstance(column, list) else -1 for name, column in columns.items()}
-    if len(set(lengths.values())) != 1 or -1 in lengths.values():
-        if not columns:
-            return Table(path, [])
-        wrong = next((n for n, length in lengths.items() if length == -1), None)
-        told = f"{wrong!r} is no list" if wrong is not None else f"its columns have lengths {lengths}"[:120]
-        raise UserError(f"{path}: {told}; a table is a list of objects, or lists of one length by column")
+def _json_columns(path: Path, content: Mapping[str, Any]) -> Table:
+    """Return a table from lists by column, or from objects by column (row name -> cell), as pandas writes them."""
+    columns = {name: list(c.values()) if isinstance(c, dict) else c for name, c in content.items()}
+    wrong = next((name for name, column in columns.items() if not isinstance(column, list)), None)
+    lengths = {name: len(column) for name, column in columns.items() if isinstance(column, list)}
+    if wrong is not None or len(set(lengths.values())) > 1:
+        reason = f"{wrong!r} is not a list" if wrong is not None else f"its columns have lengths {lengths}"[:120]
+        raise UserError(f"{path}: {reason}; a table is a list of objects, or lists of one length by column")
     return Table(path, list(zip(*columns.values(), strict=True)), tuple(columns))
 
 
 def _shards(directory: Path) -> list[Path]:
-    found = (p for p in sorted(directory.rglob("*")) if p.suffix.lower() in (".parquet", ".arrow"))
-    return [p for p in found if p.is_file() and not any(map(hidden, p.relative_to(directory).parts))]
+    files = (p for p in sorted(directory.rglob("*")) if p.suffix.lower() in (".parquet", ".arrow"))
+    return [p for p in files if p.is_file() and not any(map(hidden, p.relative_to(directory).parts))]
 
 
 def _arrow_files(directory: Path) -> list[Path]:
-    """The files of one data set in a directory: one that `datasets` has saved, or a folder of Parquet files."""
+    """Return the files of one data set in a directory: saved by `datasets`, or a folder of Parquet files."""
     if (directory / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in directory.glob("*/state.json"))
         example = directory / (splits[0] if splits else "train")
@@ -345,25 +329,23 @@ def _arrow_files(directory: Path) -> list[Path]:
     state = directory / "state.json"
     if not state.is_file():
         files = _shards(directory)
-        # What stands before "-00000-of-00002" in the names of shards.
+        # The names of shards without "-00000-of-00002".
         sets = sorted({str(f.relative_to(directory).parent / f.stem.split("-0")[0]) for f in files})
         if not files:
-            raise UserError(
-                f"{directory} is a folder without tables: name a file, or a data set that `datasets` has saved"
-            )
+            raise UserError(f"{directory} is a folder without tables: name a file, or a data set saved by `datasets`")
         if len(sets) > 1:
             raise UserError(f"{directory} holds several data sets ({', '.join(sets)[:120]}): name one file of them")
         return files
     try:
-        told = json.loads(regular(state).read_text(encoding="utf-8"))
-        names = [str(each["filename"]) for each in told["_data_files"]]
+        content = json.loads(regular(state).read_text(encoding="utf-8"))
+        names = [str(entry["filename"]) for entry in content["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{state} cannot be read as that of a data set: {str(error)[:120]}") from error
-    if told.get("_indices_files") or told.get("_indices_data_files"):
-        raise UserError(f"{directory} keeps its order in a file of its own: save it again after flatten_indices()")
+        raise UserError(f"{state} is not the state of a data set: {one_line(error, 120)}") from error
+    if content.get("_indices_files") or content.get("_indices_data_files"):
+        raise UserError(f"{directory} stores its order in a separate file: save it again after flatten_indices()")
     outside = next((name for name in names if Path(name).name != name), None)
     if outside is not None:
-        raise UserError(f"{state} names {outside}: data are read from beside it only")
+        raise UserError(f"{state} names {outside}: data is read from the same directory only")
     return [directory / name for name in names]
 
 
@@ -383,10 +365,9 @@ def _arrow_table(path: Path, files: Sequence[Path]) -> Table:
             whole.column(i).to_pylist() if _is_plain(whole.schema.field(i).type) else None
             for i in range(whole.num_columns)
         ]
-    except Exception as error:  # pyarrow's are of many types, some of them Python's own
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} cannot be read as Parquet or Arrow: {told}") from error
-    # Columns of pictures, lists and the like are named, but not read.
+    except Exception as error:  # pyarrow raises errors of many types, some of them Python's own
+        raise UserError(f"{path} cannot be read as Parquet or Arrow: {one_line(error)}") from error
+    # Columns of images, lists and the like keep their names, but are not read.
     kept = [column if column is not None else [()] * whole.num_rows for column in columns]
     names = tuple(str(name) for name in whole.schema.names)
     return Table(path, list(zip(*kept, strict=True)), names, _class_names(whole.schema.metadata))
@@ -408,7 +389,7 @@ def _read_arrow(file: Path) -> Any:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a column holds texts, numbers or truth values."""
+    """Whether a column of the pyarrow type ``kind`` holds texts, numbers or truth values."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(kind):
@@ -419,7 +400,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """Names of classes by column, where `datasets` has written them."""
+    """Return the names of classes by column that `datasets` stores in the schema."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {

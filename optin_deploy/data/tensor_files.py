@@ -1,6 +1,6 @@
-"""Samples in files, read and checked: tensors."""
+"""Calibration samples from files of tensors (``.npz``, ``.safetensors``)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,34 +8,34 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optin_deploy.errors import UserError
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import Batch, dtype_name
 from optin_deploy.utils.paths import regular
 
-# What tensors are made of that the network's own type can be made of: no 8-bit floats, no complex numbers.
+# Types that can be converted to an input's own type: no 8-bit floats, no complex numbers.
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 _READ = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_INTEGERS, torch.bool)
 
 
 def read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
-    """The network's inputs by name ``(samples, …)``; UserError for a file that cannot be read or does not fit."""
+    """Return the network's inputs by name, ``(samples, …)``; UserError if the file cannot be read or does not fit."""
     try:
         if path.suffix.lower() == ".npz":
-            # np.load would take a pickle or a single array by the same name.
+            # np.load would also read a pickle or a single array with this suffix.
             with regular(path).open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             tensors = load_file(regular(path))
-    except Exception as error:  # zip files, numpy's headers and safetensors each have their own types
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"calibration tensors {path} cannot be read: {told}") from error
+    except Exception as error:  # zip files, numpy's headers and safetensors each have their own error types
+        raise UserError(f"calibration tensors {path} cannot be read: {one_line(error)}") from error
     _check_tensors(network, path, tensors)
     return {name: tensors[name].to(sample.dtype) for name, sample in network.inputs.items()}
 
 
-def selecting(tensors: Mapping[str, Tensor]) -> Callable[[list[int]], dict[str, Tensor]]:
-    """What makes a batch of inputs of rows of ``tensors``."""
-    return lambda rows: {name: tensor[rows] for name, tensor in tensors.items()}
+def row_selector(tensors: Batch) -> Callable[[Sequence[int]], Batch]:
+    """Return a function from row numbers to the batch of these rows of ``tensors``."""
+    return lambda rows: {name: tensor[list(rows)] for name, tensor in tensors.items()}
 
 
 def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -43,15 +43,15 @@ def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) 
     for name, sample in network.inputs.items():
         if name not in tensors:
             raise UserError(f"{path} has no tensor {name!r}; it has {', '.join(tensors) or 'none'}")
-        given, first = tuple(tensors[name].shape), 2 if name in network.sequence_inputs else 1
-        if len(given) != sample.dim() or given[first:] != tuple(sample.shape[first:]):
+        shape, first = tuple(tensors[name].shape), 2 if name in network.sequence_inputs else 1
+        if len(shape) != sample.dim() or shape[first:] != tuple(sample.shape[first:]):
             wanted = ", ".join(["samples", "sequence"][:first] + [str(n) for n in sample.shape[first:]])
-            raise UserError(f"{path}: {name} has shape {given}, the network takes ({wanted})")
-        if 0 in given[1:]:
-            raise UserError(f"{path}: {name} has shape {given}: give sequences of at least one token")
+            raise UserError(f"{path}: {name} has shape {shape}, the network takes ({wanted})")
+        if 0 in shape[1:]:
+            raise UserError(f"{path}: {name} has shape {shape}: give sequences of at least one token")
         if tensors[name].dtype not in _READ:
-            read = ", ".join(_named(dtype) for dtype in _READ)
-            raise UserError(f"{path}: {name} holds {_named(tensors[name].dtype)}; convert it to what is read: {read}")
+            supported = ", ".join(dtype_name(dtype) for dtype in _READ)
+            raise UserError(f"{path}: {name} holds {dtype_name(tensors[name].dtype)}; convert it to one of {supported}")
         if tensors[name].is_floating_point() and not sample.is_floating_point():
             raise UserError(f"{path}: {name} holds {tensors[name].dtype}, the network takes integers")
         if not torch.isfinite(tensors[name]).all():
@@ -67,7 +67,7 @@ def _check_tensors(network: Network, path: Path, tensors: Mapping[str, Tensor]) 
 
 
 def _check_mask(network: Network, path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A sample that is padding alone gives NaN or nothing, and with it all that is summed over samples."""
+    """Raise UserError if a sample is only padding: its outputs, and all sums over samples, would be NaN."""
     if network.token_mask is None:
         return
     padding = (tensors[network.token_mask] == 0).flatten(1).all(1).nonzero().flatten().tolist()
@@ -76,7 +76,3 @@ def _check_mask(network: Network, path: Path, tensors: Mapping[str, Tensor]) -> 
             f"{path}: {network.token_mask} is 0 everywhere in {len(padding)} of its samples, the first of them number "
             f"{padding[0]} from 0: remove them"
         )
-
-
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

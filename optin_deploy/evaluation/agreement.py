@@ -1,6 +1,5 @@
 """Agreement of the dense and the pruned network on unlabelled inputs."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,17 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.evaluation.example_images import is_map
+from optin_deploy.evaluation.metrics import pearson, spearman
 from optin_deploy.evaluation.results import Agreement
-from optin_deploy.evaluation.texts import spearman
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import Batch, Batches, batch_size
 from optin_deploy.nn.sentence_embeddings import EMBEDDING
-from optin_deploy.nn.task_head import answers
+from optin_deploy.nn.task_head import HeadKind, answers
 
 
 @dataclass
 class _Sums:
-    """Over samples, but for ``values``: one row of numbers for each sample, dense and pruned, where ranks count."""
+    """Sums over samples of one output; ``values`` are the numbers of each sample, dense and pruned, for ranks."""
 
+    output: str
+    head: HeadKind | None
     cosine: float = 0.0
     error: float = 0.0
     norm: float = 0.0
@@ -26,76 +28,62 @@ class _Sums:
     correlation: float | None = None
     values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    def add(self, network: Network, batch: Batch, dense: Tensor, pruned: Tensor) -> None:
+        weight = _weights(network, self.output, dense, batch)
+        mask = weight.reshape(*weight.shape, *[1] * (dense.dim() - weight.dim()))
+        a, b = ((tensor * mask).reshape(len(tensor), -1).double() for tensor in (dense, pruned))
+        self.cosine += float(F.cosine_similarity(a, b, dim=1).sum())
+        self.error += float((a - b).square().sum())
+        self.norm += float(a.square().sum())
+        if self.head in ("classes", "binary"):
+            equal = (answers(self.head, dense) == answers(self.head, pruned)).reshape(len(dense), -1)
+            counted = mask.expand_as(dense) if self.head == "binary" else mask
+            counted = counted.reshape(len(dense), -1).expand_as(equal)
+            self.equal += float(((equal * counted).sum(1) / counted.sum(1)).sum())
+        if is_map(network, self.output, dense) and dense.shape[1] == 1:
+            self.correlation = (self.correlation or 0.0) + float(pearson(dense, pruned).sum())
+        if a.shape[1] == 1 or (self.head == "regression" and dense.dim() == 2):
+            self.values.append((a.cpu(), b.cpu()))
+
+    def mean(self, samples: int) -> Agreement:
+        cosine, ranks = self.cosine / samples, None
+        if self.values:
+            dense, pruned = (torch.cat(tensors) for tensors in zip(*self.values, strict=True))
+            ranks = _rank_correlation(dense, pruned)
+            if dense.shape[1] == 1:
+                cosine = float(F.cosine_similarity(dense[:, 0], pruned[:, 0], dim=0))
+        return Agreement(
+            output=self.output,
+            cosine=cosine,
+            relative_error=(self.error / max(self.norm, 1e-300)) ** 0.5,
+            top1_agreement=self.equal / samples if self.head == "classes" else None,
+            samples=samples,
+            correlation=None if self.correlation is None else self.correlation / samples,
+            sign_agreement=self.equal / samples if self.head == "binary" else None,
+            rank_correlation=ranks,
+        )
+
 
 @torch.no_grad()
-def agreement(network: Network, pruned: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[Agreement, ...]:
-    """`Agreement` of every output; padding tokens are left out."""
-    sums = {name: _Sums() for name in network.outputs}
-    samples = 0
+def agreement(network: Network, pruned: nn.Module, batches: Batches) -> tuple[Agreement, ...]:
+    """Return the `Agreement` of every output; padding tokens are ignored."""
+    sums = [_Sums(name, network.head if name == network.logits else None) for name in network.outputs]
     for batch in batches:
         dense, small = network.forward(batch), network.forward(batch, pruned)
-        samples += len(next(iter(dense.values())))
-        for name, y in dense.items():
-            _add(sums[name], network, name, y, small[name], batch)
-    return tuple(_agreement(network, name, found, samples) for name, found in sums.items())
-
-
-def _add(found: _Sums, network: Network, name: str, y: Tensor, small: Tensor, batch: Mapping[str, Tensor]) -> None:
-    weight = _weights(network, name, y, batch)
-    places = weight.reshape(*weight.shape, *[1] * (y.dim() - weight.dim()))
-    a, b = ((t * places).reshape(len(t), -1).double() for t in (y, small))
-    found.cosine += float(F.cosine_similarity(a, b, dim=1).sum())
-    found.error += float((a - b).square().sum())
-    found.norm += float(a.square().sum())
-    head = network.head if name == network.logits else None
-    if head in ("classes", "binary"):
-        equal = (answers(head, y) == answers(head, small)).reshape(len(y), -1)
-        counted = places.expand_as(y) if head == "binary" else places
-        counted = counted.reshape(len(y), -1).expand_as(equal)
-        found.equal += float(((equal * counted).sum(1) / counted.sum(1)).sum())
-    if is_map(network, name, y) and y.shape[1] == 1:
-        found.correlation = (found.correlation or 0.0) + float(correlation(y, small).sum())
-    if a.shape[1] == 1 or (head == "regression" and y.dim() == 2):
-        found.values.append((a.cpu(), b.cpu()))
-
-
-def _agreement(network: Network, name: str, found: _Sums, samples: int) -> Agreement:
-    head = network.head if name == network.logits else None
-    cosine, ranks = found.cosine / samples, None
-    if found.values:
-        dense, small = (torch.cat(each) for each in zip(*found.values, strict=True))
-        ranks = _rank_correlation(dense, small)
-        if dense.shape[1] == 1:
-            cosine = float(F.cosine_similarity(dense[:, 0], small[:, 0], dim=0))
-    return Agreement(
-        output=name,
-        cosine=cosine,
-        relative_error=(found.error / max(found.norm, 1e-300)) ** 0.5,
-        top1_agreement=found.equal / samples if head == "classes" else None,
-        samples=samples,
-        correlation=None if found.correlation is None else found.correlation / samples,
-        sign_agreement=found.equal / samples if head == "binary" else None,
-        rank_correlation=ranks,
-    )
+        for output in sums:
+            output.add(network, batch, dense[output.output], small[output.output])
+    samples = sum(map(batch_size, batches))
+    return tuple(output.mean(samples) for output in sums)
 
 
 def _rank_correlation(dense: Tensor, pruned: Tensor) -> float | None:
-    """The mean over columns of Spearman's correlation; None where one of them is constant."""
-    each = torch.tensor([spearman(a, b) for a, b in zip(dense.T, pruned.T, strict=True)])
-    return float(each.mean()) if len(dense) > 1 and bool(each.isfinite().all()) else None
+    """Return the mean over columns of Spearman's correlation; None if a column is constant."""
+    correlations = torch.tensor([spearman(a, b) for a, b in zip(dense.T, pruned.T, strict=True)])
+    return float(correlations.mean()) if len(dense) > 1 and bool(correlations.isfinite().all()) else None
 
 
-def correlation(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Pearson's correlation of two maps over their pixels: ``(batch, 1, height, width)`` each -> ``(batch,)``.
-
-    0 where one of the two is constant.
-    """
-    a, b = (t.flatten(1).double() for t in (dense, pruned))
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1)
-
-
-def _weights(network: Network, name: str, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """1 where an output counts, 0 at padding: ``(batch, tokens)`` for an output per token, else ``(batch,)``."""
+def _weights(network: Network, name: str, output: Tensor, batch: Batch) -> Tensor:
+    """Return 1 for values that count, 0 at padding: ``(batch, tokens)`` for an output per token, else ``(batch,)``."""
     valid = network.valid_tokens(batch)
     one_per_sample = name == EMBEDDING or (name == network.logits and output.dim() == 2)
     if valid is None or one_per_sample or output.shape[:2] != valid.shape:

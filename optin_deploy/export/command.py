@@ -25,7 +25,7 @@ from optin_deploy.export.engine_parity import check_engine_parity, is_checkable,
 from optin_deploy.export.engines import Wanted, engine_config, timing_cache, wanted_engines
 from optin_deploy.export.onnx_file import _passed, parity_batches, parity_tolerance, write_onnx
 from optin_deploy.export.requirements import check_pooling, check_runtimes
-from optin_deploy.models.load import load_network
+from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
 from optin_deploy.utils.atomic_files import whole_directory
 from optin_deploy.utils.paths import check_new
@@ -106,14 +106,7 @@ def export_network(
 def _load(recipe: Recipe, stages: Stages) -> tuple[Network, Calibration]:
     """The network, and inputs to calibrate 8 bits on and to check it on."""
     with stages.checks():
-        network = load_network(
-            recipe.model,
-            weights=recipe.weights,
-            image_size=recipe.image_size,
-            sequence_length=recipe.sequence_length,
-            max_text_length=recipe.max_text_length,
-            seed=recipe.seed,
-        )
+        network = load_recipe_network(recipe)
         if recipe.pooling_in_graph:
             check_pooling(network)
             network = network.with_pooling()

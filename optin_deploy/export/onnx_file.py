@@ -1,6 +1,6 @@
 """The ONNX file of a network in the precision of a recipe, and whether it computes what torch does."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from optin_deploy.utils.progress import Stages
 Parity = tuple[OutputParity, ...]
 
 
-Batches = Sequence[dict[str, Tensor]]
+Batches = Sequence[Mapping[str, Tensor]]
 
 
 def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, batches: Batches) -> None:

@@ -231,7 +231,7 @@ def _built(
         if tokens is not None:
             with_merging(small, structure, tokens.stack, replace(plan, tokens=tokens.schedule))
         files[way] = export_network(dense, small, target, dense_file.parent / way.lower())
-    sample = {n: t[:1].numpy(force=True) for n, t in dense.inputs.items()}
+    sample = dense.sample_arrays()
     pairs: list[tuple[str, str]] = [("dense", way) for way in plans]
     found = measure_files(files, sample, target.case(_SECONDS, files.values()), pairs).samples_ms
     return {way: paired_ratio(found[way], found["dense"]) for way in plans}

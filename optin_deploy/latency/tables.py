@@ -256,7 +256,7 @@ def _anchor(
     Tables are measured at another time, perhaps another day: machines change their pace in between.
     """
     file = export_network(network, network.module, target, folder / "network")
-    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    sample = network.sample_arrays()
     dense_ms, scales = 0.0, []
     for number, (kind, table) in enumerate(zip(types, tables, strict=True)):
         stacked, inputs = _export_stack(network.module, structure, kind, {}, _DEPTH, target, folder / f"stack{number}")

@@ -1,14 +1,14 @@
-"""Pruned networks on disk: safetensors, and one JSON that says how to build the network again. Nothing is unpickled.
+"""Pruned networks on disk: safetensors, and a JSON file from which the network is built. Nothing is unpickled.
 
-optin.json           format version, source, units kept per group and tokens per block, preprocessing, sample inputs'
-                     shapes, versions
+optin.json           format version, source, units kept per group and tokens per block, preprocessing, shapes of sample
+                     inputs, versions
 model.safetensors    the sliced weights
 
-Networks of transformers have more of what `save_pretrained` writes beside weights:
+Networks of transformers also have files that `save_pretrained` writes next to weights:
 
 config.json, generation_config.json     of the dense network; `AutoModel.from_pretrained` refuses the weights
-tokenizer*, preprocessor_config.json    what makes inputs out of texts and images
-modules.json, 1_Pooling/ …              of sentence-transformers: how sentence embeddings are made; these are read
+tokenizer*, preprocessor_config.json    the preprocessing of texts and images
+modules.json, 1_Pooling/ …              of sentence-transformers: how sentence embeddings are made
 README.md                               a model card, which a run writes at its end
 """
 
@@ -16,26 +16,26 @@ import importlib.metadata
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from optin_deploy.data.preprocessing import ImagePreprocessing, Preprocessing, ProcessorPreprocessing, TextPreprocessing
-from optin_deploy.errors import UserError
+from optin_deploy.data.preprocessing import ImagePreprocessing, ProcessorPreprocessing, TextPreprocessing
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.models import transformers_models
 from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES, read_origin
-from optin_deploy.models.intake.inputs import MOST_VALUES
-from optin_deploy.models.libraries import UNFIT, build, reason
-from optin_deploy.models.sentence_files import read_sentence_files, sentences_of
+from optin_deploy.models.libraries import LIBRARY_ERRORS, build
+from optin_deploy.models.sentence_files import build_sentences, read_sentence_files
 from optin_deploy.models.transformers_images import read_processor
 from optin_deploy.models.transformers_inputs import TEXT_INPUT, end_of_text
 from optin_deploy.models.transformers_models import read_tokenizer
-from optin_deploy.network import Network, Source
+from optin_deploy.models.validation.inputs import MOST_VALUES
+from optin_deploy.network import Network, Preprocessing, Source
+from optin_deploy.nn.batches import Batch, dtype_name
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import Sentences
 from optin_deploy.nn.task_head import HeadKind, head_of
@@ -58,6 +58,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+R = TypeVar("R", bound=_Strict)
 _Positive = Annotated[float, Field(gt=0)]
 _Size = Annotated[int, Field(ge=1, le=1 << 16)]
 
@@ -79,7 +80,7 @@ class _Image(_Strict):
     assumed: bool = False
 
     @model_validator(mode="after")
-    def _as_many(self) -> Self:
+    def _check_lengths(self) -> Self:
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} values in mean, {len(self.std)} in std")
         return self
@@ -118,7 +119,7 @@ class _Description(_Strict):
     token_mask: str | None
     logits: str | None
     class_names: tuple[tuple[str, ...], ...] = ()
-    # Absent from checkpoints of versions that took all logits for those of classes.
+    # Early versions had no such field; all logits were of classes.
     head: HeadKind | None = None
     image: _Image | None = None
     processor: _Processor | None = None
@@ -128,14 +129,14 @@ class _Description(_Strict):
 
     @field_validator("inputs")
     @classmethod
-    def _small(cls, given: dict[str, _Input]) -> dict[str, _Input]:
-        if sum(math.prod(each.shape) for each in given.values()) > MOST_VALUES:
-            raise ValueError(f"sample inputs of more than {MOST_VALUES} values are none of a checkpoint")
-        return given
+    def _check_size(cls, inputs: dict[str, _Input]) -> dict[str, _Input]:
+        if sum(math.prod(sample.shape) for sample in inputs.values()) > MOST_VALUES:
+            raise ValueError(f"sample inputs have more than {MOST_VALUES} values")
+        return inputs
 
     @model_validator(mode="after")
-    def _names(self) -> Self:
-        image = tuple(each.input_name for each in (self.image, self.processor) if each)
+    def _check_names(self) -> Self:
+        image = tuple(pre.input_name for pre in (self.image, self.processor) if pre)
         mask = (self.token_mask,) if self.token_mask else ()
         for name in (*self.sequence_inputs, *mask, *image, *(self.text.input_names if self.text else ())):
             if name not in self.inputs:
@@ -151,9 +152,15 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def save(network: Network, plan: Plan, path: Path) -> None:
-    """Write ``network``, whose module is already sliced by ``plan`` (in the dense network's indices), to ``path``.
+    """Write ``network``, whose module is already sliced, to the new directory ``path``.
 
-    The directory appears whole or not at all. Raises UserError if it exists.
+    The directory appears complete or not at all.
+
+    Args:
+        plan: by which the module is sliced, in the dense network's indices.
+
+    Raises:
+        UserError: ``path`` exists.
     """
     preprocessing = network.preprocessing
     description = _Description(
@@ -164,37 +171,24 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         kept=dict(plan.kept),
         tokens=plan.tokens,
         weights=network.weights,
-        inputs={n: _Input(shape=tuple(t.shape), dtype=_dtype_name(t)) for n, t in network.inputs.items()},
+        inputs={
+            name: _Input.model_validate({"shape": tuple(tensor.shape), "dtype": dtype_name(tensor.dtype)})
+            for name, tensor in network.inputs.items()
+        },
         outputs=dict(network.outputs),
         sequence_inputs=network.sequence_inputs,
         token_mask=network.token_mask,
         logits=network.logits,
         class_names=network.class_names,
         head=network.head if network.logits is not None else None,
-        image=_Image(**asdict(preprocessing)) if isinstance(preprocessing, ImagePreprocessing) else None,
-        processor=_Processor(
-            input_name=preprocessing.input_name,
-            channels=preprocessing.channels,
-            size=preprocessing.size,
-            fixed=preprocessing.fixed,
-            masks=preprocessing.masks,
-        )
-        if isinstance(preprocessing, ProcessorPreprocessing)
-        else None,
-        text=_Text(
-            input_names=preprocessing.input_names,
-            max_length=preprocessing.max_length,
-            decoder_start=preprocessing.decoder_start,
-            prompt=preprocessing.prompt,
-            lower_case=preprocessing.lower_case,
-        )
-        if isinstance(preprocessing, TextPreprocessing)
-        else None,
+        image=_record(_Image, preprocessing) if isinstance(preprocessing, ImagePreprocessing) else None,
+        processor=_record(_Processor, preprocessing) if isinstance(preprocessing, ProcessorPreprocessing) else None,
+        text=_record(_Text, preprocessing) if isinstance(preprocessing, TextPreprocessing) else None,
         sentences=network.sentences is not None and not network.sentences.is_default,
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")},
     )
     with whole_directory(path) as directory:
-        # Tied parameters are stored once under every name, so that any reader finds them.
+        # Tied parameters are stored under every name, so that any reader finds them.
         state = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
         write_tensors(directory / WEIGHTS_NAME, state)
         if isinstance(preprocessing, TextPreprocessing):
@@ -210,7 +204,7 @@ def save(network: Network, plan: Plan, path: Path) -> None:
 
 
 def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
-    """The pruned network at ``path`` as a plain module, on the CPU, in eval mode.
+    """Return the pruned network at ``path`` as a plain module, on the CPU, in eval mode.
 
     Args:
         module: the dense module, for a checkpoint of a module of your own; it is not changed.
@@ -222,10 +216,10 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
 
 
 def load_network(path: Path, module: nn.Module | None = None) -> Network:
-    """Like `load`, with inputs, outputs and preprocessing; its weights are named "checkpoint PATH"."""
+    """Return the same as `load`, with inputs, outputs and preprocessing; ``weights`` is "checkpoint PATH"."""
     small, description = _load(path, module)
     inputs = _sample_inputs(description)
-    # A tokenizer that preprocessing holds is written by itself.
+    # A text network's tokenizer is part of its preprocessing.
     has_files = description.source.library == "transformers" and description.text is None
     preprocessing = _preprocessing(description, path)
     return Network(
@@ -246,7 +240,7 @@ def load_network(path: Path, module: nn.Module | None = None) -> Network:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of the checkpoint at ``path``, in the dense network's indices."""
+    """Return the plan of the checkpoint at ``path``, in the dense network's indices."""
     description = _read(path)
     return Plan(description.kept, description.tokens)
 
@@ -261,7 +255,7 @@ def _read(path: Path) -> _Description:
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path / JSON_NAME} is damaged or of another version: {where}: {first['msg']}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path / JSON_NAME} cannot be read: {reason(error)}") from error
+        raise UserError(f"{path / JSON_NAME} cannot be read: {one_line(error)}") from error
 
 
 def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
@@ -269,19 +263,18 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
     try:
         dense = prunable_form(build(_source(description)) if module is None else module)
         inputs, plan = _sample_inputs(description), Plan(description.kept, description.tokens)
-        # Which units leave together was settled when the plan was made. Here only how many stay matters: all weights
-        # are read below.
+        # Tied units were found when the plan was made. Here only the number of units matters: weights are read below.
         structure = describe(dense, inputs).without_tuples()
         small = sliced(dense, structure, plan)
         if plan.tokens:
             with_merging(small, structure, token_stack(dense, inputs, structure, description.token_mask), plan)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
-    except UNFIT as error:
-        raise UserError(f"checkpoint {path} does not fit {description.source.name}: {reason(error)}") from error
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"checkpoint {path} does not fit {description.source.name}: {one_line(error)}") from error
     load_weights(small, path)
     transformers_models.read_generation(small, path)
-    # Some attentions keep what they have made of their weights, those before loading, until they are in train mode.
+    # Some attentions cache tensors computed from their weights before loading; train mode clears them.
     return small.train().eval(), description
 
 
@@ -291,63 +284,64 @@ def load_weights(small: nn.Module, path: Path) -> None:
         state = load_file(regular(path / WEIGHTS_NAME))
         check_kinds(small, state, path / WEIGHTS_NAME)
         small.load_state_dict(state)
-    except (OSError, *UNFIT) as error:
-        raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {reason(error)}") from error
+    except (OSError, *LIBRARY_ERRORS) as error:
+        raise UserError(f"{path / WEIGHTS_NAME} is damaged or belongs to another network: {one_line(error)}") from error
 
 
 def check_kinds(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError where ``state``, read from ``path``, holds integers for what ``module`` computes in, or such."""
+    """Raise UserError if a tensor in ``state`` is an integer where ``module`` has a float, or the reverse."""
     for name, own in module.state_dict().items():
-        given = state.get(name, own)
-        if given.is_floating_point() != own.is_floating_point():
-            raise UserError(f"{path}: {name} holds {_dtype_name(given)}, the network takes {_dtype_name(own)}")
+        dtype = state.get(name, own).dtype
+        if dtype.is_floating_point != own.is_floating_point():
+            raise UserError(f"{path}: {name} holds {dtype_name(dtype)}, the network takes {dtype_name(own.dtype)}")
 
 
 def _source(description: _Description) -> Source:
     return Source(description.source.library, description.source.name, description.source.arguments)
 
 
-def _sample_inputs(description: _Description) -> Mapping[str, Tensor]:
-    """Sample inputs of the recorded shapes: noise for pictures, ones for masks, and for tokens but the last."""
+def _sample_inputs(description: _Description) -> Batch:
+    """Return sample inputs of the recorded shapes: noise for floats, ones for integers, the end token last in texts."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
-        name: torch.randn(given.shape, generator=generator).to(getattr(torch, given.dtype))
-        if "float" in given.dtype
-        else torch.ones(given.shape, dtype=getattr(torch, given.dtype))
-        for name, given in description.inputs.items()
+        name: torch.randn(sample.shape, generator=generator).to(getattr(torch, sample.dtype))
+        if "float" in sample.dtype
+        else torch.ones(sample.shape, dtype=getattr(torch, sample.dtype))
+        for name, sample in description.inputs.items()
     }
     if description.source.library == "transformers" and TEXT_INPUT in inputs:
         inputs[TEXT_INPUT] = end_of_text(inputs[TEXT_INPUT], description.source.arguments)
     return inputs
 
 
-def _head(description: _Description, module: nn.Module, inputs: Mapping[str, Tensor]) -> HeadKind:
-    """What the logits mean: as it was saved, else as it is found for a network that is pruned."""
+def _head(description: _Description, module: nn.Module, inputs: Batch) -> HeadKind:
+    """Return what the logits mean: the recorded kind, or else the default for the network."""
     if description.logits is None:
         return "classes"
     with torch.no_grad():
         logits = named_outputs(module(**inputs)).get(description.outputs[description.logits])
     if logits is None:
-        # What is no output is told where outputs are asked for.
+        # A missing output is reported where outputs are computed.
         return description.head or "classes"
     if description.head is None and description.source.library == "transformers":
-        return transformers_models.head(module, logits)
+        return transformers_models.head_kind(module, logits)
     try:
         return head_of(logits, description.head)
     except UserError as error:
         raise UserError(f"{JSON_NAME} of {description.source.name}: {error}") from error
 
 
-def _dtype_name(tensor: Tensor) -> Any:
-    return str(tensor.dtype).removeprefix("torch.")
+def _record(record: type[R], preprocessing: Preprocessing) -> R:
+    """Return the fields of ``preprocessing`` that ``record`` has."""
+    return record(**{name: getattr(preprocessing, name) for name in record.model_fields})
 
 
 def _preprocessing(description: _Description, path: Path) -> Preprocessing | None:
     if description.image:
         if description.source.library == "transformers" and not description.image.assumed:
             logger.warning(
-                "%s is of an earlier version, which did not prepare pictures by the model's own image processor: prune "
-                "the model again for accuracies of its own pipeline",
+                "%s is of an earlier version, which did not use the model's own image processor: prune the model again "
+                "for accuracies of its own pipeline",
                 path,
             )
         return ImagePreprocessing(**description.image.model_dump())
@@ -362,15 +356,15 @@ def _preprocessing(description: _Description, path: Path) -> Preprocessing | Non
 def _processor(path: Path) -> Any:
     try:
         return read_processor(str(path))
-    except (OSError, *UNFIT) as error:
-        raise UserError(f"the image processor in {path} cannot be read: {reason(error)}") from error
+    except (OSError, *LIBRARY_ERRORS) as error:
+        raise UserError(f"the image processor in {path} cannot be read: {one_line(error)}") from error
 
 
 def _sentences(path: Path, preprocessing: Preprocessing | None) -> Sentences:
-    """How the checkpoint at ``path`` makes sentence embeddings; UserError where what says so is gone."""
+    """Return how the checkpoint at ``path`` makes sentence embeddings; UserError if the files are missing."""
     files = read_sentence_files(str(path))
     if files is None or not files.embeds or not isinstance(preprocessing, TextPreprocessing):
         raise UserError(
-            f"checkpoint {path} is damaged: modules.json, which says how sentences are embedded, is missing"
+            f"checkpoint {path} is damaged: modules.json, which states how sentences are embedded, is missing"
         )
-    return sentences_of(files, preprocessing.tokenizer)
+    return build_sentences(files, preprocessing.tokenizer)

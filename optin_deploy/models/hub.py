@@ -1,4 +1,4 @@
-"""The model hub, which may be out of reach, and its conventions for what is in a model's folder."""
+"""The model hub, which may be unreachable, and its conventions for the files of a model."""
 
 import os
 import socket
@@ -18,26 +18,18 @@ from optin_deploy.utils.paths import regular
 CARD_NAME = "README.md"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "normalizer.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "normalizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
 )
 _CONNECT_SECONDS = 5.0
 
 
 @contextmanager
 def cached_if_unreachable(model: str) -> Iterator[None]:
-    """Let the hub's client use its cache only when the hub cannot be reached; it would else retry for a minute.
+    """Use only the cache of the hub's client if the hub is unreachable; the client would otherwise retry for a minute.
 
-    For a local directory nobody is asked.
+    For a local directory no connection is tried. timm has no option ``local_files_only``, so the client's own constant
+    is set while the context is open.
     """
     offline = constants.HF_HUB_OFFLINE
     try:
@@ -48,7 +40,7 @@ def cached_if_unreachable(model: str) -> Iterator[None]:
 
 
 def _reachable() -> bool:
-    # Behind a proxy only the client itself can tell.
+    # A proxy can only be tested by the client itself.
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     try:
@@ -56,12 +48,12 @@ def _reachable() -> bool:
         port = address.port or (443 if address.scheme == "https" else 80)
         with socket.create_connection((address.hostname or "", port), timeout=_CONNECT_SECONDS):
             return True
-    except (OSError, ValueError):  # the second where HF_ENDPOINT is no address
+    except (OSError, ValueError):  # ValueError: HF_ENDPOINT is not an address
         return False
 
 
 def read_file(model: str, name: str) -> bytes | None:
-    """A file of a local directory or model id; None where there is none or it cannot be had."""
+    """Return a file of a local directory or model id; None if it does not exist or cannot be read."""
     try:
         path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
         return regular(path).read_bytes()
@@ -70,21 +62,21 @@ def read_file(model: str, name: str) -> bytes | None:
 
 
 def read_files(model: str, names: Iterable[str]) -> dict[str, bytes]:
-    """Those of the named files of a local directory or model id that there are."""
-    found = {name: read_file(model, name) for name in names}
-    return {name: content for name, content in found.items() if content is not None}
+    """Return the files with these names that exist in a local directory or model id."""
+    files = ((name, read_file(model, name)) for name in names)
+    return {name: content for name, content in files if content is not None}
 
 
 def read_origin(model: str, names: Iterable[str]) -> Origin:
-    """The origin of the weights of a local directory or model id, with those of the named files that there are.
+    """Return the origin of the weights of a local directory or model id, with the existing files of ``names``.
 
-    What a local directory was made of is told by its card where that is ours; other cards name what was trained on.
+    The base model of a local directory is read from its card only if optin-deploy wrote it: in other cards the field
+    names the model that was fine-tuned.
     """
-    told = _card_header(read_file(model, CARD_NAME))
-    # A card that others wrote may hold anything there.
-    tags = told.get("tags")
-    base_model = str(told.get("base_model", "")) if isinstance(tags, list) and "optin-deploy" in tags else ""
-    license_name = told.get("license")
+    header = _card_header(read_file(model, CARD_NAME))
+    # Cards written by others may hold values of any type.
+    tags, license_name = header.get("tags"), header.get("license")
+    base_model = str(header.get("base_model", "")) if isinstance(tags, list) and "optin-deploy" in tags else ""
     return Origin(
         base_model=(base_model or None) if Path(model).is_dir() else model,
         license=license_name if isinstance(license_name, str) else None,
@@ -93,7 +85,7 @@ def read_origin(model: str, names: Iterable[str]) -> Origin:
 
 
 def _card_header(card: bytes | None) -> dict[str, Any]:
-    """What the header of a model card says; nothing where it has none that can be read."""
+    """Return the header of a model card; empty if it cannot be read."""
     if card is None:
         return {}
     try:

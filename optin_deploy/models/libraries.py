@@ -1,4 +1,4 @@
-"""What is known about each model library: how to build a network, its inputs and its preprocessing."""
+"""The model libraries: build a module from its source, prepare it for pruning, and name its task."""
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -8,55 +8,42 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import timm_models, transformers_models
 from optin_deploy.network import Network, Source
 
-# What libraries raise for a configuration, weights or inputs that do not fit.
-UNFIT = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    TypeError,
-    ValueError,
+# Errors that libraries raise for a configuration, weights or inputs that do not fit.
+LIBRARY_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, KeyError, MemoryError, RuntimeError),
+    *(SafetensorError, StrictDataclassError, TypeError, ValueError),
 )
 
 
-def reason(error: Exception) -> str:
-    """A library's message as a part of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def build(source: Source) -> nn.Module:
-    """The dense module of ``source`` with initial weights, ready to be pruned; UserError when it cannot be built."""
-    return ready(source, initialised(source))
+    """Return the dense module of ``source`` with initial weights, prepared for pruning.
+
+    Raises:
+        UserError: the module cannot be built.
+    """
+    return prepare_module(source, create_module(source))
 
 
-def ready(source: Source, module: nn.Module) -> nn.Module:
-    """``module``, which the library of ``source`` has made, as it is pruned and exported."""
-    return transformers_models.ready(module) if source.library == "transformers" else module
+def prepare_module(source: Source, module: nn.Module) -> nn.Module:
+    """Return a module that the library of ``source`` has made in the form that is pruned and exported."""
+    return transformers_models.prepare_module(module) if source.library == "transformers" else module
 
 
-def initialised(source: Source) -> nn.Module:
-    """The module as the library itself makes it, whose weights files fit; UserError when it cannot be built."""
+def create_module(source: Source) -> nn.Module:
+    """Return the module as the library makes it, which files of weights fit; UserError if it cannot be built."""
     if source.library == "timm":
         return timm_models.build(source)
     if source.library == "transformers":
-        return transformers_models.initialised(source)
+        return transformers_models.create_module(source)
     raise UserError(
         f"{source.name} is a module of your own: give the dense module, as in load(path, module=MyModule())"
     )
 
 
 def task(network: Network) -> str | None:
-    """What the network is for, in the words of the Hugging Face hub; None where that is not known."""
+    """Return the hub's name for the network's task; None if it is unknown."""
     if network.source.library == "timm":
         return "image-classification" if network.logits else "image-feature-extraction"
-    return (
-        transformers_models.task(network.source.name, network.inputs)
-        if network.source.library == "transformers"
-        else None
-    )
+    if network.source.library == "transformers":
+        return transformers_models.task(network.source.name, network.inputs)
+    return None

@@ -1,21 +1,24 @@
-"""From what the user names to a `Network`: timm, transformers, or a checkpoint of our own."""
+"""Load a network by name or path: from timm, transformers, or a checkpoint of optin-deploy."""
 
 import difflib
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.preprocessing import TextPreprocessing
-from optin_deploy.errors import UserError
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.models import checkpoint, timm_files, timm_models, transformers_models
 from optin_deploy.models.hub import cached_if_unreachable, read_origin
-from optin_deploy.models.intake import validate
-from optin_deploy.models.libraries import UNFIT, initialised, ready, reason
-from optin_deploy.models.model_directories import check_directory, file_told, variant_of, weights_in
-from optin_deploy.models.sentence_files import SentenceFiles, read_sentence_files, sentences_of
-from optin_deploy.models.weight_files import named
+from optin_deploy.models.libraries import LIBRARY_ERRORS, create_module, prepare_module
+from optin_deploy.models.model_directories import check_directory, describe_file, find_weights, variant_of
+from optin_deploy.models.sentence_files import SentenceFiles, build_sentences, read_sentence_files
+from optin_deploy.models.validation.adopt import validate
+from optin_deploy.models.weight_files import parse_weights
 from optin_deploy.models.weights import load_weights
 from optin_deploy.network import Network, Origin, Source
 from optin_deploy.nn.sentence_embeddings import FEATURES
@@ -23,6 +26,33 @@ from optin_deploy.utils.paths import check_regular_inside
 
 DEFAULT_SEQUENCE_LENGTH = 128
 _CHOICES = "use --weights random (for speed only), --weights FILE.safetensors, or --model DIRECTORY"
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `load_network`."""
+
+    model: str
+    weights: str
+    image_size: int | None
+    sequence_length: int
+    max_text_length: int | None
+    seed: int
+
+    @property
+    def directory(self) -> Path | None:
+        return Path(self.model) if Path(self.model).is_dir() else None
+
+    def check_no_image_size(self) -> None:
+        if self.image_size is not None:
+            raise UserError(
+                f"--image-size {self.image_size} is for models with a timm name; {self.model} takes the size in its "
+                "configuration"
+            )
+
+    def check_text_length(self, network: Network) -> None:
+        if self.max_text_length is not None and not isinstance(network.preprocessing, TextPreprocessing):
+            raise UserError(f"--max-text-length {self.max_text_length}: {network.source.name} takes no texts")
 
 
 def load_network(
@@ -34,239 +64,247 @@ def load_network(
     max_text_length: int | None = None,
     seed: int = 0,
 ) -> Network:
-    """The network that ``model`` names, on the CPU, in fp32 and eval mode.
+    """Return the network ``model`` on the CPU, in fp32 and eval mode.
 
     Args:
-        model: a timm name or its short form, a transformers model id, a local directory that transformers or timm has
-            saved, or a checkpoint of our own.
-        weights: "pretrained", "random", or a ``.safetensors`` file, with ``#PART`` behind it where it holds the network
-            several times, as in ``w.safetensors#ema``. A checkpoint of our own has its weights.
-        image_size: pixels, for vision networks that can take other sizes than their own.
-        sequence_length: tokens in the sample input, at most as many as the network has positions for; a checkpoint of
-            our own keeps the length that it was pruned at.
-        max_text_length: tokens that texts for calibration and evaluation are cut to; what the model takes when None.
+        model: a timm name or its short form, a transformers model id, a directory saved by transformers or timm, or a
+            checkpoint of optin-deploy.
+        weights: "pretrained", "random", or a ``.safetensors`` file. Add ``#PART`` if the file holds the network several
+            times, as in ``w.safetensors#ema``. A checkpoint has its own weights.
+        image_size: in pixels, for vision networks that accept several sizes.
+        sequence_length: tokens of the sample input, at most the number of positions of the network. A checkpoint keeps
+            the length with which it was pruned.
+        max_text_length: number of tokens to which calibration and evaluation texts are truncated; the model's own limit
+            when None.
         seed: of random weights.
 
     Raises:
-        UserError: the model is unknown, its weights cannot be had, or the image size does not fit.
+        UserError: the model is unknown, its weights cannot be loaded, or the image size does not fit.
+
+    Example:
+        >>> network = load_network("deit_small", weights="random", image_size=224)
     """
-    if Path(model).is_dir():
-        check_regular_inside(Path(model))
-    if checkpoint.is_checkpoint(model):
-        if weights != "pretrained" or image_size is not None:
-            raise UserError(f"{model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
-        return _checked(_with_text_length(checkpoint.load_network(Path(model)), max_text_length))
-    if Path(model).is_dir():
-        check_directory(Path(model))
-    timm_name = None if Path(model).is_dir() else timm_models.full_name(model)
-    saved = timm_files.saved(Path(model))
-    if timm_name:
-        network = _timm_network(timm_name, weights, image_size, seed)
-    elif saved:
-        network = _saved_timm_network(model, saved, weights, image_size, seed)
-    else:
-        network = _transformers_network(model, weights, image_size, sequence_length, max_text_length, seed)
-    _check_has_texts(network, max_text_length)
-    return _checked(network)
-
-
-def _checked(network: Network) -> Network:
+    network = _load(_Options(model, weights, image_size, sequence_length, max_text_length, seed))
     check_weights(network)
     return validate(network)
 
 
-def _with_text_length(network: Network, max_text_length: int | None) -> Network:
-    """The network of a checkpoint, its texts cut to that length."""
-    _check_has_texts(network, max_text_length)
-    preprocessing = network.preprocessing
-    if max_text_length is None or not isinstance(preprocessing, TextPreprocessing):
-        return network
-    limit = transformers_models.text_limit(network.module, preprocessing.tokenizer)
-    # Files of sentence-transformers say less than that, or more.
-    limit = preprocessing.max_length if network.sentences else max(limit or max_text_length, preprocessing.max_length)
-    if max_text_length > limit:
-        raise UserError(
-            f"--max-text-length {max_text_length}: {network.source.name} takes texts of {limit} tokens at most"
-        )
-    return replace(network, preprocessing=replace(preprocessing, max_length=max_text_length))
+def load_recipe_network(recipe: Recipe) -> Network:
+    """Return the network of ``recipe``, as `load_network` does."""
+    return load_network(
+        recipe.model,
+        weights=recipe.weights,
+        image_size=recipe.image_size,
+        sequence_length=recipe.sequence_length,
+        max_text_length=recipe.max_text_length,
+        seed=recipe.seed,
+    )
 
 
-def _check_has_texts(network: Network, max_text_length: int | None) -> None:
-    if max_text_length is not None and not isinstance(network.preprocessing, TextPreprocessing):
-        raise UserError(f"--max-text-length {max_text_length}: {network.source.name} takes no texts")
+def _load(options: _Options) -> Network:
+    directory = options.directory
+    if directory:
+        check_regular_inside(directory)
+    if checkpoint.is_checkpoint(options.model):
+        return _load_checkpoint(options)
+    if directory:
+        check_directory(directory)
+    name = None if directory else timm_models.full_name(options.model)
+    saved = timm_files.read_saved_network(Path(options.model))
+    if name:
+        network = _load_timm(options, name)
+    elif saved:
+        network = _load_saved_timm(options, saved)
+    else:
+        network = _load_transformers(options)
+    options.check_text_length(network)
+    return network
 
 
 def check_weights(network: Network) -> None:
-    """Raise UserError where a weight of the network is NaN or infinite."""
+    """Raise UserError if a weight of the network is NaN or infinite."""
     bad = next((name for name, p in network.module.named_parameters() if not p.isfinite().all()), None)
     if bad is not None:
         raise UserError(f"the weights of {network.source.name} ({network.weights}) hold NaN or infinity in {bad}")
 
 
-def _timm_network(name: str, weights: str, image_size: int | None, seed: int) -> Network:
-    told = timm_files.told_by_weights(name, named(weights)) if weights not in ("pretrained", "random") else {}
-    source = timm_models.source_of(name, image_size, told)
-    if weights == "pretrained":
-        try:
-            with cached_if_unreachable(name):
-                module = timm_models.load_pretrained(source)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"pretrained weights of {name} cannot be fetched or found in the cache: {_CHOICES}"
-            ) from error
-        except (TypeError, AssertionError) as error:
-            raise UserError(f"timm cannot build {name} for image size {image_size}: {error}") from error
-    else:
-        module = _initialised(source, weights, seed)
-    return timm_models.network_of(module, source, weights)
+def _load_checkpoint(options: _Options) -> Network:
+    """Load a checkpoint of optin-deploy; the texts are truncated to ``max_text_length``, if that is given."""
+    if options.weights != "pretrained" or options.image_size is not None:
+        raise UserError(f"{options.model} is a checkpoint of optin-deploy: it takes no --weights and no --image-size")
+    network = checkpoint.load_network(Path(options.model))
+    options.check_text_length(network)
+    preprocessing, wanted = network.preprocessing, options.max_text_length
+    if wanted is None or not isinstance(preprocessing, TextPreprocessing):
+        return network
+    limit = transformers_models.text_limit(network.module, preprocessing.tokenizer)
+    # Files of sentence-transformers may state another length than the tokenizer.
+    limit = preprocessing.max_length if network.sentences else max(limit or wanted, preprocessing.max_length)
+    if wanted > limit:
+        raise UserError(f"--max-text-length {wanted}: {network.source.name} takes texts of {limit} tokens at most")
+    return replace(network, preprocessing=replace(preprocessing, max_length=wanted))
 
 
-def _saved_timm_network(
-    model: str, saved: timm_files.Saved, weights: str, image_size: int | None, seed: int
-) -> Network:
-    _check_size_is_own(model, image_size)
-    own = weights == "pretrained"
-    source, file = saved.source, _own_weights(Path(model)) if own else weights
-    if file != "random":
-        # What the configuration does not say: timm writes only those arguments that it is told.
-        told = timm_files.told_by_weights(source.name, named(file))
-        source = replace(source, arguments={**told, **source.arguments})
-    module = _initialised(source, file, seed)
-    origin = read_origin(model, ()) if own else Origin()
-    return timm_models.network_of(module, source, weights, saved.pretrained_cfg, origin)
-
-
-def _own_weights(directory: Path) -> str:
-    """The file of weights in ``directory``; UserError, which tells the other choices too, where there is none."""
+def _load_timm(options: _Options, name: str) -> Network:
+    arguments = _arguments_from(options.weights, name)
+    source = timm_models.source_of(name, options.image_size, arguments)
+    if options.weights != "pretrained":
+        return timm_models.network_of(_build(source, options.weights, options.seed), source, options.weights)
     try:
-        return str(weights_in(directory))
+        with cached_if_unreachable(name):
+            module = timm_models.load_pretrained(source)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"pretrained weights of {name} cannot be fetched or found in the cache: {_CHOICES}") from error
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"timm cannot build {name} for image size {options.image_size}: {error}") from error
+    return timm_models.network_of(module, source, options.weights)
+
+
+def _load_saved_timm(options: _Options, saved: timm_files.SavedNetwork) -> Network:
+    options.check_no_image_size()
+    is_own = options.weights == "pretrained"
+    file = _weights_of(Path(options.model)) if is_own else options.weights
+    # timm only writes the arguments that differ from the architecture's; the shapes of weights show the others.
+    arguments = {**_arguments_from(file, saved.source.name), **saved.source.arguments}
+    source = replace(saved.source, arguments=arguments)
+    origin = read_origin(options.model, ()) if is_own else Origin()
+    module = _build(source, file, options.seed)
+    return timm_models.network_of(module, source, options.weights, saved.pretrained_cfg, origin)
+
+
+def _arguments_from(weights: str, name: str) -> dict[str, int]:
+    if weights in ("pretrained", "random"):
+        return {}
+    return timm_files.arguments_from_weights(name, parse_weights(weights))
+
+
+def _weights_of(directory: Path) -> str:
+    """Return the file of weights in ``directory``; UserError with the alternatives if there is none."""
+    try:
+        return str(find_weights(directory))
     except UserError as error:
-        # What tells a command to be given needs no other choice.
-        more = "" if "--weights" in str(error) or "python -c" in str(error) else f"; or {_CHOICES}"
-        raise UserError(f"{error}{more}") from error
+        # A message that contains a command needs no alternatives.
+        has_command = "--weights" in str(error) or "python -c" in str(error)
+        raise UserError(str(error) if has_command else f"{error}; or {_CHOICES}") from error
 
 
-def _check_size_is_own(model: str, image_size: int | None) -> None:
-    if image_size is not None:
-        raise UserError(
-            f"--image-size {image_size} is for models named as timm does; {model} takes the size of its configuration"
-        )
-
-
-def _transformers_network(
-    model: str,
-    weights: str,
-    image_size: int | None,
-    sequence_length: int,
-    max_text_length: int | None,
-    seed: int,
-) -> Network:
-    sentences = read_sentence_files(model) if Path(model).is_dir() else None
+def _load_transformers(options: _Options) -> Network:
+    model, directory = options.model, options.directory
+    sentences = read_sentence_files(model) if directory else None
     encoder = _encoder_directory(model, sentences)
-    config = _transformers_config(encoder)
-    _check_size_is_own(model, image_size)
+    config = _read_config(encoder)
+    options.check_no_image_size()
     with cached_if_unreachable(model):
-        if not Path(model).is_dir():
+        if not directory:
             sentences = read_sentence_files(model)
             _encoder_directory(model, sentences)
         source = transformers_models.source_of(config, sentences.task if sentences else None)
-        try:
-            if weights == "pretrained":
-                file = Path(_own_weights(Path(encoder))) if Path(encoder).is_dir() else None
-                module = transformers_models.load_pretrained(encoder, source, variant_of(file) if file else None)
-            else:
-                module = _initialised(source, weights, seed)
-        except OSError as error:
-            raise UserError(
-                f"the weights of {model} cannot be fetched or found ({reason(error)}): {_CHOICES}"
-            ) from error
-        except UNFIT as error:
-            raise UserError(f"{model} cannot be loaded as {source.name}: {reason(error)}") from error
-        try:
-            preprocessing = transformers_models.read_preprocessing(encoder, module, max_text_length, sentences)
-        except (OSError, *UNFIT) as error:
-            raise UserError(f"the preprocessing of {model} cannot be used: {reason(error)}") from error
-        origin = read_origin(model, transformers_models.companions(module))
-    if weights != "pretrained":
+        module = _build_transformers(options, encoder, source)
+        with _library_errors(f"the preprocessing of {model} cannot be used"):
+            preprocessing = transformers_models.read_preprocessing(encoder, module, options.max_text_length, sentences)
+        origin = read_origin(model, transformers_models.companion_files(module))
+    if options.weights != "pretrained":
         origin = Origin(files=origin.files)
     source = transformers_models.with_padding(source, module)
-    try:
-        network = transformers_models.network_of(module, source, weights, preprocessing, sequence_length)
+    with _library_errors(f"{model} does not take what its own preprocessing makes"):
+        network = transformers_models.network_of(
+            module, source, options.weights, preprocessing, options.sequence_length
+        )
         network = replace(network, origin=origin)
-        return with_sentences(network, sentences) if sentences and sentences.embeds else network
-    except UNFIT as error:
-        raise UserError(f"{model} does not take what its own preprocessing gives: {reason(error)}") from error
+        return _add_sentences(network, sentences) if sentences and sentences.embeds else network
+
+
+@contextmanager
+def _library_errors(message: str) -> Iterator[None]:
+    """Raise the errors of libraries as UserError that begins with ``message``."""
+    try:
+        yield
+    except (OSError, *LIBRARY_ERRORS) as error:
+        raise UserError(f"{message}: {one_line(error)}") from error
+
+
+def _build_transformers(options: _Options, encoder: str, source: Source) -> nn.Module:
+    try:
+        if options.weights != "pretrained":
+            return _build(source, options.weights, options.seed)
+        variant = variant_of(Path(_weights_of(Path(encoder)))) if Path(encoder).is_dir() else None
+        return transformers_models.load_pretrained(encoder, source, variant)
+    except OSError as error:
+        raise UserError(
+            f"the weights of {options.model} cannot be fetched or found ({one_line(error)}): {_CHOICES}"
+        ) from error
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{options.model} cannot be loaded as {source.name}: {one_line(error)}") from error
 
 
 def _encoder_directory(model: str, sentences: SentenceFiles | None) -> str:
-    """Where the encoder of a model is: files of sentence-transformers may name a folder for it."""
+    """Return where the encoder of ``model`` is: files of sentence-transformers may name a folder for it."""
     if sentences is None or not sentences.folder:
         return model
     encoder = Path(model, sentences.folder)
+    if not Path(model).is_dir():
+        raise UserError(
+            f"{model} has its encoder in the folder {sentences.folder}: download it, and give its directory"
+        )
     if not encoder.is_dir():
-        if not Path(model).is_dir():
-            raise UserError(
-                f"{model} keeps its encoder in the folder {sentences.folder}: download it, give its directory"
-            )
-        raise UserError(f"{encoder} does not exist, though modules.json names it: it is to hold the encoder")
+        raise UserError(f"{encoder} does not exist, though modules.json names it as the folder of the encoder")
     check_regular_inside(encoder)
     return str(encoder)
 
 
-def with_sentences(network: Network, files: SentenceFiles) -> Network:
-    """``network`` with the sentence embeddings that its files say it makes; UserError where it cannot."""
+def _add_sentences(network: Network, files: SentenceFiles) -> Network:
+    """Return ``network`` with the sentence embeddings that its files describe; UserError if they do not fit."""
     if not isinstance(network.preprocessing, TextPreprocessing) or FEATURES not in network.outputs:
         raise UserError(
             f"modules.json makes sentence embeddings of texts, {network.source.name} takes "
-            f"{', '.join(network.inputs)} and gives {', '.join(network.outputs)}: no {FEATURES} of tokens"
+            f"{', '.join(network.inputs)} and returns {', '.join(network.outputs)}: no {FEATURES} of tokens"
         )
-    sentences = sentences_of(files, network.preprocessing.tokenizer)
+    sentences = build_sentences(files, network.preprocessing.tokenizer)
     try:
         with torch.inference_mode():
             replace(network, sentences=sentences).with_pooling().forward(network.inputs)
     except RuntimeError as error:
-        raise UserError(f"modules.json does not fit {network.source.name}: {reason(error)}") from error
+        raise UserError(f"modules.json does not fit {network.source.name}: {one_line(error)}") from error
     return replace(network, sentences=sentences)
 
 
-def _transformers_config(model: str) -> object:
-    if Path(model).is_dir() and not Path(model, "config.json").is_file():
+def _read_config(model: str) -> object:
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{model} is a directory without config.json (transformers) and without optin.json (our own)")
     try:
         with cached_if_unreachable(model):
             return transformers_models.read_config(model)
-    except (OSError, *UNFIT) as error:
-        if Path(model).is_dir():
-            raise UserError(f"{Path(model, 'config.json')} cannot be used: {reason(error)}") from error
-        if Path(model).is_file():
-            told = file_told(Path(model))
-            raise UserError(
-                told
-                or f"--model {model} is a file: name the model that its weights are of, as in --model deit_small "
-                f"--weights {model}, or give a directory"
-            ) from error
-        near = difflib.get_close_matches(model, timm_models.short_names(), n=3, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "`optin-deploy models` lists what is supported"
-        raise UserError(
-            f"unknown model {model!r}: no timm model, no local directory, and no transformers model that can be "
-            f"fetched or found in the cache; {hint}"
-        ) from error
+    except (OSError, *LIBRARY_ERRORS) as error:
+        if path.is_dir():
+            raise UserError(f"{path / 'config.json'} cannot be used: {one_line(error)}") from error
+        raise UserError(describe_file(path) if path.is_file() else _unknown_model(model)) from error
 
 
-def _initialised(source: Source, weights: str, seed: int) -> nn.Module:
+def _unknown_model(model: str) -> str:
+    similar = difflib.get_close_matches(model, timm_models.short_names(), n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(similar)}?" if similar else "`optin-deploy models` lists what is supported"
+    return (
+        f"unknown model {model!r}: no timm model, no local directory, and no transformers model that can be fetched or "
+        f"found in the cache; {hint}"
+    )
+
+
+def _build(source: Source, weights: str, seed: int) -> nn.Module:
+    """Return the module with ``weights``: "random" or a file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = initialised(source)
+        module = create_module(source)
     if weights == "random":
-        return ready(source, module)
+        return prepare_module(source, module)
     if source.library != "transformers":
-        load_weights(module, named(weights))
-        return ready(source, module)
+        load_weights(module, parse_weights(weights))
+        return prepare_module(source, module)
     module = transformers_models.without_pooler(module)
     load_weights(
         module,
-        named(weights),
+        parse_weights(weights),
         namings=transformers_models.file_names(module),
         unused=transformers_models.unused_names(module),
     )
-    return ready(source, module)
+    return prepare_module(source, module)

@@ -1,4 +1,4 @@
-"""Networks of timm's in a user's files: a directory as timm saves it, and the classes that weights tell apart."""
+"""timm networks in a user's files: directories that timm saved, and arguments that files of weights imply."""
 
 import json
 from collections.abc import Mapping
@@ -13,34 +13,34 @@ from timm.models import PretrainedCfg
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.weight_files import WeightsFile, shapes_if_readable
-from optin_deploy.models.weight_names import chosen, parts_of, unwrapped
+from optin_deploy.models.weight_names import choose_part, find_parts, unwrap_names
 from optin_deploy.network import Source
 
-# Far more than any network has of anything but classes: a depth without end would be built until memory is full.
+# A limit for all numbers but classes: a huge depth would be built until memory is full.
 _MOST = 10_000
-# Dimensions of the weights of a convolution of pictures.
-_OF_CONVOLUTION = 4
+# Dimensions of the weights of a convolution of images.
+_CONV_DIMS = 4
 _Pixels = Annotated[int, Field(ge=1, le=_MOST)]
-# Of a class, as JSON writes the keys of a mapping.
+# A class number as a key in JSON.
 _Number = Annotated[int, Field(ge=0, lt=10_000_000)]
 _Channels = Field(min_length=1, max_length=_MOST)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A network in a directory of timm's.
+class SavedNetwork:
+    """A network in a directory that timm saved.
 
     Attributes:
-        source: what timm builds it with, the number of classes included.
-        pretrained_cfg: how its pictures are prepared, in timm's names.
+        source: how timm builds it, with the number of classes.
+        pretrained_cfg: its preprocessing and class names, as in timm.
     """
 
     source: Source
     pretrained_cfg: Mapping[str, Any]
 
 
-class _Preparing(BaseModel):
-    """What is read of ``pretrained_cfg``; what it does not say is timm's default, whatever the architecture."""
+class _PretrainedCfg(BaseModel):
+    """The fields of ``pretrained_cfg`` that are read; the others are timm's defaults for every architecture."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -53,7 +53,7 @@ class _Preparing(BaseModel):
 
 
 class _Config(BaseModel):
-    """What is read of ``config.json``."""
+    """The fields of ``config.json`` that are read."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,35 +62,35 @@ class _Config(BaseModel):
     label_names: list[str] | dict[_Number, str] | None = None
     label_descriptions: dict[str, str] | None = None
     model_args: dict[str, Any] = {}
-    pretrained_cfg: _Preparing = _Preparing()
+    pretrained_cfg: _PretrainedCfg = _PretrainedCfg()
 
 
-def saved(directory: Path) -> Saved | None:
-    """The network that timm's ``save_for_hf`` has written to ``directory``; None where that is no such directory.
+def read_saved_network(directory: Path) -> SavedNetwork | None:
+    """Return the network that timm's ``save_for_hf`` wrote to ``directory``; None if it is no such directory.
 
     Raises:
         UserError: its ``config.json`` cannot be used.
     """
     path = directory / "config.json"
     try:
-        told = json.loads(path.read_bytes()) if path.is_file() else None
+        content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(told, dict) or "architecture" not in told or "model_type" in told:
+    if not isinstance(content, dict) or "architecture" not in content or "model_type" in content:
         return None
-    if "pretrained_cfg" not in told:  # all in one, as early versions wrote it
-        told = {"label_names": told.get("labels"), **told, "pretrained_cfg": told}
+    if "pretrained_cfg" not in content:  # early versions wrote all fields into one object
+        content = {"label_names": content.get("labels"), **content, "pretrained_cfg": content}
     try:
-        config = _Config.model_validate(told)
+        config = _Config.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if not timm.is_model(config.architecture):
         raise UserError(f"{path}: timm {timm.__version__} has no architecture {config.architecture!r}")
-    return Saved(
+    return SavedNetwork(
         source=Source("timm", config.architecture, _arguments(config, path)),
-        pretrained_cfg=_own(config.architecture)
-        | _defaults()
+        pretrained_cfg=_architecture_cfg(config.architecture)
+        | _default_preprocessing()
         | config.pretrained_cfg.model_dump(exclude_none=True)
         | config.model_dump(include={"label_names", "label_descriptions"}),
     )
@@ -104,51 +104,52 @@ def _arguments(config: _Config, path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: model_args.{name} is {str(value)[:40]}: at most {_MOST}; correct it")
     if config.num_classes is not None:
         arguments["num_classes"] = config.num_classes
-    told = config.pretrained_cfg.input_size or _own(config.architecture).get("input_size") or (3, 224, 224)
-    size = arguments.pop("img_size", None) or list(told[1:])
+    default = _architecture_cfg(config.architecture).get("input_size") or (3, 224, 224)
+    size = arguments.pop("img_size", None) or list((config.pretrained_cfg.input_size or default)[1:])
     height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
     if not isinstance(height, int) or height != width:
-        raise UserError(f"{path}: pictures of size {size}: only square ones are prepared")
-    if height != (_own(config.architecture).get("input_size") or (3, 224, 224))[-1]:
+        raise UserError(f"{path}: images of size {size}: only square ones are supported")
+    if height != default[-1]:
         arguments["img_size"] = height
     return arguments
 
 
-def _defaults() -> dict[str, Any]:
-    """How timm prepares pictures where ``config.json`` does not say it."""
+def _default_preprocessing() -> dict[str, Any]:
+    """Return timm's preprocessing for a ``config.json`` that states none."""
     default = PretrainedCfg().to_dict()
     return {name: default[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
 
 
-def _own(architecture: str) -> dict[str, Any]:
+def _architecture_cfg(architecture: str) -> dict[str, Any]:
+    """Return timm's ``pretrained_cfg`` for ``architecture``; empty if it has none."""
     known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     return known.to_dict() if known else {}
 
 
-def told_by_weights(name: str, file: WeightsFile) -> dict[str, int]:
-    """What a file of weights tells of the network ``name`` where that is other than timm's own: arguments for timm.
+def arguments_from_weights(name: str, file: WeightsFile) -> dict[str, int]:
+    """Return the arguments for timm that the shapes in a file of weights imply, if they differ from timm's defaults.
 
-    They are the number of classes, 0 for a file without a head, and of the channels of its pictures. Nothing where the
-    file cannot be read or does not fit, which loading it will tell.
+    These are the number of classes (0 for a file without a head) and of image channels. Empty if the file cannot be
+    read or does not fit; loading it reports that.
     """
-    own, shapes = _own(name), shapes_if_readable(file.path)
-    head, first = _first(own.get("classifier")), _first(own.get("first_conv"))
+    cfg, shapes = _architecture_cfg(name), shapes_if_readable(file.path)
+    head, first = _first(cfg.get("classifier")), _first(cfg.get("first_conv"))
     if shapes is None or head is None or first is None:
         return {}
     try:
         with torch.device("meta"):
             usual = {n: tuple(t.shape) for n, t in timm.create_model(name).state_dict().items()}
-        found = unwrapped(shapes)
-        parts = parts_of(found, [n for n in usual if not n.startswith(f"{head}.")])
-        part = parts[0] if file.part is None else chosen(parts, file.part, file.path)
-        conv, usual_conv = shapes[found[part.found[f"{first}.weight"]]], usual[f"{first}.weight"]
-        classes = shapes.get(found.get(f"{part.prefix}{head}.weight", ""), (0,))[0]
+        stored = unwrap_names(shapes)
+        parts = find_parts(stored, [n for n in usual if not n.startswith(f"{head}.")])
+        part = parts[0] if file.part is None else choose_part(parts, file.part, file.path)
+        conv, usual_conv = shapes[stored[part.names[f"{first}.weight"]]], usual[f"{first}.weight"]
+        classes = shapes.get(stored.get(f"{part.prefix}{head}.weight", ""), (0,))[0]
     except (UserError, NotImplementedError, RuntimeError, LookupError):
         return {}
-    told = {} if classes == usual.get(f"{head}.weight", (0,))[0] else {"num_classes": classes}
-    if len(conv) == _OF_CONVOLUTION == len(usual_conv) and conv[1] != usual_conv[1]:
-        told["in_chans"] = conv[1]
-    return told
+    arguments = {} if classes == usual.get(f"{head}.weight", (0,))[0] else {"num_classes": classes}
+    if len(conv) == _CONV_DIMS == len(usual_conv) and conv[1] != usual_conv[1]:
+        arguments["in_chans"] = conv[1]
+    return arguments
 
 
 def _first(names: Any) -> str | None:

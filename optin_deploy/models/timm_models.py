@@ -1,4 +1,4 @@
-"""Networks from timm, by name."""
+"""Networks from timm."""
 
 import logging
 import re
@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from optin_deploy.data.preprocessing import PICTURE_CHANNELS, ImagePreprocessing
-from optin_deploy.errors import UserError
+from optin_deploy.data.preprocessing import IMAGE_CHANNELS, ImagePreprocessing
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network, Origin, Source
 from optin_deploy.structure.canonicalize import prunable_form
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 _ALIAS_SUFFIXES = ("", "_patch16_224", "_patch4_window7_224")
 # Plain ResNets and ResNeXts, with and without squeeze-and-excitation: others pool between the convolutions.
 _RESNETS = re.compile(r"(se)?resnet\d+[dst]?|(se)?resnext\d+_\d+x\d+d?")
-# Arguments of timm's that name files to be loaded, pickles too, or places to fetch from.
+# Arguments that name files to load, pickles among them, or addresses.
 _OF_WEIGHTS = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _CNNS = ("vgg", "regnet", "efficientnet", "mobilenetv3")
 INPUT_NAME = "x"
 
 
 def full_name(name: str) -> str | None:
-    """timm's name for ``name`` or its short form, or None."""
+    """Return timm's full name for ``name`` or its short form; None if timm has no such model."""
     base, _, tag = name.partition(".")
     for suffix in _ALIAS_SUFFIXES:
         if timm.is_model(base + suffix):
@@ -37,52 +37,50 @@ def full_name(name: str) -> str | None:
 
 
 def short_names() -> list[str]:
-    """Names by which timm's models may be given, the short forms among them."""
+    """Return the names of all timm models, with the short forms."""
     names = timm.list_models()
     short = [n.removesuffix(s) for n in names for s in _ALIAS_SUFFIXES[1:] if n.endswith(s)]
     return sorted({*names, *short})
 
 
 def prunable_names() -> list[str]:
-    """timm's plain vision transformers, ResNets and other CNNs built of the prunable modules."""
+    """Return the names of timm's plain vision transformers, ResNets and other CNNs that can be pruned."""
     resnets = [n for n in timm.list_models(module="resnet") if _RESNETS.fullmatch(n)]
     others = [n for m in ("vision_transformer", "deit", *_CNNS) for n in timm.list_models(module=m)]
     return others + resnets
 
 
 def _build_arguments(source: Source) -> dict[str, Any]:
-    """What timm builds the module with: a network that takes pictures of any size is not told their size."""
-    fixed = not any(source.name.partition(".")[0] in timm.list_models(module=m) for m in ("resnet", *_CNNS))
-    return {name: value for name, value in source.arguments.items() if fixed or name != "img_size"}
+    """Return the arguments of ``timm.create_model``; CNNs take no image size."""
+    is_cnn = any(source.name.partition(".")[0] in timm.list_models(module=m) for m in ("resnet", *_CNNS))
+    return {name: value for name, value in source.arguments.items() if not (is_cnn and name == "img_size")}
 
 
 def build(source: Source) -> nn.Module:
-    """The dense module with timm's initial weights; UserError when the arguments do not fit, or name weights."""
+    """Return the dense module with initial weights; UserError if the arguments do not fit, or name files to load."""
     if not timm.is_model(source.name):
         raise UserError(f"timm {timm.__version__} has no model {source.name!r}: install the version it is from")
     loading = next((name for name in _OF_WEIGHTS if name in source.arguments), None)
     if loading:
-        raise UserError(f"{source.name} is not built with {loading}: weights come from safetensors beside it only")
+        raise UserError(f"{source.name} is not built with {loading}: weights are read from safetensors only")
     try:
         return timm.create_model(source.name, pretrained=False, **_build_arguments(source)).eval()
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {reason}") from error
+        raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {one_line(error)}") from error
 
 
-def source_of(name: str, image_size: int | None, told: Mapping[str, Any] = MappingProxyType({})) -> Source:
-    """The source of a timm model; ``image_size`` in pixels, and other arguments, where they are not the model's own."""
+def source_of(name: str, image_size: int | None, arguments: Mapping[str, Any] = MappingProxyType({})) -> Source:
+    """Return the source of a timm model, with ``image_size`` in pixels if it differs from the model's own."""
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: give a positive number of pixels")
-    own = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    arguments = dict(told)
-    if image_size is not None and (own is None or own.input_size[-1] != image_size):
-        arguments["img_size"] = image_size
-    return Source("timm", name, arguments)
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if image_size is None or (cfg is not None and cfg.input_size[-1] == image_size):
+        return Source("timm", name, dict(arguments))
+    return Source("timm", name, {**arguments, "img_size": image_size})
 
 
 def load_pretrained(source: Source) -> nn.Module:
-    """The module with the weights that timm knows for it; OSError or RuntimeError when they cannot be had."""
+    """Return the module with timm's pretrained weights; OSError or RuntimeError if they cannot be fetched."""
     return timm.create_model(source.name, pretrained=True, **_build_arguments(source)).eval()
 
 
@@ -93,10 +91,10 @@ def network_of(
     pretrained_cfg: Mapping[str, Any] | None = None,
     origin: Origin | None = None,
 ) -> Network:
-    """`Network` around a timm module; UserError when the image size does not fit it.
+    """Return a `Network` around a timm module; UserError if the image size does not fit it.
 
-    Pictures of neither colours nor grey are calibrated on ready tensors. How others are prepared is said by
-    ``pretrained_cfg``, else by what timm knows of the module; so is the origin.
+    Preprocessing and origin come from ``pretrained_cfg`` and ``origin`` or, if these are None, from the module.
+    Networks of neither color nor grey images have no preprocessing: they are calibrated on tensors.
     """
     known = dict(pretrained_cfg or getattr(module, "pretrained_cfg", None) or {})
     config: dict[str, Any] = timm.data.resolve_data_config({}, pretrained_cfg=known)
@@ -125,10 +123,10 @@ def network_of(
 def _preprocessing(
     name: str, config: Mapping[str, Any], channels: int, size: tuple[int, int]
 ) -> ImagePreprocessing | None:
-    """Pictures as timm prepares them; None, with a warning, for networks of neither colours nor grey."""
+    """Return timm's preprocessing; None, with a warning, for networks of neither color nor grey images."""
     if channels not in (1, 3):
         logger.warning(
-            "%s takes %d channels and no pictures: calibrate it on tensors (.npz, .safetensors)", name, channels
+            "%s takes %d channels and no images: calibrate it on tensors (.npz, .safetensors)", name, channels
         )
         return None
     return ImagePreprocessing(
@@ -143,29 +141,29 @@ def _preprocessing(
 
 
 def _for_channels(name: str, key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Means or deviations for as many channels; those of colours are averaged for grey pictures, as timm's loaders do.
+    """Return one value per channel; those of colors are averaged for grey images, as in timm's loaders.
 
     Raises:
-        UserError: there are neither as many nor those of colours.
+        UserError: there are neither ``channels`` values nor those of colors.
     """
     if len(values) == channels:
         return tuple(values)
-    if len(values) in (1, PICTURE_CHANNELS):
+    if len(values) in (1, IMAGE_CHANNELS):
         return (sum(values) / len(values),) * channels
     raise UserError(
-        f"pretrained_cfg.{key} of {name} has {len(values)} numbers, its pictures have {channels} channels: correct "
+        f"pretrained_cfg.{key} of {name} has {len(values)} numbers, its images have {channels} channels: correct "
         "config.json"
     )
 
 
 def _class_names(known: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """What ``pretrained_cfg`` calls each class: its label, and the description of that."""
+    """Return the names of each class in ``pretrained_cfg``: its label and, if there is one, its description."""
     labels, descriptions = known.get("label_names") or (), known.get("label_descriptions") or {}
     if isinstance(labels, Mapping):
         by_number = {int(number): str(label) for number, label in labels.items()}
         labels = [by_number.get(number, "") for number in range(max(by_number, default=-1) + 1)]
-    told = [(str(label), str(descriptions.get(label, ""))) for label in labels]
-    return tuple(tuple(name for name in names if name) for names in told)
+    pairs = [(str(label), str(descriptions.get(label, ""))) for label in labels]
+    return tuple(tuple(name for name in pair if name) for pair in pairs)
 
 
 def _origin(known: Mapping[str, Any], weights: str) -> Origin:

@@ -1,4 +1,4 @@
-"""What a network from transformers takes and gives: sample inputs of every kind, and which of its outputs count."""
+"""Sample inputs and exported outputs of networks from transformers."""
 
 import inspect
 import logging
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.data.preprocessing import PicturePreprocessing, Preprocessing, TextPreprocessing
+from optin_deploy.data.preprocessing import TextPreprocessing, VisionPreprocessing
 from optin_deploy.errors import UserError
+from optin_deploy.network import Preprocessing
+from optin_deploy.nn.batches import Batch, batch_size
 from optin_deploy.nn.outputs import all_outputs, named_outputs, unfit
 
 IMAGE_INPUT = "pixel_values"
@@ -21,7 +23,7 @@ MASK_INPUT = "attention_mask"
 DECODER_INPUT = "decoder_input_ids"
 logger = logging.getLogger(__name__)
 _SAMPLE_TEXT = "the quick brown fox jumps over the lazy dog and then it rests a while "
-# More tokens than any network takes.
+# More tokens than any network takes: tokenizers without a limit have a huge one.
 _MOST_POSITIONS = 1 << 24
 _SAMPLES = 2
 _INNER_STATES = ("hidden_state", "hidden_states", "pooler_output")
@@ -29,13 +31,13 @@ _PLAIN_OUTPUTS = ("last_hidden_state", "pooler_output")
 
 
 def input_kinds(module: nn.Module) -> list[str]:
-    """Which of pictures, sounds and texts the forward pass takes, by the names of its arguments."""
+    """Return the names of the forward arguments for images, audio and texts."""
     arguments = inspect.signature(module.forward).parameters
     return [name for name in (IMAGE_INPUT, AUDIO_INPUT, TEXT_INPUT) if name in arguments]
 
 
 def takes_decoder_ids(module: nn.Module) -> bool:
-    """Whether token ids for a decoder are an input; some networks make them of the encoder's."""
+    """Whether the network needs token ids for its decoder; some networks derive them from the encoder's."""
     arguments = inspect.signature(module.forward).parameters
     if DECODER_INPUT not in arguments or not getattr(module.config, "is_encoder_decoder", False):
         return False
@@ -43,7 +45,7 @@ def takes_decoder_ids(module: nn.Module) -> bool:
 
 
 def decoder_start(module: nn.Module) -> int | None:
-    """The token that a decoder's input begins with; None where token ids for a decoder are no input."""
+    """Return the first token of the decoder's input; None if the network needs no token ids for a decoder."""
     if not takes_decoder_ids(module):
         return None
     configs = (module.config, getattr(module, "generation_config", None), getattr(module.config, "text_config", None))
@@ -55,10 +57,10 @@ def decoder_start(module: nn.Module) -> int | None:
 
 
 def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequence_length: int) -> dict[str, Tensor]:
-    """A batch of two; noise for pictures and sounds, and for texts where there is no tokenizer.
+    """Return a batch of two samples: noise for images and audio, and for texts without a tokenizer.
 
     Raises:
-        UserError: the network takes neither pictures nor sounds nor texts.
+        UserError: the network takes neither images nor audio nor texts.
     """
     generator = torch.Generator().manual_seed(0)
     if isinstance(preprocessing, TextPreprocessing):
@@ -66,7 +68,7 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
         length = min([sequence_length, *(limit for limit in limits if limit is not None)])
         text = _SAMPLE_TEXT * max(64, length // len(_SAMPLE_TEXT.split()) + 1)
         return replace(preprocessing, max_length=length)([text] * _SAMPLES)
-    if isinstance(preprocessing, PicturePreprocessing):
+    if isinstance(preprocessing, VisionPreprocessing):
         size: tuple[int, ...] = (preprocessing.channels, *preprocessing.size)
         return {IMAGE_INPUT: torch.randn(_SAMPLES, *size, generator=generator)}
     inputs = {}
@@ -81,7 +83,7 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
     if not inputs:
         raise UserError(
             f"{type(module).__name__} takes none of {IMAGE_INPUT}, {AUDIO_INPUT} and {TEXT_INPUT}: "
-            "networks of other inputs are pruned through Python, see custom_network"
+            "networks with other inputs are pruned in Python, see custom_network"
         )
     if takes_decoder_ids(module):
         inputs[DECODER_INPUT] = _token_ids(module, sequence_length, generator)
@@ -89,21 +91,21 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
 
 
 def most_positions(module: nn.Module) -> int | None:
-    """How many tokens the network has positions for; None where any number has."""
+    """Return the number of tokens that the network has positions for; None if it is unlimited."""
     config: Any = module.config
     text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
-    # XLNet has -1 for none.
+    # XLNet has -1 for no limit.
     return positions - _first_position(module) if isinstance(positions, int) and positions > 0 else None
 
 
 def tokenizer_limit(tokenizer: Any) -> int | None:
-    """How many tokens a tokenizer cuts texts to; None where it does not, which it says by a huge number."""
+    """Return the number of tokens to which a tokenizer truncates texts; None if it does not."""
     return int(tokenizer.model_max_length) if tokenizer.model_max_length <= _MOST_POSITIONS else None
 
 
 def _first_position(module: nn.Module) -> int:
-    """The position of the first token: RoBERTa and its kin count from behind that of padding."""
+    """Return the position id of the first token; for RoBERTa it follows the id of padding."""
     for name, table in module.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
             return 0 if table.padding_idx is None else table.padding_idx + 1
@@ -111,17 +113,17 @@ def _first_position(module: nn.Module) -> int:
 
 
 def image_size(config: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the pictures that a configuration is for, 224 pixels where it does not say."""
-    for each in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
-        size = getattr(each, "image_size", None)
+    """Return channels, height and width of the images of a configuration; 224 pixels if it states no size."""
+    for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
+        size = getattr(part, "image_size", None)
         if size is not None:
             height, width = size if isinstance(size, tuple | list) else (size, size)
-            return getattr(each, "num_channels", 3), height, width
+            return getattr(part, "num_channels", 3), height, width
     return getattr(config, "num_channels", 3), 224, 224
 
 
 def _frames(module: nn.Module) -> tuple[int, int]:
-    """Mel bins, and the frames that the encoder has positions for."""
+    """Return the number of mel bins, and the number of frames that the encoder has positions for."""
     config: Any = module.config
     reduction = math.prod(m.stride[0] for m in module.modules() if isinstance(m, nn.Conv1d))
     return config.num_mel_bins, config.max_source_positions * reduction
@@ -137,37 +139,37 @@ def _token_ids(module: nn.Module, length: int, generator: torch.Generator) -> Te
 
 
 def end_of_text(ids: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """``ids`` with the token at the end of each text that some networks read their output off, as ``config`` has it."""
+    """Return ``ids`` with the end token of ``config`` last: some networks read their output at that position."""
     text = config.get("text_config") or config
     end = text.get("eos_token_id")
-    # Configurations may keep the token of another vocabulary.
+    # A configuration may contain the end token of another vocabulary.
     if not isinstance(end, int) or not 0 <= end < text.get("vocab_size", 0):
         return ids
     return torch.cat([ids[:, :-1], torch.full_like(ids[:, -1:], end)], dim=1)
 
 
-def counted_outputs(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[str]:
-    """Names of the outputs that are exported and compared.
+def exported_outputs(module: nn.Module, inputs: Batch) -> list[str]:
+    """Return the names of the outputs that are exported and compared.
 
-    What the network is for (logits, boxes, masks, embeddings) if it gives any of that, else its last hidden state.
-    Outputs that compare the samples of a batch with each other do not count, nor do those inside of others (all hidden
-    states, what the parts of a network give) where there are any beside them.
+    These are the outputs of the network's task (logits, boxes, masks, embeddings), or else its last hidden state.
+    Outputs that compare the samples of a batch are not exported, and nested ones (all hidden states, outputs of
+    submodules) only if there are no others.
 
     Raises:
-        UserError: none counts.
+        UserError: no output can be exported.
     """
     with torch.no_grad():
         output = module(**inputs)
         alone = named_outputs(module(**{name: tensor[:1] for name, tensor in inputs.items()}))
-    size, given = len(next(iter(inputs.values()))), all_outputs(output)
-    reasons = {name: unfit(value, alone.get(name), size) for name, value in given.items()}
+    values = all_outputs(output)
+    reasons = {name: unfit(value, alone.get(name), batch_size(inputs)) for name, value in values.items()}
     fit = [name for name, reason in reasons.items() if reason is None]
     if not fit:
-        told = ", ".join(f"{name} {reason}" for name, reason in reasons.items())[:400] or "it gives nothing"
-        raise UserError(f"{type(module).__name__} gives no output that can be exported: {told}")
-    own = [name for name in fit if not isinstance(output, Mapping) or name in output] or fit
-    left_out = [name for name in given if name not in own]
+        listed = ", ".join(f"{name} {reason}" for name, reason in reasons.items())[:400] or "it returns nothing"
+        raise UserError(f"{type(module).__name__} gives no output that can be exported: {listed}")
+    top_level = [name for name in fit if not isinstance(output, Mapping) or name in output] or fit
+    left_out = [name for name in values if name not in top_level]
     if left_out:
         logger.info("outputs that are not exported: %s", ", ".join(left_out))
-    task = [n for n in own if not n.endswith(_INNER_STATES)]
-    return task or [n for n in own if n in _PLAIN_OUTPUTS] or own
+    task = [name for name in top_level if not name.endswith(_INNER_STATES)]
+    return task or [name for name in top_level if name in _PLAIN_OUTPUTS] or top_level

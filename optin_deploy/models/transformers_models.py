@@ -1,4 +1,4 @@
-"""Networks from transformers: a local directory or a model id. Remote code is never run."""
+"""Networks from transformers, by local directory or model id. Remote code is never run."""
 
 import inspect
 import json
@@ -14,57 +14,63 @@ import transformers
 from torch import Tensor, nn
 from transformers.modelcard import TASK_MAPPING
 
-from optin_deploy.data.preprocessing import Preprocessing, TextPreprocessing
-from optin_deploy.errors import UserError
+from optin_deploy.data.preprocessing import TextPreprocessing
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.models import transformers_inputs as inputs_of
 from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.models.sentence_files import SentenceFiles
 from optin_deploy.models.transformers_images import read_image_preprocessing
-from optin_deploy.models.weight_names import listed
-from optin_deploy.network import Network, Source
+from optin_deploy.models.weight_names import first_and_count
+from optin_deploy.network import Network, Preprocessing, Source
+from optin_deploy.nn.batches import Batch
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.task_head import HeadKind, head_of
 from optin_deploy.structure.canonicalize import prunable_form
 
-# Progress is shown by the pipeline.
+# The pipeline has its own progress display.
 transformers.utils.logging.disable_progress_bar()
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TEXT_LENGTH = 512
-"""Tokens that texts are cut to for models that have no limit."""
+"""Tokens to which texts are truncated for models without a limit."""
 CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
-# transformers takes "transformers_weights" for the name of the weights' file, and ends with an error that tells the
-# value where it cannot be one. It would else give layers that a pruned network does not have random weights.
+# transformers reads "transformers_weights" as the name of the file of weights, and its error for a missing file shows
+# this text. Without it, transformers would give the layers that the pruned network lacks random weights.
 _REFUSAL = "load it with optin_deploy.load(path): it is pruned by optin-deploy"
-# Far more than any network has, and built within seconds: layers without end would be made before they are refused.
+# More layers than any network has: a huge number would be built before the weights are refused.
 _MOST_LAYERS = 10_000
-# Tokens of the text that a pooler is tried on.
+# Tokens of the sample on which a network without pooler is tested.
 _FEW_TOKENS = 8
 
 
 def read_config(name: str) -> Any:
-    """The configuration of a local directory or model id; OSError when it cannot be had, ValueError when unknown."""
-    # Without being told, transformers would ask on the terminal whether to run code that comes with the model.
+    """Return the configuration of a local directory or model id.
+
+    Raises:
+        OSError: it cannot be fetched or found.
+        ValueError: transformers does not know the model type.
+    """
+    # By default, transformers would ask on the terminal whether to run the model's own code.
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     _check_code(config.to_dict())
     return config
 
 
 def _check_code(config: Mapping[str, Any]) -> None:
-    """Raise UserError where an attention (or the like) is named that transformers would fetch, and run, from a hub."""
+    """Raise UserError if an attention (or the like) is code that transformers would fetch from a hub and run."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_code(value)
         elif str(key).endswith("_implementation") and isinstance(value, str) and "/" in value:
-            raise UserError(f"{key} {value!r} is code to be fetched, which is never run: remove it from config.json")
+            raise UserError(f"{key} {value!r} is remote code, which is never run: remove it from config.json")
 
 
 def source_of(config: Any, task: str | None = None) -> Source:
-    """The class that the configuration names (the plain encoder if none) and the configuration itself.
+    """Return the source: the class that the configuration names, or else the plain encoder, and the configuration.
 
     Args:
-        task: "feature-extraction" for the plain encoder, whatever class is named, as sentence-transformers loads it.
+        task: "feature-extraction" for the plain encoder in any case, as sentence-transformers loads it.
     """
     if task == "feature-extraction":
         return Source("transformers", _encoder_class(config), config.to_dict())
@@ -82,12 +88,12 @@ def source_of(config: Any, task: str | None = None) -> Source:
 def _plain_class(config: Any) -> str:
     if type(config) not in transformers.AutoModel._model_mapping:
         raise UserError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
-    found = transformers.AutoModel._model_mapping[type(config)]
-    return str((found[0] if isinstance(found, tuple | list) else found).__name__)
+    classes = transformers.AutoModel._model_mapping[type(config)]
+    return str((classes[0] if isinstance(classes, tuple | list) else classes).__name__)
 
 
 def _encoder_class(config: Any) -> str:
-    """The plain encoder; of T5 and its kin, the encoder without the decoder."""
+    """Return the class of the plain encoder; for T5 and its relatives, the encoder without the decoder."""
     plain = _plain_class(config)
     alone = plain.removesuffix("Model") + "EncoderModel"
     return alone if config.model_type in ("t5", "mt5", "umt5", "longt5") and _is_model_class(alone) else plain
@@ -98,8 +104,8 @@ def _is_model_class(name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
 
 
-def initialised(source: Source) -> nn.Module:
-    """The dense module with initial weights, in fp32, as transformers makes it."""
+def create_module(source: Source) -> nn.Module:
+    """Return the dense module with initial weights, in fp32, as transformers makes it."""
     if not _is_model_class(source.name):
         installed = transformers.__version__
         raise UserError(f"transformers {installed} has no model class {source.name!r}: install the version it is from")
@@ -110,21 +116,26 @@ def initialised(source: Source) -> nn.Module:
 def _config(source: Source) -> Any:
     _check_code(source.arguments)
     config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
-    # By this name, whatever the family calls it.
+    # transformers maps other names of this attribute to this one.
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise UserError(f"num_hidden_layers {layers} in config.json: at most {_MOST_LAYERS} are built; correct it")
     config.dtype = torch.float32
     if getattr(config, "use_pretrained_backbone", False):
-        # A backbone's own weights would be fetched, to be overwritten.
+        # The backbone's own weights would be fetched and then overwritten.
         config.use_pretrained_backbone = False
     return config
 
 
 def load_pretrained(name: str, source: Source, variant: str | None = None) -> nn.Module:
-    """The module with the weights of a local directory or model id, in fp32; OSError when they cannot be had.
+    """Return the module with the weights of a local directory or model id, in fp32.
 
-    ``variant`` is in the name of the file of weights, as "fp16" in ``model.fp16.safetensors``.
+    Args:
+        variant: of the file of weights, as "fp16" in ``model.fp16.safetensors``.
+
+    Raises:
+        OSError: the weights cannot be fetched or found.
+        UserError: they do not fit the configuration.
     """
     cls = getattr(transformers, source.name)
     module, info = cls.from_pretrained(
@@ -136,11 +147,11 @@ def load_pretrained(name: str, source: Source, variant: str | None = None) -> nn
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    module = ready(module)
+    module = prepare_module(module)
     own = module.state_dict()
-    for key, given, wanted in info["mismatched_keys"]:
+    for key, shape, wanted in info["mismatched_keys"]:
         if key in own:
-            raise UserError(f"{name}: {key} has shape {tuple(given)}, its configuration says {tuple(wanted)}")
+            raise UserError(f"{name}: {key} has shape {tuple(shape)}, its configuration says {tuple(wanted)}")
     missing = sorted(set(info["missing_keys"]) & set(own))
     if missing:
         raise UserError(
@@ -153,30 +164,27 @@ def load_pretrained(name: str, source: Source, variant: str | None = None) -> nn
 
 
 def _check_unexpected(name: str, source: Source, module: nn.Module, keys: list[str]) -> None:
-    """Raise UserError where there are weights of more layers than the configuration says, or of more in a layer.
+    """Raise UserError if there are weights for more layers than in the configuration, or for more in a layer.
 
-    Other weights that the network has no place for, such as those of another head, are told.
+    Other unexpected weights, such as those of another head, only cause a warning.
     """
     patterns = unused_names(module)
     keys = [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
     base = f"{getattr(module, 'base_model_prefix', '')}."
-    # Files may hold a plain network with or without the name that it has in one with a head.
+    # Files may name the tensors with or without the prefix of the base model.
     lists = {name.removeprefix(base) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and name}
     inside = [key for key in keys if key.removeprefix(base).startswith(tuple(f"{name}." for name in lists))]
     if inside:
         raise UserError(
-            f"{name} has weights for {inside[0]}, which {source.name} has no place for by its configuration: correct "
+            f"{name} has weights for {inside[0]}, which {source.name} does not have in its configuration: correct "
             "config.json"
         )
     if keys:
-        logger.warning("%s: %s has no place for the weights of %s", name, source.name, listed(keys))
+        logger.warning("%s: %s does not use the weights of %s", name, source.name, first_and_count(keys))
 
 
-def ready(module: nn.Module) -> nn.Module:
-    """The module as it is pruned and exported: in eval mode, without what only generation and training need.
-
-    What holds its weights in another way than torch gets linear layers.
-    """
+def prepare_module(module: nn.Module) -> nn.Module:
+    """Return the module as it is pruned and exported: in eval mode, with linear layers, without cache and pooler."""
     for submodule in module.modules():
         config = getattr(submodule, "config", None)
         if getattr(config, "use_cache", False):
@@ -185,8 +193,10 @@ def ready(module: nn.Module) -> nn.Module:
 
 
 def write_configs(module: nn.Module, source: Source, directory: Path) -> None:
-    """Write what transformers has beside weights: the source's configuration, so that it finds the right tokenizer and
-    knows the labels, but builds no network of it; and how texts are generated, where the module can do that."""
+    """Write the configuration of the dense network, and that of text generation if the module has one.
+
+    transformers needs the first for the tokenizer and the labels, but refuses to build the network from it.
+    """
     config = {**source.arguments, "architectures": [source.name], "dtype": "float32", "transformers_weights": _REFUSAL}
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = getattr(module, "generation_config", None)
@@ -195,23 +205,23 @@ def write_configs(module: nn.Module, source: Source, directory: Path) -> None:
 
 
 def read_generation(module: nn.Module, directory: Path) -> None:
-    """Have the module generate texts as `write_configs` says it does; nothing where it did not say."""
+    """Set the module's generation configuration that `write_configs` wrote, if there is one."""
     if (directory / GENERATION_NAME).is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(directory)
 
 
 def task(class_name: str, inputs: Iterable[str]) -> str | None:
-    """What networks of that class are for, in the words of the hub; plain encoders give features."""
+    """Return the hub's name for the task of a class; feature extraction for plain encoders, None if unknown."""
     for name, classes in TASK_MAPPING.items():
-        if any(class_name in (each if isinstance(each, tuple | list) else (each,)) for each in classes.values()):
+        if any(class_name in (entry if isinstance(entry, tuple | list) else (entry,)) for entry in classes.values()):
             return str(name)
     features = {inputs_of.IMAGE_INPUT: "image-feature-extraction", inputs_of.TEXT_INPUT: "feature-extraction"}
-    found = [features[name] for name in inputs if name in features]
-    return found[0] if len(found) == 1 else None
+    tasks = [features[name] for name in inputs if name in features]
+    return tasks[0] if len(tasks) == 1 else None
 
 
-def companions(module: nn.Module) -> tuple[str, ...]:
-    """Names of the files beside the weights that no preprocessing of the network holds."""
+def companion_files(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of files next to the weights that no preprocessing of the network holds."""
     kinds = inputs_of.input_kinds(module)
     if kinds == [inputs_of.TEXT_INPUT]:
         return ()
@@ -219,7 +229,7 @@ def companions(module: nn.Module) -> tuple[str, ...]:
 
 
 def with_linear_layers(module: nn.Module) -> nn.Module:
-    """Put linear layers in the place of transformers' ``Conv1D``, which is one with transposed weights; in place."""
+    """Replace transformers' ``Conv1D`` layers by linear layers with transposed weights, in place."""
     for name, layer in list(module.named_modules()):
         if isinstance(layer, transformers.pytorch_utils.Conv1D):
             inputs, outputs = layer.weight.shape
@@ -231,25 +241,25 @@ def with_linear_layers(module: nn.Module) -> nn.Module:
 
 
 class NoPooler(nn.Module):
-    """In the place of a pooler whose output nobody needs, in networks that call it anyhow."""
+    """Replaces an unused pooler in networks that call it in any case."""
 
-    def forward(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+    def forward(self, *_: object, **__: object) -> None:
+        """Return None."""
 
 
 def without_pooler(module: nn.Module) -> nn.Module:
-    """Drop the pooler of a plain encoder: its output is not exported, and often its weights were never trained.
+    """Remove the pooler of a plain encoder, in place.
 
-    It stays where the network computes something else of its output, as EfficientNet does, which a forward pass tells.
-    In place.
+    Its output is not exported, and often its weights were never trained. It stays if a forward pass without it fails,
+    as for EfficientNet, which computes other outputs from it.
     """
     pooler: Any = getattr(module, "pooler", None)
     if pooler is None or isinstance(pooler, NoPooler) or not hasattr(module, "embeddings"):
         return module
     module.eval()
     inputs = _short_inputs(module)
-    for instead in (None, NoPooler()):
-        setattr(module, "pooler", instead)  # noqa: B010 - modules take any attribute
+    for replacement in (None, NoPooler()):
+        setattr(module, "pooler", replacement)  # noqa: B010 - modules take any attribute
         if inputs is None or _runs(module, inputs):
             return module
     setattr(module, "pooler", pooler)  # noqa: B010
@@ -257,7 +267,7 @@ def without_pooler(module: nn.Module) -> nn.Module:
 
 
 def _short_inputs(module: nn.Module) -> dict[str, Tensor] | None:
-    """One sample that ``module`` takes; None where none is known."""
+    """Return one short sample that ``module`` takes; None if none is known."""
     try:
         inputs = {name: t[:1] for name, t in inputs_of.sample_inputs(module, None, _FEW_TOKENS).items()}
     except (UserError, AttributeError, TypeError, ValueError, RuntimeError):
@@ -265,19 +275,21 @@ def _short_inputs(module: nn.Module) -> dict[str, Tensor] | None:
     return inputs if _runs(module, inputs) else None
 
 
-def _runs(module: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+def _runs(module: nn.Module, inputs: Batch) -> bool:
     try:
-        # Not in inference mode: what a module keeps of its first pass could not be saved.
+        # Not in inference mode: tensors that a module stores in its first pass could not be saved.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             module(**inputs)
-    except Exception:  # of any type, in forward passes of others
+    except Exception:  # a forward pass may raise errors of any type
         return False
     return True
 
 
 def file_names(module: nn.Module) -> list[dict[str, str]]:
-    """By which names files may hold the module's tensors, each with the module's own name: as transformers saves them,
-    which are those of earlier releases, and without the name of the plain network inside of one with a head."""
+    """Return alternative namings of the module's tensors in files, each as name in the file -> the module's name.
+
+    These are transformers' names on disk (those of earlier releases), and names without the base model's prefix.
+    """
     own = module.state_dict()
     saved = _names_as_saved(module, own)
     bases = {f"{getattr(module, 'base_model_prefix', '') or '-'}."}
@@ -294,23 +306,23 @@ def file_names(module: nn.Module) -> list[dict[str, str]]:
 
 
 def _names_as_saved(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names that ``save_pretrained`` writes -> the module's, of the tensors that it writes as they are."""
+    """Return the name that ``save_pretrained`` writes -> the module's, for tensors that it does not convert."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # releases that rename nothing
         return {name: name for name in own}
-    # Empty tensors of their own, by which each is known again.
+    # The conversion is run on empty tensors, whose identity shows where each name went.
     marks = {name: tensor.detach().to("meta") for name, tensor in own.items()}
     names = {id(mark): name for name, mark in marks.items()}
     try:
         written: Mapping[str, Tensor] = revert_weight_conversion(module, dict(marks))
-    except Exception:  # it is not made for calls from outside, and there are other namings
+    except Exception:  # a private function, which may fail; there are other namings
         return {name: name for name in own}
     return {name: names[id(tensor)] for name, tensor in written.items() if id(tensor) in names}
 
 
 def unused_names(module: nn.Module) -> list[str]:
-    """Patterns of names in files of weights that ``module`` does not need."""
+    """Return patterns of names that files of weights may hold and ``module`` does not need."""
     known = list(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
     has_none = hasattr(module, "pooler") and isinstance(module.pooler, NoPooler | None)
     return [*known, *([r"(^|\.)pooler\."] if has_none else [])]
@@ -319,9 +331,13 @@ def unused_names(module: nn.Module) -> list[str]:
 def network_of(
     module: nn.Module, source: Source, weights: str, preprocessing: Preprocessing | None, sequence_length: int
 ) -> Network:
-    """`Network` around a transformers model; a sample text has ``sequence_length`` tokens where that many fit."""
+    """Return a `Network` around a transformers model.
+
+    Args:
+        sequence_length: tokens of a sample text, if the network has that many positions.
+    """
     inputs = inputs_of.sample_inputs(module, preprocessing, sequence_length)
-    names = inputs_of.counted_outputs(module, inputs)
+    names = inputs_of.exported_outputs(module, inputs)
     with torch.no_grad():
         logits = named_outputs(module(**inputs))["logits"] if "logits" in names else None
     return Network(
@@ -333,33 +349,36 @@ def network_of(
         sequence_inputs=tuple(n for n, t in inputs.items() if not t.is_floating_point() and t.dim() == 2),
         token_mask="attention_mask" if "attention_mask" in inputs else None,
         logits="logits" if "logits" in names else None,
-        head=head(module, logits) if logits is not None else "classes",
+        head=head_kind(module, logits) if logits is not None else "classes",
         preprocessing=preprocessing,
     )
 
 
-def head(module: nn.Module, logits: Tensor) -> HeadKind:
-    """What ``logits`` of a transformers model mean; ``problem_type`` says it of those of whole samples, ``(batch,
-    labels)``.
+def head_kind(module: nn.Module, logits: Tensor) -> HeadKind:
+    """Return what the ``logits`` of a transformers model mean, by its ``problem_type`` for logits ``(batch, labels)``.
 
-    A single label whose ``problem_type`` is not set is a yes or no, as in transformers' own pipelines: training one as
-    a regression sets it.
+    A single label without ``problem_type`` is a yes or no, as in transformers' pipelines; training a regression sets
+    it.
     """
-    said = getattr(module.config, "problem_type", None) if logits.dim() == 2 else None
-    return head_of(logits, {"regression": "regression", "multi_label_classification": "binary"}.get(str(said)))
+    problem_type = getattr(module.config, "problem_type", None) if logits.dim() == 2 else None
+    kinds = {"regression": "regression", "multi_label_classification": "binary"}
+    return head_of(logits, kinds.get(str(problem_type)))
 
 
 def read_preprocessing(
     name: str, module: nn.Module, max_text_length: int | None = None, sentences: SentenceFiles | None = None
 ) -> Preprocessing | None:
-    """The tokenizer or image processor beside the weights; UserError when there is no tokenizer.
+    """Return the tokenizer or image processor next to the weights.
+
+    None for networks of audio, of images and texts together, or of another number of channels than the processor makes:
+    they are calibrated on tensors.
 
     Args:
-        max_text_length: tokens that texts are cut to; what the model takes when None.
-        sentences: files of sentence-transformers, which may have a length, a prompt and lower-casing of their own.
+        max_text_length: tokens to which texts are truncated; the model's limit when None.
+        sentences: files of sentence-transformers, which may state a length, a prompt and lower-casing.
 
-    None for networks that take sounds, pictures of other channels than the processor makes, or pictures and texts
-    together: they are calibrated on ready tensors.
+    Raises:
+        UserError: there is no tokenizer, or it is damaged.
     """
     kinds = inputs_of.input_kinds(module)
     if kinds == [inputs_of.IMAGE_INPUT]:
@@ -369,21 +388,23 @@ def read_preprocessing(
     tokenizer = read_tokenizer(name)
     if tokenizer.model_max_length < 1:
         raise UserError(
-            f"the tokenizer of {name} gives no tokens: correct model_max_length {tokenizer.model_max_length} in "
+            f"the tokenizer of {name} returns no tokens: correct model_max_length {tokenizer.model_max_length} in "
             "tokenizer_config.json"
         )
     if type(module).__name__.endswith("ForSequenceClassification") and hasattr(module, "score"):
         config: Any = module.config
         _pad_by_config(name, tokenizer, config.get_text_config())
     elif tokenizer.pad_token is None:
-        # Decoders are often trained without padding; which token it is does not matter where the mask is 0.
+        # Decoders are often trained without padding. Any token will do, since the mask is 0 there.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return text_preprocessing(tokenizer, module, name, max_text_length, sentences)
+    return _text_preprocessing(tokenizer, module, name, max_text_length, sentences)
 
 
 def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
-    """Have tokenizer and configuration of a decoder's classifier agree about the padding token: it finds the end of a
-    text by that. Where neither says one, it is a special token that no text ends with.
+    """Set the same padding token in the tokenizer and the configuration of a decoder's classifier.
+
+    The classifier finds the end of a text by the padding. If neither states a token, a special token is used that no
+    text ends with.
 
     Raises:
         UserError: there is no such token.
@@ -399,7 +420,7 @@ def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
         ids = [i for i in tokenizer.convert_tokens_to_ids([t for t in special if t]) if i in known and i not in last]
         if not ids:
             raise UserError(
-                f"{name} has no padding token, by which its classifier finds the end of a text: set pad_token in "
+                f"{name} has no padding token, which its classifier needs to find the end of a text: set pad_token in "
                 "tokenizer_config.json and pad_token_id in config.json"
             )
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ids[0])
@@ -408,38 +429,32 @@ def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
 
 
 def with_padding(source: Source, module: nn.Module) -> Source:
-    """``source`` with the padding token of ``module`` where it says none."""
+    """Return ``source`` with the padding token of ``module``, if it states none."""
     whole: Any = module.config
     arguments, config = dict(source.arguments), whole.get_text_config()
-    where = "text_config" if config is not whole and "text_config" in arguments else None
-    told = dict(arguments[where]) if where else arguments
-    if told.get("pad_token_id") is not None or getattr(config, "pad_token_id", None) is None:
+    key = "text_config" if config is not whole and "text_config" in arguments else None
+    text = dict(arguments[key]) if key else arguments
+    if text.get("pad_token_id") is not None or getattr(config, "pad_token_id", None) is None:
         return source
-    told["pad_token_id"] = config.pad_token_id
-    return replace(source, arguments={**arguments, where: told} if where else told)
+    text["pad_token_id"] = config.pad_token_id
+    return replace(source, arguments={**arguments, key: text} if key else text)
 
 
 def read_tokenizer(name: str) -> Any:
-    """The tokenizer of a local directory or model id; UserError when there is none, or when it is damaged."""
+    """Return the tokenizer of a local directory or model id; UserError if there is none or it is damaged."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises no other type
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"the tokenizer of {name} cannot be read: {told}") from error
-    # Where the files are missing, transformers 5 makes a tokenizer that knows no words.
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise UserError(f"the tokenizer of {name} cannot be read: {one_line(error)}") from error
+    # If the files are missing, transformers 5 makes a tokenizer without words.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name} has no tokenizer: add tokenizer.json (or vocab.txt and the like) to it")
     return tokenizer
 
 
-def text_preprocessing(
-    tokenizer: Any,
-    module: nn.Module,
-    name: str,
-    max_text_length: int | None = None,
-    sentences: SentenceFiles | None = None,
+def _text_preprocessing(
+    tokenizer: Any, module: nn.Module, name: str, max_text_length: int | None, sentences: SentenceFiles | None
 ) -> TextPreprocessing:
-    """Texts are cut to what the model takes, or to less where ``max_text_length`` says so."""
     arguments = inspect.signature(module.forward).parameters
     return TextPreprocessing(
         tokenizer,
@@ -452,21 +467,21 @@ def text_preprocessing(
 
 
 def text_limit(module: nn.Module, tokenizer: Any, max_seq_length: int | None = None) -> int | None:
-    """Tokens that a text is cut to by the model's own files; None where they have no limit.
+    """Return the number of tokens to which the model's files limit a text; None without a limit.
 
-    ``max_seq_length``, of sentence-transformers, takes the place of the tokenizer's.
+    Args:
+        max_seq_length: of sentence-transformers, instead of the tokenizer's limit.
     """
-    positions = inputs_of.most_positions(module)
-    own = max_seq_length or inputs_of.tokenizer_limit(tokenizer)
-    return min((limit for limit in (positions, own) if limit is not None), default=None)
+    limits = (inputs_of.most_positions(module), max_seq_length or inputs_of.tokenizer_limit(tokenizer))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _text_length(name: str, limit: int | None, wanted: int | None) -> int:
     if wanted is None:
         if limit is None:
             logger.warning(
-                "%s has no longest text: neither its tokenizer nor its positions end. Texts are cut to %d tokens; "
-                "--max-text-length takes others",
+                "%s has no limit for texts, neither in its tokenizer nor in its positions. Texts are truncated to %d "
+                "tokens; --max-text-length sets another limit",
                 name,
                 DEFAULT_TEXT_LENGTH,
             )

@@ -1,4 +1,4 @@
-"""Files of weights: what `--weights` names, the tensors that they hold, and what a file is that holds none."""
+"""Files of weights: parse ``--weights``, read the tensors, and describe files that hold none."""
 
 import json
 import os
@@ -12,35 +12,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optin_deploy.errors import UserError
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.models.pickles import SUFFIXES as PICKLES
-from optin_deploy.models.pickles import conversion, converted_name
+from optin_deploy.models.pickles import conversion_command, converted_path
 from optin_deploy.utils.paths import regular
 
 INDEX_SUFFIX = ".index.json"
-# At the end of the name of one of several files.
+# The part of a shard's name after that of the whole.
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 LFS_POINTER = b"version https://git-lfs"
-# What a name ends with -> what such a file is, and what to do.
-_OTHERS = {
-    ".onnx": "an exported ONNX graph: give the .safetensors file of the network that it was exported from",
-    ".gguf": "quantized weights for llama.cpp: give the .safetensors file that they were made of",
-    ".h5": "weights of TensorFlow: write them as .safetensors, by the names that PyTorch has for them",
-    ".keras": "weights of TensorFlow: write them as .safetensors, by the names that PyTorch has for them",
-    ".msgpack": "weights of JAX: write them as .safetensors, by the names that PyTorch has for them",
-    ".tflite": "an exported graph of TensorFlow: give the .safetensors file of the network",
-    ".engine": "a built engine: give the .safetensors file of the network that it was built from",
-    ".pt2": "an exported program: write the network's state_dict() as .safetensors",
+# Suffix -> what the file is, and what to give instead; callers add in which form.
+FOREIGN_FORMATS = {
+    ".onnx": "an exported ONNX graph: give the network that it was exported from",
+    ".gguf": "quantized weights for llama.cpp: give the network that they were made of",
+    ".h5": "weights of TensorFlow: give those of PyTorch",
+    ".keras": "weights of TensorFlow: give those of PyTorch",
+    ".msgpack": "weights of JAX: give those of PyTorch",
+    ".tflite": "an exported graph of TensorFlow: give the network that it was exported from",
+    ".engine": "a built engine: give the network that it was built from",
+    ".pt2": "an exported program: give the network that it was exported from",
 }
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights, and the part of it that is meant.
+    """A file of weights, and which part of it to load.
 
     Attributes:
         path: a ``.safetensors`` file, or an index of several.
-        part: what the names of the tensors begin with, without the dot at its end; None where the user does not say.
+        part: the prefix of the tensors' names, without the dot at its end; None if the user gave none.
     """
 
     path: Path
@@ -50,47 +50,49 @@ class WeightsFile:
         return str(self.path) if self.part is None else f"{self.path}#{self.part}"
 
 
-def named(given: str) -> WeightsFile:
-    """The file that ``--weights FILE`` or ``--weights FILE#PART`` names."""
-    path, mark, part = given.rpartition("#")
-    if not mark or os.path.lexists(given):
-        return WeightsFile(Path(given))
+def parse_weights(option: str) -> WeightsFile:
+    """Parse ``--weights FILE`` or ``--weights FILE#PART``."""
+    path, mark, part = option.rpartition("#")
+    if not mark or os.path.lexists(option):
+        return WeightsFile(Path(option))
     return WeightsFile(Path(path), part)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in a file or index; no tensor is read. OSError, SafetensorError, ... where it cannot
-    be read."""
+    """Return name -> shape of the tensors in a file or index, without reading the tensors.
+
+    Raises:
+        OSError, SafetensorError, ValueError, UserError: it cannot be read.
+    """
     shapes = {}
-    for each in shards(path):
-        with safe_open(regular(each), framework="pt") as file:
+    for shard in shards(path):
+        with safe_open(regular(shard), framework="pt") as file:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     return shapes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a file or index.
+    """Return name -> tensor of a file or index.
 
     Raises:
-        UserError: it holds no tensors that can be read; what it is instead is told where that shows.
+        UserError: the tensors cannot be read; the message names the kind of file if it is recognised.
     """
     check_suffix(path)
-    each = path
-    try:
-        tensors: dict[str, Tensor] = {}
-        for each in shards(path):
-            tensors.update(load_file(regular(each)))
-        return tensors
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
-        told = kind_of(each) or " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"weights file {each} cannot be read: {told}") from error
+    tensors: dict[str, Tensor] = {}
+    for shard in shards(path):
+        try:
+            tensors.update(load_file(regular(shard)))
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+            reason = _describe_unreadable(shard) or one_line(error)
+            raise UserError(f"weights file {shard} cannot be read: {reason}") from error
+    return tensors
 
 
 def shards(path: Path) -> list[Path]:
-    """The files that hold the tensors: ``path`` itself, or those beside it that an index names.
+    """Return the files that hold the tensors: ``path`` itself, or the files in its directory that an index names.
 
     Raises:
-        UserError: the index cannot be read, names a file elsewhere, or one that is not there.
+        UserError: the index cannot be read, or names a file in another directory or one that does not exist.
     """
     if path.suffix != ".json":
         return [path]
@@ -100,56 +102,58 @@ def shards(path: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as an index of weights") from error
     if outside is not None:
-        raise UserError(f"{path} names {outside}: weights are read from beside it only")
+        raise UserError(f"{path} names {outside}: weights are read from the same directory only")
     files = [path.parent / name for name in sorted(names)]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise UserError(
-            f"{path} names {absent[0]}, which is not there ({len(files) - len(absent)} of {len(files)} files are): "
+            f"{path} names {absent[0]}, which does not exist ({len(files) - len(absent)} of {len(files)} files do): "
             "fetch the rest of the weights"
         )
     return files
 
 
 def check_suffix(path: Path) -> None:
-    """Raise UserError for a file whose name says that it is no safetensors file, and no index of some."""
+    """Raise UserError if the suffix is neither that of a safetensors file nor that of an index."""
     suffix = path.suffix.lower()
     if suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
         return
-    if suffix in _OTHERS:
-        raise UserError(f"--weights {path} is {_OTHERS[suffix]}")
-    told = f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
+    if suffix in FOREIGN_FORMATS:
+        raise UserError(f"--weights {path} is {FOREIGN_FORMATS[suffix]}, as a .safetensors file")
+    message = f"--weights {path}: give 'pretrained', 'random' or a .safetensors file (pickles are never loaded)"
     if suffix not in PICKLES:
-        raise UserError(told)
-    kind = _content(path)
-    if kind is not None:
+        raise UserError(message)
+    if kind := _describe_incomplete(path):
         raise UserError(f"--weights {path} is {kind}")
-    raise UserError(f"{told}; convert it: {conversion(path, converted_name(path))}")
+    raise UserError(f"{message}; convert it: {conversion_command(path, converted_path(path))}")
 
 
-def kind_of(path: Path) -> str | None:
-    """What a file is that is no safetensors file, and what to do, as a part of one line; None where that is unknown."""
-    kind = _content(path)
-    if kind is not None:
+def _describe_unreadable(path: Path) -> str | None:
+    """Describe a file that is not a safetensors file, and what to do; None if its kind is unknown."""
+    if kind := _describe_incomplete(path):
         return f"it is {kind}"
-    try:
-        with regular(path).open("rb") as file:
-            head = file.read(2)
-    except OSError:
+    head = _first_bytes(path)
+    if head is None:
         return None
-    # Pickles begin with their protocol; files of torch.save are zip archives since 1.6.
-    if not zipfile.is_zipfile(path) and not (head[:1] == b"\x80" and head[1:] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+    # Pickles begin with their protocol, 2 to 5; files of torch.save are zip archives since 1.6.
+    if not zipfile.is_zipfile(path) and not re.match(rb"\x80[\x02-\x05]", head):
         return None
     target = path.with_name(f"{path.stem}-converted.safetensors")
-    return f"it is a pickle by another name (pickles are never loaded); convert it: {conversion(path, target)}"
+    return f"it is a pickle by another name (pickles are never loaded); convert it: {conversion_command(path, target)}"
 
 
-def _content(path: Path) -> str | None:
-    """What shows at the beginning of files that were not fetched whole."""
+def _first_bytes(path: Path) -> bytes | None:
     try:
         with regular(path).open("rb") as file:
-            head = file.read(64)
+            return file.read(64)
     except OSError:
+        return None
+
+
+def _describe_incomplete(path: Path) -> str | None:
+    """Describe a file that was not downloaded completely, by its first bytes; None for other files."""
+    head = _first_bytes(path)
+    if head is None:
         return None
     if not head:
         return "an empty file: fetch it again"
@@ -161,7 +165,7 @@ def _content(path: Path) -> str | None:
 
 
 def shapes_if_readable(path: Path) -> Mapping[str, tuple[int, ...]] | None:
-    """As `read_shapes`; None where the file cannot be read, which reading its tensors will tell."""
+    """Return the same as `read_shapes`, or None if the file cannot be read; reading its tensors reports that."""
     if path.suffix.lower() != ".safetensors" and not path.name.endswith(INDEX_SUFFIX):
         return None
     try:

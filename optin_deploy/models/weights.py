@@ -1,20 +1,31 @@
-"""Weights of a file into a module, whatever the training script has put around them; nothing is made up or dropped
-without being told."""
+"""Load a file of weights into a module, whatever wrappers a training script has saved it in.
+
+No weight is made up, and none is dropped without a message.
+"""
 
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.weight_files import INDEX_SUFFIX, SHARD, WeightsFile, read_tensors
-from optin_deploy.models.weight_names import Part, chosen, listed, of_training, parts_of, unwrapped
+from optin_deploy.models.weight_names import (
+    Part,
+    choose_part,
+    find_parts,
+    first_and_count,
+    is_training_name,
+    unwrap_names,
+)
+from optin_deploy.nn.batches import dtype_name
 
 logger = logging.getLogger(__name__)
 _REFIT = "give the --model it was saved from"
-# What others leave beside weights, and how a name that is of it tells so; and what to do.
+# Pattern of a name -> what the file holds instead of plain weights, and what to do.
 _FOREIGN = (
     (
         re.compile(
@@ -28,7 +39,7 @@ _FOREIGN = (
     ),
     (
         re.compile(r"(^|\.)parametrizations\.|(^|\.)\w+_(orig|mask|g|v)$"),
-        "weights in parts (a parametrization, weight_norm, or torch.nn.utils.prune): remove it from the network "
+        "parametrized weights (a parametrization, weight_norm, or torch.nn.utils.prune): remove it from the network "
         "(remove_parametrizations, remove_weight_norm, prune.remove), and save the result",
     ),
     (
@@ -36,14 +47,29 @@ _FOREIGN = (
         "a moving average without names: copy it into the network (ema.copy_to(model.parameters())), and save that",
     ),
 )
-# Buffers that are made anew from the configuration, and counts that profilers and norms leave.
-_MADE_ANEW = re.compile(
+# Buffers that the module computes from its configuration, and counters of profilers and norms.
+_COMPUTED = re.compile(
     r"(^|\.)(position_ids|relative_position_index|relative_coords_table|attn_mask|masked_bias|inv_freq|"
     r"num_batches_tracked|total_ops|total_params|n_averaged)$"
 )
 _CLOSE = 1e-2
-# Weights and biases of a head, and of one that was distilled.
-_OF_HEAD = 4
+# Weights and biases of a head and of a distillation head.
+_HEAD_TENSORS = 4
+
+
+@dataclass(frozen=True)
+class _Match:
+    """How the names of a file match those of a module.
+
+    Attributes:
+        part: the part of the file to load.
+        naming: name in that part -> the module's name.
+        copies: the file's names in other parts, which hold the network again.
+    """
+
+    part: Part
+    naming: Mapping[str, str]
+    copies: frozenset[str] = frozenset()
 
 
 def load_weights(
@@ -52,189 +78,190 @@ def load_weights(
     """Load a file of weights into ``module``.
 
     Args:
-        namings: other names by which files may hold the module's tensors: name there -> the module's.
+        namings: alternative names for the module's tensors: name in the file -> the module's.
         unused: patterns of names that files of this module may hold and its forward pass does not need.
 
     Raises:
         UserError: the file cannot be read, does not fit, or holds the network several times.
     """
-    given = read_tensors(file.path)
-    originals = unwrapped(given)
-    tensors = {name: given[there] for name, there in originals.items()}
+    stored = read_tensors(file.path)
+    originals = unwrap_names(stored)
+    tensors = {name: stored[original] for name, original in originals.items()}
     own = module.state_dict()
-    part, naming, copies = _part(tensors, [{name: name for name in own}, *namings], file)
-    found = {naming[name]: tensors[there] for name, there in part.found.items()}
-    beside = [name for name in tensors if name not in {*part.found.values(), *copies}]
-    within = [name for name in beside if name.startswith(part.prefix)]
-    if part.prefix == "":
-        # Where the user names this part, what stands beside the network's own modules is left out.
-        tops, named = {naming[name].partition(".")[0] for name in naming}, file.part is not None
-        tops |= {name.partition(".")[0] for name in naming}
-        within = [name for name in within if name.partition(".")[0] in tops or not (named or of_training(name))]
-    unknown = _unknown(module, part.prefix, {name: tensors[name] for name in within}, unused, file)
-    _check_numbers(own, found, file)
-    state = _completed(module, found)
-    told = _unfit(module, state, unknown)
-    if told:
-        told = _one_of_several(file) or _foreign(tensors.keys() - own.keys()) or told
-        raise UserError(f"weights file {file} does not fit the model: {told}")
-    _check_beside(part, [name for name in beside if name not in within], file)
-    before = sorted({originals[there].removesuffix(name) for name, there in part.found.items()} - {""})
-    if before:
-        logger.info("%s: the network's names stand behind %s", file, listed(before))
+    match = _match_names(tensors, [{name: name for name in own}, *namings], file)
+    part, naming = match.part, match.naming
+    weights = {naming[name]: tensors[stored_name] for name, stored_name in part.names.items()}
+    others = [name for name in tensors if name not in {*part.names.values(), *match.copies}]
+    inside = [name for name in others if _is_inside(name, match, is_named=file.part is not None)]
+    unknown = _unknown_names(module, part.prefix, {name: tensors[name] for name in inside}, unused, file)
+    _check_types(own, weights, file)
+    state = _completed_state(module, weights)
+    if misfit := _find_misfit(module, state, unknown):
+        reason = _shard_hint(file) or _foreign_hint(tensors.keys() - own.keys()) or misfit
+        raise UserError(f"weights file {file} does not fit the model: {reason}")
+    _check_outside(part, [name for name in others if name not in inside], file)
+    prefixes = sorted({originals[there].removesuffix(name) for name, there in part.names.items()} - {""})
+    if prefixes:
+        logger.info("%s: the network's names follow the prefix %s", file, first_and_count(prefixes))
     if lacking := sorted({to.removesuffix(name) for name, to in naming.items() if to.endswith(name)} - {""}):
-        logger.info("%s: the names lack the network's %s", file, listed(lacking))
-    if copies:
-        logger.info("%s: %d tensors of other copies of the network are not used", file, len(copies))
+        logger.info("%s: the names lack the network's %s", file, first_and_count(lacking))
+    if match.copies:
+        logger.info("%s: %d tensors of other copies of the network are not used", file, len(match.copies))
     module.load_state_dict(state)
 
 
-def _part(
-    tensors: Mapping[str, Tensor], namings: Iterable[Mapping[str, str]], file: WeightsFile
-) -> tuple[Part, Mapping[str, str], set[str]]:
-    """The part of the file that is meant, its names -> the module's, and the names that other parts have.
-
-    Of several ways to name a module's tensors, the one that most of them have.
-    """
-    found = [(parts_of(tensors, each), each) for each in namings]
-    parts, naming = max(found, key=lambda each: len(each[0][0].found) if each[0] else 0)
+def _match_names(tensors: Mapping[str, Tensor], namings: Iterable[Mapping[str, str]], file: WeightsFile) -> _Match:
+    """Choose the part of the file to load, and the naming that matches most of its names."""
+    matches = [(find_parts(tensors, naming), naming) for naming in namings]
+    parts, naming = max(matches, key=lambda match: len(match[0][0].names) if match[0] else 0)
     if not parts:
-        known = {name: name for name in tensors if name in naming}
         if file.part is not None:
             raise UserError(f"--weights {file}: no part of the file fits the model; {_REFIT}")
-        return Part("", known), naming, set()
-    alike = file.part is None and _alike(parts, tensors)
-    part = parts[0] if alike else chosen(parts, file.part, file.path)
-    return part, naming, {there for each in parts if each is not part for there in each.found.values()}
+        return _Match(Part("", {name: name for name in tensors if name in naming}), naming)
+    is_any = file.part is None and _are_equal(parts, tensors)
+    part = parts[0] if is_any else choose_part(parts, file.part, file.path)
+    return _Match(part, naming, frozenset(name for p in parts if p is not part for name in p.names.values()))
 
 
-def _alike(parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether all parts hold the same: a training module may have the network under two names."""
-    first, *more = parts
+def _are_equal(parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all parts hold the same tensors: a training module may have the network under two names."""
+    first, *others = parts
     return all(
-        part.found.keys() == first.found.keys()
-        and all(torch.equal(tensors[there], tensors[first.found[name]]) for name, there in part.found.items())
-        for part in more
+        part.names.keys() == first.names.keys()
+        and all(torch.equal(tensors[there], tensors[first.names[name]]) for name, there in part.names.items())
+        for part in others
     )
 
 
-def _unknown(
-    module: nn.Module, prefix: str, within: Mapping[str, Tensor], unused: Collection[str], file: WeightsFile
+def _is_inside(name: str, match: _Match, *, is_named: bool) -> bool:
+    """Whether ``name`` belongs to the network's part of the file."""
+    if match.part.prefix:
+        return name.startswith(match.part.prefix)
+    # Without a prefix, other top-level names are ignored if the user named this part, or if they are of training.
+    top = name.partition(".")[0]
+    tops = {n.partition(".")[0] for pair in match.naming.items() for n in pair}
+    return top in tops or not (is_named or is_training_name(name))
+
+
+def _unknown_names(
+    module: nn.Module, prefix: str, inside: Mapping[str, Tensor], unused: Collection[str], file: WeightsFile
 ) -> list[str]:
-    """Those of the names ``within`` the network's part that stand for a part of it that ``module`` does not have.
+    """Return the names inside the network's part that are neither in ``module`` nor known to be unused.
 
     Raises:
-        UserError: a table that is made anew of the configuration holds other values in the file.
+        UserError: a buffer that the module computes from its configuration has other values in the file.
     """
-    buffers, unknown, left_out = dict(module.named_buffers()), [], []
-    patterns: tuple[str, ...] = (_MADE_ANEW.pattern, *unused)
-    for name, tensor in within.items():
+    buffers, unknown, skipped = dict(module.named_buffers()), [], []
+    patterns: tuple[str, ...] = (_COMPUTED.pattern, *unused)
+    for name, tensor in inside.items():
         own = buffers.get(name.removeprefix(prefix))
-        if own is not None and own.shape == tensor.shape and not _close(own, tensor):
+        if own is not None and own.shape == tensor.shape and not _is_close(own, tensor):
             raise UserError(
-                f"weights file {file} does not fit the model: {name} has other values than the model makes of its "
+                f"weights file {file} does not fit the model: {name} has other values than the model computes from its "
                 f"configuration; {_REFIT}"
             )
-        counted = tensor.dim() == 0 and not tensor.is_floating_point()
-        if own is None and not counted and not any(re.search(each, name) for each in patterns):
+        is_counter = tensor.dim() == 0 and not tensor.is_floating_point()
+        if own is None and not is_counter and not any(re.search(pattern, name) for pattern in patterns):
             unknown.append(name)
         else:
-            left_out.append(name)
-    if left_out and not unknown:
-        logger.info("%s: not needed: %s", file, listed(left_out))
+            skipped.append(name)
+    if skipped and not unknown:
+        logger.info("%s: not needed: %s", file, first_and_count(skipped))
     return unknown
 
 
-def _close(own: Tensor, given: Tensor) -> bool:
-    return torch.allclose(own.double(), given.double(), rtol=_CLOSE, atol=_CLOSE * float(own.abs().max() or 0))
+def _is_close(own: Tensor, stored: Tensor) -> bool:
+    return torch.allclose(own.double(), stored.double(), rtol=_CLOSE, atol=_CLOSE * float(own.abs().max() or 0))
 
 
-def _check_numbers(own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: WeightsFile) -> None:
-    """Raise UserError where the file holds integers, or numbers of 8 bits, for what the module computes in."""
-    for name, given in found.items():
-        wanted, whole = own[name].dtype, not given.is_floating_point()
-        told = f"{file.path}: {name} holds {_dtype_name(given.dtype)}, the network takes {_dtype_name(wanted)}"
-        if wanted.is_floating_point and (whole or given.dtype.itemsize == 1):
-            raise UserError(f"{told}: give weights that are not quantized")
-        if not wanted.is_floating_point and not whole and given.dim():
-            raise UserError(told)
+def _check_types(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], file: WeightsFile) -> None:
+    """Raise UserError if the file holds integers or 8-bit floats where the module has floats, or the reverse."""
+    for name, tensor in weights.items():
+        wanted, is_integer = own[name].dtype, not tensor.is_floating_point()
+        message = f"{file.path}: {name} holds {dtype_name(tensor.dtype)}, the network takes {dtype_name(wanted)}"
+        if wanted.is_floating_point and (is_integer or tensor.dtype.itemsize == 1):
+            raise UserError(f"{message}: give weights that are not quantized")
+        if not wanted.is_floating_point and not is_integer and tensor.dim():
+            raise UserError(message)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _completed_state(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``weights`` with tensors that files need not hold.
 
-
-def _completed(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``found`` with the weights that a file holds under one name only of several, as transformers writes them, and
-    with tables of integers, which the module makes of its configuration."""
+    These are tied weights, which transformers writes under one name only, and buffers that the module computes from its
+    configuration.
+    """
     own = module.state_dict()
-    stored = {own[name].data_ptr(): tensor for name, tensor in found.items()}
-    tied = {n: stored[t.data_ptr()] for n, t in own.items() if n not in found and t.data_ptr() in stored and t.numel()}
+    stored = {own[name].data_ptr(): tensor for name, tensor in weights.items()}
+    tied = {
+        name: stored[t.data_ptr()]
+        for name, t in own.items()
+        if name not in weights and t.data_ptr() in stored and t.numel()
+    }
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    made = {
+    computed = {
         name: tensor
         for name, tensor in own.items()
-        if name not in found and name not in parameters and (not tensor.is_floating_point() or _MADE_ANEW.search(name))
+        if name not in weights and name not in parameters and (not tensor.is_floating_point() or _COMPUTED.search(name))
     }
-    return {**made, **found, **tied}
+    return {**computed, **weights, **tied}
 
 
-def _unfit(module: nn.Module, state: Mapping[str, Tensor], unknown: Sequence[str]) -> str:
-    """The first name or shape of ``state`` that is not the module's, and what to do; nothing where all are."""
+def _find_misfit(module: nn.Module, state: Mapping[str, Tensor], unknown: Sequence[str]) -> str | None:
+    """Return the first shape or name of ``state`` that does not fit ``module``, and what to do; None if all fit."""
     own = module.state_dict()
-    other = [name for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
-    missing = [name for name in own if name not in state]
-    if other:
-        given, wanted = tuple(state[other[0]].shape), tuple(own[other[0]].shape)
-        hint = _hint(module, other, given, wanted)
-        return f"{other[0]} has shape {given}, the model takes {wanted}; {hint}"
-    pairs = ("it has no", missing), ("the model has no", unknown)
-    told = [f"{verb} {listed(names)}" for verb, names in pairs if names]
-    return f"{', '.join(told)}; {_REFIT}" if told else ""
+    misshaped = [name for name, tensor in own.items() if name in state and state[name].shape != tensor.shape]
+    if misshaped:
+        stored, wanted = tuple(state[misshaped[0]].shape), tuple(own[misshaped[0]].shape)
+        hint = _shape_hint(module, misshaped, stored, wanted)
+        return f"{misshaped[0]} has shape {stored}, the model takes {wanted}; {hint}"
+    pairs = ("it has no", [name for name in own if name not in state]), ("the model has no", unknown)
+    differences = [f"{verb} {first_and_count(names)}" for verb, names in pairs if names]
+    return f"{', '.join(differences)}; {_REFIT}" if differences else None
 
 
-def _hint(module: nn.Module, other: Sequence[str], given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def _shape_hint(module: nn.Module, misshaped: Sequence[str], stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     classes = getattr(module, "num_classes", None) or getattr(getattr(module, "config", None), "num_labels", None)
-    if other[0].endswith("pos_embed"):
+    if misshaped[0].endswith("pos_embed"):
         return "give the --image-size it was trained at"
-    if wanted[:1] == (classes,) and given[1:] == wanted[1:] and len(other) <= _OF_HEAD:
+    if wanted[:1] == (classes,) and stored[1:] == wanted[1:] and len(misshaped) <= _HEAD_TENSORS:
         return (
-            f"the file is of {given[0]} classes: set num_classes (transformers: num_labels) to that in config.json, or "
-            f"{_REFIT}"
+            f"the file is of {stored[0]} classes: set num_classes (transformers: num_labels) to that in config.json, "
+            f"or {_REFIT}"
         )
-    if len(wanted) == 4 == len(given) and given[2:] == wanted[2:] and given[1] != wanted[1] and len(other) == 1:
-        return f"the file is of pictures of {given[1]} channels: set in_chans (transformers: num_channels) to that"
+    if len(wanted) == 4 == len(stored) and stored[2:] == wanted[2:] and stored[1] != wanted[1] and len(misshaped) == 1:
+        return f"the file is of images of {stored[1]} channels: set in_chans (transformers: num_channels) to that"
     return _REFIT
 
 
-def _one_of_several(file: WeightsFile) -> str | None:
-    found = SHARD.search(file.path.name)
-    if found is None:
+def _shard_hint(file: WeightsFile) -> str | None:
+    match = SHARD.search(file.path.name)
+    if match is None:
         return None
-    index = file.path.with_name(f"{file.path.name[: found.start()]}.safetensors{INDEX_SUFFIX}")
+    index = file.path.with_name(f"{file.path.name[: match.start()]}.safetensors{INDEX_SUFFIX}")
     return f"it is one of several files: give {index}"
 
 
-def _foreign(names: Iterable[str]) -> str | None:
-    """What the first of the names shows that the file was made for, where that is no plain network."""
+def _foreign_hint(names: Iterable[str]) -> str | None:
+    """Return what a file holds instead of plain weights, by the first of ``names`` that shows it."""
     for name in sorted(names):
-        for pattern, told in _FOREIGN:
+        for pattern, content in _FOREIGN:
             if pattern.search(name):
-                return f"it holds {name}, of {told}"
+                return f"it holds {name}, of {content}"
     return None
 
 
-def _check_beside(part: Part, outside: Sequence[str], file: WeightsFile) -> None:
-    """Raise UserError where the file holds more than the network and its training, and the user did not name the part
-    that is meant."""
-    more = [name for name in outside if not of_training(name)]
+def _check_outside(part: Part, outside: Sequence[str], file: WeightsFile) -> None:
+    """Raise UserError if the file holds more than the network and training state, and the user named no part."""
+    more = [name for name in outside if not is_training_name(name)]
     if len(outside) > len(more):
-        logger.info("%s: of training, not used: %s", file, listed([n for n in outside if n not in more]))
+        training = [name for name in outside if name not in more]
+        logger.info("%s: values of training are not used: %s", file, first_and_count(training))
     if not more:
         return
     if file.part is None:
         raise UserError(
-            f"weights file {file} holds {listed(more)} beside the network's {part.prefix}: give "
+            f"weights file {file} holds {first_and_count(more)} next to the network's {part.prefix}: give "
             f"--weights {file.path}#{part.label} to leave that out"
         )
-    logger.warning("%s: not used: %s", file, listed(more))
+    logger.warning("%s: not used: %s", file, first_and_count(more))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
@@ -11,3 +12,8 @@ Batches = Sequence[Batch]
 def batch_size(batch: Batch) -> int:
     """Return the number of samples of ``batch``."""
     return len(next(iter(batch.values())))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of ``dtype`` without "torch.", for messages and files."""
+    return str(dtype).removeprefix("torch.")

@@ -15,8 +15,8 @@ from optin_deploy.compensation.sparsity import sparsify
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.errors import UserError
-from optin_deploy.models.intake import validate
-from optin_deploy.models.intake.inputs import check_batches
+from optin_deploy.models.validation.adopt import validate
+from optin_deploy.models.validation.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.dataset import Dataset
-from optin_deploy.evaluation.example_images import pictures
+from optin_deploy.evaluation.example_images import draw_examples
 from optin_deploy.evaluation.results import Agreement, ExampleImage
 from optin_deploy.network import Network
 from optin_deploy.report.schema import VARIANTS, Evaluation
@@ -44,7 +44,7 @@ def _agreement(context: RunContext, pruned: Network) -> list[Agreement]:
 
 
 def _draw(context: RunContext, pruned: Network) -> list[ExampleImage]:
-    return pictures(context.network, pruned.module, context.prepared.calibration.held_out)
+    return draw_examples(context.network, pruned.module, context.prepared.calibration.held_out)
 
 
 def _evaluate(context: RunContext, pruned: Network, dataset: Dataset) -> Evaluation:

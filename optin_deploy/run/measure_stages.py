@@ -205,7 +205,7 @@ def _measure(context: RunContext, networks: Networks, files: Files, runtimes: tu
         seed=recipe.seed,
         tf32=recipe.precision == "tf32",
     )
-    sample = {name: t[:1].numpy() for name, t in networks["dense"].inputs.items()}
+    sample = networks["dense"].sample_arrays()
     with TemporaryDirectory(prefix="optin-builds-") as folder:
         dense, pruned = (_build_again(files[name], recipe, Path(folder)) for name in VARIANTS)
         return compare(dense, pruned, sample, config, lambda done, _: report_progress(done))
@@ -265,5 +265,5 @@ def _profile_layers(
         recipe.seed,
         tf32=recipe.precision == "tf32",
     )
-    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    sample = network.sample_arrays()
     return layer_profile(settings, file, sample, modules, onnx=variant.onnx)

@@ -14,7 +14,7 @@ from optin_deploy.export.requirements import check_measurable, check_runtimes
 from optin_deploy.latency.block_stacks import part_name
 from optin_deploy.latency.budget import edges_of
 from optin_deploy.latency.tables import Target, export_network, measure_network, target_of
-from optin_deploy.models.load import load_network
+from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
@@ -55,13 +55,7 @@ def _load(recipe: Recipe, stages: Stages) -> Network:
     with stages.checks():
         check_runtimes(recipe)
         check_measurable(recipe.target_runtime)
-        return load_network(
-            recipe.model,
-            weights=recipe.weights,
-            image_size=recipe.image_size,
-            sequence_length=recipe.sequence_length,
-            seed=recipe.seed,
-        )
+        return load_recipe_network(recipe)
 
 
 def profile_network(network: Network, target: Target, seconds: float) -> NetworkProfile:
@@ -71,7 +65,7 @@ def profile_network(network: Network, target: Target, seconds: float) -> Network
         UserError: no part of the network is known.
         ProfilingError: the runtime failed.
     """
-    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    sample = network.sample_arrays()
     roles = places(network.module, examine(network).structure) | merging_places(network.module)
     with TemporaryDirectory(prefix="optin-profile-") as folder:
         file = export_network(network, network.module, target, Path(folder, "network"))

@@ -15,13 +15,13 @@ from optin_deploy.criteria.scoring import Scoring, check_reach
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.dataset import Dataset
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.export.requirements import check_pooling, check_runtimes
 from optin_deploy.latency.tables import Target, target_of
 from optin_deploy.models import checkpoint
-from optin_deploy.models.intake import validate
-from optin_deploy.models.intake.inputs import check_batches
-from optin_deploy.models.load import load_network
+from optin_deploy.models.load import load_recipe_network
+from optin_deploy.models.validation.adopt import validate
+from optin_deploy.models.validation.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch, batch_size
 from optin_deploy.pruning.pruner import Anatomy, examine
@@ -108,14 +108,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
 
 def _load_network(recipe: Recipe) -> tuple[Network, Plan]:
     """Load the model of ``recipe``, and the plan by which it was pruned before if it is a checkpoint."""
-    network = load_network(
-        recipe.model,
-        weights=recipe.weights,
-        image_size=recipe.image_size,
-        sequence_length=recipe.sequence_length,
-        max_text_length=recipe.max_text_length,
-        seed=recipe.seed,
-    )
+    network = load_recipe_network(recipe)
     is_checkpoint = checkpoint.is_checkpoint(recipe.model)
     return network, checkpoint.read_plan(Path(recipe.model)) if is_checkpoint else Plan({})
 

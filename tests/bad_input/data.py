@@ -442,7 +442,7 @@ ROWS = (
     Row(
         "pooling-of-a-classifier",
         lambda m: [*_text("t.txt", "w1\nw2\n")(m), "--pooling-in-graph"],
-        "BertForSequenceClassification gives logits, no token features",
+        "logits, no token features",
     ),
     Row("labels-negative", _scored("w1\t0\nw2\t-1\n"), r"dev\.tsv: label '-1'"),
     Row("labels-of-10000-digits", _scored(f"w1\t{'1' * 10_000}\n"), r"dev\.tsv: "),

@@ -123,7 +123,10 @@ def _zeroed(material: Material) -> Sequence[str]:
     return pruning("shallow")
 
 
-UNREADABLE, UNFIT = r"weights file w\.safetensors cannot be read: ", r"weights file w\.safetensors does not fit"
+UNREADABLE, UNFIT = (
+    r"weights file w\.safetensors cannot be read: ",
+    r"weights file w\.safetensors does not fit",
+)
 ROWS = (
     Row("weights-empty", _bytes(lambda _: b""), UNREADABLE),
     Row("weights-truncated", _bytes(lambda whole: whole[: len(whole) // 2]), UNREADABLE),
@@ -200,7 +203,11 @@ ROWS = (
         UNFIT + r".*: pos_embed has shape \(1, \d+, 64\), the model takes \(1, \d+, 64\); give the --image-size",
     ),
     Row("weights-missing", _tensors(lambda state: state.pop("head.bias")), UNFIT + ".*head.bias"),
-    Row("weights-shape", _tensors(lambda state: state.update({"head.bias": torch.zeros(3)})), UNFIT + ".*head.bias"),
+    Row(
+        "weights-shape",
+        _tensors(lambda state: state.update({"head.bias": torch.zeros(3)})),
+        UNFIT + ".*head.bias",
+    ),
     Row(
         "weights-integers",
         _tensors(lambda state: state.update({"head.bias": state["head.bias"].to(torch.int8)})),

@@ -33,7 +33,7 @@ def exported(network: Network, folder: Path) -> tuple[Path, Path, Feeds]:
     save_program(traced, folder / "net.pt2")
     names = tuple(network.outputs)
     onnx_from_program(traced, folder / "net.onnx", output_names=names, dynamic_axes=network.dynamic_axes)
-    return folder / "net.onnx", folder / "net.pt2", {name: t[:1].numpy() for name, t in network.inputs.items()}
+    return folder / "net.onnx", folder / "net.pt2", network.sample_arrays()
 
 
 @pytest.fixture(scope="module")

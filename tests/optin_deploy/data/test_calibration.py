@@ -20,12 +20,8 @@ from tiny_models import (
     vision_network,
 )
 
-from optin_deploy.data.calibration import (
-    builtin_images,
-    builtin_texts,
-    from_batches,
-    load_calibration,
-)
+from optin_deploy.data.builtin import builtin_images, builtin_texts
+from optin_deploy.data.calibration import from_batches, load_calibration
 from optin_deploy.data.image_files import image_files
 from optin_deploy.data.preprocessing import ImagePreprocessing
 from optin_deploy.data.texts import read_texts
@@ -89,7 +85,7 @@ def test_resized_is_what_timm_resizes_to(mode: str, size: tuple[int, int]) -> No
     transform = timm.data.create_transform((3, *size), crop_pct=preprocessing.crop_pct, crop_mode=mode)
     for given in [(90, 30), (30, 90), (1, 40), (64, 64)]:
         resized = transform.transforms[0](Image.new("RGB", given))
-        assert preprocessing.resized(*given) == pytest.approx(resized.size, abs=1)
+        assert preprocessing.resized_size(*given) == pytest.approx(resized.size, abs=1)
 
 
 def test_builtin_images(vision: Network) -> None:

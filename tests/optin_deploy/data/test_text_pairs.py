@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import optin_deploy
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.nn.task_head import HeadKind
@@ -121,8 +121,8 @@ def test_heads_that_a_label_says_nothing_of(tmp_path: Path) -> None:
     save_pair_classifier(tmp_path / "m")
     network = load_network(str(tmp_path / "m"), sequence_length=8)
     path = save_lines(tmp_path / "t.tsv", ["w1\t0", "w2\t1"])
-    assert "gives 3 answers for each text" in refusal(replace(network, head="binary"), path)
-    assert "gives 3 answers for each text" in refusal(replace(network, head="regression"), path)
+    assert "3 answers for each text" in refusal(replace(network, head="binary"), path)
+    assert "3 answers for each text" in refusal(replace(network, head="regression"), path)
     wrong = save_lines(tmp_path / "u.tsv", ["w1\tw2\tgood", "w2\tw1\t0"])
     assert "label 'good' is no class number from 0 to 2" in refusal(network, wrong)
     assert "four" not in refusal(network, save_lines(tmp_path / "v.csv", ["a,b,c,d"]), "a+b+c,d")

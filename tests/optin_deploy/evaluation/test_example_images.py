@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from optin_deploy.data.preprocessing import ImagePreprocessing
-from optin_deploy.evaluation.agreement import agreement, correlation
-from optin_deploy.evaluation.example_images import MOST, is_map, pictures
+from optin_deploy.evaluation.agreement import agreement
+from optin_deploy.evaluation.example_images import MOST, draw_examples, is_map
+from optin_deploy.evaluation.metrics import pearson
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
 
@@ -49,28 +50,28 @@ def classes(x: Tensor) -> Tensor:
 
 def test_the_same_network_gives_the_same_pictures_and_another_does_not() -> None:
     dense = network(lambda x: x)
-    found = pictures(dense, dense.module, [{"image": images()}])
+    found = draw_examples(dense, dense.module, [{"image": images()}])
     assert len(found) == MOST
     assert all(p.dense == p.pruned for p in found)
     assert len({p.dense for p in found}) == MOST
     image = images()[0].permute(1, 2, 0).numpy()
     assert np.abs(pixels(found[0].image) / 255 - image).max() <= 0.5 / 255 + 1e-6
-    other = pictures(dense, Maps(lambda x: x.flip(-1)), [{"image": images()}])
+    other = draw_examples(dense, Maps(lambda x: x.flip(-1)), [{"image": images()}])
     assert all(p.dense != p.pruned for p in other)
     # One scale of colours for both: a shifted map has other ones.
-    shifted = pictures(dense, Maps(lambda x: x + 0.3), [{"image": images()}])
+    shifted = draw_examples(dense, Maps(lambda x: x + 0.3), [{"image": images()}])
     assert all(p.dense != p.pruned for p in shifted)
 
 
 def test_samples_are_taken_over_batches() -> None:
     dense = network(lambda x: x)
-    apart = pictures(dense, dense.module, [{"image": part} for part in images().split(1)])
-    assert apart == pictures(dense, dense.module, [{"image": images()}])
+    apart = draw_examples(dense, dense.module, [{"image": part} for part in images().split(1)])
+    assert apart == draw_examples(dense, dense.module, [{"image": images()}])
 
 
 def test_classes_are_drawn_by_the_most_likely_one() -> None:
     dense = network(classes, logits="output")
-    (first, *_) = pictures(dense, dense.module, [{"image": images()}])
+    (first, *_) = draw_examples(dense, dense.module, [{"image": images()}])
     drawn, most_likely = pixels(first.dense), classes(images()[:1, :1]).argmax(1)[0].numpy()
     for number in range(3):
         assert len(np.unique(drawn[most_likely == number], axis=0)) == 1
@@ -79,7 +80,7 @@ def test_classes_are_drawn_by_the_most_likely_one() -> None:
 
 def test_large_maps_are_made_smaller() -> None:
     dense = network(lambda x: x, size=400)
-    (first, *_) = pictures(dense, dense.module, [{"image": images(1, 400)}])
+    (first, *_) = draw_examples(dense, dense.module, [{"image": images(1, 400)}])
     assert pixels(first.dense).shape == pixels(first.image).shape == (192, 192, 3)
 
 
@@ -90,21 +91,21 @@ def test_large_maps_are_made_smaller() -> None:
 def test_other_outputs_are_not_drawn(make: Callable[[Tensor], Tensor]) -> None:
     dense = network(make)
     assert not is_map(dense, "output", dense.forward({"image": images()})["output"])
-    assert pictures(dense, dense.module, [{"image": images()}]) == []
+    assert draw_examples(dense, dense.module, [{"image": images()}]) == []
     (found,) = agreement(dense, dense.module, [{"image": images()}])
     assert found.correlation is None
 
 
 def test_without_preprocessing_there_is_no_input_to_show() -> None:
     dense = custom_network(Maps(lambda x: x), {"image": images()})
-    assert all(p.image is None for p in pictures(dense, dense.module, [{"image": images()}]))
+    assert all(p.image is None for p in draw_examples(dense, dense.module, [{"image": images()}]))
 
 
 def test_correlation_against_numpy() -> None:
     a, b = images()[:, :1], images().flip(0)[:, 1:2] + 0.5 * images()[:, :1]
     expected = [np.corrcoef(x.flatten(), y.flatten())[0, 1] for x, y in zip(a.numpy(), b.numpy(), strict=True)]
-    assert correlation(a, b).numpy() == pytest.approx(np.array(expected), abs=1e-6)
-    assert correlation(a, torch.ones_like(a)).abs().max() < 1e-6
+    assert pearson(a, b).numpy() == pytest.approx(np.array(expected), abs=1e-6)
+    assert pearson(a, torch.ones_like(a)).abs().max() < 1e-6
     dense = network(lambda x: x)
     (found,) = agreement(dense, Maps(lambda x: x * 2 - 1), [{"image": part} for part in images().split(4)])
     assert found.correlation == pytest.approx(1.0, abs=1e-6)

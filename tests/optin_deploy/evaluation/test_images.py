@@ -14,8 +14,8 @@ from torch import nn
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.dataset import Dataset
-from optin_deploy.evaluation.images import load_dataset
-from optin_deploy.evaluation.texts import spearman
+from optin_deploy.evaluation.load import load_dataset
+from optin_deploy.evaluation.metrics import spearman
 from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
@@ -158,7 +158,7 @@ def test_some_of_many_classes_are_named_by_number(tmp_path: Path) -> None:
         Image.open(file).save(folder / "a.png")
     assert measured(load_dataset(network, tmp_path / "set"), network) == 50
     (tmp_path / "set" / f"{predicted:04}").rename(tmp_path / "set" / "cat")
-    assert "has 2 class folders, the network tells 1000 classes" in refusal(network, tmp_path / "set")
+    assert "has 2 class folders, the network has 1000 classes" in refusal(network, tmp_path / "set")
 
 
 # Bad inputs
@@ -216,7 +216,7 @@ def test_bad_class_folders(tmp_path: Path) -> None:
     assert "no class folders" in refusal(network, tmp_path)
     for name in "abc":
         save_images(tmp_path / name, 1)
-    assert "has 3 class folders, the network tells 2" in refusal(network, tmp_path)
+    assert "has 3 class folders, the network has 2" in refusal(network, tmp_path)
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refusal(network, tmp_path / "empty")
     assert "not a folder" in refusal(network, save_lines(tmp_path / "t.csv", ["a,b"]))

@@ -65,7 +65,7 @@ def outputs(network: Network, module: nn.Module | None = None) -> list[Tensor]:
         return list(network.forward(network.inputs, module).values())
 
 
-def own_module(kind: str) -> nn.Module | None:
+def unwrap_module(kind: str) -> nn.Module | None:
     return {"custom": lambda: own_network(seed=9).module, "own_resnet": tiny.PlainResNet}.get(kind, lambda: None)()
 
 
@@ -80,7 +80,7 @@ def refusal(path: Path, module: nn.Module | None = None) -> str:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_round_trip_is_exact(tmp_path: Path, kind: str) -> None:
     small, path = saved(tmp_path, kind)
-    loaded = checkpoint.load(path, own_module(kind))
+    loaded = checkpoint.load(path, unwrap_module(kind))
     assert not loaded.training
     for ours, theirs in zip(outputs(small), outputs(small, loaded), strict=True):
         assert torch.equal(ours, theirs)
@@ -90,7 +90,7 @@ def test_round_trip_is_exact(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_network_of_a_checkpoint(tmp_path: Path, kind: str) -> None:
     small, path = saved(tmp_path, kind)
-    loaded = checkpoint.load_network(path, own_module(kind))
+    loaded = checkpoint.load_network(path, unwrap_module(kind))
     for name in ("outputs", "sequence_inputs", "token_mask", "logits"):
         assert getattr(loaded, name) == getattr(small, name)
     assert {n: (t.shape, t.dtype) for n, t in loaded.inputs.items()} == {

@@ -103,7 +103,7 @@ def test_what_is_printed_converts(name: str, tmp_path: Path) -> None:
     assert "pickles are never loaded" in told
     done = run(told[told.index("python -c ") :], tmp_path)
     assert done.returncode == 0, done.stderr
-    network = load_network("test_vit", weights=str(pickles.converted_name(path)), image_size=32)
+    network = load_network("test_vit", weights=str(pickles.converted_path(path)), image_size=32)
     torch.testing.assert_close(dict(network.module.state_dict()), dict(STATE), rtol=0, atol=0)
 
 

@@ -9,7 +9,7 @@ from tiny_models import bert_config
 from torch import nn
 
 from optin_deploy.models import checkpoint
-from optin_deploy.models.transformers_models import NoPooler, ready, without_pooler
+from optin_deploy.models.transformers_models import NoPooler, prepare_module, without_pooler
 from optin_deploy.models.transformers_models import network_of as network_around
 from optin_deploy.network import Source
 from optin_deploy.structure.plan import Plan
@@ -64,7 +64,7 @@ def test_poolers(name: str) -> None:
     generator = torch.random.get_rng_state()
     state = {n: t.clone() for n, t in module.state_dict().items()}
     inputs: dict[str, torch.Tensor]
-    network = network_around(ready(module), source, "random", None, 8)
+    network = network_around(prepare_module(module), source, "random", None, 8)
     inputs = dict(network.inputs)
     assert torch.equal(torch.random.get_rng_state(), generator)
     assert {"dropped": module.pooler is None, "called": isinstance(module.pooler, NoPooler)}.get(
@@ -85,7 +85,7 @@ def test_a_checkpoint_has_the_pooler_that_was_there(name: str, tmp_path_factory:
     path = tmp_path_factory.mktemp("own") / "own"
     module = MODELS[name][0]().float().eval()
     source = Source("transformers", type(module).__name__, module.config.to_dict())
-    network = network_around(ready(module), source, "random", None, 8)
+    network = network_around(prepare_module(module), source, "random", None, 8)
     checkpoint.save(network, Plan({}), path)
     again = checkpoint.load_network(path)
     assert type(again.module.pooler) is type(network.module.pooler)

@@ -14,7 +14,7 @@ from tiny_models import WORDS, save_lines, texts
 import optin_deploy
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
 from optin_deploy.structure.plan import Plan
@@ -60,13 +60,13 @@ def test_what_is_cut_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture
     lines = save_lines(tmp_path / "t.txt", [*LONG[:7], *texts(20)])
     with caplog.at_level(logging.WARNING):
         calibration = load_calibration(network, lines)
-    assert caplog.messages == [f"{lines}: 7 of 27 texts are longer than 12 tokens and are cut"]
+    assert caplog.messages == [f"{lines}: 7 of 27 texts are longer than 12 tokens and are truncated"]
     assert max(b["input_ids"].shape[1] for b in calibration.batches) == 12
     caplog.clear()
     rows = save_lines(tmp_path / "t.tsv", [*(f"w1\t{t}\t0" for t in LONG[:3]), *(f"{t}\tw2\t0" for t in texts(5)[:4])])
     with caplog.at_level(logging.WARNING):
         load_dataset(network, rows)
-    assert caplog.messages == [f"{rows}: 3 of 7 texts are longer than 12 tokens and are cut"]
+    assert caplog.messages == [f"{rows}: 3 of 7 texts are longer than 12 tokens and are truncated"]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_calibration(load_network(str(tmp_path / "m")), lines)
@@ -99,8 +99,8 @@ def test_no_limit_at_all_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     save_t5(tmp_path / "m", int(1e30))
     with caplog.at_level(logging.WARNING):
         network = load_network(str(tmp_path / "m"), sequence_length=16)
-    assert "has no longest text" in caplog.text
-    assert "Texts are cut to 512 tokens" in caplog.text
+    assert "--max-text-length" in caplog.text
+    assert "512 tokens" in caplog.text
     assert network.preprocessing.max_length == 512
     caplog.clear()
     assert load_network(str(tmp_path / "m"), max_text_length=700).preprocessing.max_length == 700

@@ -13,12 +13,12 @@ from torch import nn
 
 import optin_deploy
 from optin_deploy.data.calibration import load_calibration
-from optin_deploy.data.labels import class_numbers
+from optin_deploy.data.labels import classes_of_folders
 from optin_deploy.errors import UserError
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
-from optin_deploy.models.timm_files import saved, told_by_weights
+from optin_deploy.models.timm_files import arguments_from_weights, read_saved_network
 from optin_deploy.models.weight_files import WeightsFile
 from optin_deploy.network import Network
 from optin_deploy.structure.plan import Plan
@@ -73,7 +73,7 @@ def test_files_that_say_nothing_of_classes(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, other)
     text.write_text("no tensors")
     for path in (own, other, text, tmp_path / "none.safetensors", tmp_path / "weights.pth"):
-        assert told_by_weights("test_vit", WeightsFile(path)) == {}
+        assert arguments_from_weights("test_vit", WeightsFile(path)) == {}
 
 
 @pytest.mark.parametrize("channels", [4, 6])
@@ -104,9 +104,9 @@ def check_channels(network: Network, module: nn.Module, channels: int, folder: P
     save_images(folder / "pictures", 2)
     shape = f"tensor 'x' of shape \\(samples, {channels}, {given.shape[2]}, {given.shape[3]}\\)"
     for path in (None, folder / "pictures"):
-        with pytest.raises(UserError, match=f"{channels}-channel pictures.*{shape}.*--calibration FILE"):
+        with pytest.raises(UserError, match=f"{channels} channels.*{shape}.*--calibration FILE"):
             load_calibration(network, path)
-    with pytest.raises(UserError, match=f"--evaluate .*{channels}-channel pictures"):
+    with pytest.raises(UserError, match=f"--evaluate .*{channels} channels"):
         load_dataset(network, folder / "pictures")
     save_file({"x": torch.randn(4, *given.shape[1:])}, folder / "samples.safetensors")
     assert load_calibration(network, folder / "samples.safetensors").batches[0]["x"].shape[1] == channels
@@ -184,9 +184,9 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"model_type": "vit", "architecture": "x"}', "[" * 9999])
 def test_other_directories_are_not_timms(text: str, tmp_path: Path) -> None:
-    assert saved(tmp_path) is None
+    assert read_saved_network(tmp_path) is None
     (tmp_path / "config.json").write_text(text)
-    assert saved(tmp_path) is None
+    assert read_saved_network(tmp_path) is None
 
 
 FLAT = {"architecture": "test_vit", "num_classes": 3, "mean": [0.1, 0.2, 0.3], "labels": ["emu", "dog", "cat"]}
@@ -209,13 +209,13 @@ def test_pictures_of_a_directory_are_prepared_as_timm_does(written: str, tmp_pat
         assert getattr(network.preprocessing, name) == (tuple(own[name]) if name in ("mean", "std") else own[name])
     checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
     for each in (network, load_network(str(tmp_path / "checkpoint"))):
-        assert class_numbers(each, tmp_path, ["cat", "dog", "emu"]) == {"emu": 0, "dog": 1, "cat": 2}
+        assert classes_of_folders(each, tmp_path, ["cat", "dog", "emu"]) == {"emu": 0, "dog": 1, "cat": 2}
     if written != "flat":
-        assert class_numbers(network, tmp_path, ["Man's best friend"]) == {"Man's best friend": 1}
+        assert classes_of_folders(network, tmp_path, ["Man's best friend"]) == {"Man's best friend": 1}
 
 
 def test_labels_with_gaps(tmp_path: Path) -> None:
     save(trained(num_classes=3), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "label_names": {"2": "cat", "0": "emu"}}))
-    assert class_numbers(load_network(str(tmp_path)), tmp_path, ["cat", "emu"]) == {"cat": 2, "emu": 0}
+    assert classes_of_folders(load_network(str(tmp_path)), tmp_path, ["cat", "emu"]) == {"cat": 2, "emu": 0}

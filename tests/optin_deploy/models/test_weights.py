@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForIma
 from optin_deploy.config.recipe import make_recipe
 from optin_deploy.errors import UserError
 from optin_deploy.models.load import load_network
-from optin_deploy.models.weight_files import WeightsFile, named
+from optin_deploy.models.weight_files import WeightsFile, parse_weights
 from optin_deploy.network import Network
 
 State = dict[str, Tensor]
@@ -69,7 +69,7 @@ def test_the_one_prefix_is_left_out_and_told(prefix: str, tmp_path: Path, caplog
     network = loaded(under(prefix), tmp_path)
     assert same(network, PLAIN)
     assert network.source.arguments == {"num_classes": 7}
-    assert f"names stand behind {prefix}" in caplog.text
+    assert f"prefix {prefix}" in caplog.text
 
 
 def test_wrappers_within_the_network(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_tables_of_the_configuration(tmp_path: Path) -> None:
     table = dict(dense.named_buffers())[index]
     state = {**dense.state_dict(), index: table.clone()}
     assert same(loaded(state, tmp_path, model=swin), dense.state_dict())
-    assert "other values than the model makes" in refusal({**state, index: table.flip(0).clone()}, tmp_path, model=swin)
+    assert "other values than the model" in refusal({**state, index: table.flip(0).clone()}, tmp_path, model=swin)
 
 
 # Averages beside the weights
@@ -149,9 +149,9 @@ def test_of_two_copies_one_is_chosen_by_name(plain: str, average: str, choices: 
 def test_a_piece_of_the_name_is_enough(tmp_path: Path) -> None:
     assert same(loaded(both("model.", "model_ema."), tmp_path, "#EMA"), AVERAGE)
     told = refusal(both("model.", "model_ema."), tmp_path, "#student")
-    assert "#student names no one part" in told
+    assert "#student does not name one part" in told
     assert "#model_ema" in told
-    assert "names no one part" in refusal(both("a.model.", "b.model."), tmp_path, "#model")
+    assert "does not name one part" in refusal(both("a.model.", "b.model."), tmp_path, "#model")
 
 
 def test_one_network_under_two_names_is_no_choice(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_an_average_of_parameters_alone_is_never_filled_up(tmp_path: Path) -> No
 def test_a_file_with_a_number_sign_in_its_name(tmp_path: Path) -> None:
     save_file(PLAIN, tmp_path / "w#1.safetensors")
     assert same(load_network("test_vit", weights=str(tmp_path / "w#1.safetensors")), PLAIN)
-    assert named("a.safetensors#ema") == WeightsFile(Path("a.safetensors"), "ema")
-    assert str(named("a.safetensors#ema")) == "a.safetensors#ema"
+    assert parse_weights("a.safetensors#ema") == WeightsFile(Path("a.safetensors"), "ema")
+    assert str(parse_weights("a.safetensors#ema")) == "a.safetensors#ema"
 
 
 def test_a_recipe_takes_a_part(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ REFUSED: dict[str, tuple[Callable[[], State], str]] = {
     "registers": (lambda: {**PLAIN, "reg_token": torch.ones(1, 4, 64)}, "the model has no reg_token"),
     "other head": (
         lambda: {**under("backbone.", without("head.")), "head.fc.weight": torch.ones(3, 64)},
-        r"holds head\.fc\.weight beside the network's backbone\.: give --weights .*#backbone",
+        r"holds head\.fc\.weight .* the network's backbone\.: give --weights .*#backbone",
     ),
     "gptq": (
         lambda: {**without("blocks.0.mlp.fc1.weight"), "blocks.0.mlp.fc1.qweight": torch.ones(2, dtype=torch.int32)},
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[], State], str]] = {
     "lora": (lambda: {**PLAIN, "blocks.0.attn.qkv.lora_A.weight": torch.ones(2)}, "of adapters: merge them"),
     "weight norm": (
         lambda: {**without("head.weight"), "head.weight_g": torch.ones(7, 1), "head.weight_v": torch.ones(7, 64)},
-        "head.weight_g, of weights in parts",
+        "head.weight_g, of parametrized weights",
     ),
     "pruned": (
         lambda: {
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], State], str]] = {
             "head.weight_orig": torch.ones(7, 64),
             "head.weight_mask": torch.ones(7, 64),
         },
-        "head.weight_mask, of weights in parts",
+        "head.weight_mask, of parametrized weights",
     ),
     "nameless average": (lambda: {"shadow_params.0": torch.ones(2)}, "of a moving average without names"),
     "nothing": (lambda: {"a": torch.ones(2)}, "it has no cls_token"),
@@ -266,7 +266,7 @@ def test_a_plain_network_of_one_with_a_head(bert: Path, tmp_path: Path) -> None:
     save_bert(tmp_path / "plain", head=False)
     state = load_file(bert / "model.safetensors")
     told = refusal(state, tmp_path, model=str(tmp_path / "plain"))
-    assert "holds classifier.bias (1 more) beside the network's bert.: give --weights" in told
+    assert "holds classifier.bias (1 more) next to the network's bert.: give --weights" in told
     network = loaded(state, tmp_path, "#bert", str(tmp_path / "plain"))
     assert all(torch.equal(t, state[f"bert.{name}"]) for name, t in network.module.state_dict().items())
     assert "it has no classifier.weight" in refusal(
@@ -328,7 +328,7 @@ def test_an_index_of_several_files(tmp_path: Path) -> None:
         load_network("test_vit", weights=str(tmp_path / files[0]))
     (tmp_path / files[1]).unlink()
     with pytest.raises(
-        UserError, match=r"index\.json names m-00002-of-00002\.safetensors, which is not there \(1 of 2"
+        UserError, match=r"index\.json names m-00002-of-00002\.safetensors, which does not exist \(1 of 2"
     ):
         load_network("test_vit", weights=str(index))
 

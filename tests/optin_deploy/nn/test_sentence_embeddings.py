@@ -18,7 +18,7 @@ import optin_deploy
 from optin_deploy.data.calibration import load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network

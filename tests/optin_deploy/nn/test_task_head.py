@@ -22,8 +22,8 @@ from optin_deploy.criteria.trajectory import exact_scores
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
-from optin_deploy.evaluation.example_images import is_map, pictures
-from optin_deploy.evaluation.images import load_dataset
+from optin_deploy.evaluation.example_images import draw_examples, is_map
+from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.models import checkpoint, timm_models, transformers_models
 from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
@@ -132,7 +132,7 @@ def test_problem_types_are_of_whole_samples(labels: int, kind: HeadKind) -> None
     module = BertForTokenClassification(config).eval()
     with torch.no_grad():
         logits = module(torch.randint(4, 40, (2, 6))).logits
-    assert transformers_models.head(module, logits) == kind
+    assert transformers_models.head_kind(module, logits) == kind
 
 
 @pytest.mark.parametrize("said", [None, "regression"])
@@ -335,7 +335,7 @@ def test_maps_of_one_class_are_compared_by_sign_and_drawn_by_value() -> None:
         equal = (network.module(batch["x"]) > 0) == (other(batch["x"]) > 0)
     assert found.sign_agreement == pytest.approx(float(equal.double().mean()))
     assert found.correlation is not None and found.top1_agreement is None
-    assert len(pictures(network, other, [batch])) == 3
+    assert len(draw_examples(network, other, [batch])) == 3
 
 
 def test_several_labels_for_each_pixel_are_not_drawn() -> None:

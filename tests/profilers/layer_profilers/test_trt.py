@@ -172,7 +172,7 @@ def test_the_layers_of_a_real_engine_add_up(tmp_path: Path, runtime: str) -> Non
     shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}
     inputs = input_ranges(shapes, network.dynamic_axes, (2,), 2, static=True)
     build_engine(onnx, path, inputs, EngineConfig(runtime))
-    sample = {name: t[:1].numpy() for name, t in network.inputs.items()}
+    sample = network.sample_arrays()
     modules = ("patch_embed", "blocks.0.attn", "blocks.0.mlp", "head")
     found = layer_profile(Case(runtime, 2, threads=1, seconds=0.5), path, sample, modules, onnx=onnx)
     assert {"blocks.0.attn", "blocks.0.mlp"} <= {row.module for row in found.rows}

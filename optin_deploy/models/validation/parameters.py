@@ -1,4 +1,4 @@
-"""Whether a module is of a kind that can be pruned: its class, its parameters, what it holds."""
+"""Check the class, the submodules and the parameters of a module."""
 
 import torch
 from torch import Tensor, fx, nn
@@ -6,37 +6,40 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.batches import dtype_name
 from optin_deploy.nn.copies import called
 
-# What parameters are cast from, to float32.
+# Parameters of these types are cast to float32.
 CAST = (torch.float16, torch.bfloat16, torch.float64)
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
-def own_module(given: object, notes: list[str]) -> nn.Module:
-    """``given`` without the wrappers of parallel training; UserError where it is no module that can be pruned."""
-    if isinstance(given, torch.export.ExportedProgram):
+def unwrap_module(candidate: object, notes: list[str]) -> nn.Module:
+    """Return a module without the wrappers of parallel training; UserError if it is not a module that can be pruned."""
+    if isinstance(candidate, torch.export.ExportedProgram):
         raise UserError("an exported program holds operators and no modules: give the module that was exported")
-    if isinstance(given, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        notes.append(f"Taken out of {type(given).__name__}.")
-        return own_module(given.module, notes)
-    if not isinstance(given, nn.Module):
-        hint = ": give an instance of it" if isinstance(given, type) else ""
-        raise UserError(f"a torch.nn.Module is needed, not a {type(given).__name__}{hint}")
-    scripted = next((name for name, part in given.named_modules() if isinstance(part, torch.jit.ScriptModule)), None)
+    if isinstance(candidate, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        notes.append(f"Removed the wrapper {type(candidate).__name__}.")
+        return unwrap_module(candidate.module, notes)
+    if not isinstance(candidate, nn.Module):
+        hint = ": give an instance of it" if isinstance(candidate, type) else ""
+        raise UserError(f"a torch.nn.Module is needed, not a {type(candidate).__name__}{hint}")
+    scripted = next(
+        (name for name, part in candidate.named_modules() if isinstance(part, torch.jit.ScriptModule)), None
+    )
     if scripted:
-        raise UserError(f"{scripted} is scripted or traced: put in its place the Python module that it was made of")
-    if isinstance(given, torch.jit.ScriptModule):
+        raise UserError(f"{scripted} is scripted or traced: replace it by the Python module that it was made of")
+    if isinstance(candidate, torch.jit.ScriptModule):
         raise UserError(
             "the module is scripted or traced: give the Python module that it was made of, with its weights"
         )
-    if isinstance(given, fx.GraphModule) and not _holds_calls(given):
+    if isinstance(candidate, fx.GraphModule) and not _holds_calls(candidate):
         raise UserError("the module is an exported graph of operators: give the module that was exported")
-    if any(cls.__name__ in _SHARDED for part in given.modules() for cls in type(part).__mro__):
-        raise UserError("the module is sharded (FSDP): gather its state dict, and load it into a plain module")
-    if type(given).forward is nn.Module.forward and "forward" not in vars(given):
-        raise UserError(f"{called(given)} has no forward: give the module that runs it")
-    return given
+    if any(cls.__name__ in _SHARDED for part in candidate.modules() for cls in type(part).__mro__):
+        raise UserError("the module is sharded (FSDP): gather its state dict and load it into a plain module")
+    if type(candidate).forward is nn.Module.forward and "forward" not in vars(candidate):
+        raise UserError(f"{called(candidate)} has no forward: give the module that runs it")
+    return candidate
 
 
 def _holds_calls(graph: fx.GraphModule) -> bool:
@@ -75,10 +78,6 @@ def _unfit_parameter(parameter: Tensor) -> str | None:
         return f"is sparse or nested ({parameter.layout}): give it as a dense tensor"
     quantized = parameter.is_quantized or is_traceable_wrapper_subclass(parameter)
     if quantized or not (parameter.dtype in (torch.float32, *CAST) or parameter.is_complex()):
-        kind = str(parameter.dtype).removeprefix("torch.") if type(parameter) is nn.Parameter else _kind(parameter)
+        kind = dtype_name(parameter.dtype) if type(parameter) is nn.Parameter else type(parameter).__name__
         return f"is quantized or sharded ({kind}): give the network in floating point, in one piece"
     return None
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__

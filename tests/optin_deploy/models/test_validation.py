@@ -25,7 +25,7 @@ from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.models.custom import custom_network
-from optin_deploy.models.intake import validate
+from optin_deploy.models.validation.adopt import validate
 from optin_deploy.network import Network, Source
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.run.prepare import prepare
@@ -274,7 +274,7 @@ def test_data_parallel_is_taken_off() -> None:
     module = made()
     network = custom_network(nn.DataParallel(module), sample())
     assert network.module is module
-    assert network.notes == ("Taken out of DataParallel.",)
+    assert network.notes == ("Removed the wrapper DataParallel.",)
 
 
 def test_the_module_itself_is_taken_where_nothing_is_wrong() -> None:
@@ -303,16 +303,14 @@ def test_hooks_of_the_user_are_told_and_kept() -> None:
     module = made()
     module.blocks[0].register_forward_hook(lambda _, __, output: output * 2)
     network = custom_network(module, sample())
-    assert network.notes == (
-        "There are hooks on blocks.0: they run in every pass, and stay on what is left of the module.",
-    )
+    assert network.notes == ("There are hooks on blocks.0: they run in every pass, and stay on the pruned module.",)
     small = prune(network, batches(), 0.7, align=1).network.module
     assert small.blocks[0]._forward_hooks
 
 
 def test_changes_to_a_buffer_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     network = custom_network(made(Counting), sample())
-    assert network.notes == ("Its forward changes calls: what that holds is part of the pruned network.",)
+    assert network.notes == ("Its forward changes calls: its current value is part of the pruned network.",)
     validate(network)
     prune(network, batches(), 0.7, align=1)
     assert caplog.text.count("changes calls") == 1
@@ -476,15 +474,15 @@ class Unnamed(nn.Module):
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "random": (Noisy, "Noisy gives another output when it is run again on the same inputs: it draws random numbers"),
     "state in a buffer": (Remembering, "gives another output .* its forward changes mean; "),
-    "state in a list": (Growing, "Growing gives another output .* keeps something from call to call"),
+    "state in a list": (Growing, "Growing gives another output .* state between calls"),
     "train mode": (Stuck, "gives another output .* stays in train mode after eval"),
     "inputs changed": (Scaling, r"gives another output .* changes its input x in place; write x = x \* 2"),
     "batch of three": (Fixed, r"takes a batch of 3, and fails on x \(1, 4, 6\), a batch of 1"),
     "squeezed": (Squeezed, r"does not have the batch.* as its first axis \(\(3,\) for 3 samples and \(\) for one\)"),
     "autocast": (Autocast, r"turns torch.autocast\(bfloat16\) on in its forward"),
     "autocast of functions": (AutocastFunctions, r"turns torch.autocast\(bfloat16\) on in its forward"),
-    "by place": (ByPlace, "takes inputs by their place only: put it into a module whose forward names them"),
-    "by place only": (ByPlaceOnly, "takes inputs by their place only"),
+    "by place": (ByPlace, "positional inputs only"),
+    "by place only": (ByPlaceOnly, "positional inputs only"),
     "more inputs": (NeedsMore, r"x \(3, 4, 6\): its forward takes x: .*, of which x, mask must be given"),
     "failing": (Failing, r"x \(3, 4, 6\): LookupError: no such table"),
     "casts its input": (Halves, "does not take inputs"),
@@ -530,8 +528,8 @@ def test_a_batch_of_one_only_is_told() -> None:
     ("inputs", "told"),
     [
         ({"x": torch.ones(())}, "input x has no batch axis"),
-        ({**sample(), "scale": torch.tensor(2.0)}, "input scale has no batch axis: keep what is the same"),
-        ({**sample(), "mask": None}, "input mask is None, no tensor: leave it out"),
+        ({**sample(), "scale": torch.tensor(2.0)}, "input scale has no batch axis"),
+        ({**sample(), "mask": None}, "input mask is None, not a tensor"),
         ({**sample(), "flag": True}, "input flag is True"),
         ({**sample(), "mode": "train"}, "input mode is 'train'"),
         ({**sample(), "size": 3}, "input size is 3"),

@@ -1,4 +1,4 @@
-"""Whether what goes into a module can be calibrated and exported on: tensors by name, the batch first."""
+"""Check the inputs of a module: tensors by name, with the batch as first axis."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.batches import dtype_name
 from optin_deploy.nn.copies import called, line
 
-# Values of all sample inputs together: a checkpoint records no larger ones.
+# The most values of all sample inputs together, also in a checkpoint.
 MOST_VALUES = 1 << 27
-# What a checkpoint can record.
+# Types that a checkpoint can record.
 _INPUT_TYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -19,7 +20,7 @@ _INPUT_TYPES = (
 
 
 def plain_inputs(module: nn.Module, inputs: object) -> dict[str, Tensor]:
-    """The sample inputs, without graphs; UserError unless they are tensors by name, all with the batch first."""
+    """Return the sample inputs without graphs; UserError unless they are tensors by name with the batch first."""
     if not isinstance(inputs, Mapping) or not inputs:
         raise UserError(f"inputs are a mapping of forward's argument names to tensors, not {_described(inputs)}")
     for name, value in inputs.items():
@@ -30,10 +31,10 @@ def plain_inputs(module: nn.Module, inputs: object) -> dict[str, Tensor]:
             raise UserError(f"input {name} {reason}")
     sizes = {name: len(tensor) for name, tensor in inputs.items()}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {tuple(inputs[name].shape)}" for name in sizes)
+        shapes = ", ".join(f"{name} {tuple(inputs[name].shape)}" for name in sizes)
         raise UserError(
-            f"the inputs have first axes of different sizes ({told}), and each has to be the batch: keep what is the "
-            "same for all samples in the module, or expand it"
+            f"the inputs have first axes of different sizes ({shapes}), and each must be the batch: store values that "
+            "all samples share in the module, or expand them"
         )
     if not min(sizes.values()):
         raise UserError(f"the sample inputs hold no sample ({', '.join(sizes)})")
@@ -49,15 +50,15 @@ def plain_inputs(module: nn.Module, inputs: object) -> dict[str, Tensor]:
 
 def _unfit_input(value: object) -> str | None:
     if not isinstance(value, Tensor):
-        return f"is {_described(value)}, no tensor: leave it out, or fix it in a module around yours"
+        return f"is {_described(value)}, not a tensor: leave it out, or set it in a module around yours"
     if is_traceable_wrapper_subclass(value) or value.is_nested or value.layout != torch.strided:
         return "is no dense tensor"
     if value.dtype not in _INPUT_TYPES:
-        return f"is {str(value.dtype).removeprefix('torch.')}: give floating-point numbers, integers or truth values"
+        return f"is {dtype_name(value.dtype)}: give floating-point numbers, integers or truth values"
     if value.is_meta:
         return "is on the meta device, without values"
     if value.dim() == 0:
-        return "has no batch axis: keep what is the same for all samples in the module, or give one value a sample"
+        return "has no batch axis: store values that all samples share in the module, or give one value per sample"
     return None
 
 
@@ -68,7 +69,7 @@ def _described(value: object) -> str:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The tensor without a graph, subclass or inference mode; itself where it has none of them."""
+    """Return the tensor without a graph, subclass or inference mode."""
     if tensor.is_inference():
         tensor = tensor.clone()
     if type(tensor) is not Tensor:
@@ -77,14 +78,14 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def check_batches(module: nn.Module, inputs: Mapping[str, Tensor], batches: object) -> None:
-    """Raise UserError unless ``batches``, which a user has made, are a list of batches like the sample ``inputs``.
+    """Raise UserError unless a user's ``batches`` are a list of batches like the sample ``inputs``.
 
-    The first sample is run.
+    The first sample is run through ``module``.
     """
     if not isinstance(batches, Sequence) or isinstance(batches, str):
         raise UserError(f"batches are a list of mappings of input names to tensors, not {_described(batches)}")
     for index, batch in enumerate(batches):
-        reason = _unlike(batch, inputs)
+        reason = _batch_error(batch, inputs)
         if reason is not None:
             raise UserError(f"batch {index} {reason}")
     if not len(batches):
@@ -93,16 +94,16 @@ def check_batches(module: nn.Module, inputs: Mapping[str, Tensor], batches: obje
     try:
         with torch.no_grad():
             module(**sample)
-    except Exception as error:  # whatever a user's module raises
-        given = ", ".join(f"{name} {tuple(t.shape)} {_type(t)}" for name, t in sample.items())
-        wanted = ", ".join(f"{name} {tuple(t[:1].shape)} {_type(t)}" for name, t in inputs.items())
+    except Exception as error:  # a user's module may raise errors of any type
+        first = ", ".join(f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in sample.items())
+        wanted = ", ".join(f"{name} {tuple(t[:1].shape)} {dtype_name(t.dtype)}" for name, t in inputs.items())
         raise UserError(
-            f"{called(module)} fails on the first sample of batch 0, {given}; its sample input is {wanted} "
+            f"{called(module)} fails on the first sample of batch 0, {first}; its sample input is {wanted} "
             f"({line(error)})"
         ) from error
 
 
-def _unlike(batch: object, inputs: Mapping[str, Tensor]) -> str | None:
+def _batch_error(batch: object, inputs: Mapping[str, Tensor]) -> str | None:
     if not isinstance(batch, Mapping):
         return f"is {_described(batch)}: a mapping of input names to tensors is needed"
     if set(batch) != set(inputs):
@@ -115,7 +116,3 @@ def _unlike(batch: object, inputs: Mapping[str, Tensor]) -> str | None:
     if len(set(sizes.values())) > 1 or not min(sizes.values()):
         return f"does not have as many samples in each input: {', '.join(f'{n} {size}' for n, size in sizes.items())}"
     return None
-
-
-def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

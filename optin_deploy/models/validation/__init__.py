@@ -1,0 +1,1 @@
+"""Checks and adaptations of a module before it is pruned."""
