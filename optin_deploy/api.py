@@ -22,10 +22,10 @@ from optin_deploy.criteria import scoring as scorers
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
-from optin_deploy.export.engines import build_engines, timing_cache, wanted_engines
+from optin_deploy.export.engines import build_engines, requested_engines, timing_cache
 from optin_deploy.export.onnx_file import export_files, write_onnx
 from optin_deploy.export.requirements import check_measurable, check_runtimes
-from optin_deploy.latency.tables import target_of
+from optin_deploy.latency.target import target_of
 from optin_deploy.models.custom import custom_network
 from optin_deploy.models.intake import validate
 from optin_deploy.network import Network
@@ -419,7 +419,7 @@ def _variants(
                 export_files(each, folder / f"{name}.onnx", folder / f"{name}.pt2", recipe, (dict(each.inputs),))
             else:
                 found[name] = Variant(each.path if isinstance(each, OnnxFile) else Path(each))
-    if wanted_engines(recipe):
+    if requested_engines(recipe):
         with stages.stage("build engines"):
             engines = build_engines(recipe, networks, folder)
         found = {n: Variant(v.onnx, v.program, engines[n]) for n, v in found.items()}

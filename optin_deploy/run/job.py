@@ -18,7 +18,7 @@ from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.images import Dataset, load_dataset
 from optin_deploy.export.requirements import check_pooling, check_runtimes
-from optin_deploy.latency.tables import Target, target_of
+from optin_deploy.latency.target import Target, target_of
 from optin_deploy.models import checkpoint
 from optin_deploy.models.intake import validate
 from optin_deploy.models.intake.inputs import check_batches

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.errors import UserError
-from optin_deploy.latency.budget import Met, meet
-from optin_deploy.latency.tables import Measured, measure_network
+from optin_deploy.latency.budget import LatencySearch, LatencySolution, solve_latency_budget
+from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.network import Network
 from optin_deploy.nn.copies import copied
 from optin_deploy.run import run_directory
@@ -23,24 +23,24 @@ from optin_deploy.utils.atomic_files import write_text
 from optin_deploy.utils.progress import Stages
 
 
-def latency_tables(job: Job, directory: Path, stages: Stages) -> Measured | None:
+def latency_tables(job: Job, directory: Path, stages: Stages) -> LatencyModel | None:
     """Latency tables where the search needs them. An unreachable latency is told before anything is written."""
     recipe = job.recipe
     if not recipe.needs_table or (directory / "checkpoint").exists():
         return None
     with stages.stage("latency tables"):
-        measured = measure_network(job.served(job.network), job.anatomy.structure, job.target)
+        measured = measure_latency_model(job.served(job.network), job.anatomy.structure, job.target)
     if recipe.has_latency:
         check_latency(job.anatomy.structure, recipe, measured)
     return measured
 
 
-def check_latency(structure: Structure, recipe: Recipe, measured: Measured) -> None:
+def check_latency(structure: Structure, recipe: Recipe, measured: LatencyModel) -> None:
     """Raise UserError when the latency that ``recipe`` asks for cannot be reached, or is no less than the dense one."""
     check_budget(structure, measured.costs, latency_fraction(recipe, measured), "latency")
 
 
-def latency_fraction(recipe: Recipe, measured: Measured) -> float:
+def latency_fraction(recipe: Recipe, measured: LatencyModel) -> float:
     """The latency asked for, as a part of the dense network's."""
     if recipe.latency is not None:
         return recipe.latency
@@ -55,7 +55,7 @@ def plan_for_latency(
     job: Job,
     dense: Network,
     scores: Mapping[str, Tensor],
-    measured: Measured,
+    measured: LatencyModel,
     schedule: tuple[int, ...],
     directory: Path,
     stages: Stages,
@@ -74,34 +74,38 @@ def plan_for_latency(
     dense = job.served(dense)
     on_cpu = dense if job.device.type == "cpu" else dense.with_module(copied(dense.module).cpu())
     with stages.stage("meet the latency"):
-        met = meet(
-            on_cpu,
-            job.anatomy.structure,
-            scores,
-            measured,
-            job.anatomy.costs,
-            fraction,
-            job.target,
-            flops=recipe.flops,
-            align=recipe.alignment,
-            tokens=tokens,
+        solution = solve_latency_budget(
+            LatencySearch(
+                on_cpu,
+                job.anatomy.structure,
+                scores,
+                measured,
+                job.anatomy.costs,
+                fraction,
+                flops=recipe.flops,
+                align=recipe.alignment,
+                tokens=tokens,
+            )
         )
     with run_directory.recorded(directory / "latency.json"):
-        write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, met), indent=1) + "\n")
-    return met.plan
+        write_text(directory / "latency.json", json.dumps(_record(job, measured, fraction, solution), indent=1) + "\n")
+    return solution.plan
 
 
-def _record(job: Job, measured: Measured, fraction: float, met: Met) -> dict[str, Any]:
+def _record(job: Job, measured: LatencyModel, fraction: float, solution: LatencySolution) -> dict[str, Any]:
     return {
         "runtime": job.target.runtime,
         "batch_size": job.target.batch_size,
         "fraction": fraction,
         "dense_ms": measured.costs.total,
         "floor_ms": measured.costs.floor,
-        "rounds": [{"by": r.by, "predicted_ms": r.predicted_ms, "measured_ms": r.measured_ms} for r in met.rounds],
-        "taken": met.taken,
+        "rounds": [
+            {"by": each.objective, "predicted_ms": each.predicted_ms, "measured_ms": each.measured_ms}
+            for each in solution.iterations
+        ],
+        "taken": solution.taken,
         "tables": len(measured.tables),
-        "tables_cached": sum(measured.cached),
+        "tables_cached": sum(table.cached for table in measured.tables),
     }
 
 

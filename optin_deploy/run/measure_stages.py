@@ -17,10 +17,11 @@ from optin_deploy.analysis.breakdown import account
 from optin_deploy.analysis.module_roles import merging_places, narrow_widths, own_flops, places
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines
-from optin_deploy.export.engines import build_engines, more_builds, wanted_engines
-from optin_deploy.export.onnx_file import Batches, Parity, checked, export_files, parity_batches, parity_tolerance
+from optin_deploy.export.engines import build_engines, repeat_builds, requested_engines
+from optin_deploy.export.onnx_file import Parity, check_onnx, export_files
 from optin_deploy.export.requirements import is_measurable
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import Batches
 from optin_deploy.run import run_directory
 from optin_deploy.run.job import Job
 from optin_deploy.run.report_builder import VARIANTS
@@ -86,7 +87,7 @@ def _evaluated(job: Job, onnx: Path, directory: Path, stages: Stages) -> float |
 def _parity(job: Job, small: Network, variants: Mapping[str, Variant]) -> list[dict[str, Any]]:
     rows = []
     for name, network in track([*zip(VARIANTS, (job.network, small), strict=True)]):
-        found = checked(network, variants[name].onnx, job.calibration.held_out, job.recipe)
+        found = check_onnx(network, variants[name].onnx, job.calibration.held_out, job.recipe)
         rows += _parity_rows(name, "ort-cpu", found)
     return rows
 
@@ -109,7 +110,7 @@ def _parity_rows(variant: str, runtime: str, parity: Parity) -> list[dict[str, A
 
 
 def _engines(job: Job, small: Network, directory: Path, stages: Stages) -> dict[str, dict[tuple[str, int], Path]]:
-    wanted = wanted_engines(job.recipe)
+    wanted = requested_engines(job.recipe)
     if not wanted:
         return {}
     networks = dict(zip(VARIANTS, (job.network, small), strict=True))
@@ -134,9 +135,7 @@ def _engine_parity(job: Job, small: Network, directory: Path, stages: Stages) ->
             rows = []
             for file, (each, name) in track(files.items()):
                 network = networks[VARIANTS.index(name)]
-                batches = parity_batches(network, job.calibration.held_out, recipe.precision)
-                threshold = parity_tolerance(recipe)
-                found = check_engine_parity(network, each.runtime, file, batches, threshold, recipe.threads)
+                found = check_engine_parity(network, each.runtime, file, recipe, job.calibration.held_out)
                 rows += _parity_rows(name, each.runtime, found)
             return {"engines": hashes, "rows": rows}
 
@@ -179,7 +178,8 @@ def _built_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
     measured = {case: file for case in variant.engines if is_measurable(case[0]) and (file := variant.file(*case))}
     # One engine may serve several batch sizes.
     builds = {
-        file: more_builds(file, variant.onnx, recipe.engine_builds, folder) for file in dict.fromkeys(measured.values())
+        file: repeat_builds(file, variant.onnx, recipe.engine_builds, folder)
+        for file in dict.fromkeys(measured.values())
     }
     return replace(variant, engines={**variant.engines, **{case: builds[file] for case, file in measured.items()}})
 

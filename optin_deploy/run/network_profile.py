@@ -11,9 +11,9 @@ from rich.console import Console
 from optin_deploy.analysis.module_roles import PARTS, merging_places, places
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.requirements import check_measurable, check_runtimes
-from optin_deploy.latency.block_stacks import part_name
-from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.tables import Target, export_network, measure_network, target_of
+from optin_deploy.latency.budget import find_step_sizes
+from optin_deploy.latency.tables import measure_latency_model
+from optin_deploy.latency.target import Target, target_of, write_network
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
@@ -75,7 +75,7 @@ def profile_network(network: Network, target: Target, seconds: float) -> Network
         return where[row.module].part if row.module in where else OTHER
 
     with TemporaryDirectory(prefix="optin-profile-") as folder:
-        file = export_network(network, network.module, target, Path(folder, "network"))
+        file = write_network(network, network.module, target, Path(folder, "network"))
         return _profiled(file, sample, target, seconds, list(where), part_of)
 
 
@@ -137,20 +137,18 @@ def network_tables(network: Network, target: Target) -> TableView:
         ProfilingError: the runtime failed, or a cached table is damaged.
     """
     structure = examine(network).structure
-    measured = measure_network(network, structure, target)
-    edges = edges_of(structure, measured)
+    model = measure_latency_model(network, structure, target)
+    step_sizes = find_step_sizes(structure, model.costs)
     parts = []
-    for kind, table in zip(measured.types, measured.tables, strict=True):
-        for group in kind.groups[0]:
-            if group.outer is not None:
-                continue
-            name = part_name(kind.blocks[0], group)
+    for block_table in model.tables:
+        kind, table = block_table.kind, block_table.table
+        for name, group in zip(kind.parts, kind.outer_groups, strict=True):
             rows = []
             for row in sorted((r for r in table.rows if r.part == name), key=lambda r: (r.units, r.width or 0)):
                 ms = [value for turn in row.samples_ms for value in turn]
                 summary = summarise(ms)
                 block_ms = table.block_ms - table.saved_ms(row)
-                edge = group.name in edges and row.units in edges[group.name]
+                edge = row.units in step_sizes.get(group.name, ())
                 spread = _middle_half(ms) / summary.p50_ms / 2
                 rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, edge))
             parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, tuple(rows)))
@@ -158,9 +156,9 @@ def network_tables(network: Network, target: Target) -> TableView:
         target.runtime,
         target.batch_size,
         target.threads,
-        measured.costs.total,
-        measured.costs.floor,
-        sum(measured.cached),
+        model.costs.total,
+        model.costs.floor,
+        sum(block_table.cached for block_table in model.tables),
         tuple(parts),
     )
 

@@ -23,8 +23,8 @@ from optin_deploy.distributed.torchrun import joined, launched_ranks, local_devi
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import Agreement, agreement
 from optin_deploy.evaluation.example_images import pictures
-from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.tables import Measured
+from optin_deploy.latency.budget import find_step_sizes
+from optin_deploy.latency.tables import LatencyModel
 from optin_deploy.models import checkpoint
 from optin_deploy.models.hub import CARD_NAME
 from optin_deploy.models.libraries import task
@@ -151,7 +151,7 @@ def _small(
         ranks = replace(ranks, world=1)
         if not ranks.main:
             return job, directory, Plan({}), job.network
-    measured: Measured | None = None
+    measured: LatencyModel | None = None
 
     def prepare_directory() -> None:
         nonlocal measured
@@ -263,7 +263,7 @@ def _pruned(
     job: Job,
     dense: Network,
     scores: Mapping[str, Tensor],
-    measured: Measured | None,
+    measured: LatencyModel | None,
     batches: Shared,
     directory: Path,
     stages: Stages,
@@ -309,7 +309,7 @@ def _pruned(
                         align=recipe.alignment or 64,
                         ridge=ridge,
                         rounds=recipe.rounds,
-                        edges=edges_of(structure, measured) if measured else None,
+                        edges=find_step_sizes(structure, measured.costs) if measured else None,
                         schedule=schedule,
                     )
             if recipe.sparsity is not None:
@@ -343,7 +343,7 @@ def _schedule(
     job: Job,
     dense: Network,
     scores: Mapping[str, Tensor],
-    measured: Measured | None,
+    measured: LatencyModel | None,
     batches: Shared,
     directory: Path,
     stages: Stages,

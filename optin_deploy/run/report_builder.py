@@ -11,8 +11,8 @@ from typing import Any
 from exporters import BUILDERS, check_engine
 from optin_deploy.compensation.sparsity import measure_sparsity
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.export.engine_parity import unchecked
-from optin_deploy.export.engines import wanted_engines
+from optin_deploy.export.engine_parity import why_unchecked
+from optin_deploy.export.engines import requested_engines
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.report import Report
@@ -134,7 +134,7 @@ def _plan_rows(job: Job, plan: Plan) -> list[dict[str, Any]]:
 
 def _warnings(recipe: Recipe, layers: list[dict[str, Any]]) -> list[str]:
     """What was asked for and could not be done, a sentence each."""
-    sentence = unchecked(recipe)
+    sentence = why_unchecked(recipe)
     unprofiled = [
         f"No account of where the time goes with {BUILDERS[entry['runtime']].product}: {entry['unprofiled']}."
         for entry in layers
@@ -152,7 +152,7 @@ def _sparsity(job: Job, small: Network) -> dict[str, Any] | None:
 
 def _engine_rows(recipe: Recipe, directory: Path) -> list[dict[str, Any]]:
     rows = []
-    for each, name in product(wanted_engines(recipe), VARIANTS):
+    for each, name in product(requested_engines(recipe), VARIANTS):
         file = each.file(directory, name)
         info = check_engine(file)
         rows.append(

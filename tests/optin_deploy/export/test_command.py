@@ -166,7 +166,7 @@ def test_names_are_made_of_models(model: str, expected: str) -> None:
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["optin-deploy", "export", *arguments, "--quiet"])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err
 

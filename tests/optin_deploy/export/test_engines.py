@@ -22,7 +22,7 @@ from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.export import engines
-from optin_deploy.export.engines import Wanted, build_engines, engine_config, more_builds, wanted_engines
+from optin_deploy.export.engines import EngineRequest, build_engines, engine_config, repeat_builds, requested_engines
 from optin_deploy.network import TensorOutputs
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.report import read_report
@@ -42,20 +42,20 @@ def recipe(**options: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [Wanted("rtx", (1, 2), 2, False)]),
-        ({"static": True}, [Wanted("rtx", (1,), 1, True), Wanted("rtx", (2,), 2, True)]),
-        ({"runtimes": ("torch",), "runtime": "tensorrt"}, [Wanted("tensorrt", (1, 2), 2, False)]),
+        ({}, [EngineRequest("rtx", (1, 2), 2, False)]),
+        ({"static": True}, [EngineRequest("rtx", (1,), 1, True), EngineRequest("rtx", (2,), 2, True)]),
+        ({"runtimes": ("torch",), "runtime": "tensorrt"}, [EngineRequest("tensorrt", (1, 2), 2, False)]),
         ({"runtimes": ("ort-cpu",)}, []),
-        ({"latency": 0.5, "runtime": "rtx", "batch_size": 4}, [Wanted("rtx", (1, 2, 4), 4, False)]),
+        ({"latency": 0.5, "runtime": "rtx", "batch_size": 4}, [EngineRequest("rtx", (1, 2, 4), 4, False)]),
     ],
 )
-def test_engines_follow_the_recipe(options: dict[str, Any], expected: list[Wanted]) -> None:
-    assert wanted_engines(recipe(**options)) == expected
+def test_engines_follow_the_recipe(options: dict[str, Any], expected: list[EngineRequest]) -> None:
+    assert requested_engines(recipe(**options)) == expected
 
 
 def test_names_tell_variant_product_and_size(tmp_path: Path) -> None:
-    assert Wanted("rtx", (1, 2), 2, False).file(tmp_path, "dense").name == "dense.rtx.engine"
-    assert Wanted("tensorrt", (2,), 2, True).file(tmp_path, "pruned").name == "pruned.tensorrt.b2.engine"
+    assert EngineRequest("rtx", (1, 2), 2, False).file(tmp_path, "dense").name == "dense.rtx.engine"
+    assert EngineRequest("tensorrt", (2,), 2, True).file(tmp_path, "pruned").name == "pruned.tensorrt.b2.engine"
 
 
 def test_every_option_reaches_the_builder() -> None:
@@ -148,7 +148,7 @@ def test_the_command_line_ends_with_2_and_says_what_is_there(
     monkeypatch.setattr("optin_deploy.run.pipeline.prune_export_together", lambda *_, **__: built)
     monkeypatch.setattr("sys.argv", ["optin-deploy", "prune-export", "--model", "mine", "--flops", "0.6"])
     with pytest.raises(SystemExit) as ended:
-        main.main()
+        main()
     told = capsys.readouterr()
     assert ended.value.code == 2
     assert "engines" in told.out and "dense.rtx.engine" in told.out
@@ -172,7 +172,7 @@ def test_measurements_are_made_again_where_a_device_has_come(built: Result, monk
     job = type("Job", (), {"recipe": recipe()})()
     for there in (False, False, True, True):
         monkeypatch.setattr(measure_stages, "is_measurable", lambda runtime, there=there: there or runtime != "rtx")
-        measure_stages._kept_profile(job, {}, folder, None)
+        measure_stages._kept_profile(job, {}, folder)
     assert asked == [("ort-cpu",), ("ort-cpu", "rtx")]
     assert not (folder / "layers.json").exists()
 
@@ -190,7 +190,7 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
         for name in ("dense", "pruned")
     }
     found = measure_stages._layers(job, network, variants, [{"runtime": "rtx", "batch_size": 2}])
-    monkeypatch.setattr(report_builder, "unchecked", lambda _: None)
+    monkeypatch.setattr(report_builder, "why_unchecked", lambda _: None)
     assert report_builder._warnings(job.recipe, found) == [
         "No account of where the time goes with TensorRT for RTX: profiling the layers failed: it said nothing."
     ]
@@ -207,8 +207,8 @@ def test_further_builds_are_made_anew_and_of_the_same(tmp_path: Path) -> None:
     shapes = {name: tuple(t.shape) for name, t in network.inputs.items()}
     config = EngineConfig("rtx", optimization_level=1)
     info = build_engine(onnx, engine, input_ranges(shapes, network.dynamic_axes, (1, 2), 2, static=False), config)
-    assert more_builds(engine, onnx, 1, folder) == (engine,) and not folder.exists()
-    kept, again = more_builds(engine, onnx, 2, folder)
+    assert repeat_builds(engine, onnx, 1, folder) == (engine,) and not folder.exists()
+    kept, again = repeat_builds(engine, onnx, 2, folder)
     assert kept == engine and again.parent == folder
     other = check_engine(again, onnx)
     assert (other.config, other.inputs, other.onnx_sha256) == (info.config, info.inputs, info.onnx_sha256)
@@ -221,7 +221,7 @@ def test_only_engines_that_can_be_measured_are_built_again(tmp_path: Path, monke
         asked.append((engine.name, count))
         return (engine, *(folder / f"{engine.stem}.{number}" for number in range(2, count + 1)))
 
-    monkeypatch.setattr(measure_stages, "more_builds", build)
+    monkeypatch.setattr(measure_stages, "repeat_builds", build)
     monkeypatch.setattr(measure_stages, "is_measurable", lambda runtime: runtime == "rtx")
     shared, other = tmp_path / "net.rtx.engine", tmp_path / "net.tensorrt.engine"
     variant = Variant(Path("net.onnx"), engines={("rtx", 1): shared, ("rtx", 8): shared, ("tensorrt", 1): other})
