@@ -5,19 +5,14 @@ that the rewriter does not match: after a MatMul, with moves of axes between, an
 with a batch norm in place of a layer norm, also with a multiple of its own input added (a re-parameterised norm).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx_graph import add_constant, remove_unused
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 Array = NDArray[np.float64]
 
@@ -55,8 +50,6 @@ class _Linear:
 
     def replace(self, model: ir.Model, weight: Array, bias: Array) -> None:
         """Write other weights and another bias into the model."""
-        import onnx_ir as ir
-
         old = self.product.inputs[1]
         new = _add_like(model, old, weight.T if self.transposed else weight, old.name)
         self.product.replace_input_with(1, new)
@@ -91,8 +84,7 @@ def _affine(node: ir.Node) -> _Affine | None:
     if len(constants) < 4:
         return None
     weight, bias, mean, variance = constants
-    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    scale = weight / np.sqrt(variance + epsilon)
+    scale = weight / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     before, after, shift = node.inputs[0], node.outputs[0], bias - mean * scale
     add = _only_user(after)
     if add is not None and add.op_type == "Add":
@@ -191,10 +183,10 @@ def _linear(node: ir.Node | None) -> _Linear | None:
     if node is None or weight is None or weight.ndim != 2:
         return None
     if node.op_type == "Gemm":
-        numbers = {name: node.attributes[name].value for name in node.attributes}
-        if numbers.get("transA", 0) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0:
+        options = node.attributes
+        if options.get_int("transA", 0) or {options.get_float(name, 1.0) for name in ("alpha", "beta")} != {1.0}:
             return None
-        transposed = bool(numbers.get("transB", 0))
+        transposed = bool(options.get_int("transB", 0))
         weight = weight.T if transposed else weight
         if len(node.inputs) < 3 or node.inputs[2] is None:
             return _Linear(node, weight, np.zeros(weight.shape[1]), transposed)

@@ -1,11 +1,11 @@
 """Emulate bfloat16 in ONNX files, for runtimes that have no bfloat16 operators."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import onnx_ir as ir
 
 from exporters.onnx_graph import cast_input, cast_output
 from exporters.precisions import Precision
@@ -31,8 +31,6 @@ def emulate_bfloat16(path: Path, target: Path) -> None:
 
     Kernels that compute in bfloat16 and accumulate in float32 do the same.
     """
-    import onnx_ir as ir
-
     model = ir.load(path)
     for node in list(model.graph.all_nodes()):
         if node.op_type == "Cast":

@@ -14,8 +14,6 @@ rules follow torch.autocast:
 Inputs and outputs stay float32.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import warnings

@@ -1,19 +1,14 @@
 """Edits of onnx_ir graphs that several modules need."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
+import onnx_ir as ir
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def add_constant(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
     """Add a tensor to the graph's initializers; return its value."""
-    import onnx_ir as ir
-
     tensor = ir.tensor(array, name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
@@ -22,8 +17,6 @@ def add_constant(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
 
 def remove_unused(model: ir.Model) -> None:
     """Remove the nodes and initializers that nothing uses any more."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
     RemoveUnusedNodesPass()(model)
 
 
@@ -36,8 +29,6 @@ def cast_input(node: ir.Node, index: int, dtype: ir.DataType) -> None:
 
 def cast_output(node: ir.Node, output: ir.Value, dtype: ir.DataType) -> None:
     """Let a node return float32, and cast it to ``dtype`` for all that use it."""
-    import onnx_ir as ir
-
     uses = list(output.uses())
     output.dtype = ir.DataType.FLOAT
     cast = _cast(node, output, dtype)
@@ -48,8 +39,6 @@ def cast_output(node: ir.Node, output: ir.Value, dtype: ir.DataType) -> None:
 
 def _cast(node: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Node:
     """Return a cast of a value that belongs to the same torch module as ``node``."""
-    import onnx_ir as ir
-
     cast = ir.node("Cast", [value], attributes={"to": int(dtype)})
     cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
     cast.metadata_props.update(node.metadata_props)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -80,8 +81,6 @@ def _with_outputs(path: Path, inner: Sequence[str]) -> Iterator[Path]:
     if not inner:
         yield path
         return
-    import onnx_ir as ir
-
     model = ir.load(path)
     values = {output.name: output for node in model.graph.all_nodes() for output in node.outputs}
     missing = [name for name in inner if name not in values]

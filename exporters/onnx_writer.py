@@ -1,7 +1,5 @@
 """Write an exported program as an ONNX file."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings
@@ -9,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import onnx
+import onnx_ir as ir
 import torch
 
 from exporters import sdpa_translation
@@ -20,9 +19,6 @@ from exporters.files import staged
 from exporters.operator_types import cast_where_undefined
 from exporters.opset17 import to_opset_17
 from exporters.tracing import DynamicAxes, axis_symbols, input_names
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 PRODUCER = "optin-deploy"
 _LEAST_OF_TORCH = 18
@@ -146,8 +142,6 @@ def _name_values(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str])
 
 def _name_axes(model: ir.Model, names: Mapping[str, str]) -> None:
     """Replace torch's symbols by readable axis names, in every shape of the graph."""
-    import onnx_ir as ir
-
     for value in [*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)]:
         if value.shape is None:
             continue
@@ -176,11 +170,8 @@ def save_model(model: ir.Model, path: Path) -> None:
 
     The version of the format is the lowest that its opsets allow: runtimes refuse versions that they do not know.
     """
-    import onnx_ir as ir
-    from onnx import helper
-
-    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    model.ir_version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if weights < _SINGLE_FILE_BYTES:
         ir.save(model, path)
@@ -189,8 +180,6 @@ def save_model(model: ir.Model, path: Path) -> None:
 
 
 def _check(path: Path) -> None:
-    import onnx
-
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:

@@ -1,15 +1,11 @@
 """Compute operators in float32 where an opset does not define them for the type of their inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnx import defs
 
 from exporters.onnx_graph import cast_input, cast_output
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-    from onnx.defs import OpSchema
 
 _NAMES = {"FLOAT16": "tensor(float16)", "BFLOAT16": "tensor(bfloat16)"}
 
@@ -25,14 +21,12 @@ def cast_where_undefined(model: ir.Model, opset: int) -> None:
             _cast_around(node, schema, variable)
 
 
-def _schema(node: ir.Node, opset: int) -> OpSchema | None:
-    from onnx import defs
-
+def _schema(node: ir.Node, opset: int) -> defs.OpSchema | None:
     known = node.domain in ("", "ai.onnx") and defs.has(node.op_type, opset, "")
     return defs.get_schema(node.op_type, opset, "") if known else None
 
 
-def _undefined_types(node: ir.Node, schema: OpSchema) -> list[str]:
+def _undefined_types(node: ir.Node, schema: defs.OpSchema) -> list[str]:
     """Return the type variables of an operator whose type here the opset does not allow."""
     allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
     undefined = {
@@ -43,7 +37,7 @@ def _undefined_types(node: ir.Node, schema: OpSchema) -> list[str]:
     return sorted(undefined & set(allowed))
 
 
-def _typed_values(node: ir.Node, schema: OpSchema) -> Iterator[tuple[ir.Value, str]]:
+def _typed_values(node: ir.Node, schema: defs.OpSchema) -> Iterator[tuple[ir.Value, str]]:
     """Yield inputs and outputs, with the type variable of each."""
     for values, formal in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
         for index, value in enumerate(values):
@@ -52,9 +46,7 @@ def _typed_values(node: ir.Node, schema: OpSchema) -> Iterator[tuple[ir.Value, s
                 yield value, formal[min(index, len(formal) - 1)].type_str
 
 
-def _cast_around(node: ir.Node, schema: OpSchema, variable: str) -> None:
-    import onnx_ir as ir
-
+def _cast_around(node: ir.Node, schema: defs.OpSchema, variable: str) -> None:
     values = [value for value, name in _typed_values(node, schema) if name == variable]
     low = {value: value.dtype for value in values if value.dtype is not None and value.dtype.name in _NAMES}
     for index, value in enumerate(node.inputs):

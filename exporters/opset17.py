@@ -1,13 +1,9 @@
 """Convert an ONNX model from opset 18, the lowest that torch's exporter writes, to opset 17."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+import onnx_ir as ir
+from onnx import defs
 
 from exporters.errors import ExportError
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 _NEW_OF_RESIZE = {"antialias", "axes", "keep_aspect_ratio_policy"}
 
@@ -24,8 +20,6 @@ def to_opset_17(model: ir.Model) -> None:
 
 
 def _changed_in_18(kind: str) -> bool:
-    from onnx import defs
-
     return defs.has(kind, 18, "") and defs.get_schema(kind, 18, "").since_version == 18
 
 
@@ -41,17 +35,16 @@ def _convert(node: ir.Node) -> None:
         for name in _NEW_OF_RESIZE & set(node.attributes):
             del node.attributes[name]
         return
-    if kind in ("ScatterElements", "ScatterND") and _text(node, "reduction") in ("", "none", "add", "mul"):
+    reduction = node.attributes.get_string("reduction", "none")
+    if kind in ("ScatterElements", "ScatterND") and reduction in ("", "none", "add", "mul"):
         return
     raise ExportError(f"opset 17 cannot express the {kind} operator of this network: take --opset 18 or later")
 
 
 def _move_axes_to_attribute(node: ir.Node) -> bool:
     """Make the axes an attribute; return whether opset 17 has this reduction."""
-    import onnx_ir as ir
-
     if len(node.inputs) < 2 or node.inputs[1] is None:
-        if _number(node, "noop_with_empty_axes"):
+        if node.attributes.get_int("noop_with_empty_axes", 0):
             return False
     else:
         axes = ir.convenience.get_const_tensor(node.inputs[1])
@@ -67,7 +60,7 @@ def _drop_split_count(node: ir.Node) -> bool:
     """Drop the number of parts; return whether opset 17 has this split: without sizes its parts are equal."""
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         return True
-    axis, shape = _number(node, "axis"), node.inputs[0].shape
+    axis, shape = node.attributes.get_int("axis", 0), node.inputs[0].shape
     size = None if shape is None else shape[axis]
     node.attributes.pop("num_outputs", None)
     return isinstance(size, int) and size % len(node.outputs) == 0
@@ -76,11 +69,3 @@ def _drop_split_count(node: ir.Node) -> bool:
 def _set_attributes(node: ir.Node) -> set[str]:
     """Return the names of attributes that differ from their default."""
     return {name for name, attribute in node.attributes.items() if attribute.value not in (0, "stretch")}
-
-
-def _number(node: ir.Node, name: str) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else 0
-
-
-def _text(node: ir.Node, name: str) -> str:
-    return node.attributes[name].as_string() if name in node.attributes else ""

@@ -1,7 +1,5 @@
 """Compare the outputs of an exported file with those of the torch module that it was made from."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,14 +62,6 @@ class _Case:
     @property
     def samples(self) -> int:
         return len(next(iter(self.batch.values())))
-
-
-@dataclass(frozen=True)
-class _Difference:
-    largest: float
-    mean: float
-    reference: float
-    shape: tuple[int, ...]
 
 
 def check_parity(
@@ -182,18 +172,18 @@ def _compare(
     samples = sum(case.samples for case in cases)
     parities = []
     for i, name in enumerate(output_names):
-        differences = [_difference(case.expected[i], case.actual[i]) for case in cases]
-        worst = max(differences, key=lambda difference: difference.largest)
-        reference = max(difference.reference for difference in differences)
+        errors = [_error(case.expected[i], case.actual[i]) for case in cases]
+        largest, means, references = zip(*errors, strict=True)
+        worst, reference = int(np.argmax(largest)), max(references)
         parities.append(
             OutputParity(
                 output=name,
-                max_abs_error=worst.largest,
-                mean_abs_error=max(difference.mean for difference in differences),
+                max_abs_error=largest[worst],
+                mean_abs_error=max(means),
                 max_abs_reference=reference,
                 tolerance=tolerance,
-                passed=worst.largest <= tolerance * max(1.0, reference),
-                shape=worst.shape,
+                passed=largest[worst] <= tolerance * max(1.0, reference),
+                shape=cases[worst].expected[i].shape,
                 samples=samples,
                 near_ties=near_ties,
             )
@@ -254,13 +244,14 @@ def _is_answer(values: Array) -> bool:
     return bool(values.dtype.kind in "iub")
 
 
-def _difference(reference: Array, actual: Array) -> _Difference:
+def _error(reference: Array, actual: Array) -> tuple[float, float, float]:
+    """Return the largest error, the mean error and the largest reference value."""
     if reference.shape != actual.shape or not (np.isfinite(reference).all() and np.isfinite(actual).all()):
-        return _Difference(math.inf, math.inf, 0.0, reference.shape)
+        return math.inf, math.inf, 0.0
     if reference.size == 0:
-        return _Difference(0.0, 0.0, 0.0, reference.shape)
+        return 0.0, 0.0, 0.0
     if _is_answer(reference):
         differing = float((reference != actual).mean())
-        return _Difference(differing, differing, 1.0, reference.shape)
+        return differing, differing, 1.0
     error = np.abs(reference.astype(np.float64) - actual.astype(np.float64))
-    return _Difference(float(error.max()), float(error.mean()), float(np.abs(reference).max()), reference.shape)
+    return float(error.max()), float(error.mean()), float(np.abs(reference).max())

@@ -5,8 +5,6 @@ output, activations one per tensor, all symmetric, as TensorRT needs them. Every
 own products, norms, softmax) stays float32. `smoothquant` first brings the channels of their inputs to one size.
 """
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +12,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,9 +26,6 @@ from exporters.onnx_graph import add_constant, remove_unused
 from exporters.onnx_writer import PRODUCER, OnnxSpec, save_model, write_onnx
 from exporters.precisions import Precision, Quantized, is_quantized
 from exporters.smoothquant import equalise
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 Batch = Mapping[str, Tensor]
 
@@ -74,8 +70,6 @@ def quantize(source: Path, path: str | Path, batches: Sequence[Batch], precision
     Raises:
         ExportError: there is no calibration data, the opset has no fp8, or ONNX Runtime cannot quantize the file.
     """
-    import onnx_ir as ir
-
     batches = _first_samples(batches)
     if not batches:
         raise ExportError(f"{precision} needs calibration data, and there is none")
@@ -175,7 +169,6 @@ def _quantized_operator(node: ir.Node) -> ir.Node:
 def _convert_to_fp8(model: ir.Model) -> None:
     """Replace int8 by e4m3 in every pair of operators; weights are rounded here, once."""
     import ml_dtypes
-    import onnx_ir as ir
 
     nodes = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     changed: set[str] = set()

@@ -5,16 +5,11 @@ searches every softmax for NaN. This one computes the same numbers by the four o
 they fuse attention.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import onnx_ir as ir
 import torch
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -58,7 +53,6 @@ def _attention(
 
     ``attn_mask`` is added, or boolean: False is masked. Dropout and the options of `_is_plain` are left out.
     """
-    import onnx_ir as ir
     from onnxscript import opset20 as op
 
     dtype = query.dtype

@@ -5,23 +5,19 @@ channel by a factor and multiplying the rows of the weights by it changes nothin
 2023).
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
 from exporters.onnx_graph import add_constant
 from exporters.onnx_session import open_session
 from exporters.onnx_writer import save_model
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 Array = NDArray[Any]
 
@@ -40,8 +36,6 @@ def equalise(model: ir.Model, source: Path, batches: Iterable[Mapping[str, Tenso
         source: the file that it was read from.
         batches: inputs by name, on which the largest value of every channel is found.
     """
-    import onnx_ir as ir
-
     products = _products_by_input(model)
     largest = _largest_inputs(source, [str(value.name) for value in products], batches)
     for (value, nodes), activations in zip(products.items(), largest, strict=True):
@@ -51,13 +45,13 @@ def equalise(model: ir.Model, source: Path, batches: Iterable[Mapping[str, Tenso
             name = f"{node.inputs[1].name}_equalised_for_{node.name}"
             node.replace_input_with(1, _add_float32(model, name, weight * factors[:, None]))
         if not _absorb_into_norm(model, value, nodes, factors):
-            divide = ir.node("Mul", [value, _add_float32(model, f"{value.name}_factors", 1 / factors)])
-            divide.outputs[0].name = f"{value.name}_equalised"
-            divide.outputs[0].dtype, divide.outputs[0].shape = value.dtype, value.shape
+            output = ir.Value(name=f"{value.name}_equalised", shape=value.shape, type=value.type)
+            reciprocals = _add_float32(model, f"{value.name}_factors", 1 / factors)
+            divide = ir.node("Mul", [value, reciprocals], outputs=[output])
             divide.metadata_props.update(nodes[0].metadata_props)
             model.graph.insert_before(nodes[0], divide)
             for node in nodes:
-                node.replace_input_with(0, divide.outputs[0])
+                node.replace_input_with(0, output)
 
 
 def _products_by_input(model: ir.Model) -> dict[ir.Value, list[ir.Node]]:
@@ -101,8 +95,6 @@ def _add_float32(model: ir.Model, name: str, array: Array) -> ir.Value:
 
 def _largest_inputs(source: Path, names: Sequence[str], batches: Iterable[Mapping[str, Tensor]]) -> list[Array]:
     """Return the largest absolute value of every channel, the last dimension, of each of the named tensors."""
-    import onnx_ir as ir
-
     probe = ir.load(source)
     values = {output.name: output for node in probe.graph for output in node.outputs} | {
         value.name: value for value in probe.graph.inputs

@@ -1,16 +1,13 @@
 """Configure models for Triton Inference Server, which batches requests: `MODEL/config.pbtxt` next to `MODEL/1/`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from onnx import TensorProto, ValueInfoProto, load
 
 from exporters.errors import ExportError
-
-if TYPE_CHECKING:
-    from onnx import ValueInfoProto
 
 Backend = Literal["onnxruntime", "tensorrt"]
 MODEL_FILES: dict[Backend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
@@ -59,9 +56,7 @@ def triton_config(
     Raises:
         ExportError: an input or output has no dynamic batch first, or a type that Triton does not have.
     """
-    import onnx as onnx_package
-
-    graph = onnx_package.load(onnx, load_external_data=False).graph
+    graph = load(onnx, load_external_data=False).graph
     weights = {initializer.name for initializer in graph.initializer}
     values = [value for value in graph.input if value.name not in weights]
     return "\n".join(
@@ -106,8 +101,6 @@ def _warm_up(batch: int, values: Sequence[ValueInfoProto], sample: Mapping[str, 
 
 def _type(value: ValueInfoProto) -> str:
     """Return Triton's name of a tensor's type; ExportError where it has none."""
-    from onnx import TensorProto
-
     kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type)
     if kind not in _TYPES:
         raise ExportError(f"{value.name} is of type {kind}, which Triton does not have")

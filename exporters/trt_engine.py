@@ -4,8 +4,6 @@ An engine runs only on the device and the version that it was built for. `ENGINE
 these, and `check_engine` compares them with this machine.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterable
 
 import torch
 
@@ -52,7 +51,12 @@ def check_runtimes(recipe: Recipe) -> None:
             raise UserError(f"--runtimes {','.join(runtimes)}: {error}") from error
     if recipe.needs_table:
         check_measurable(recipe.target_runtime)
-    _check_providers(runtimes)
+    for runtime in runtimes:
+        if provider := ORT_PROVIDERS.get(runtime):
+            try:
+                check_provider(provider)
+            except ProfilingError as error:
+                raise UserError(f"{runtime}: {error}") from error
 
 
 def _check_threads(threads: int | None) -> None:
@@ -63,16 +67,6 @@ def _check_threads(threads: int | None) -> None:
             f"--threads {threads}: this process may use only {cores} of the cores (affinity or container limit); more "
             f"threads distort every latency, so give {cores} or less"
         )
-
-
-def _check_providers(runtimes: Iterable[str]) -> None:
-    """Raise UserError unless onnxruntime can start the providers of ``runtimes``."""
-    for runtime in runtimes:
-        if provider := ORT_PROVIDERS.get(runtime):
-            try:
-                check_provider(provider)
-            except ProfilingError as error:
-                raise UserError(f"{runtime}: {error}") from error
 
 
 def check_measurable(runtime: str) -> None:

@@ -125,10 +125,6 @@ class LatencySearch:
         """See `find_step_sizes`; None where sizes are aligned."""
         return find_step_sizes(self.structure, self.model.costs) if self.align is None else None
 
-    def check(self, costs: LatencyCosts) -> None:
-        """Raise UserError when the latency cannot be reached by ``costs``."""
-        check_budget(self.structure, costs, self.fraction, "latency")
-
     def plan(self, objective: Objective, costs: LatencyCosts) -> Plan:
         """Return the plan with the largest score kept whose predicted latency is the aim."""
         return self._plan_by_latency(costs) if objective == "latency" else self._plan_by_flops(costs)
@@ -191,17 +187,17 @@ def solve_latency_budget(search: LatencySearch) -> LatencySolution:
     Raises:
         UserError: the budget is below the floor of the tables.
     """
-    costs = search.model.costs
-    if search.tokens is None:
-        search.check(costs)
+    costs, tokens = search.model.costs, search.tokens
     with TemporaryDirectory(prefix="optin-budget-") as folder:
         dense = write_network(search.dense, search.dense.module, search.model.target, Path(folder, "dense"))
-        if search.tokens is not None:
-            costs = _with_merging_cost(search, search.tokens, dense)
-            search.check(costs)
+        if tokens is not None:
+            (ratio,) = _measure_ratios(search, [Plan({})], dense)
+            logger.info("built with all units: measured %.4g ms", ratio * costs.total)
+            costs = costs.merging({name: tokens.factor(name) for name in costs.curves}, ratio * costs.total)
+        check_budget(search.structure, costs, search.fraction, "latency")
         iterations = _iterate(search, costs, dense)
     taken = _best(iterations, search.limit_ms)
-    plan = replace(iterations[taken].plan, tokens=search.tokens.schedule if search.tokens is not None else ())
+    plan = replace(iterations[taken].plan, tokens=() if tokens is None else tokens.schedule)
     return LatencySolution(plan, tuple(iterations), taken)
 
 
@@ -237,14 +233,6 @@ def _new_plans(
         if plan not in [*known, *plans.values()]:
             plans[objective] = plan
     return plans
-
-
-def _with_merging_cost(search: LatencySearch, tokens: TokenCosts, dense: Path) -> LatencyCosts:
-    """Return the costs where tokens merge, by a measurement of the network with all units."""
-    costs = search.model.costs
-    (ratio,) = _measure_ratios(search, [Plan({})], dense)
-    logger.info("built with all units: measured %.4g ms", ratio * costs.total)
-    return costs.merging({name: tokens.factor(name) for name in costs.curves}, ratio * costs.total)
 
 
 def _measure_ratios(search: LatencySearch, plans: Sequence[Plan], dense: Path) -> list[float]:
