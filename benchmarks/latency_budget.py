@@ -95,11 +95,10 @@ def scored(network: Network, anatomy: Anatomy, batches: Batches) -> tuple[Networ
 
 def run(
     model: str, dense: Network, anatomy: Anatomy, scores: dict[str, torch.Tensor], measured: LatencyModel,
-    asked: float, seconds: float, table_seconds: float,
+    target: Target, asked: float, seconds: float, table_seconds: float,
 ) -> Row:  # fmt: skip
     """Meet one budget and judge what came of it."""
     start = perf_counter()
-    target = measured.target
     met = solve_latency_budget(LatencySearch(dense, anatomy.structure, scores, measured, anatomy.costs, asked))
     spent = perf_counter() - start
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
@@ -204,7 +203,7 @@ def measure(given: argparse.Namespace) -> None:
             print(f"{model}, batch {size}: tables in {table_seconds:.0f} s, dense {measured.costs.total:.4g} ms, floor "
                   f"{measured.costs.floor:.4g} ms", flush=True)  # fmt: skip
             for asked in (float(f) for f in given.latency.split(",")):
-                row = run(model, dense, anatomy, scores, measured, asked, given.seconds, table_seconds)
+                row = run(model, dense, anatomy, scores, measured, target, asked, given.seconds, table_seconds)
                 protocol: dict[str, Any] = {"threads": given.threads, "seconds_per_case": given.seconds}
                 rows = [asdict(r) for r in merged(read_rows(), row)]
                 common.write_results(NAME, {"protocol": protocol, "rows": rows})
