@@ -155,7 +155,7 @@ def test_a_version_compatible_engine_runs_on_later_versions_only(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr("exporters.trt_engine.builder_version", lambda _: here)
     if refused:
-        with pytest.raises(ExportError, match=rf"TensorRT 10\.15\.1.*{here}.*build it again"):
+        with pytest.raises(ExportError, match=f"TensorRT 10\\.15\\.1.*{here}.*build it again"):
             check_engine(engine)
     else:
         assert check_engine(engine).config.version_compatible == compatible
@@ -172,7 +172,7 @@ def test_an_opset_that_the_parser_does_not_read_is_told(
     if reads:
         check_opset("tensorrt", opset)
     else:
-        with pytest.raises(ExportError, match=rf"TensorRT {version} .*opset 23.*10\.15"):
+        with pytest.raises(ExportError, match=rf"^TensorRT {version} .*opset 23.* 10\.15"):
             check_opset("tensorrt", opset)
 
 
@@ -211,7 +211,7 @@ def test_a_missing_or_foreign_description_is_told(built: Built, tmp_path: Path) 
     beside = copy.with_name(f"{copy.name}.json")
     for text in ("[]", "{}", "no JSON"):
         beside.write_text(text)
-        with pytest.raises(ExportError, match=r"\.json .*build"):
+        with pytest.raises(ExportError, match="does not describe an engine"):
             check_engine(copy)
     beside.unlink()
     with pytest.raises(ExportError, match="cannot be read: No such file"):

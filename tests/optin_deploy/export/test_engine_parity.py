@@ -56,12 +56,12 @@ def test_a_batch_is_cut_at_its_end_and_repeated_from_its_beginning() -> None:
 def test_only_engines_with_weights_are_checked_and_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_parity, "is_measurable", lambda runtime: False)
     assert checkable_engines(recipe()) == []
-    assert why_unchecked(recipe()) == "Engines were not checked against PyTorch: no GPU is present."
+    assert "no GPU" in str(why_unchecked(recipe()))
     assert why_unchecked(recipe(runtimes=("ort-cpu",))) is None
     monkeypatch.setattr(engine_parity, "is_measurable", lambda runtime: True)
     assert [each.runtime for each in checkable_engines(recipe())] == ["rtx"] and why_unchecked(recipe()) is None
     stripped = recipe(weight_stripped=True)
-    assert checkable_engines(stripped) == [] and "without weights (--weight-stripped)" in str(why_unchecked(stripped))
+    assert checkable_engines(stripped) == [] and "--weight-stripped" in str(why_unchecked(stripped))
 
 
 def exported(network: Network, folder: Path, name: str = "net") -> Path:

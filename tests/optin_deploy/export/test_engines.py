@@ -191,9 +191,8 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
     }
     found = measure_stages._layers(job, network, variants, [{"runtime": "rtx", "batch_size": 2}])
     monkeypatch.setattr(report_builder, "why_unchecked", lambda _: None)
-    assert report_builder._warnings(job.recipe, found) == [
-        "No account of where the time goes with TensorRT for RTX: profiling the layers failed: it said nothing."
-    ]
+    (warning,) = report_builder._warnings(job.recipe, found)
+    assert "TensorRT for RTX" in warning and "profiling the layers failed: it said nothing" in warning
     with pytest.raises(ProfilingError):
         measure_stages._layers(job, network, variants, [{"runtime": "ort-cpu", "batch_size": 2}])
 
