@@ -32,15 +32,7 @@ from exporters.errors import ExportError, first_line
 
 _aten = torch.ops.aten
 _PRODUCTS = {"matmul", "mm", "bmm", "einsum", "baddbmm", "dot", "mv"}
-_CONVOLUTIONS = {
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "convolution",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-}
+_CONVOLUTIONS = {"convolution", *(f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3))}
 _LOW = {
     *_CONVOLUTIONS,
     *("linear", "addmm", "addmv", "bilinear", "scaled_dot_product_attention"),
@@ -312,7 +304,8 @@ class _Lowering:
             clamped = bounded and not (node.op == "placeholder" and node.name in self.leaves)
             if node in self.free and source is not None and _name(node) in _MOVES and _dtype(source) == torch.float32:
                 # A weight that is only moved is stored in the low type.
-                self.low[node] = self._copy(node, self._in_low(source, bounded))
+                moved = (self._in_low(source, bounded), *node.args[1:])
+                self.low[node] = self._insert(node, node.target, moved, dict(node.kwargs))
             else:
                 self.low[node] = self._cast(self._clamp(node) if clamped else node, self.dtype)
         return self.low[node]
@@ -336,9 +329,6 @@ class _Lowering:
 
     def _clamp(self, node: Node) -> Node:
         return self._insert(node, _aten.clamp.default, (node, self.limits.min, self.limits.max), {})
-
-    def _copy(self, node: Node, source: Node) -> Node:
-        return self._insert(node, node.target, (source, *node.args[1:]), dict(node.kwargs))
 
     def _insert(self, source: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """Insert an operator after ``source``, or after all inputs where ``source`` is one of them."""
@@ -381,7 +371,17 @@ class _Lowering:
                 cast.args = (self._clamp(node),)
         self.graph.lint()
         self.program.graph_module.recompile()
-        return _rebuild(self.program, state, constants)
+        return torch.export.ExportedProgram(
+            root=self.program.graph_module,
+            graph=self.graph,
+            graph_signature=self.program.graph_signature,
+            state_dict=state,
+            range_constraints=self.program.range_constraints,
+            module_call_graph=self.program.module_call_graph,
+            example_inputs=self.program.example_inputs,
+            constants=constants,
+            verifiers=self.program.verifiers,
+        )
 
 
 def _to_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -389,22 +389,6 @@ def _to_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(dtype)
     stored = tensor.detach().clamp(limits.min, limits.max).to(dtype)
     return torch.nn.Parameter(stored, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else stored
-
-
-def _rebuild(
-    program: torch.export.ExportedProgram, state: dict[str, Any], constants: dict[str, Any]
-) -> torch.export.ExportedProgram:
-    return torch.export.ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=program.graph_signature,
-        state_dict=state,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=constants,
-        verifiers=program.verifiers,
-    )
 
 
 def _leaf(node: Any) -> Node | None:

@@ -6,7 +6,7 @@ channel by a factor and multiplying the rows of the weights by it changes nothin
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exporters.onnx_graph import add_constant
-from exporters.onnx_session import open_session
+from exporters.onnx_session import run_onnx
 from exporters.onnx_writer import save_model
 
 Array = NDArray[Any]
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 _STRENGTH = 0.8
 
 
-def equalise(model: ir.Model, source: Path, batches: Iterable[Mapping[str, Tensor]]) -> None:
+def equalise(model: ir.Model, source: Path, batches: Sequence[Mapping[str, Tensor]]) -> None:
     """Divide every input channel of matrix products by a factor, and multiply the rows of the weights by it.
 
     A norm whose output only these products use takes the factors over. Elsewhere each input gets one more operator.
@@ -37,6 +37,8 @@ def equalise(model: ir.Model, source: Path, batches: Iterable[Mapping[str, Tenso
         batches: inputs by name, on which the largest value of every channel is found.
     """
     products = _products_by_input(model)
+    if not products:
+        return
     largest = _largest_inputs(source, [str(value.name) for value in products], batches)
     for (value, nodes), activations in zip(products.items(), largest, strict=True):
         weights = [node.inputs[1].const_value.numpy() for node in nodes]
@@ -93,7 +95,7 @@ def _add_float32(model: ir.Model, name: str, array: Array) -> ir.Value:
     return add_constant(model, name, array.astype(np.float32))
 
 
-def _largest_inputs(source: Path, names: Sequence[str], batches: Iterable[Mapping[str, Tensor]]) -> list[Array]:
+def _largest_inputs(source: Path, names: Sequence[str], batches: Sequence[Mapping[str, Tensor]]) -> list[Array]:
     """Return the largest absolute value of every channel, the last dimension, of each of the named tensors."""
     probe = ir.load(source)
     values = {output.name: output for node in probe.graph for output in node.outputs} | {
@@ -115,14 +117,5 @@ def _largest_inputs(source: Path, names: Sequence[str], batches: Iterable[Mappin
     with tempfile.TemporaryDirectory(prefix="optin-probe-") as folder:
         file = Path(folder, "probe.onnx")
         save_model(probe, file)
-        return _largest_outputs(file, [f"probe_{number}" for number in range(len(names))], batches)
-
-
-def _largest_outputs(file: Path, names: list[str], batches: Iterable[Mapping[str, Tensor]]) -> list[Array]:
-    """Return the largest values of the named outputs over all batches."""
-    session = open_session(file)
-    maxima: list[Array] = []
-    for batch in batches if names else ():
-        outputs = session.run(names, {name: tensor.numpy() for name, tensor in batch.items()})
-        maxima = [np.maximum(a, b) for a, b in zip(maxima, outputs, strict=True)] if maxima else outputs
-    return maxima
+        rows = run_onnx(file, batches, [f"probe_{number}" for number in range(len(names))])
+    return [np.max([row[f"probe_{number}"] for row in rows], axis=0) for number in range(len(names))]

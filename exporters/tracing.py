@@ -36,9 +36,6 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: Dynamic
 
     Raises:
         ExportError: the module cannot be traced, or it fixes a dimension of ``dynamic_axes``.
-
-    Example:
-        >>> program = trace(module, {"x": torch.randn(2, 3, 32, 32)}, {"x": {0: "batch"}})  # doctest: +SKIP
     """
     _check_inputs(module, inputs)
     _check_axes(inputs, dynamic_axes)

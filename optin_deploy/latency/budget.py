@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -120,11 +119,6 @@ class LatencySearch:
         """The latency that is allowed, in milliseconds."""
         return self.fraction * self.model.costs.total
 
-    @cached_property
-    def step_sizes(self) -> dict[str, list[int]] | None:
-        """See `find_step_sizes`; None where sizes are aligned."""
-        return find_step_sizes(self.structure, self.model.costs) if self.align is None else None
-
     def plan(self, objective: Objective, costs: LatencyCosts) -> Plan:
         """Return the plan with the largest score kept whose predicted latency is the aim."""
         return self._plan_by_latency(costs) if objective == "latency" else self._plan_by_flops(costs)
@@ -133,7 +127,8 @@ class LatencySearch:
         budgets = [Budget(costs, self._aim(costs), "latency", window=_WINDOW * self.fraction)]
         if self.flops is not None:
             budgets.append(Budget(self.all_flops, self.flops))
-        return search_all(self.structure, self.scores, budgets, self.align or _FINE, self.step_sizes)
+        step_sizes = find_step_sizes(self.structure, self.model.costs) if self.align is None else None
+        return search_all(self.structure, self.scores, budgets, self.align or _FINE, step_sizes)
 
     def _plan_by_flops(self, costs: LatencyCosts) -> Plan:
         """Return the best plan under the FLOP budget at which the predicted latency is the aim, by regula falsi."""
@@ -161,12 +156,6 @@ class LatencySearch:
 
     def _aim(self, costs: LatencyCosts) -> float:
         return max(AIM * self.fraction, min(self.fraction, costs.floor / costs.total))
-
-    def evaluate(self, objective: Objective, plan: Plan, predicted_ms: float, measured_ms: float) -> Iteration:
-        """Return what came of a plan."""
-        flops = self.all_flops.of(plan) / self.all_flops.total
-        score = kept_score(self.structure, self.scores, plan)
-        return Iteration(objective, plan, predicted_ms, measured_ms, flops, score)
 
     def is_met_by(self, iteration: Iteration) -> bool:
         """Return whether the network is within the budget and near it, or as near as the FLOP budget allows."""
@@ -212,9 +201,11 @@ def _iterate(search: LatencySearch, costs: LatencyCosts, dense: Path) -> list[It
         ratios = _measure_ratios(search, list(plans.values()), dense)
         for (objective, plan), ratio in zip(plans.items(), ratios, strict=True):
             costs = unmet[objective]
-            iteration = search.evaluate(objective, plan, costs.of(plan), ratio * costs.total)
-            predicted_ms, measured_ms = iteration.predicted_ms, iteration.measured_ms
+            predicted_ms, measured_ms = costs.of(plan), ratio * costs.total
             logger.info("built by %s: predicted %.4g ms, measured %.4g ms", objective, predicted_ms, measured_ms)
+            flops = search.all_flops.of(plan) / search.all_flops.total
+            score = kept_score(search.structure, search.scores, plan)
+            iteration = Iteration(objective, plan, predicted_ms, measured_ms, flops, score)
             iterations.append(iteration)
             if search.is_met_by(iteration):
                 del unmet[objective]

@@ -124,8 +124,8 @@ def _measure_table(writer: _StackWriter, kind: BlockType, key: TableKey) -> Late
     """
     target, structure = writer.target, writer.structure
     depth = target.settings.depth
-    groups = dict(zip(kind.parts, kind.outer_groups, strict=True))
-    points = [(name, point) for name, g in groups.items() for point in table_points(structure, g, target.settings)]
+    groups = list(zip(kind.parts, kind.outer_groups, strict=True))
+    points = [(name, point) for name, g in groups for point in table_points(structure, g, target.settings)]
     stacks: dict[str, tuple[dict[str, int], int]] = {"shallow": ({}, _SHALLOW), "dense": ({}, depth)}
     stacks |= {f"size{i}": (point.sizes, depth) for i, (_, point) in enumerate(points)}
     files: dict[str, Path] = {}
@@ -140,7 +140,7 @@ def _measure_table(writer: _StackWriter, kind: BlockType, key: TableKey) -> Late
     samples = measured.samples_ms
     rows = [Row(name, point.units, point.width, samples[f"size{i}"]) for i, (name, point) in enumerate(points)]
     # All units at full width are the dense stack itself.
-    for name, group in groups.items():
+    for name, group in groups:
         width = structure.inner(group.name)
         rows.append(Row(name, group.units, width.units if width else None, samples["dense"]))
     depths = {_SHALLOW: samples["shallow"], depth: samples["dense"]}
