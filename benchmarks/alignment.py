@@ -20,8 +20,9 @@ from realised_ratio import load
 from rich.console import Console
 from rich.table import Table
 
-from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.latency.budget import find_step_sizes
+from optin_deploy.latency.tables import measure_latency_model
+from optin_deploy.latency.target import Target, write_network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.search.knapsack import Budget, search_all
 from optin_deploy.structure.plan import Plan
@@ -65,16 +66,16 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
     anatomy = examine(network)
     dense, scores = scored(network, anatomy, calibration.batches)
     target = Target(given.runtime, size, given.threads)
-    edges = edges_of(anatomy.structure, measure_network(network, anatomy.structure, target))
+    edges = find_step_sizes(anatomy.structure, measure_latency_model(network, anatomy.structure, target).costs)
     budget = [Budget(anatomy.costs, FLOPS)]
     plans = {str(step): search_all(anatomy.structure, scores, budget, step) for step in STEPS}
     plans["auto"] = search_all(anatomy.structure, scores, budget, 8, edges)
     with TemporaryDirectory(prefix="optin-benchmark-") as name:
-        files = {"dense": export_network(dense, dense.module, target, Path(name, "dense"))}
+        files = {"dense": write_network(dense, dense.module, target, Path(name, "dense"))}
         for align, plan in plans.items():
             small = sliced(dense.module, anatomy.structure, plan)
-            files[align] = export_network(dense, small, target, Path(name, align))
-        sample = dense.sample_arrays()
+            files[align] = write_network(dense, small, target, Path(name, align))
+        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", align) for align in plans]
         samples = measure_files(files, sample, target.case(given.seconds, files.values()), pairs).samples_ms
     best = kept_score(plans["1"], scores)

@@ -24,8 +24,9 @@ from rich.table import Table
 from torch import nn
 
 from optin_deploy import Network
-from optin_deploy.latency.budget import AIM, meet
-from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.latency.budget import AIM, LatencySearch, solve_latency_budget
+from optin_deploy.latency.tables import measure_latency_model
+from optin_deploy.latency.target import Target, write_network
 from optin_deploy.pruning.pruner import examine, remove
 from optin_deploy.search.knapsack import search
 from profilers import measure_files
@@ -60,8 +61,8 @@ def latencies(
 ) -> dict[str, list[list[float]]]:
     """Milliseconds of all modules in one interleaved run, by name."""
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
-        files = {name: export_network(dense, module, target, Path(folder, name)) for name, module in modules.items()}
-        sample = dense.sample_arrays()
+        files = {name: write_network(dense, module, target, Path(folder, name)) for name, module in modules.items()}
+        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", name) for name in modules if name != "dense"]
         return dict(measure_files(files, sample, target.case(seconds, files.values()), pairs).samples_ms)
 
@@ -73,7 +74,7 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     in_bases, scores = scored(network, anatomy, case.batches)
     target = Target(given.runtime, size, given.threads, seed=seed)
     structure, total = anatomy.structure, anatomy.costs.total
-    measured = measure_network(network, structure, target)
+    measured = measure_latency_model(network, structure, target)
     rows = []
     for flops in (float(f) for f in given.flops.split(",")):
         plan = search(structure, scores, anatomy.costs, flops, 64)
@@ -81,7 +82,8 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
         taken = latencies(network, {"dense": network.module, "flops": first}, target, given.seconds)
         part = ratio_interval(taken["flops"], taken["dense"]).value
         # Budgets are aimed at from a little below: asked for so much that the two take equally long.
-        other = meet(in_bases, structure, scores, measured, anatomy.costs, part / AIM, target).plan
+        search_at = LatencySearch(in_bases, structure, scores, measured, anatomy.costs, part / AIM)
+        other = solve_latency_budget(search_at).plan
         second = remove(in_bases, structure, other, case.batches, "auto")
         modules = {"dense": network.module, "flops": first, "latency": second}
         found = latencies(network, modules, target, given.seconds)

@@ -26,8 +26,9 @@ from rich.table import Table
 
 from optin_deploy import Network
 from optin_deploy.criteria.scoring import Scoring, score
-from optin_deploy.latency.budget import meet
-from optin_deploy.latency.tables import Measured, Target, export_network, measure_network
+from optin_deploy.latency.budget import LatencySearch, solve_latency_budget
+from optin_deploy.latency.tables import LatencyModel, measure_latency_model
+from optin_deploy.latency.target import Target, write_network
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Anatomy, Batches, examine
 from optin_deploy.structure.slicing import sliced
@@ -97,18 +98,18 @@ def scored(network: Network, anatomy: Anatomy, batches: Batches) -> tuple[Networ
 
 
 def run(
-    model: str, dense: Network, anatomy: Anatomy, scores: dict[str, torch.Tensor], measured: Measured, target: Target,
-    asked: float, seconds: float, table_seconds: float,
+    model: str, dense: Network, anatomy: Anatomy, scores: dict[str, torch.Tensor], measured: LatencyModel,
+    target: Target, asked: float, seconds: float, table_seconds: float,
 ) -> Row:  # fmt: skip
     """Meet one budget and judge what came of it."""
     start = perf_counter()
-    met = meet(dense, anatomy.structure, scores, measured, anatomy.costs, asked, target)
+    met = solve_latency_budget(LatencySearch(dense, anatomy.structure, scores, measured, anatomy.costs, asked))
     spent = perf_counter() - start
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
         small = sliced(dense.module, anatomy.structure, met.plan)
-        file = export_network(dense, dense.module, target, Path(folder, "dense"))
-        files = {"dense": file, "dense again": file, "pruned": export_network(dense, small, target, Path(folder, "p"))}
-        sample = dense.sample_arrays()
+        file = write_network(dense, dense.module, target, Path(folder, "dense"))
+        files = {"dense": file, "dense again": file, "pruned": write_network(dense, small, target, Path(folder, "p"))}
+        sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", "pruned"), ("dense", "dense again")]
         samples = measure_files(files, sample, target.case(seconds, files.values()), pairs).samples_ms
     return Row(
@@ -118,7 +119,7 @@ def run(
         asked=asked,
         measured=ratio_interval(samples["pruned"], samples["dense"]),
         noise=ratio_interval(samples["dense"], samples["dense again"]),
-        errors=[r.error for r in met.rounds if r.by == met.rounds[met.taken].by],
+        errors=[i.error for i in met.iterations if i.objective == met.iterations[met.taken].objective],
         flops=anatomy.costs.of(met.plan) / anatomy.costs.total,
         seconds=spent,
         table_seconds=table_seconds,
@@ -177,7 +178,7 @@ def measure(given: argparse.Namespace) -> None:
         for size in (int(s) for s in given.batch_sizes.split(",")):
             target = Target(given.runtime, size, given.threads)
             start = perf_counter()
-            measured = measure_network(network, anatomy.structure, target)
+            measured = measure_latency_model(network, anatomy.structure, target)
             table_seconds = perf_counter() - start
             print(f"{model}, batch {size}: tables in {table_seconds:.0f} s, dense {measured.costs.total:.4g} ms, floor "
                   f"{measured.costs.floor:.4g} ms", flush=True)  # fmt: skip

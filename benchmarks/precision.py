@@ -19,7 +19,7 @@ from cases import CASES, Case
 from rich.console import Console
 from rich.table import Table
 
-from exporters import OnnxModule, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
+from exporters import OnnxModule, OnnxSpec, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
 from optin_deploy import Network, prune
 from optin_deploy.network import TensorOutputs
 from optin_deploy.pruning.pruner import examine, make_sparse
@@ -38,15 +38,8 @@ def measured(case: Case, network: Network, precision: Precision, threads: int) -
     program = in_precision(exact, precision, OPSET)
     with TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
-        onnx_in_precision(
-            program,
-            path,
-            precision,
-            case.batches,
-            output_names=tuple(network.outputs),
-            dynamic_axes=network.dynamic_axes,
-            opset=OPSET,
-        )
+        spec = OnnxSpec(tuple(network.outputs), network.dynamic_axes, OPSET)
+        onnx_in_precision(program, path, spec, precision, case.batches)
         size_mib = path.stat().st_size / 2**20
         with runnable_on_cpu(path, precision) as file:
             return {"figures": case.measure(OnnxModule(file, network.outputs, threads)), "size_mib": size_mib}

@@ -1,20 +1,22 @@
-"""Lowering torch modules to files that serving runtimes load, and checking them against torch.
+"""Export torch modules to files that serving runtimes load, and check these files against torch.
 
-Knows nothing of pruning: it takes any module and any ONNX file. The names below are imported when they are first used,
-so that those of precisions need no torch; torch.onnx, ONNX Runtime and TensorRT likewise.
+This package knows nothing of pruning: it takes any module and any ONNX file. Each name below is imported when it is
+first used, so that names of precisions load without torch. torch.onnx, ONNX Runtime and TensorRT are loaded late, too.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from exporters.bf16_emulation import runnable_on_cpu as runnable_on_cpu
     from exporters.errors import ExportError as ExportError
     from exporters.mixed_precision import PARITY_TOLERANCES as PARITY_TOLERANCES
     from exporters.mixed_precision import in_precision as in_precision
-    from exporters.mixed_precision import runnable_on_cpu as runnable_on_cpu
+    from exporters.onnx_session import OnnxModule as OnnxModule
+    from exporters.onnx_session import run_onnx as run_onnx
+    from exporters.onnx_writer import OnnxSpec as OnnxSpec
     from exporters.onnx_writer import onnx_from_program as onnx_from_program
     from exporters.parity import Alternatives as Alternatives
-    from exporters.parity import OnnxModule as OnnxModule
     from exporters.parity import OutputParity as OutputParity
     from exporters.parity import check_parity as check_parity
     from exporters.parity import compare_outputs as compare_outputs
@@ -33,36 +35,26 @@ if TYPE_CHECKING:
     from exporters.trt_engine import check_opset as check_opset
     from exporters.trt_engine import input_ranges as input_ranges
 
-_HOMES = {
-    "Alternatives": "parity",
-    "BUILDERS": "trt_engine",
-    "DynamicAxes": "tracing",
-    "EngineConfig": "trt_engine",
-    "EngineInfo": "trt_engine",
-    "ExportError": "errors",
-    "OnnxModule": "parity",
-    "OutputParity": "parity",
-    "PARITY_TOLERANCES": "mixed_precision",
-    "Precision": "precisions",
-    "build_engine": "trt_engine",
-    "check_builder": "trt_engine",
-    "check_opset": "trt_engine",
-    "check_engine": "trt_engine",
-    "check_parity": "parity",
-    "compare_outputs": "parity",
-    "in_precision": "mixed_precision",
-    "input_ranges": "trt_engine",
-    "is_quantized": "precisions",
-    "onnx_from_program": "onnx_writer",
-    "onnx_in_precision": "quantization",
-    "runnable_on_cpu": "mixed_precision",
-    "save_program": "tracing",
-    "trace": "tracing",
+_NAMES = {
+    "bf16_emulation": ("runnable_on_cpu",),
+    "errors": ("ExportError",),
+    "mixed_precision": ("PARITY_TOLERANCES", "in_precision"),
+    "onnx_session": ("OnnxModule", "run_onnx"),
+    "onnx_writer": ("OnnxSpec", "onnx_from_program"),
+    "parity": ("Alternatives", "OutputParity", "check_parity", "compare_outputs"),
+    "precisions": ("Precision", "is_quantized"),
+    "quantization": ("onnx_in_precision",),
+    "tracing": ("DynamicAxes", "save_program", "trace"),
+    "trt_engine": (
+        *("BUILDERS", "EngineConfig", "EngineInfo", "build_engine"),
+        *("check_builder", "check_engine", "check_opset", "input_ranges"),
+    ),
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'exporters' has no attribute {name!r}")
     return getattr(import_module(f"exporters.{_HOMES[name]}"), name)

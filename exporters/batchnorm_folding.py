@@ -1,262 +1,220 @@
-"""Batch norms of features beside linear maps, folded into them: of what is between, only moves of axes stay.
+"""Fold batch norms of features into linear layers next to them, in an onnx_ir model.
 
-The exporter folds batch norms behind convolutions itself. What is left are those in place of a layer norm, before the
-linear maps of a block, alone or with a part of their own input added to what they give (a re-parameterised norm), and
-those behind a linear map whose tokens are moved to the batch first.
+torch's exporter folds batch norms after convolutions and Gemm itself, by onnxscript's rewriter. This module folds those
+that the rewriter does not match: after a MatMul, with moves of axes between, and before linear layers, as in blocks
+with a batch norm in place of a layer norm, also with a multiple of its own input added (a re-parameterised norm).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
+
+from exporters.onnx_graph import add_constant, remove_unused
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class _Affine:
-    """Channels, along axis 1, of ``before`` times ``scale`` plus ``shift`` give ``after``."""
+    """``after`` is ``before`` times ``scale`` plus ``shift``, by channels along axis 1."""
 
-    before: Any
-    after: Any
+    before: ir.Value
+    after: ir.Value
     scale: Array
     shift: Array
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A product with constant weights, ``transposed`` to (outputs, inputs); ``bias`` is what it or an Add behind it
-    adds, as (node, index of the input), and ``output`` what it gives in all."""
+    """A product with constant weights, and the addition of a bias.
 
-    node: Any
-    transposed: bool
-    bias: tuple[Any, int] | None
-    output: Any
+    Attributes:
+        weight: (inputs, outputs).
+        bias: zeros where there is none.
+        transposed: whether the file has the weights as (outputs, inputs).
+        bias_input: the node and the index of its input by which the bias is added; None where there is none.
+    """
+
+    product: ir.Node
+    weight: Array
+    bias: Array
+    transposed: bool = False
+    bias_input: tuple[ir.Node, int] | None = None
+
+    @property
+    def output(self) -> ir.Value:
+        return (self.bias_input[0] if self.bias_input else self.product).outputs[0]
+
+    def replace(self, model: ir.Model, weight: Array, bias: Array) -> None:
+        """Write other weights and another bias into the model."""
+        old = self.product.inputs[1]
+        new = _add_like(model, old, weight.T if self.transposed else weight, old.name)
+        self.product.replace_input_with(1, new)
+        value = _add_like(model, new, bias, f"{new.name}.bias")
+        if self.bias_input is not None:
+            self.bias_input[0].replace_input_with(self.bias_input[1], value)
+            return
+        unbiased = self.product.outputs[0]
+        output = ir.Value(name=f"{unbiased.name}.biased", shape=unbiased.shape, type=unbiased.type)
+        for node, index in list(unbiased.uses()):
+            node.replace_input_with(index, output)
+        model.graph.insert_after(self.product, ir.Node("", "Add", [unbiased, value], outputs=[output]))
 
 
-def fold_batch_norms(model: Any) -> int:
-    """Fold, in place, the batch norms of an onnx_ir model that only linear maps see, or that see only one; how many."""
+def fold_batch_norms(model: ir.Model) -> int:
+    """Fold the batch norms whose input or output only linear layers use, in place; return their number."""
     folded = 0
     for node in list(model.graph):
         affine = _affine(node) if node.op_type == "BatchNormalization" else None
-        if affine is not None:
-            folded += _into_previous(model.graph, affine) or _into_next(model.graph, affine)
+        if affine is not None and (_fold_into_previous(model, affine) or _fold_into_next(model, affine)):
+            for user, index in list(affine.after.uses()):
+                user.replace_input_with(index, affine.before)
+            folded += 1
     if folded:
-        _remove_unused(model)
+        remove_unused(model)
     return folded
 
 
-def _affine(node: Any) -> _Affine | None:
-    found = [array for v in node.inputs[1:5] if (array := _constant(v)) is not None]
-    if len(found) < 4:
+def _affine(node: ir.Node) -> _Affine | None:
+    """Return what a batch norm computes, an addition of its input included; None where it has no constants."""
+    constants = [array for value in node.inputs[1:5] if (array := _constant(value)) is not None]
+    if len(constants) < 4:
         return None
-    weight, bias, mean, variance = found
-    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    scale = weight / np.sqrt(variance + epsilon)
+    weight, bias, mean, variance = constants
+    scale = weight / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     before, after, shift = node.inputs[0], node.outputs[0], bias - mean * scale
-    add = _only_consumer(after)
+    add = _only_user(after)
     if add is not None and add.op_type == "Add":
-        (other,) = [v for v in add.inputs if v is not after] or [None]
-        part = _part_of(other, before)
-        if part is not None:
-            return _Affine(before, add.outputs[0], scale + part, shift)
+        (other,) = [value for value in add.inputs if value is not after] or [None]
+        multiple = _multiple_of(other, before)
+        if multiple is not None:
+            return _Affine(before, add.outputs[0], scale + multiple, shift)
     return _Affine(before, after, scale, shift)
 
 
-def _part_of(value: Any, whole: Any) -> float | None:
-    """The factor by which ``value`` is ``whole``, where it is one number and nothing else uses it."""
-    if value is whole:
+def _multiple_of(value: ir.Value | None, base: ir.Value) -> float | None:
+    """Return the constant factor between ``base`` and ``value``, where nothing else uses ``value``; else None."""
+    if value is base:
         return 1.0
     node = value.producer() if value is not None else None
-    if node is None or node.op_type != "Mul" or whole not in node.inputs or _only_consumer(value) is None:
+    if node is None or node.op_type != "Mul" or base not in node.inputs or _only_user(value) is None:
         return None
-    factors = [_constant(v) for v in node.inputs if v is not whole]
+    factors = [_constant(v) for v in node.inputs if v is not base]
     return float(factors[0].reshape(())) if factors and factors[0] is not None and factors[0].size == 1 else None
 
 
-def _into_previous(graph: Any, affine: _Affine) -> bool:
-    """Fold into the linear map that gives ``before``, if nothing else uses that."""
+def _fold_into_previous(model: ir.Model, affine: _Affine) -> bool:
+    """Fold into the linear layer that computes ``before``, if nothing else uses that; return whether it was."""
     value, axis = affine.before, 1
-    while True:
-        node = value.producer()
-        if node is None or _only_consumer(value) is None:
-            return False
-        if node.op_type in ("Transpose", "Reshape"):
-            moved = _moved_back(node, axis)
-            if moved is None:
+    while (node := value.producer()) is not None and _only_user(value) is not None:
+        if node.op_type not in ("Transpose", "Reshape"):
+            if node.op_type == "Add":
+                node = next((v.producer() for v in node.inputs if v.producer() is not None), node)
+            linear = _linear(node)
+            if linear is None or linear.output is not value or not _is_last(value, axis):
                 return False
-            value, axis = node.inputs[0], moved
-            continue
-        linear = _linear_giving(value)
-        if linear is None or not _is_last(value, axis):
+            linear.replace(model, linear.weight * affine.scale, linear.bias * affine.scale + affine.shift)
+            return True
+        previous = _axis_before(node, axis)
+        if previous is None:
             return False
-        _scale_outputs(graph, linear, affine)
-        _bypass(affine)
-        return True
+        value, axis = node.inputs[0], previous
+    return False
 
 
-def _into_next(graph: Any, affine: _Affine) -> bool:
-    """Fold into all linear maps that take ``after``, if nothing else does."""
-    found = []
-    for node, index, last in _consumers(affine.after, 1):
-        linear = _linear(node) if last and index == 0 else None
-        if linear is None:
-            return False
-        found.append(linear)
-    for linear in found:
-        _scale_inputs(graph, linear, affine)
-    if found:
-        _bypass(affine)
-    return bool(found)
+def _fold_into_next(model: ir.Model, affine: _Affine) -> bool:
+    """Fold into all linear layers that use ``after``, if nothing else does; return whether it was."""
+    users = list(_linear_users(affine.after, 1))
+    linears = [linear for linear in users if linear is not None]
+    if not linears or len(linears) < len(users):
+        return False
+    for linear in linears:
+        weight = affine.scale[:, None] * linear.weight
+        linear.replace(model, weight, linear.bias + affine.shift @ linear.weight)
+    return True
 
 
-def _consumers(value: Any, axis: int) -> Iterator[tuple[Any, int, bool]]:
-    """What uses ``value``, through moves of axes: node, index of its input, whether the channels are last there."""
+def _linear_users(value: ir.Value, axis: int) -> Iterator[_Linear | None]:
+    """Yield the linear layers that use ``value`` with the channels as their inputs, through moves of axes.
+
+    Any other use is None.
+    """
     if value.is_graph_output():
-        yield None, 0, False
-    for use in value.uses():
-        node, index = use[0], use[1]
-        moved = _moved(node, axis) if index == 0 and node.op_type in ("Transpose", "Reshape") else None
-        if moved is None:
-            yield node, index, _is_last(value, axis)
+        yield None
+    for node, index in value.uses():
+        moved = _axis_after(node, axis) if index == 0 and node.op_type in ("Transpose", "Reshape") else None
+        if moved is not None:
+            yield from _linear_users(node.outputs[0], moved)
         else:
-            yield from _consumers(node.outputs[0], moved)
+            yield _linear(node) if index == 0 and _is_last(value, axis) else None
 
 
-def _moved(node: Any, axis: int) -> int | None:
-    """Where the channels are behind a node that moves axes; None where that is not known."""
+def _axis_after(node: ir.Node, axis: int) -> int | None:
+    """Return where the channels are after a node that moves axes; None where that is unknown."""
     if node.op_type == "Transpose":
         return list(node.attributes["perm"].as_ints()).index(axis)
-    return _last_kept(node.inputs[0], node.outputs[0], axis)
+    return _kept_last(node.inputs[0], node.outputs[0], axis)
 
 
-def _moved_back(node: Any, axis: int) -> int | None:
+def _axis_before(node: ir.Node, axis: int) -> int | None:
     if node.op_type == "Transpose":
         return int(node.attributes["perm"].as_ints()[axis])
-    return _last_kept(node.outputs[0], node.inputs[0], axis)
+    return _kept_last(node.outputs[0], node.inputs[0], axis)
 
 
-def _last_kept(given: Any, other: Any, axis: int) -> int | None:
-    """The last axis of ``other`` where a reshape leaves the last axis of ``given``, and that is ``axis``."""
-    if not _is_last(given, axis) or other.shape is None:
+def _kept_last(value: ir.Value, reshaped: ir.Value, axis: int) -> int | None:
+    """Return the last axis of ``reshaped`` if ``axis`` is the last one of ``value``, of the same size; else None."""
+    if not _is_last(value, axis) or reshaped.shape is None:
         return None
-    size, kept = given.shape[axis], other.shape[-1]
-    return len(other.shape) - 1 if isinstance(size, int) and size == kept else None
+    size = value.shape[axis]
+    return len(reshaped.shape) - 1 if isinstance(size, int) and size == reshaped.shape[-1] else None
 
 
-def _is_last(value: Any, axis: int) -> bool:
+def _is_last(value: ir.Value, axis: int) -> bool:
     return value.shape is not None and axis == len(value.shape) - 1
 
 
-def _linear_giving(value: Any) -> _Linear | None:
-    node = value.producer()
-    if node.op_type == "Add":
-        node = next((v.producer() for v in node.inputs if v.producer() is not None), node)
-    linear = _linear(node)
-    return linear if linear is not None and linear.output is value else None
-
-
-def _linear(node: Any) -> _Linear | None:
-    """The linear map that ``node`` is the product of."""
+def _linear(node: ir.Node | None) -> _Linear | None:
+    """Return the linear layer whose product is ``node``."""
     weight = _constant(node.inputs[1]) if node is not None and node.op_type in ("MatMul", "Gemm") else None
-    if weight is None or weight.ndim != 2:
+    if node is None or weight is None or weight.ndim != 2:
         return None
     if node.op_type == "Gemm":
-        numbers = {name: node.attributes[name].value for name in node.attributes}
-        if numbers.get("transA", 0) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0:
+        options = node.attributes
+        if options.get_int("transA", 0) or {options.get_float(name, 1.0) for name in ("alpha", "beta")} != {1.0}:
             return None
-        biased = len(node.inputs) > 2 and node.inputs[2] is not None
-        if biased and _constant(node.inputs[2]) is None:
-            return None
-        return _Linear(node, bool(numbers.get("transB", 0)), (node, 2) if biased else None, node.outputs[0])
-    add = _only_consumer(node.outputs[0])
+        transposed = bool(options.get_int("transB", 0))
+        weight = weight.T if transposed else weight
+        if len(node.inputs) < 3 or node.inputs[2] is None:
+            return _Linear(node, weight, np.zeros(weight.shape[1]), transposed)
+        bias = _constant(node.inputs[2])
+        return None if bias is None else _Linear(node, weight, bias, transposed, (node, 2))
+    add = _only_user(node.outputs[0])
     if add is not None and add.op_type == "Add":
         index = int(add.inputs[0] is node.outputs[0])
         bias = _constant(add.inputs[index])
         if bias is not None and bias.shape == weight.shape[1:]:
-            return _Linear(node, False, (add, index), add.outputs[0])
-    return _Linear(node, False, None, node.outputs[0])
+            return _Linear(node, weight, bias, bias_input=(add, index))
+    return _Linear(node, weight, np.zeros(weight.shape[1]))
 
 
-def _scale_inputs(graph: Any, linear: _Linear, affine: _Affine) -> None:
-    weight = _matrix(linear)
-    _set_weight(graph, linear, affine.scale[:, None] * weight)
-    _set_bias(graph, linear, _bias(linear, weight) + affine.shift @ weight)
-
-
-def _scale_outputs(graph: Any, linear: _Linear, affine: _Affine) -> None:
-    weight = _matrix(linear)
-    _set_weight(graph, linear, weight * affine.scale)
-    _set_bias(graph, linear, _bias(linear, weight) * affine.scale + affine.shift)
-
-
-def _matrix(linear: _Linear) -> Array:
-    """The weights as (inputs, outputs)."""
-    weight = _constant(linear.node.inputs[1])
-    assert weight is not None
-    return weight.T if linear.transposed else weight
-
-
-def _bias(linear: _Linear, weight: Array) -> Array:
-    found = None if linear.bias is None else _constant(linear.bias[0].inputs[linear.bias[1]])
-    return np.zeros(weight.shape[1]) if found is None else found
-
-
-def _set_weight(graph: Any, linear: _Linear, weight: Array) -> None:
-    old = linear.node.inputs[1]
-    linear.node.replace_input_with(1, _initializer(graph, old, weight.T if linear.transposed else weight, old.name))
-
-
-def _set_bias(graph: Any, linear: _Linear, bias: Array) -> None:
-    import onnx_ir as ir
-
-    weight = linear.node.inputs[1]
-    value = _initializer(graph, weight, bias, f"{weight.name}.bias")
-    if linear.bias is not None:
-        linear.bias[0].replace_input_with(linear.bias[1], value)
-        return
-    product = linear.node.outputs[0]
-    output = ir.Value(name=f"{product.name}.biased", shape=product.shape, type=product.type)
-    uses = [(use[0], use[1]) for use in product.uses()]
-    add = ir.Node("", "Add", [product, value], outputs=[output])
-    for node, index in uses:
-        node.replace_input_with(index, output)
-    graph.insert_after(linear.node, add)
-
-
-def _initializer(graph: Any, like: Any, array: Array, name: str) -> Any:
-    import onnx_ir as ir
-
-    while name in graph.initializers:
+def _add_like(model: ir.Model, like: ir.Value, array: Array, name: str) -> ir.Value:
+    """Add a constant of the type of ``like``, with ``name`` or a name made of it."""
+    while name in model.graph.initializers:
         name = f"{name}.folded"
-    tensor = ir.tensor(array.astype(like.const_value.numpy().dtype), name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=like.type, const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return add_constant(model, name, array.astype(like.const_value.numpy().dtype))
 
 
-def _bypass(affine: _Affine) -> None:
-    for use in list(affine.after.uses()):
-        use[0].replace_input_with(use[1], affine.before)
-
-
-def _remove_unused(model: Any) -> None:
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)
-
-
-def _constant(value: Any) -> Array | None:
-    """The numbers of a value that is fixed in the file, as float64."""
+def _constant(value: ir.Value | None) -> Array | None:
+    """Return the numbers of a value that is fixed in the file, as float64."""
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return np.asarray(value.const_value.numpy(), dtype=np.float64)
 
 
-def _only_consumer(value: Any) -> Any:
+def _only_user(value: ir.Value) -> ir.Node | None:
     uses = list(value.uses())
     return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None

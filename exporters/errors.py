@@ -1,14 +1,12 @@
 """The one error type of the exporters."""
 
-from __future__ import annotations
-
 
 class ExportError(Exception):
-    """An export that cannot be made or trusted. The message is one line that says what is wrong and what to do."""
+    """An export cannot be made or trusted. The message is one line: what is wrong and what to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """The most telling single line of an exception whose text spans paragraphs, as torch's do."""
+    """Return the line of a long exception, as torch has them, that says most about its cause."""
     lines = [line.strip().lstrip("- ") for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

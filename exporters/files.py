@@ -1,6 +1,4 @@
-"""Files that appear whole or not at all."""
-
-from __future__ import annotations
+"""Write files whole or not at all."""
 
 import tempfile
 from collections.abc import Iterator
@@ -10,10 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def staged(path: str | Path) -> Iterator[Path]:
-    """Yields a path with `path`'s own name in a temporary folder beside it; on success everything in that folder is
-    moved next to `path`, `path` itself last, and on any exception nothing is.
+    """Yield a path in a temporary folder, whose files are moved next to ``path`` on success, ``path`` itself last.
 
-    The name is kept because an ONNX file refers to its external data by file name.
+    The file keeps its name, because an ONNX file refers to its external data by file name.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,80 +1,57 @@
-"""Operators that an opset does not define for the type they are given, computed in float32."""
-
-from __future__ import annotations
+"""Compute operators in float32 where an opset does not define them for the type of their inputs."""
 
 from collections.abc import Iterator
-from typing import Any
+
+import onnx_ir as ir
+from onnx import defs
+
+from exporters.onnx_graph import cast_input, cast_output
 
 _NAMES = {"FLOAT16": "tensor(float16)", "BFLOAT16": "tensor(bfloat16)"}
 
 
-def cast_where_undefined(model: Any, opset: int) -> None:
-    """Put casts around each operator of an onnx_ir model that has no float16 or bfloat16 in ``opset``, in place.
+def cast_where_undefined(model: ir.Model, opset: int) -> None:
+    """Put casts around each operator that has no float16 or bfloat16 in ``opset``, in place.
 
-    Convolutions, sorting and resizing get bfloat16 late, or never.
+    Convolutions, sorting and resizing have bfloat16 in late opsets only, or in none.
     """
     for node in list(model.graph.all_nodes()):
-        if node.domain in ("", "ai.onnx"):
-            for variable in _undefined(node, opset):
-                _cast_around(node, variable, opset)
+        schema = _schema(node, opset)
+        for variable in _undefined_types(node, schema) if schema is not None else ():
+            _cast_around(node, schema, variable)
 
 
-def _undefined(node: Any, opset: int) -> list[str]:
-    """The type variables of an operator that cannot be what they are here."""
-    schema = _schema(node, opset)
-    if schema is None:
-        return []
+def _schema(node: ir.Node, opset: int) -> defs.OpSchema | None:
+    known = node.domain in ("", "ai.onnx") and defs.has(node.op_type, opset, "")
+    return defs.get_schema(node.op_type, opset, "") if known else None
+
+
+def _undefined_types(node: ir.Node, schema: defs.OpSchema) -> list[str]:
+    """Return the type variables of an operator whose type here the opset does not allow."""
     allowed = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
-    found = {
+    undefined = {
         variable
-        for value, variable in _typed(node, schema)
+        for value, variable in _typed_values(node, schema)
         if value.dtype is not None and _NAMES.get(value.dtype.name, "") not in ("", *allowed.get(variable, ()))
     }
-    return sorted(found & set(allowed))
+    return sorted(undefined & set(allowed))
 
 
-def _schema(node: Any, opset: int) -> Any:
-    from onnx import defs
-
-    return defs.get_schema(node.op_type, opset, "") if defs.has(node.op_type, opset, "") else None
-
-
-def _typed(node: Any, schema: Any) -> Iterator[tuple[Any, str]]:
-    """Inputs and outputs, with the type variable of each."""
+def _typed_values(node: ir.Node, schema: defs.OpSchema) -> Iterator[tuple[ir.Value, str]]:
+    """Yield inputs and outputs, with the type variable of each."""
     for values, formal in ((node.inputs, schema.inputs), (node.outputs, schema.outputs)):
         for index, value in enumerate(values):
             if value is not None and formal:
-                # The last of them may stand for any number.
+                # The last formal parameter may take any number of values.
                 yield value, formal[min(index, len(formal) - 1)].type_str
 
 
-def _cast_around(node: Any, variable: str, opset: int) -> None:
-    import onnx_ir as ir
-
-    schema = _schema(node, opset)
-    low = {value for value, name in _typed(node, schema) if name == variable and value.dtype is not None}
-    low = {value for value in low if value.dtype.name in _NAMES}
+def _cast_around(node: ir.Node, schema: defs.OpSchema, variable: str) -> None:
+    values = [value for value, name in _typed_values(node, schema) if name == variable]
+    low = {value: value.dtype for value in values if value.dtype is not None and value.dtype.name in _NAMES}
     for index, value in enumerate(node.inputs):
         if value in low:
-            cast = _cast(ir, value, ir.DataType.FLOAT, node)
-            node.graph.insert_before(node, cast)
-            node.replace_input_with(index, cast.outputs[0])
+            cast_input(node, index, ir.DataType.FLOAT)
     for output in node.outputs:
         if output in low:
-            _cast_back(ir, node, output)
-
-
-def _cast(ir: Any, value: Any, dtype: Any, near: Any) -> Any:
-    cast = ir.node("Cast", [value], attributes={"to": int(dtype)})
-    cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
-    cast.metadata_props.update(near.metadata_props)
-    return cast
-
-
-def _cast_back(ir: Any, node: Any, output: Any) -> None:
-    dtype, uses = output.dtype, list(output.uses())
-    output.dtype = ir.DataType.FLOAT
-    cast = _cast(ir, output, dtype, node)
-    node.graph.insert_after(node, cast)
-    for user, index in uses:
-        user.replace_input_with(index, cast.outputs[0])
+            cast_output(node, output, low[output])

@@ -1,19 +1,18 @@
-"""An ONNX model of opset 18, which is the least that torch's exporter writes, in opset 17."""
+"""Convert an ONNX model from opset 18, the lowest that torch's exporter writes, to opset 17."""
 
-from __future__ import annotations
-
-from typing import Any
+import onnx_ir as ir
+from onnx import defs
 
 from exporters.errors import ExportError
 
 _NEW_OF_RESIZE = {"antialias", "axes", "keep_aspect_ratio_policy"}
 
 
-def to_opset_17(model: Any) -> None:
+def to_opset_17(model: ir.Model) -> None:
     """Change an onnx_ir model in place; ExportError names an operator that opset 17 cannot express."""
     for node in list(model.graph.all_nodes()):
         if node.domain in ("", "ai.onnx") and _changed_in_18(node.op_type):
-            _convert(model, node)
+            _convert(node)
         node.version = None
     for name in ("", "ai.onnx"):
         if name in model.opset_imports:
@@ -21,16 +20,14 @@ def to_opset_17(model: Any) -> None:
 
 
 def _changed_in_18(kind: str) -> bool:
-    from onnx import defs
-
     return defs.has(kind, 18, "") and defs.get_schema(kind, 18, "").since_version == 18
 
 
-def _convert(model: Any, node: Any) -> None:
+def _convert(node: ir.Node) -> None:
     kind = node.op_type
-    if kind.startswith("Reduce") and _axes_to_attribute(model, node):
+    if kind.startswith("Reduce") and _move_axes_to_attribute(node):
         return
-    if kind == "Split" and _split_as_one_before(node):
+    if kind == "Split" and _drop_split_count(node):
         return
     if kind == "Pad" and len(node.inputs) < 4:
         return
@@ -38,16 +35,16 @@ def _convert(model: Any, node: Any) -> None:
         for name in _NEW_OF_RESIZE & set(node.attributes):
             del node.attributes[name]
         return
-    if kind in ("ScatterElements", "ScatterND") and _text(node, "reduction") in ("", "none", "add", "mul"):
+    reduction = node.attributes.get_string("reduction", "none")
+    if kind in ("ScatterElements", "ScatterND") and reduction in ("", "none", "add", "mul"):
         return
-    raise ExportError(f"opset 17 cannot express {kind} as this network has it: take --opset 18 or more")
+    raise ExportError(f"opset 17 cannot express the {kind} operator of this network: take --opset 18 or later")
 
 
-def _axes_to_attribute(model: Any, node: Any) -> bool:
-    import onnx_ir as ir
-
+def _move_axes_to_attribute(node: ir.Node) -> bool:
+    """Make the axes an attribute; return whether opset 17 has this reduction."""
     if len(node.inputs) < 2 or node.inputs[1] is None:
-        if _number(node, "noop_with_empty_axes"):
+        if node.attributes.get_int("noop_with_empty_axes", 0):
             return False
     else:
         axes = ir.convenience.get_const_tensor(node.inputs[1])
@@ -59,24 +56,16 @@ def _axes_to_attribute(model: Any, node: Any) -> bool:
     return True
 
 
-def _split_as_one_before(node: Any) -> bool:
-    """Without sizes, opset 17 splits into equal parts only."""
+def _drop_split_count(node: ir.Node) -> bool:
+    """Drop the number of parts; return whether opset 17 has this split: without sizes its parts are equal."""
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         return True
-    axis, shape = _number(node, "axis"), node.inputs[0].shape
+    axis, shape = node.attributes.get_int("axis", 0), node.inputs[0].shape
     size = None if shape is None else shape[axis]
     node.attributes.pop("num_outputs", None)
     return isinstance(size, int) and size % len(node.outputs) == 0
 
 
-def _set_attributes(node: Any) -> set[str]:
-    """Of those that are given, the ones that are not what they are by default."""
+def _set_attributes(node: ir.Node) -> set[str]:
+    """Return the names of attributes that differ from their default."""
     return {name for name, attribute in node.attributes.items() if attribute.value not in (0, "stretch")}
-
-
-def _number(node: Any, name: str) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else 0
-
-
-def _text(node: Any, name: str) -> str:
-    return node.attributes[name].as_string() if name in node.attributes else ""

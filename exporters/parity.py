@@ -1,12 +1,8 @@
-"""Comparing what a file computes with the torch module that it was made from."""
-
-from __future__ import annotations
+"""Compare the outputs of an exported file with those of the torch module that it was made from."""
 
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +12,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.errors import ExportError, first_line
-from exporters.onnx_writer import save_model
-from profilers.external_data import reading_elsewhere
+from exporters.onnx_session import run_onnx
 
 Array = NDArray[Any]
+Batch = Mapping[str, Tensor]
 Alternatives = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Sequence[Tensor]]
-"""From a batch of one sample, and what the file decided on it, to what the module may as rightly give for it, where its
-computation decides between what is equal but for rounding: every output, ``(candidates, ...)``."""
+"""Other results of the module that are as right, where rounding decides between equal values.
+
+Takes a batch of one sample and the inner values by which the file decided; returns every output for a number of
+candidates, ``(candidates, ...)``.
+"""
 
 
 @dataclass(frozen=True)
 class OutputParity:
-    """How far one output of the ONNX file is from torch's, at worst over all batches, in the output's own unit.
+    """The largest difference of one output from torch's over all batches, in the output's own unit.
 
-    `shape` is the output's in the batch with the largest error. Errors are infinite where a shape differs or a value
-    is NaN or infinite on either side; such an output never passes. Of integers and truth values (answers, masks) both
-    errors are the part of the values that differ, and the reference is 1. Of all `samples`, `near_ties` were compared
-    with an alternative that the module may as rightly give.
+    For integers and truth values, such as answers and masks, both errors are the part of the values that differ, and
+    the reference is 1.
+
+    Attributes:
+        max_abs_error: infinite where a shape differs or a value is NaN or infinite on either side; such an output never
+            passes.
+        shape: of the output in the batch with the largest error.
+        samples: number of samples compared.
+        near_ties: how many of these were compared with an alternative result of the module.
     """
 
     output: str
@@ -46,121 +50,95 @@ class OutputParity:
     near_ties: int = 0
 
 
+@dataclass(frozen=True)
+class _Case:
+    """One batch, the module's outputs for it, the file's, and inner values by which the file decided."""
+
+    batch: Batch
+    expected: Sequence[Array]
+    actual: Sequence[Array]
+    decided: Mapping[str, Array]
+
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.batch.values())))
+
+
 def check_parity(
     module: nn.Module,
     onnx_path: str | Path,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     output_names: Sequence[str],
     tolerance: float = 1e-4,
     threads: int | None = None,
-    alternatives: Alternatives | None = None,
-    decisions: Sequence[str] = (),
 ) -> tuple[OutputParity, ...]:
-    """Runs `module` (put in eval mode, float32, CPU) and the ONNX file under ONNX Runtime's CPU provider on `batches`.
+    """Compare an ONNX file, run by ONNX Runtime's CPU provider, with ``module``; see `compare_outputs`.
 
-    A batch maps forward's argument names to tensors; let batches differ in batch size and sequence length. An output
-    passes when its largest absolute error is at most tolerance × max(1, its largest absolute reference value), each
-    over all batches. A sample that is further off is compared with the nearest of its `alternatives` instead, if that
-    is within the tolerance in all outputs; outputs without the batch as their first axis have none. `alternatives` are
-    told the `decisions`, values inside of the file. `threads` limits ONNX Runtime's threads. Raises ExportError when
-    ONNX Runtime is missing, cannot run the file, or the number of outputs is not that of `output_names`.
+    Args:
+        threads: of ONNX Runtime.
+
+    Raises:
+        ExportError: ONNX Runtime is missing or cannot run the file, the module fails, or the number of its outputs is
+            not that of ``output_names``.
     """
-    expected = _expected(module, batches, output_names)
-    with _giving(Path(onnx_path), decisions) as file:
-        session = open_session(file, threads)
-    given = [_run(session, batch, (*output_names, *decisions)) for batch in batches]
-    actual = [row[: len(output_names)] for row in given]
-    decided = [dict(zip(decisions, row[len(output_names) :], strict=True)) for row in given]
-    return _compared(expected, actual, batches, output_names, tolerance, alternatives, decided)
+    expected = _run_module(module, batches, len(output_names))
+    outputs = run_onnx(onnx_path, batches, output_names, threads=threads)
+    return _compare(_cases(batches, expected, outputs, output_names), output_names, tolerance, None)
 
 
 def compare_outputs(
     module: nn.Module,
     outputs: Sequence[Mapping[str, Array]],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     output_names: Sequence[str],
     tolerance: float = 1e-4,
     alternatives: Alternatives | None = None,
 ) -> tuple[OutputParity, ...]:
-    """`check_parity` for outputs that were computed elsewhere: by name, for each of the batches.
+    """Compare outputs of a runtime with those of ``module``, which is put in eval mode.
 
-    Raises ExportError when one of ``output_names`` is missing or their number is not that of the module's outputs.
-    """
-    missing = [name for name in output_names for given in outputs if name not in given]
-    if missing:
-        raise ExportError(f"there is no output {missing[0]} among {', '.join(outputs[0])}")
-    actual = [[given[name] for name in output_names] for given in outputs]
-    expected = _expected(module, batches, output_names)
-    return _compared(expected, actual, batches, output_names, tolerance, alternatives, [{}] * len(batches))
-
-
-class OnnxModule(nn.Module):
-    """An ONNX file under ONNX Runtime's CPU provider in the place of a module.
+    An output passes when its largest absolute error is at most tolerance × max(1, its largest absolute reference
+    value), each over all batches. A sample that is further off is compared with the nearest of its ``alternatives``
+    instead, if that is within the tolerance in all outputs. Outputs without the batch as their first axis have none.
 
     Args:
-        path: the file.
-        outputs: name in the file -> what the result, a mapping, has it under.
-        threads: of ONNX Runtime.
+        module: in float32, on the CPU.
+        outputs: by name, for each of the batches; values that are not among ``output_names`` go to ``alternatives``.
+        batches: tensors by forward's argument names; let them differ in batch size and sequence length.
+        output_names: of the module's outputs, in their order.
 
     Raises:
-        ExportError: ONNX Runtime is missing or cannot load the file.
+        ExportError: there is no batch, the module fails, one of ``output_names`` is missing, or their number is not
+            that of the module's outputs.
     """
-
-    def __init__(self, path: str | Path, outputs: Mapping[str, str], threads: int | None = None) -> None:
-        super().__init__()
-        self.session, self.outputs = open_session(path, threads), dict(outputs)
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        given = self.session.run(list(self.outputs), {name: t.cpu().numpy() for name, t in inputs.items()})
-        return {key: torch.from_numpy(array) for key, array in zip(self.outputs.values(), given, strict=True)}
-
-
-@contextmanager
-def _giving(path: Path, names: Sequence[str]) -> Iterator[Path]:
-    """The file, or one that gives values of its inside, too; ExportError where it has none of these names."""
-    if not names:
-        yield path
-        return
-    import onnx_ir as ir
-
-    model = ir.load(path)
-    values = {output.name: output for node in model.graph.all_nodes() for output in node.outputs}
-    missing = [name for name in names if name not in values]
+    missing = [name for name in output_names for values in outputs if name not in values]
     if missing:
-        raise ExportError(f"{path.name} has no value {missing[0]}: export it again")
-    model.graph.outputs.extend(values[name] for name in names)
-    with tempfile.TemporaryDirectory(prefix="optin-parity-") as folder:
-        made = Path(folder, path.name)
-        save_model(model, made)
-        yield made
+        raise ExportError(f"there is no output {missing[0]} among {', '.join(outputs[0])}")
+    expected = _run_module(module, batches, len(output_names))
+    return _compare(_cases(batches, expected, outputs, output_names), output_names, tolerance, alternatives)
 
 
-@dataclass(frozen=True)
-class _Difference:
-    largest: float
-    mean: float
-    reference: float
-    shape: tuple[int, ...]
+def _cases(
+    batches: Sequence[Batch],
+    expected: Sequence[Sequence[Array]],
+    outputs: Sequence[Mapping[str, Array]],
+    output_names: Sequence[str],
+) -> list[_Case]:
+    cases = []
+    for batch, row, values in zip(batches, expected, outputs, strict=True):
+        decided = {name: array for name, array in values.items() if name not in output_names}
+        cases.append(_Case(batch, row, [values[name] for name in output_names], decided))
+    return cases
 
 
-def _expected(
-    module: nn.Module, batches: Sequence[Mapping[str, Tensor]], output_names: Sequence[str]
-) -> list[list[Array]]:
-    """What the module gives, batches × outputs."""
+def _run_module(module: nn.Module, batches: Sequence[Batch], count: int) -> list[list[Array]]:
+    """Return the outputs of the module by batch; ExportError where it returns anything but ``count`` tensors."""
     if not batches:
         raise ExportError("parity needs at least one batch")
     module.eval()
-    rows = []
-    for batch in batches:
-        expected = _given(module, batch)
-        if len(expected) != len(output_names):
-            raise ExportError(f"the module returns {len(expected)} tensors, but {len(output_names)} outputs are named")
-        rows.append([_array(tensor) for tensor in expected])
-    return rows
+    return [_run_module_on(module, batch, count) for batch in batches]
 
 
-def _given(module: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """The tensors that the module gives; ExportError where it fails, or gives something else."""
+def _run_module_on(module: nn.Module, batch: Batch, count: int) -> list[Array]:
     try:
         # Copies, so that a module that changes its inputs does not change those of the file.
         with torch.no_grad():
@@ -168,12 +146,12 @@ def _given(module: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     except Exception as error:  # whatever a user's module raises
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
         raise ExportError(f"{type(module).__name__} fails on {shapes}: {first_line(error)}") from error
-    found = [result] if isinstance(result, Tensor) else result
-    if not isinstance(found, tuple | list) or not all(isinstance(each, Tensor) for each in found):
-        raise ExportError(
-            f"{type(module).__name__} gives a {type(result).__name__}: a tensor or a tuple of them is compared"
-        )
-    return list(found)
+    tensors = [result] if isinstance(result, Tensor) else result
+    if not isinstance(tensors, tuple | list) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise ExportError(f"{type(module).__name__} returns a {type(result).__name__}: only tensors can be compared")
+    if len(tensors) != count:
+        raise ExportError(f"the module returns {len(tensors)} tensors, but {count} outputs are named")
+    return [_array(tensor) for tensor in tensors]
 
 
 def _array(tensor: Tensor) -> Array:
@@ -181,135 +159,99 @@ def _array(tensor: Tensor) -> Array:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
 
 
-def _run(session: Any, batch: Mapping[str, Tensor], output_names: Sequence[str]) -> list[Array]:
-    try:
-        return list(session.run(list(output_names), {name: tensor.numpy() for name, tensor in batch.items()}))
-    except Exception as error:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
-        raise ExportError(f"ONNX Runtime cannot run the file on {shapes}: {first_line(error)}") from error
-
-
-def _compared(
-    expected: Sequence[Sequence[Array]],
-    actual: Sequence[Sequence[Array]],
-    batches: Sequence[Mapping[str, Tensor]],
-    output_names: Sequence[str],
-    tolerance: float,
-    alternatives: Alternatives | None,
-    decided: Sequence[Mapping[str, Array]],
+def _compare(
+    cases: Sequence[_Case], output_names: Sequence[str], tolerance: float, alternatives: Alternatives | None
 ) -> tuple[OutputParity, ...]:
-    """The worst of all batches, by output; expected and actual are batches × outputs."""
-    allowed = [tolerance * max(1.0, *(_largest(row[i]) for row in expected)) for i in range(len(output_names))]
+    """Return the worst of all cases, by output."""
+    indices = range(len(output_names))
+    allowed = [tolerance * max(1.0, *(_largest(case.expected[i]) for case in cases)) for i in indices]
     near_ties = 0
     if alternatives is not None:
-        cases = zip(expected, actual, batches, decided, strict=True)
-        settled = [_settled(*each, allowed, alternatives) for each in cases]
-        expected, near_ties = [row for row, _ in settled], sum(ties for _, ties in settled)
-    rows = [[_difference(*pair) for pair in zip(*row, strict=True)] for row in zip(expected, actual, strict=True)]
-    samples = sum(len(next(iter(batch.values()))) for batch in batches)
-    return tuple(
-        _worst(name, [row[i] for row in rows], tolerance, samples, near_ties) for i, name in enumerate(output_names)
-    )
+        settled = [_settle(case, allowed, alternatives) for case in cases]
+        cases, near_ties = [case for case, _ in settled], sum(ties for _, ties in settled)
+    samples = sum(case.samples for case in cases)
+    parities = []
+    for i, name in enumerate(output_names):
+        errors = [_error(case.expected[i], case.actual[i]) for case in cases]
+        largest, means, references = zip(*errors, strict=True)
+        worst, reference = int(np.argmax(largest)), max(references)
+        parities.append(
+            OutputParity(
+                output=name,
+                max_abs_error=largest[worst],
+                mean_abs_error=max(means),
+                max_abs_reference=reference,
+                tolerance=tolerance,
+                passed=largest[worst] <= tolerance * max(1.0, reference),
+                shape=cases[worst].expected[i].shape,
+                samples=samples,
+                near_ties=near_ties,
+            )
+        )
+    return tuple(parities)
 
 
-def _settled(
-    expected: Sequence[Array],
-    actual: Sequence[Array],
-    batch: Mapping[str, Tensor],
-    decided: Mapping[str, Array],
-    allowed: Sequence[float],
-    alternatives: Alternatives,
-) -> tuple[list[Array], int]:
-    """The expected outputs with the nearest alternative of each sample that is further off than allowed, where there is
-    one within that; and for how many samples there is."""
-    found, near_ties = [output.copy() for output in expected], 0
-    size = len(next(iter(batch.values())))
-    if any(e.shape != a.shape or e.shape[:1] != (size,) for e, a in zip(expected, actual, strict=True)):
-        return found, near_ties
-    apart = _apart(expected, actual, allowed)
-    for sample in np.flatnonzero(~(apart <= 1)):
+def _settle(case: _Case, allowed: Sequence[float], alternatives: Alternatives) -> tuple[_Case, int]:
+    """Expect the nearest alternative of each sample that is further off than allowed, where one is within that.
+
+    Returns:
+        The case, and the number of samples with such an alternative.
+    """
+    pairs = list(zip(case.expected, case.actual, strict=True))
+    if any(e.shape != a.shape or e.shape[:1] != (case.samples,) for e, a in pairs):
+        return case, 0
+    expected, near_ties = [output.copy() for output in case.expected], 0
+    for index in np.flatnonzero(~(_sample_errors(case.expected, case.actual, allowed) <= 1)):
+        one = slice(index, index + 1)
         with torch.no_grad():
-            one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
-            its = {name: torch.from_numpy(values[sample : sample + 1]) for name, values in decided.items()}
-            made = alternatives(one, its)
-        candidates = [output.numpy() for output in made]
-        distances = _apart(candidates, [output[sample : sample + 1] for output in actual], allowed)
-        nearest = int(np.argmin(distances))
-        if distances[nearest] <= 1:
+            decided = {name: torch.from_numpy(values[one]) for name, values in case.decided.items()}
+            outputs = alternatives({name: tensor[one] for name, tensor in case.batch.items()}, decided)
+        candidates = [output.numpy() for output in outputs]
+        errors = _sample_errors(candidates, [output[one] for output in case.actual], allowed)
+        nearest = int(np.argmin(errors))
+        if errors[nearest] <= 1:
             near_ties += 1
-            for output, candidate in zip(found, candidates, strict=True):
-                output[sample] = candidate[nearest]
-    return found, near_ties
+            for output, candidate in zip(expected, candidates, strict=True):
+                output[index] = candidate[nearest]
+    return replace(case, expected=expected), near_ties
 
 
-def _apart(some: Sequence[Array], others: Sequence[Array], allowed: Sequence[float]) -> Array:
-    """By sample, the largest error of all outputs in units of what is allowed; infinite where a value is not finite."""
-    errors = [_by_sample(*each) for each in zip(some, others, allowed, strict=True)]
+def _sample_errors(references: Sequence[Array], outputs: Sequence[Array], allowed: Sequence[float]) -> Array:
+    """Return the largest error of each sample over all outputs, as a multiple of what is allowed.
+
+    It is infinite where a value is not finite. One of the two may have one sample, which is compared with all.
+    """
+    errors = [_sample_error(*row) for row in zip(references, outputs, allowed, strict=True)]
     return np.nan_to_num(np.max(errors, axis=0), nan=math.inf, posinf=math.inf)
 
 
-def _by_sample(some: Array, others: Array, allowed: float) -> Array:
-    if _is_answer(some):
-        return (some != others).reshape(max(len(some), len(others)), -1).mean(axis=1) / allowed
-    errors = np.abs(some.astype(np.float64) - others.astype(np.float64)).reshape(max(len(some), len(others)), -1)
+def _sample_error(reference: Array, output: Array, allowed: float) -> Array:
+    samples = max(len(reference), len(output))
+    if _is_answer(reference):
+        return (reference != output).reshape(samples, -1).mean(axis=1) / allowed
+    errors = np.abs(reference.astype(np.float64) - output.astype(np.float64)).reshape(samples, -1)
     largest: Array = errors.max(axis=1, initial=0) / allowed
     return largest
 
 
 def _largest(values: Array) -> float:
-    """The largest value that is finite; 1 of answers, which differ or do not."""
+    """Return the largest absolute finite value; 1 for integers and truth values."""
     return 1.0 if _is_answer(values) else float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
 
 def _is_answer(values: Array) -> bool:
-    """Whether the values are integers or truth values: which one it is counts, not how far apart two are."""
+    """Return whether values are integers or truth values, which differ or not, however far they are apart."""
     return bool(values.dtype.kind in "iub")
 
 
-def _difference(reference: Array, actual: Array) -> _Difference:
+def _error(reference: Array, actual: Array) -> tuple[float, float, float]:
+    """Return the largest error, the mean error and the largest reference value."""
     if reference.shape != actual.shape or not (np.isfinite(reference).all() and np.isfinite(actual).all()):
-        return _Difference(math.inf, math.inf, 0.0, reference.shape)
+        return math.inf, math.inf, 0.0
     if reference.size == 0:
-        return _Difference(0.0, 0.0, 0.0, reference.shape)
+        return 0.0, 0.0, 0.0
     if _is_answer(reference):
         differing = float((reference != actual).mean())
-        return _Difference(differing, differing, 1.0, reference.shape)
+        return differing, differing, 1.0
     error = np.abs(reference.astype(np.float64) - actual.astype(np.float64))
-    return _Difference(float(error.max()), float(error.mean()), float(np.abs(reference).max()), reference.shape)
-
-
-def _worst(
-    name: str, differences: Sequence[_Difference], tolerance: float, samples: int, near_ties: int
-) -> OutputParity:
-    worst = max(differences, key=lambda difference: difference.largest)
-    reference = max(difference.reference for difference in differences)
-    return OutputParity(
-        output=name,
-        max_abs_error=worst.largest,
-        mean_abs_error=max(difference.mean for difference in differences),
-        max_abs_reference=reference,
-        tolerance=tolerance,
-        passed=worst.largest <= tolerance * max(1.0, reference),
-        shape=worst.shape,
-        samples=samples,
-        near_ties=near_ties,
-    )
-
-
-def open_session(path: str | Path, threads: int | None = None) -> Any:
-    """The file under ONNX Runtime's CPU provider; ExportError when that is missing or cannot load it, or the file has
-    weights outside its own directory."""
-    if elsewhere := reading_elsewhere(Path(path)):
-        raise ExportError(elsewhere)
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ExportError("onnxruntime is not installed: pip install 'optin-deploy[cpu]'") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {first_line(error)}") from error
+    return float(error.max()), float(error.mean()), float(np.abs(reference).max())

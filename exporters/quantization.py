@@ -1,34 +1,31 @@
-"""8-bit precision, written into the graph as QuantizeLinear and DequantizeLinear around linear maps.
+"""Write 8-bit precision into an ONNX file, as QuantizeLinear and DequantizeLinear around linear layers.
 
 ONNX Runtime's quantizer finds the ranges on calibration batches and places the operators. Weights have a scale per
-output, activations one per tensor, all symmetric, as TensorRT wants them; everything but the linear maps (attention's
-own products, norms, softmax) stays float32. Before that the inputs of every map are made equally large, channel by
-channel, which changes nothing in float32: transformers have a few channels that would take the whole range.
+output, activations one per tensor, all symmetric, as TensorRT needs them. Everything but the linear layers (attention's
+own products, norms, softmax) stays float32. `smoothquant` first brings the channels of their inputs to one size.
 """
-
-from __future__ import annotations
 
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
 from io import StringIO
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
-from exporters.onnx_writer import PRODUCER, onnx_from_program, save_model
+from exporters.onnx_graph import add_constant, remove_unused
+from exporters.onnx_writer import PRODUCER, OnnxSpec, save_model, write_onnx
 from exporters.precisions import Precision, Quantized, is_quantized
-from exporters.smoothquant import drop_unused, equalise
-from exporters.tracing import DynamicAxes
+from exporters.smoothquant import equalise
 
 Batch = Mapping[str, Tensor]
 
@@ -43,77 +40,68 @@ _OPERATORS: dict[Quantized, list[str]] = {"int8": ["MatMul", "Gemm", "Conv"], "f
 def onnx_in_precision(
     program: torch.export.ExportedProgram,
     path: str | Path,
+    spec: OnnxSpec,
     precision: Precision,
     batches: Sequence[Batch],
-    *,
-    output_names: Sequence[str],
-    dynamic_axes: DynamicAxes,
-    opset: int = 20,
-    inner_names: Sequence[str] = (),
 ) -> None:
-    """`onnx_from_program` of what `in_precision` gave for ``precision``, quantized on ``batches`` for int8 and fp8."""
-    write = partial(
-        onnx_from_program,
-        program,
-        output_names=output_names,
-        dynamic_axes=dynamic_axes,
-        opset=opset,
-        inner_names=inner_names,
-    )
+    """Write the ONNX file of a program, as `in_precision` returns it, in ``precision``.
+
+    Args:
+        batches: calibration data for int8 and fp8; other precisions need none.
+    """
     if not is_quantized(precision):
-        write(path)
+        write_onnx(program, path, spec)
         return
     with tempfile.TemporaryDirectory(prefix="optin-quantize-") as folder:
         exact = Path(folder, "exact.onnx")
-        write(exact)
+        write_onnx(program, exact, spec)
         quantize(exact, path, batches, precision)
 
 
 def quantize(source: Path, path: str | Path, batches: Sequence[Batch], precision: Quantized) -> None:
-    """Write ``source``, a float32 ONNX file, with its linear maps in 8 bits.
+    """Write ``source``, a float32 ONNX file, with its linear layers in 8 bits.
 
     Args:
-        path: appears whole or not at all.
+        path: written whole or not at all.
         batches: calibration data by input name; the first 256 samples are used.
-        precision: `int8`, or `fp8` (e4m3; opset 19 at least), whose scales are those of int8 times 127/448: both let
-            the largest value seen be the largest that there is.
+        precision: ``int8``, or ``fp8`` (e4m3, from opset 19 on). fp8 has the scales of int8 times 127/448, so that the
+            largest value seen becomes the largest value of the type in both.
 
     Raises:
-        ExportError: there is nothing to calibrate on, the opset has no fp8, or ONNX Runtime cannot quantize it.
+        ExportError: there is no calibration data, the opset has no fp8, or ONNX Runtime cannot quantize the file.
     """
-    import onnx_ir as ir
-
-    used = _first(batches)
-    if not used:
+    batches = _first_samples(batches)
+    if not batches:
         raise ExportError(f"{precision} needs calibration data, and there is none")
     with tempfile.TemporaryDirectory(prefix="optin-quantize-") as folder, staged(path) as temporary:
-        equal, made = Path(folder, "equal.onnx"), Path(folder, "made.onnx")
+        equalised, quantized = Path(folder, "equalised.onnx"), Path(folder, "quantized.onnx")
         model = ir.load(source)
         if precision == "fp8" and (model.opset_imports[""] or 0) < _FP8_OPSET:
-            raise ExportError(f"ONNX has fp8 from opset {_FP8_OPSET} on, and this is opset {model.opset_imports['']}")
+            opset = model.opset_imports[""]
+            raise ExportError(f"fp8 needs opset {_FP8_OPSET} or later, and this file has opset {opset}")
         scopes = {node.outputs[0].name: dict(node.metadata_props) for node in model.graph}
-        equalise(model, source, used)
-        drop_unused(model)
-        save_model(model, equal)
-        _quantize_static(equal, made, used, precision, _own_products(model))
-        model = ir.load(made)
+        equalise(model, source, batches)
+        remove_unused(model)
+        save_model(model, equalised)
+        _quantize_static(equalised, quantized, batches, precision, _activation_products(model))
+        model = ir.load(quantized)
         if precision == "fp8":
-            _to_fp8(model)
-            drop_unused(model)
+            _convert_to_fp8(model)
+            remove_unused(model)
         for node in model.graph:
-            node.metadata_props.update(scopes.get(_taker(node).outputs[0].name, {}))
+            node.metadata_props.update(scopes.get(_quantized_operator(node).outputs[0].name, {}))
         model.producer_name, model.producer_version = PRODUCER, None
         save_model(model, temporary)
 
 
-def _first(batches: Sequence[Batch]) -> list[Batch]:
+def _first_samples(batches: Sequence[Batch]) -> list[Batch]:
     counts = np.cumsum([0, *(next(iter(b.values())).shape[0] for b in batches)])
     return [b for b, _ in takewhile(lambda pair: pair[1] < _SAMPLES, zip(batches, counts, strict=False))]
 
 
-def _own_products(model: Any) -> list[str]:
-    """Products of two activations, as attention has."""
-    return [node.name for node in model.graph if node.op_type == "MatMul" and node.inputs[1].const_value is None]
+def _activation_products(model: ir.Model) -> list[str]:
+    """Return the names of products of two activations, as in attention."""
+    return [str(node.name) for node in model.graph if node.op_type == "MatMul" and node.inputs[1].const_value is None]
 
 
 def _quantize_static(
@@ -137,7 +125,7 @@ def _quantize_static(
         "WeightSymmetric": True,
         "OpTypesToExcludeOutputQuantization": _OPERATORS[precision],
         "QuantizeBias": False,
-        # What is to become fp8 must not have gone through int8.
+        # Weights that become fp8 must not be rounded to int8 before.
         "AddQDQPairToWeight": precision == "fp8",
     }
     try:
@@ -161,7 +149,7 @@ def _quantize_static(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the quantizer prints and logs: its failures are exceptions."""
+    """Hide what the quantizer prints and logs: its failures are exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -171,48 +159,44 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _taker(node: Any) -> Any:
-    """The operator that a value is quantized for, of several the first; the node itself if it quantizes none."""
+def _quantized_operator(node: ir.Node) -> ir.Node:
+    """Return the first operator that a value is quantized for; the node itself if it quantizes none."""
     while node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.outputs[0].uses():
         node = next(iter(node.outputs[0].uses()))[0]
     return node
 
 
-def _to_fp8(model: Any) -> None:
-    """Exchange int8 by e4m3 in every pair of operators; weights are rounded here, once."""
+def _convert_to_fp8(model: ir.Model) -> None:
+    """Replace int8 by e4m3 in every pair of operators; weights are rounded here, once."""
     import ml_dtypes
-    import onnx_ir as ir
 
-    eight = ml_dtypes.float8_e4m3fn
+    nodes = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     changed: set[str] = set()
-    for node in list(model.graph):
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
+    for node in nodes:
         scale, zero = node.inputs[1], node.inputs[2]
         if scale.name not in changed:
             scale.const_value = ir.tensor(scale.const_value.numpy() * (_INT8_MOST / _FP8_MOST), name=scale.name)
             changed.add(scale.name)
         if zero.name not in changed:
-            zero.const_value = ir.tensor(np.zeros(zero.const_value.shape, eight), name=zero.name)
+            zero.const_value = ir.tensor(np.zeros(zero.const_value.shape, ml_dtypes.float8_e4m3fn), name=zero.name)
             zero.dtype = ir.DataType.FLOAT8E4M3FN
             changed.add(zero.name)
         if node.op_type == "QuantizeLinear":
             node.outputs[0].dtype = ir.DataType.FLOAT8E4M3FN
-    for node in list(model.graph):
+    for node in nodes:
         if node.op_type == "QuantizeLinear" and node.inputs[0].const_value is not None:
-            _round_weight(ir, model, node, eight)
+            _round_weight(model, node)
 
 
-def _round_weight(ir: Any, model: Any, node: Any, eight: Any) -> None:
-    """Put the rounded weight in the place of the operator that would round it at run time."""
+def _round_weight(model: ir.Model, node: ir.Node) -> None:
+    """Replace the operator that would round the weight at run time by the rounded weight."""
+    import ml_dtypes
+
     weight, scale = node.inputs[0].const_value.numpy(), node.inputs[1].const_value.numpy()
     axis = node.attributes["axis"].as_int() if scale.ndim else 0
-    over = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)]) if scale.ndim else scale
-    rounded = np.clip(weight / over, -_FP8_MOST, _FP8_MOST).astype(eight)
-    name = f"{node.inputs[0].name}_fp8"
-    value = ir.Value(name=name, const_value=ir.tensor(rounded, name=name))
-    value.dtype, value.shape = ir.DataType.FLOAT8E4M3FN, ir.Shape(rounded.shape)
-    model.graph.register_initializer(value)
+    scales = scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)]) if scale.ndim else scale
+    rounded = np.clip(weight / scales, -_FP8_MOST, _FP8_MOST).astype(ml_dtypes.float8_e4m3fn)
+    value = add_constant(model, f"{node.inputs[0].name}_fp8", rounded)
     for user, index in list(node.outputs[0].uses()):
         user.replace_input_with(index, value)
     model.graph.remove(node, safe=True)

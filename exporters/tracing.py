@@ -1,4 +1,4 @@
-"""Tracing a module with torch.export, with the dimensions that are to stay dynamic."""
+"""Trace a module with torch.export, with dynamic dimensions, and save the program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,32 @@ from torch import Tensor, nn
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 DynamicAxes = Mapping[str, Mapping[int, str]]
 """Input name → dimension → readable axis name, as in {"input_ids": {0: "batch", 1: "sequence"}}."""
 
 
 def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: DynamicAxes) -> torch.export.ExportedProgram:
-    """Traces `module`, put in eval mode, on `inputs`, passed to its forward as keyword arguments.
+    """Trace ``module``, put in eval mode, on ``inputs``. Nothing is printed.
 
-    A dynamic dimension whose sample has size 1 is repeated to 2 first, since torch.export bakes in sizes of 1.
-    Raises ExportError when the module cannot be traced or fixes a dimension that `dynamic_axes` asks to be dynamic.
-    Nothing is printed.
+    A dynamic dimension whose sample has size 1 is repeated to 2 first, since torch.export fixes sizes of 1.
+
+    Args:
+        inputs: tensors by forward's argument names, passed as keyword arguments.
+        dynamic_axes: dimensions that take any size, with readable names.
+
+    Raises:
+        ExportError: the module cannot be traced, or it fixes a dimension of ``dynamic_axes``.
     """
     _check_inputs(module, inputs)
     _check_axes(inputs, dynamic_axes)
-    samples = {name: _without_ones(tensor, dynamic_axes.get(name, {})) for name, tensor in inputs.items()}
-    # DYNAMIC and not named Dims: a named Dim has to state the exact range (a position table's length, say), which
-    # only tracing finds out. It does not tie two dimensions of one name together; the ONNX file's names do that.
+    samples = {name: _repeat_ones(tensor, dynamic_axes.get(name, {})) for name, tensor in inputs.items()}
+    # DYNAMIC, because a named Dim must state the exact range, such as a position table's length, which only tracing
+    # finds out. DYNAMIC does not tie two dimensions of one name together; the names in the ONNX file do that.
     shapes = {name: dict.fromkeys(dynamic_axes.get(name, {}), torch.export.Dim.DYNAMIC) or None for name in samples}
-    # What torch prints of a graph that it cannot finish is many lines.
+    # torch prints many lines about a graph that it cannot finish.
     quiet = io.StringIO()
     try:
         module.eval()
@@ -50,24 +58,26 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], dynamic_axes: Dynamic
             program = torch.export.export(module, (), kwargs=samples, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises a dozen unrelated types
         raise ExportError(f"torch.export cannot trace {type(module).__name__}: {first_line(error)}") from error
-    symbols(program, dynamic_axes)
-    # Run-time checks of the inputs. Those on a forward that takes **kwargs name a variable that torch does not define
-    # when it lowers the program; ONNX files have no such checks, and the dynamic dimensions are verified above.
+    axis_symbols(program, dynamic_axes)
+    # Run-time checks of the inputs name an undefined variable for a forward that takes **kwargs. ONNX files have no
+    # such checks, and the dynamic dimensions are verified above.
     program._guards_code = []
     return program
 
 
 @contextmanager
 def _named_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Gives a forward that takes ``**kwargs`` parameters of these names: torch before 2.12 accepts no dynamic shapes
-    for ``**kwargs``."""
+    """Let a forward that takes ``**kwargs`` have parameters of these names.
+
+    torch before 2.12 accepts no dynamic shapes for ``**kwargs``.
+    """
     forward = module.forward
     if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
         yield
         return
 
     @wraps(forward)
-    def named(**inputs: Tensor) -> Any:
+    def named(**inputs: Tensor) -> object:
         return forward(**inputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
@@ -80,14 +90,15 @@ def _named_parameters(module: nn.Module, names: Iterable[str]) -> Iterator[None]
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | Path) -> None:
-    """Writes `program` as a .pt2 archive that torch.export.load reads.
+    """Write ``program`` as a .pt2 archive, which ``torch.export.load`` reads.
 
-    Raises ExportError for another suffix, and where torch cannot save it or the file cannot be written.
+    Raises:
+        ExportError: the suffix is another one, torch cannot save the program, or the file cannot be written.
     """
     if Path(path).suffix != ".pt2":
         raise ExportError(f"an exported program is saved as .pt2, not as {Path(path).name}")
     try:
-        with staged(path) as temporary, _Unfailing(temporary, "w") as file:
+        with staged(path) as temporary, _ErrorKeepingFile(temporary, "w") as file:
             torch.export.save(program, file)
             if file.error is not None:
                 raise file.error
@@ -97,12 +108,12 @@ def save_program(program: torch.export.ExportedProgram, path: str | Path) -> Non
         raise ExportError(f"the program for {path} cannot be saved: {first_line(error)}") from error
 
 
-class _Unfailing(io.FileIO):
-    """Takes all that is written, and keeps the first error: torch's writer ends the process where a write fails."""
+class _ErrorKeepingFile(io.FileIO):
+    """A file that keeps its first error instead of raising it: torch's writer ends the process when a write fails."""
 
     error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         left = memoryview(data).cast("B")
         size = len(left)
         try:
@@ -114,52 +125,53 @@ class _Unfailing(io.FileIO):
 
 
 def input_names(program: torch.export.ExportedProgram) -> tuple[str, ...]:
-    """The keyword arguments of the traced forward, in the order of the graph's inputs."""
+    """Return the keyword arguments of the traced forward, in the order of the graph's inputs."""
     example = program.example_inputs
     return tuple(example[1]) if example else tuple(str(name) for name in program.graph_signature.user_inputs)
 
 
-def symbols(program: torch.export.ExportedProgram, dynamic_axes: DynamicAxes) -> dict[str, str]:
-    """Torch's symbol → readable axis name, for every dimension in `dynamic_axes`.
+def axis_symbols(program: torch.export.ExportedProgram, dynamic_axes: DynamicAxes) -> dict[str, str]:
+    """Return torch's symbol -> readable axis name, for every dimension in ``dynamic_axes``.
 
-    Raises ExportError when one of them became a number, a multiple of something, or equal to one of another name.
+    Raises:
+        ExportError: a dimension became a number, a multiple of something, or equal to one of another name.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    found: dict[str, str] = {}
+    labels: dict[str, str] = {}
     for name, placeholder in zip(input_names(program), program.graph_signature.user_inputs, strict=True):
         for axis, label in dynamic_axes.get(name, {}).items():
             size = nodes[str(placeholder)].meta["val"].shape[axis]
             where = f"dimension {axis} ({label}) of input {name}"
             if isinstance(size, int):
-                raise ExportError(f"{where} was asked to be dynamic, but the model fixes it to {size}")
+                raise ExportError(f"{where} is to be dynamic, but the model fixes it to {size}")
             symbol = str(size)
             if not re.fullmatch(r"[A-Za-z_]\w*", symbol):
-                raise ExportError(f"{where} was asked to be dynamic, but the model only takes sizes of {symbol}")
-            if found.setdefault(symbol, label) != label:
-                raise ExportError(f"{where} must equal the dimension named {found[symbol]}: give both one name")
-    return found
+                raise ExportError(f"{where} is to be dynamic, but the model only takes sizes of {symbol}")
+            if labels.setdefault(symbol, label) != label:
+                raise ExportError(f"{where} must equal the dimension named {labels[symbol]}: give both one name")
+    return labels
 
 
 def _check_inputs(module: object, inputs: object) -> None:
     if not isinstance(module, nn.Module):
-        raise ExportError(f"a torch.nn.Module is exported, not a {type(module).__name__}")
+        raise ExportError(f"only a torch.nn.Module can be exported, not a {type(module).__name__}")
     if not isinstance(inputs, Mapping) or not inputs:
-        raise ExportError("the inputs are a mapping of forward's argument names to tensors, with one at least")
-    odd = next((name for name, value in inputs.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        raise ExportError(f"input {odd} is a {type(inputs[odd]).__name__}: a tensor is needed")
+        raise ExportError("inputs must map forward's argument names to tensors, with one at least")
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            raise ExportError(f"input {name} is a {type(value).__name__}: a tensor is needed")
 
 
 def _check_axes(inputs: Mapping[str, Tensor], dynamic_axes: DynamicAxes) -> None:
     for name, axes in dynamic_axes.items():
         if name not in inputs:
-            raise ExportError(f"dynamic axes are given for {name}, which is not among the inputs {', '.join(inputs)}")
+            raise ExportError(f"dynamic_axes names {name}, which is not among the inputs {', '.join(inputs)}")
         for axis in axes:
             if not 0 <= axis < inputs[name].dim():
                 raise ExportError(f"input {name} has {inputs[name].dim()} dimensions, so no dimension {axis}")
 
 
-def _without_ones(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+def _repeat_ones(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
     for axis in axes:
         if tensor.shape[axis] == 1:
             tensor = tensor.repeat_interleave(2, dim=axis)

@@ -1,10 +1,8 @@
-"""TensorRT engines from ONNX files, built by TensorRT or by TensorRT for RTX: one code, two products, never confused.
+"""Build engines from ONNX files with one of two products, TensorRT or TensorRT for RTX.
 
-An engine runs only where it was built for. What that is stands in a file beside it (`ENGINE.json`), which
-`check_engine` compares with what is here.
+An engine runs only on the device and the version that it was built for. `ENGINE.json`, written next to it, records
+these, and `check_engine` compares them with this machine.
 """
-
-from __future__ import annotations
 
 import hashlib
 import importlib
@@ -19,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +24,7 @@ from exporters.errors import ExportError
 from exporters.files import staged
 from exporters.shapes import Range, Shape
 from exporters.tracing import DynamicAxes
+from exporters.trt_engine_worker import BuildSpec
 from profilers.external_data import reading_elsewhere
 
 
@@ -36,9 +34,9 @@ class Builder:
 
     Attributes:
         product: its name.
-        package: what Python imports.
-        extra: what installs it.
-        needs_gpu: whether it cannot build without one.
+        package: its name in Python.
+        extra: the extra of optin-deploy that installs it.
+        needs_gpu: whether it builds on a GPU only.
     """
 
     product: str
@@ -51,7 +49,7 @@ BUILDERS = {
     "tensorrt": Builder("TensorRT", "tensorrt", "tensorrt", needs_gpu=True),
     "rtx": Builder("TensorRT for RTX", "tensorrt_rtx", "rtx", needs_gpu=False),
 }
-"""By the name of the runtime that runs the engines."""
+"""Builders by the name of the runtime that runs their engines."""
 
 _FUSED_OPSET = 23
 _FUSED_SINCE = (10, 15)
@@ -59,7 +57,7 @@ _FUSED_SINCE = (10, 15)
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine is built; networks are strongly typed, so that the ONNX file alone says what is computed how.
+    """Options of a build. Networks are strongly typed: the ONNX file alone decides the type of each operator.
 
     Attributes:
         builder: one of `BUILDERS`.
@@ -84,9 +82,13 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine was built of, by what, and for what; ``device`` is None where there was no GPU.
+    """How an engine was built.
 
-    Hashes are SHA-256. ``inputs`` are the shapes that it takes, by name. ``flags`` are the builder flags that were set.
+    Attributes:
+        onnx_sha256: of the ONNX file and its external data.
+        device: the GPU; None where there was none.
+        inputs: shapes that the engine takes, by name.
+        flags: builder flags that were set.
     """
 
     builder: str
@@ -101,39 +103,43 @@ class EngineInfo:
 
 
 def check_builder(config: EngineConfig) -> None:
-    """Raise ExportError unless the builder is installed, builds such engines, and has the GPU it needs for that."""
+    """Raise ExportError unless the builder is installed, supports the options, and has the GPU that it needs."""
     builder = BUILDERS[config.builder]
     missing = [p for p in (builder.package, "polygraphy") if importlib.util.find_spec(p) is None]
     if missing:
         raise ExportError(f"{missing[0]} is not installed: pip install 'optin-deploy[{builder.extra}]'")
     if config.version_compatible and config.builder == "rtx":
         raise ExportError(f"{builder.product} has no version-compatible engines; TensorRT has")
-    refitted = config.refittable or (config.weight_stripped and config.builder == "rtx")
-    if (builder.needs_gpu or refitted) and device_name() is None:
-        what = "refittable engines" if refitted else "engines"
-        raise ExportError(f"{builder.product} builds {what} on a GPU only, and none is present")
+    refittable = config.refittable or (config.weight_stripped and config.builder == "rtx")
+    if (builder.needs_gpu or refittable) and device_name() is None:
+        kind = "refittable engines" if refittable else "engines"
+        raise ExportError(f"{builder.product} builds {kind} on a GPU only, and none is present")
 
 
 def check_opset(name: str, opset: int) -> None:
-    """Raise ExportError where the installed builder's parser is older than the operators of ``opset``.
+    """Raise ExportError where the installed builder cannot read the operators of ``opset``.
 
     TensorRT reads Attention (opset 23) from 10.14 on and RMSNormalization (opset 23) from 10.15 on.
     """
     if name != "tensorrt" or opset < _FUSED_OPSET:
         return
-    here = builder_version(name)
-    if version_of(here) < _FUSED_SINCE:
-        least = ".".join(map(str, _FUSED_SINCE))
-        raise ExportError(f"TensorRT {here} does not read opset {opset}, {least} and later do: give --opset 20")
+    installed = builder_version(name)
+    if parse_version(installed) < _FUSED_SINCE:
+        needed = ".".join(map(str, _FUSED_SINCE))
+        raise ExportError(f"TensorRT {installed} cannot read opset {opset}, only {needed} and later: give --opset 20")
 
 
 def builder_version(name: str) -> str:
-    """Of the product, which has to be installed."""
+    """Return the version of the product, which must be installed."""
     return str(importlib.import_module(BUILDERS[name].package).__version__)
 
 
-def version_of(text: str) -> tuple[int, ...]:
-    """A version as numbers that compare: "10.14.1.48" gives (10, 14, 1, 48), and what is no number ends it."""
+def parse_version(text: str) -> tuple[int, ...]:
+    """Return a version as numbers that compare, up to the first part that is no number.
+
+    >>> parse_version("10.14.1.48")
+    (10, 14, 1, 48)
+    """
     numbers = takewhile(str.isdecimal, text.split("."))
     return tuple(map(int, numbers))
 
@@ -141,13 +147,13 @@ def version_of(text: str) -> tuple[int, ...]:
 def input_ranges(
     shapes: Mapping[str, Sequence[int]], axes: DynamicAxes, batch_sizes: Sequence[int], best: int, *, static: bool
 ) -> dict[str, Range]:
-    """Shapes for an engine that takes every batch size from the least to the most of ``batch_sizes``.
+    """Return shapes for an engine that takes every batch size from the smallest to the largest of ``batch_sizes``.
 
     Args:
         shapes: of a sample, by input.
-        axes: the dynamic dimensions; what is not named "batch" may be anything up to the sample's size.
-        best: the batch size to be fastest at.
-        static: it takes nothing but ``best``, and of the other dimensions nothing but the sample's size.
+        axes: dynamic dimensions; those not named "batch" take every size up to the sample's.
+        best: the batch size that the engine is fastest at.
+        static: the engine takes ``best`` only, and of the other dimensions only the sample's size.
     """
 
     def at(name: str, batch: int, least: bool) -> Shape:
@@ -166,17 +172,17 @@ def input_ranges(
 def build_engine(
     onnx: Path, engine: Path, inputs: Mapping[str, Range], config: EngineConfig, timing_cache: Path | None = None
 ) -> EngineInfo:
-    """Build ``engine`` from an ONNX file, in a process of its own: a builder that crashes takes nothing with it.
+    """Build ``engine`` from an ONNX file, in a process of its own, because builders can crash.
 
     Args:
-        onnx: with its external data beside it, if it has any.
-        engine: appears whole or not at all, with `ENGINE.json` beside it and, where there is a GPU,
-            `ENGINE.layers.json`: what it says of its layers and the nodes that they were made of.
-        inputs: shapes to be taken, see `input_ranges`.
-        timing_cache: measurements of earlier builds, read and added to.
+        onnx: its external data, if any, is next to it.
+        engine: written whole or not at all, with `ENGINE.json` next to it and, where there is a GPU,
+            `ENGINE.layers.json`, which lists the engine's layers and their ONNX nodes.
+        inputs: shapes that the engine takes, see `input_ranges`.
+        timing_cache: measurements of earlier builds; new ones are added.
 
     Raises:
-        ExportError: the builder is not there or cannot build it, or ``onnx`` has weights outside its own directory.
+        ExportError: the builder is missing or cannot build the engine, or ``onnx`` has weights outside its directory.
     """
     if elsewhere := reading_elsewhere(onnx.resolve()):
         raise ExportError(elsewhere)
@@ -185,15 +191,15 @@ def build_engine(
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
     with staged(engine) as temporary:
         flags = temporary.with_name(f"{engine.name}.flags.json").resolve()
-        spec = {
+        spec: BuildSpec = {
             "onnx": str(onnx.resolve()),
             "engine": str(temporary.resolve()),
-            # Only a GPU's runtime can read an engine; without one, constructing it can end the process.
             "flags": str(flags),
+            # Only a GPU's runtime can read an engine; without a GPU, constructing it can end the process.
             "layers": device_name() and str(temporary.with_name(f"{engine.name}.layers.json").resolve()),
             "inputs": {name: asdict(r) for name, r in inputs.items()},
             "config": asdict(config),
-            "timing_cache": timing_cache and str(timing_cache.resolve()),
+            "timing_cache": None if timing_cache is None else str(timing_cache.resolve()),
         }
         _run_worker(spec, onnx)
         info = EngineInfo(
@@ -213,7 +219,7 @@ def build_engine(
 
 
 def read_info(engine: Path) -> EngineInfo:
-    """What stands beside ``engine``; ExportError where that is missing or of another layout."""
+    """Read `ENGINE.json`; ExportError where it is missing or damaged."""
     path = engine.with_name(f"{engine.name}.json")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -227,8 +233,15 @@ def read_info(engine: Path) -> EngineInfo:
 
 
 def check_engine(engine: Path, onnx: Path | None = None) -> EngineInfo:
-    """`read_info`; ExportError says what differs from what is here: the product's version, the device, the file itself,
-    or the ONNX file that it should have been built of. That is refused when it has weights outside its directory."""
+    """Return how an engine was built, after a check that it runs on this machine.
+
+    Args:
+        onnx: the file that the engine must have been built from.
+
+    Raises:
+        ExportError: the product's version, the device, the engine file or the ONNX file differs, or ``onnx`` has
+            weights outside its directory.
+    """
     if onnx is not None and (elsewhere := reading_elsewhere(onnx.resolve())):
         raise ExportError(elsewhere)
     info = read_info(engine)
@@ -237,29 +250,36 @@ def check_engine(engine: Path, onnx: Path | None = None) -> EngineInfo:
         raise ExportError(f"{engine.name} was built by {info.builder!r}, not by one of {', '.join(BUILDERS)}")
     if not engine.is_file():
         raise ExportError(f"{engine} does not exist: build it again")
-    differing = _content_differs(engine, onnx, info) or _place_differs(builder, info)
-    if differing:
-        raise ExportError(f"{engine.name} is {differing}: build it again")
+    if difference := _file_difference(engine, onnx, info) or _machine_difference(builder, info):
+        raise ExportError(f"{engine.name} {difference}: build it again")
     return info
 
 
-def _content_differs(engine: Path, onnx: Path | None, info: EngineInfo) -> str:
+def _file_difference(engine: Path, onnx: Path | None, info: EngineInfo) -> str:
+    """Return how the files differ from those of the build, "" where they do not."""
     if _sha256(engine) != info.engine_sha256:
-        return "not what was built"
-    return "built of another ONNX file" if onnx is not None and _sha256(onnx) != info.onnx_sha256 else ""
+        return "was changed after its build"
+    return "was built from another ONNX file" if onnx is not None and _sha256(onnx) != info.onnx_sha256 else ""
 
 
-def _place_differs(builder: Builder, info: EngineInfo) -> str:
-    here = builder_version(info.builder) if importlib.util.find_spec(builder.package) else "none"
-    newer = info.config.version_compatible and here != "none" and version_of(here) >= version_of(info.builder_version)
-    if here != info.builder_version and not newer:
-        return f"built by {builder.product} {info.builder_version}, and here is {here}"
-    device = device_name() or "no GPU"
-    return f"built on {info.device}, and here is {device}" if info.device not in (None, device) else ""
+def _machine_difference(builder: Builder, info: EngineInfo) -> str:
+    """Return how this machine differs from that of the build, "" where the engine runs here."""
+    installed = builder_version(info.builder) if importlib.util.find_spec(builder.package) else None
+    if installed != info.builder_version and not (
+        installed and info.config.version_compatible and parse_version(installed) >= parse_version(info.builder_version)
+    ):
+        version = f"has {installed}" if installed else "does not have it"
+        return f"was built by {builder.product} {info.builder_version}, and this machine {version}"
+    device = device_name()
+    return (
+        f"was built on {info.device}, and this machine has {device or 'no GPU'}"
+        if info.device not in (None, device)
+        else ""
+    )
 
 
 def device_name() -> str | None:
-    """The first GPU and its compute capability."""
+    """Return the name of the first GPU with its compute capability; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(0)
@@ -267,16 +287,16 @@ def device_name() -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file, and of the external data beside an ONNX file."""
+    """Return the hash of a file, and of the external data next to an ONNX file."""
     digest = hashlib.sha256()
-    for part in (path, path.with_name(f"{path.name}.data")):
-        if part == path or part.is_file():
-            with part.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    data = path.with_name(f"{path.name}.data")
+    for hashed in (path, data) if data.is_file() else (path,):
+        with hashed.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def _run_worker(spec: Mapping[str, Any], onnx: Path) -> None:
+def _run_worker(spec: BuildSpec, onnx: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="optin-engine-") as folder:
         path = Path(folder, "spec.json")
         path.write_text(json.dumps(spec))
@@ -301,7 +321,7 @@ def _run_worker(spec: Mapping[str, Any], onnx: Path) -> None:
 
 
 def _reason(output: str) -> str:
-    """The builder's own word on why, rather than what follows from it; nothing of a GPU that is not needed."""
+    """Return the builder's first error, which is the cause of later ones; errors about a missing GPU are left out."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("[E] ") for line in lines if line.startswith("[E]") and "Cuda Runtime" not in line]
     return (errors or lines or ["it said nothing"])[0 if errors else -1]

@@ -1,40 +1,57 @@
-"""The isolated process that builds one engine: `python -m exporters.trt_engine_worker SPEC.json`.
+"""Build one engine in an isolated process: `python -m exporters.trt_engine_worker SPEC.json`.
 
-The spec holds `onnx`, `engine`, `flags` (the file for the names of the builder flags that were set), `layers` (the file
-for what the engine says of itself, null without a GPU), `inputs` (name to `least`, `best` and `most` shape), `config`
-(an `EngineConfig`) and `timing_cache`. Which product builds,
-POLYGRAPHY_USE_TENSORRT_RTX has said when the process started.
+The environment variable POLYGRAPHY_USE_TENSORRT_RTX of the process decides which product builds.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 _MIB = 2**20
 
 
+class BuildSpec(TypedDict):
+    """The JSON file that tells the worker what to build; ``engine``, ``flags`` and ``layers`` are files to write.
+
+    Attributes:
+        flags: for the names of the builder flags that were set.
+        layers: for the engine's description of its layers; null without a GPU.
+        inputs: name -> ``least``, ``best`` and ``most`` shape.
+        config: an `EngineConfig`.
+    """
+
+    onnx: str
+    engine: str
+    flags: str
+    layers: str | None
+    inputs: dict[str, dict[str, tuple[int, ...]]]
+    config: dict[str, Any]
+    timing_cache: str | None
+
+
 def main(arguments: list[str]) -> None:
-    """Build what the spec describes."""
+    """Build the engine of the spec."""
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, SetDecomposableAttentions
     from polygraphy.logger import G_LOGGER
     from polygraphy.mod.trt_importer import lazy_import_trt
 
     G_LOGGER.module_severity = G_LOGGER.ERROR
-    spec, trt = json.loads(Path(arguments[0]).read_text()), lazy_import_trt()
+    spec: BuildSpec = json.loads(Path(arguments[0]).read_text())
+    trt = lazy_import_trt()
     network = NetworkFromOnnxPath(spec["onnx"], strongly_typed=True)
     if hasattr(trt.LayerType, "ATTENTION_INPUT"):
-        # Fused attention may fall back to its parts where the product has no kernel for it.
+        # Let the product compute attention by its parts where it has no fused kernel.
         network = SetDecomposableAttentions(network)
 
     flags: list[str] = []
 
-    def config(builder: Any, parsed: Any) -> Any:
-        made = _config(spec, trt, builder, parsed)
-        flags.extend(_flags(trt, made))
-        return made
+    def configure(builder: Any, parsed: Any) -> Any:
+        config = _builder_config(spec, trt, builder, parsed)
+        flags.extend(sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)))
+        return config
 
-    engine = EngineBytesFromNetwork(network, config=config, save_timing_cache=spec["timing_cache"])()
+    engine = EngineBytesFromNetwork(network, config=configure, save_timing_cache=spec["timing_cache"])()
     Path(spec["engine"]).write_bytes(engine)
     Path(spec["flags"]).write_text(json.dumps(flags), encoding="utf-8")
     if spec["layers"] and (layers := _layers(trt, engine)):
@@ -42,9 +59,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _layers(trt: Any, engine: Any) -> str:
-    """What the engine says of its layers, as JSON; nothing where this GPU cannot load it, which may be another's."""
+    """Return the engine's description of its layers as JSON; "" where this GPU cannot load the engine."""
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    # A version-compatible engine brings code of its own; this one was built in this process.
+    # A version-compatible engine has host code of its own, which is safe here: this process built it.
     runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
@@ -52,37 +69,32 @@ def _layers(trt: Any, engine: Any) -> str:
     return str(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _config(spec: dict[str, Any], trt: Any, builder: Any, network: Any) -> Any:
+def _builder_config(spec: BuildSpec, trt: Any, builder: Any, network: Any) -> Any:
     from polygraphy.backend.trt import CreateConfig, Profile
 
-    profile, asked = Profile(), spec["config"]
+    profile, options = Profile(), spec["config"]
     for name, shapes in spec["inputs"].items():
         profile.add(name, shapes["least"], shapes["best"], shapes["most"])
-    pools = {trt.MemoryPoolType.WORKSPACE: asked["workspace_mib"] * _MIB} if asked["workspace_mib"] else None
+    pools = {trt.MemoryPoolType.WORKSPACE: options["workspace_mib"] * _MIB} if options["workspace_mib"] else None
     config = CreateConfig(
         profiles=[profile],
         load_timing_cache=spec["timing_cache"],
         memory_pool_limits=pools,
-        refittable=asked["refittable"],
-        # Alone: with REFIT, which any weights may follow, a builder can drop what it fuses; these get their own back.
-        strip_plan=asked["weight_stripped"],
-        version_compatible=asked["version_compatible"],
-        sparse_weights=asked["sparse_weights"],
-        builder_optimization_level=asked["optimization_level"],
-        # Layers tell which nodes of the ONNX file they are made of.
+        refittable=options["refittable"],
+        # Without REFIT: stripped weights come back as they were, so the builder need not keep all weights replaceable.
+        strip_plan=options["weight_stripped"],
+        version_compatible=options["version_compatible"],
+        sparse_weights=options["sparse_weights"],
+        builder_optimization_level=options["optimization_level"],
+        # The description of layers names their ONNX nodes.
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
     )(builder, network)
     # The builder's default is on, Polygraphy's is off.
-    if asked["tf32"]:
+    if options["tf32"]:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
     return config
-
-
-def _flags(trt: Any, config: Any) -> list[str]:
-    """Names of the builder flags that are set."""
-    return sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from optin_deploy.criteria import scoring as scorers
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
-from optin_deploy.export.engines import build_engines, timing_cache, wanted_engines
+from optin_deploy.export.engines import build_engines, requested_engines, timing_cache
 from optin_deploy.export.onnx_file import export_files, write_onnx
 from optin_deploy.export.requirements import check_measurable, check_runtimes
-from optin_deploy.latency.tables import target_of
+from optin_deploy.latency.target import target_of
 from optin_deploy.models.custom import custom_network
 from optin_deploy.models.validation.adopt import validate
 from optin_deploy.network import Network
@@ -431,7 +431,7 @@ def _export_all(
                 export_files(source, folder / f"{name}.onnx", folder / f"{name}.pt2", recipe, (dict(source.inputs),))
             else:
                 variants[name] = Variant(_path_of(source))
-    if wanted_engines(recipe):
+    if requested_engines(recipe):
         with stages.stage("build engines"):
             engines = build_engines(recipe, networks, folder)
         variants = {name: replace(variant, engines=engines[name]) for name, variant in variants.items()}

@@ -1,1 +1,1 @@
-"""ONNX files and engines of a run, and whether they compute what torch does."""
+"""Write the ONNX files and engines of a run, and check that they compute what torch does."""

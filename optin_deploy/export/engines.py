@@ -1,4 +1,4 @@
-"""The engines of a run: for every runtime that takes engines, of both networks, as the recipe says."""
+"""Build the engines of a run: for every runtime that takes engines, of both networks, by the recipe's options."""
 
 import re
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from profilers.table_cache import cache_folder
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One engine to be had: the batch sizes that it takes, and the one it is fastest at."""
+class EngineRequest:
+    """One engine to build: the batch sizes that it takes, and the one that it is fastest at."""
 
     runtime: str
     batch_sizes: tuple[int, ...]
@@ -25,25 +25,29 @@ class Wanted:
     static: bool
 
     def file(self, directory: Path, variant: str) -> Path:
-        """Where it is kept. The runtime stands in the name: engines of one product are none of another's."""
+        """Return the engine's path. The runtime is in its name: no other product runs the engine."""
         size = f".b{self.best}" if self.static else ""
         return directory / f"{variant}.{self.runtime}{size}.engine"
 
+    def ranges(self, network: Network) -> dict[str, Range]:
+        """Return the shapes that an engine of ``network`` takes."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in network.inputs.items()}
+        return input_ranges(shapes, network.dynamic_axes, self.batch_sizes, self.best, static=self.static)
 
-def wanted_engines(recipe: Recipe) -> list[Wanted]:
-    """The engines of each network: one for all batch sizes, or one for each."""
-    sizes = recipe.measured_batch_sizes
-    found = []
+
+def requested_engines(recipe: Recipe) -> list[EngineRequest]:
+    """Return the engines of each network: one per runtime for all batch sizes, or one per batch size if static."""
+    sizes, requests = recipe.measured_batch_sizes, []
     for runtime in recipe.measured_runtimes:
         if runtime in BUILDERS and recipe.static:
-            found += [Wanted(runtime, (size,), size, True) for size in sizes]
+            requests += [EngineRequest(runtime, (size,), size, True) for size in sizes]
         elif runtime in BUILDERS:
-            found.append(Wanted(runtime, sizes, recipe.headline_batch_size, False))
-    return found
+            requests.append(EngineRequest(runtime, sizes, recipe.headline_batch_size, False))
+    return requests
 
 
 def engine_config(recipe: Recipe, runtime: str) -> EngineConfig:
-    """How engines of that runtime are built."""
+    """Return the build options of engines for ``runtime``."""
     return EngineConfig(
         builder=runtime,
         optimization_level=recipe.builder_optimization_level,
@@ -59,42 +63,42 @@ def engine_config(recipe: Recipe, runtime: str) -> EngineConfig:
 def build_engines(
     recipe: Recipe, networks: Mapping[str, Network], directory: Path
 ) -> dict[str, dict[tuple[str, int], Path]]:
-    """Build what is not there yet from the ONNX files in ``directory``.
+    """Build the engines that are missing or outdated, from the ONNX files in ``directory``.
 
     Returns:
-        by variant, the engine for each runtime and batch size.
+        For each variant, the engine of each runtime and batch size.
     """
     engines: dict[str, dict[tuple[str, int], Path]] = {name: {} for name in networks}
-    for each in track(wanted_engines(recipe)):
-        config = engine_config(recipe, each.runtime)
+    for request in track(requested_engines(recipe)):
+        config = engine_config(recipe, request.runtime)
         for name, network in track(networks.items()):
-            file, onnx = each.file(directory, name), directory / f"{name}.onnx"
-            shapes = {n: tuple(t.shape) for n, t in network.inputs.items()}
-            ranges = input_ranges(shapes, network.dynamic_axes, each.batch_sizes, each.best, static=each.static)
-            if not _is_built(file, onnx, config, ranges):
-                build_engine(onnx, file, ranges, config, timing_cache(each.runtime))
-                tell_written(file)
-            else:
+            file, onnx, ranges = request.file(directory, name), directory / f"{name}.onnx", request.ranges(network)
+            if _is_built(file, onnx, config, ranges):
                 tell_kept(file)
-            engines[name] |= {(each.runtime, size): file for size in each.batch_sizes}
+            else:
+                build_engine(onnx, file, ranges, config, timing_cache(request.runtime))
+                tell_written(file)
+            engines[name] |= {(request.runtime, size): file for size in request.batch_sizes}
     return engines
 
 
-def more_builds(engine: Path, onnx: Path, count: int, folder: Path) -> tuple[Path, ...]:
-    """``engine`` and so many builds of the same, ``count`` in all, in ``folder``.
+def repeat_builds(engine: Path, onnx: Path, count: int, folder: Path) -> tuple[Path, ...]:
+    """Return ``engine`` and further builds of it in ``folder``, ``count`` in all.
 
-    They are built without the cache of earlier timings, by which they would take the same tactics.
+    They are built without the cache of earlier timings, which would lead to the same tactics.
     """
     info = check_engine(engine, onnx)
-    again = tuple(folder / f"{engine.stem}.{number}.engine" for number in range(2, count + 1))
-    for file in again:
+    repeated = tuple(folder / f"{engine.stem}.{number}.engine" for number in range(2, count + 1))
+    for file in repeated:
         build_engine(onnx, file, info.inputs, info.config)
-    return (engine, *again)
+    return (engine, *repeated)
 
 
 def timing_cache(runtime: str) -> Path:
-    """Where builds of that product and version keep what they have measured; a file for each GPU model, since a builder
-    refuses another model's and then saves nothing."""
+    """Return the file in which builds of that product and version keep their measurements.
+
+    There is a file for each GPU model: a builder refuses another model's and then saves nothing.
+    """
     device = re.sub(r"[^A-Za-z0-9.]+", "-", device_name() or "no-gpu").strip("-")
     return cache_folder().with_name("engines") / f"{runtime}-{builder_version(runtime)}-{device}.cache"
 

@@ -1,12 +1,13 @@
-"""Stacks of identical blocks, cut to size: what latency tables are measured on.
+"""Stacks of identical blocks, cut to size, which latency tables are measured on.
 
-A block is taken out of the network with the inputs that it has there, and repeated. Its inputs that belong to the
-samples of a batch become the stack's inputs; the others (position tables and the like) are part of it.
+A block is taken out of the network with the inputs that it has there, and repeated. Inputs with a batch axis become the
+stack's inputs. Other inputs, such as position tables, become part of the stack.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,72 +20,83 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
 _BATCH = 2
+Call = tuple[tuple[object, ...], dict[str, object]]
+"""Arguments and keyword arguments of one call."""
+BlockDescription = TypedDict(
+    "BlockDescription", {"class": str, "groups": list[list[str | int]], "inputs": list[list[int]]}
+)
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """Blocks that are alike: of one class, with the same groups of the same sizes, given inputs of the same shapes.
+    """Blocks of one class, with the same groups of the same sizes and inputs of the same shapes.
 
     Attributes:
         blocks: their names, in the order they run.
-        groups: of each of these blocks, in the same order, its groups.
-        given: arguments and keyword arguments of the first one for a batch of two, with the tensors that it got.
+        groups: for each of these blocks, its groups, in the same order.
+        call: arguments of the first block for a batch of two, with their values.
     """
 
     blocks: tuple[str, ...]
     groups: tuple[tuple[Group, ...], ...]
     class_name: str
-    given: tuple[tuple[Any, ...], dict[str, Any]]
+    call: Call
+
+    @property
+    def outer_groups(self) -> tuple[Group, ...]:
+        """The groups of the first block, inner ones left out."""
+        return tuple(group for group in self.groups[0] if group.outer is None)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the groups within the block, inner ones left out."""
-        return tuple(part_name(self.blocks[0], g) for g in self.groups[0] if g.outer is None)
+        """Names of the outer groups within the block."""
+        return tuple(part_name(self.blocks[0], group) for group in self.outer_groups)
 
-    def describe(self) -> dict[str, Any]:
-        """What tells one type from another, JSON-able."""
-        groups: list[list[Any]] = []
+    def describe(self) -> BlockDescription:
+        """Return what distinguishes this type from others, as JSON-able values."""
+        groups: list[list[str | int]] = []
         for group in self.groups[0]:
             together = [] if group.together is None else [str(group.together)]
             groups.append([part_name(self.blocks[0], group), group.kind, group.units, group.width, *together])
-        return {"class": self.class_name, "groups": groups, "inputs": _shapes(self.given)}
+        tensors = [leaf for leaf in pytree.tree_leaves(self.call) if isinstance(leaf, Tensor)]
+        inputs = [[1, *tensor.shape[1:]] if _is_batched(tensor) else list(tensor.shape) for tensor in tensors]
+        return {"class": self.class_name, "groups": groups, "inputs": inputs}
 
 
 def part_name(block: str, group: Group) -> str:
-    """The group's name within its block."""
+    """Return the group's name within its block."""
     if group.output == block:
         return group.kind
     return group.name.removeprefix(block).lstrip(".") or group.kind
 
 
 def block_types(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> list[BlockType]:
-    """The types of all blocks, from one forward pass of two samples."""
-    calls = _calls(module, {block: _entrance(block, _groups(structure, block)) for block in structure.blocks}, inputs)
-    alike: dict[str, list[int]] = {}
-    for i, block in enumerate(structure.blocks):
-        made = _type(module, structure, [block], calls)
+    """Return the types of all blocks, from one forward pass of two samples."""
+    groups = {
+        block: tuple(g for g in structure.groups if structure.blocks[g.layer] == block) for block in structure.blocks
+    }
+    calls = _record_calls(module, {block: _entrance(block, groups[block]) for block in groups}, inputs)
+
+    def type_of(blocks: Sequence[str]) -> BlockType:
+        first = blocks[0]
+        kind = type(module.get_submodule(first)).__name__
+        return BlockType(tuple(blocks), tuple(groups[block] for block in blocks), kind, calls[first])
+
+    alike: dict[str, list[str]] = {}
+    for block in structure.blocks:
         # FLOPs of blocks of one class with the same groups and inputs can differ in what is not pruned.
-        sizes = [tuple(p.shape) for p in _block(module, block, made.groups[0]).parameters()]
-        alike.setdefault(f"{made.describe()} {sizes}", []).append(i)
-    return [_type(module, structure, [structure.blocks[i] for i in of], calls) for of in alike.values()]
-
-
-def _type(module: nn.Module, structure: Structure, blocks: Sequence[str], calls: Mapping[str, Any]) -> BlockType:
-    groups = tuple(_groups(structure, block) for block in blocks)
-    return BlockType(tuple(blocks), groups, type(module.get_submodule(blocks[0])).__name__, calls[blocks[0]])
-
-
-def _groups(structure: Structure, block: str) -> tuple[Group, ...]:
-    return tuple(g for g in structure.groups if structure.blocks[g.layer] == block)
+        shapes = [tuple(p.shape) for p in _block_module(module, block, groups[block]).parameters()]
+        alike.setdefault(f"{type_of([block]).describe()} {shapes}", []).append(block)
+    return [type_of(blocks) for blocks in alike.values()]
 
 
 def _entrance(block: str, groups: Sequence[Group]) -> str:
-    """The module where a block begins: the first one of a pair of convolutions in a row, else the block itself."""
+    """Return the module where a block begins: the first of a pair of convolutions, else the block itself."""
     return groups[0].name if groups[0].output == block else block
 
 
-def _block(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.Module:
-    """The block; of convolutions in a row both, with what stands between, a ReLU for whatever activation is there."""
+def _block_module(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.Module:
+    """Return the block; for a pair of convolutions both, with a ReLU for the activation between them."""
     if groups[0].output != block:
         return module.get_submodule(block)
     *before, last = [module.get_submodule(owner) for owner in groups[0].owners]
@@ -92,19 +104,16 @@ def _block(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.Module:
 
 
 @torch.no_grad()
-def _calls(module: nn.Module, entrances: Mapping[str, str], inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments and keyword arguments of the first call of every block's entrance."""
-    calls: dict[str, Any] = {}
+def _record_calls(module: nn.Module, entrances: Mapping[str, str], inputs: Mapping[str, Tensor]) -> dict[str, Call]:
+    """Return the first call of every block's entrance, by block."""
+    calls: dict[str, Call] = {}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Cloned, because the network may change them in place.
-            calls.setdefault(name, pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
-
-        return hook
+    def record(block: str, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        # Cloned, because the network may change them in place.
+        calls.setdefault(block, pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
 
     handles = [
-        module.get_submodule(entrance).register_forward_pre_hook(note(block), with_kwargs=True)
+        module.get_submodule(entrance).register_forward_pre_hook(partial(record, block), with_kwargs=True)
         for block, entrance in entrances.items()
     ]
     try:
@@ -116,22 +125,25 @@ def _calls(module: nn.Module, entrances: Mapping[str, str], inputs: Mapping[str,
 
 
 class Stack(nn.Module):
-    """Copies of a block in a row, each given what the one before it gives; side by side, their outputs added, where a
-    block's output does not fit its input. Inputs are named ``x0``, ``x1``, …; the first runs through the blocks."""
+    """Copies of a block, each of which takes the output of the one before it.
 
-    def __init__(self, block: nn.Module, depth: int, given: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    Where a block's output does not fit its input, all copies take the same input and their outputs are added. Inputs
+    are named ``x0``, ``x1``, …; the first one runs through the blocks.
+    """
+
+    def __init__(self, block: nn.Module, depth: int, call: Call) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(copied(block) for _ in range(depth))
-        leaves, self.layout = pytree.tree_flatten(given)
+        leaves, self.layout = pytree.tree_flatten(call)
         self.batched = [i for i, leaf in enumerate(leaves) if _is_batched(leaf)]
-        self.others = {i: leaf for i, leaf in enumerate(leaves) if i not in self.batched and not _is_tensor(leaf)}
+        self.others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         for i, leaf in enumerate(leaves):
-            if _is_tensor(leaf) and i not in self.batched:
+            if isinstance(leaf, Tensor) and i not in self.batched:
                 self.register_buffer(f"given{i}", leaf)
         streams = [i for i in self.batched if leaves[i].is_floating_point()]
         if not streams:
             raise UserError(
-                f"{type(block).__name__} is given no tensor per sample: its latency cannot be measured alone"
+                f"{type(block).__name__} takes no tensor with a batch axis: its latency cannot be measured alone"
             )
         self.stream = streams[0]
         self.leaves = len(leaves)
@@ -139,23 +151,19 @@ class Stack(nn.Module):
             self.in_a_row = self._run(self.blocks[0], leaves).shape == leaves[self.stream].shape
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """The last block's first output, or the sum of all."""
-        leaves: list[Any] = [self.others.get(i) for i in range(self.leaves)]
-        for i in range(self.leaves):
-            if hasattr(self, f"given{i}"):
-                leaves[i] = getattr(self, f"given{i}")
+        """Return the last block's first output, or the sum of all first outputs."""
+        leaves: list[object] = [self.others.get(i, getattr(self, f"given{i}", None)) for i in range(self.leaves)]
         for number, i in enumerate(self.batched):
             leaves[i] = inputs[f"x{number}"]
-        total: Tensor | None = None
-        for block in self.blocks:
-            output = self._run(block, leaves)
+        total = self._run(self.blocks[0], leaves)
+        for block in self.blocks[1:]:
             if self.in_a_row:
-                leaves[self.stream] = output
-            total = output if total is None or self.in_a_row else total + output
-        assert total is not None
+                leaves[self.stream] = total
+            output = self._run(block, leaves)
+            total = output if self.in_a_row else total + output
         return total
 
-    def _run(self, block: nn.Module, leaves: Sequence[Any]) -> Tensor:
+    def _run(self, block: nn.Module, leaves: Sequence[object]) -> Tensor:
         args, kwargs = pytree.tree_unflatten(list(leaves), self.layout)
         output = block(*args, **kwargs)
         while not isinstance(output, Tensor):
@@ -163,24 +171,19 @@ class Stack(nn.Module):
         return output
 
 
-def stack(
+def build_stack(
     module: nn.Module, structure: Structure, kind: BlockType, sizes: Mapping[str, int], depth: int
 ) -> tuple[Stack, dict[str, Tensor]]:
-    """So many copies of the block, its groups cut to ``sizes`` (group name -> units), and inputs for two samples."""
+    """Return ``depth`` copies of the block, and inputs for two samples.
+
+    Args:
+        sizes: group name -> units that it is cut to.
+    """
     cut = sliced(module, structure, Plan({n: structure.group(n).first(units) for n, units in sizes.items()}))
-    made = Stack(_block(cut, kind.blocks[0], kind.groups[0]), depth, kind.given).eval()
-    leaves = pytree.tree_leaves(kind.given)
-    return made, {f"x{number}": leaves[i] for number, i in enumerate(made.batched)}
+    stack = Stack(_block_module(cut, kind.blocks[0], kind.groups[0]), depth, kind.call).eval()
+    leaves = pytree.tree_leaves(kind.call)
+    return stack, {f"x{number}": leaves[i] for number, i in enumerate(stack.batched)}
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def _is_batched(leaf: Any) -> bool:
+def _is_batched(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == _BATCH
-
-
-def _shapes(given: Any) -> list[Any]:
-    leaves = pytree.tree_leaves(given)
-    return [[1, *leaf.shape[1:]] if _is_batched(leaf) else list(leaf.shape) for leaf in leaves if _is_tensor(leaf)]

@@ -1,4 +1,4 @@
-"""Milliseconds as a cost: what every group saves at every size, by latency tables, on the scale of the network."""
+"""Milliseconds as a cost: what each group saves at each size, by latency tables, scaled to the whole network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,21 +13,23 @@ from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from profilers.latency_table import LatencyTable
 
-# Part of a network's latency that removing every unit saves, at most.
+# Removing every unit saves at most this part of a network's latency.
 _MOST_SAVED = 0.99
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a group costs at its sizes, against all of it: ``ms[i, j]``, at most 0, at ``units[i]``, ``widths[j]``."""
+    """The cost of a group by its size, relative to the whole group.
+
+    ``ms[i, j]``, at most 0, is the cost at ``units[i]`` and ``widths[j]``.
+    """
 
     units: tuple[int, ...]
     widths: tuple[int | None, ...]
     ms: NDArray[np.float64]
 
     def at(self, units: int, width: int | None) -> float:
-        """The milliseconds at a size, linear between those measured. Narrower than the narrowest measured counts as
-        that."""
+        """Return the milliseconds at a size, interpolated; widths below the narrowest one measured cost the same."""
         columns = [float(np.interp(units, self.units, column)) for column in self.ms.T]
         if width is None or len(columns) == 1:
             return columns[-1]
@@ -36,11 +38,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class LatencyCosts:
-    """The latency of a network in one runtime, in milliseconds: `costs.CostModel`.
+    """The latency of a network in one runtime, in milliseconds, as a `CostModel`.
 
-    The dense network's, less what the groups' sizes save. ``factor`` corrects all savings alike, after a real network
-    has been measured. Where tokens merge, ``merged_ms`` is what that adds to the network with all units, below 0 where
-    it pays, and ``parts`` say how much of what its sizes save is left of a group, all of it where it is not named.
+    Attributes:
+        total: of the dense network.
+        units: of each group.
+        widths: the inner group of each group that has one.
+        curves: what each outer group costs by its size.
+        factor: multiplies all savings, after a real network was measured.
+        parts: where tokens merge, the part of its savings that is left of a group; 1 for groups that are not named.
+        merged_ms: what merging adds to the network with all units, below 0 where it pays.
     """
 
     total: float
@@ -58,23 +65,23 @@ class LatencyCosts:
         return self.total + self.merged_ms + self.factor * saved
 
     def option(self, group: str, units: int, width: int | None) -> float:
-        """What a size costs above the floor."""
+        """Return what a size costs above the floor."""
         curve = self.curves[group]
         return self.factor * self.parts.get(group, 1.0) * (curve.at(units, width) - curve.at(0, None))
 
     def of(self, plan: Plan) -> float:
-        """The latency of the network that ``plan`` leaves."""
+        """Return the latency of the network that ``plan`` leaves."""
         return self.floor + sum(self.option(name, *kept_size(self, plan, name)) for name in self.curves)
 
     def merging(self, parts: Mapping[str, float], measured_ms: float) -> "LatencyCosts":
-        """The same where tokens merge, by what the network with all units then takes."""
+        """Return the costs where tokens merge, by the latency of the network with all units then."""
         return replace(self, parts=parts, merged_ms=measured_ms - self.total)
 
     def corrected(self, plan: Plan, measured_ms: float) -> "LatencyCosts":
-        """The same, its savings scaled so that ``plan`` comes out at what it was measured at."""
+        """Return the costs with savings scaled so that ``plan`` costs what was measured."""
         whole = self.total + self.merged_ms
         predicted = whole - self.of(plan)
-        # A network that saves next to nothing tells nothing about savings; noise must not turn them around.
+        # A network that saves next to nothing shows nothing about savings; noise must not change their sign.
         if predicted <= 0.02 * self.total:
             return self
         wanted = self.factor * (whole - measured_ms) / predicted
@@ -87,12 +94,12 @@ def latency_costs(
     dense_ms: float,
     block_scale: list[float],
 ) -> LatencyCosts:
-    """The costs of a network whose dense latency is ``dense_ms``.
+    """Return the costs of a network whose dense latency is ``dense_ms``.
 
     Args:
         tables: every type of block with its table.
-        block_scale: for each table, what its milliseconds are to be multiplied with to be those of the time at which
-            ``dense_ms`` was measured.
+        block_scale: for each table, the factor from its milliseconds to those of the time at which ``dense_ms`` was
+            measured.
     """
     curves = {}
     for (kind, table), scale in zip(tables, block_scale, strict=True):
@@ -102,7 +109,7 @@ def latency_costs(
                     units, widths, ms = table.grid(part_name(block, group))
                     curves[group.name] = Curve(tuple(units), tuple(widths), ms * scale)
     saved = -sum(curve.at(0, None) for curve in curves.values())
-    # Noise can make the blocks together take longer than the network that they are of.
+    # Noise can make the blocks together take longer than the network.
     factor = min(1.0, _MOST_SAVED * dense_ms / saved) if saved > 0 else 1.0
     return LatencyCosts(
         dense_ms,

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.errors import UserError
-from optin_deploy.latency.budget import Met, meet
-from optin_deploy.latency.tables import Measured, measure_network
+from optin_deploy.latency.budget import LatencySearch, LatencySolution, solve_latency_budget
+from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.network import Network
 from optin_deploy.nn.copies import copied
 from optin_deploy.report.schema import LatencyBudget, LatencyRound
@@ -21,22 +21,22 @@ from optin_deploy.tokens.costs import TokenCosts, token_costs
 _FILE = "latency.json"
 
 
-def measure_tables(context: RunContext) -> Measured:
+def measure_tables(context: RunContext) -> LatencyModel:
     """Measure the latency tables, or take them from the cache; UserError if the latency cannot be reached."""
     prepared = context.prepared
     with context.stages.stage("latency tables"):
-        tables = measure_network(prepared.deployed(prepared.network), prepared.anatomy.structure, prepared.target)
+        tables = measure_latency_model(prepared.deployed(prepared.network), prepared.anatomy.structure, prepared.target)
     if context.recipe.has_latency:
         check_latency(prepared.anatomy.structure, context.recipe, tables)
     return tables
 
 
-def check_latency(structure: Structure, recipe: Recipe, tables: Measured) -> None:
+def check_latency(structure: Structure, recipe: Recipe, tables: LatencyModel) -> None:
     """Raise UserError if the latency of ``recipe`` is below what pruning can reach, or not below the dense latency."""
     check_budget(structure, tables.costs, latency_fraction(recipe, tables), "latency")
 
 
-def latency_fraction(recipe: Recipe, tables: Measured) -> float:
+def latency_fraction(recipe: Recipe, tables: LatencyModel) -> float:
     """Return the latency budget as a fraction of the dense latency."""
     if recipe.latency is not None:
         return recipe.latency
@@ -48,7 +48,7 @@ def latency_fraction(recipe: Recipe, tables: Measured) -> float:
 
 
 def plan_for_latency(
-    context: RunContext, dense: Network, scores: Mapping[str, Tensor], tables: Measured, schedule: tuple[int, ...]
+    context: RunContext, dense: Network, scores: Mapping[str, Tensor], tables: LatencyModel, schedule: tuple[int, ...]
 ) -> Plan:
     """Return the plan that meets the latency budget, and keep its measurements in ``latency.json``.
 
@@ -62,20 +62,20 @@ def plan_for_latency(
         deployed = deployed.with_module(copied(deployed.module).cpu())
     fraction = latency_fraction(recipe, tables)
     with context.stages.stage("meet the latency"):
-        met = meet(
+        search = LatencySearch(
             deployed,
             prepared.anatomy.structure,
             scores,
             tables,
             prepared.anatomy.costs,
             fraction,
-            prepared.target,
             flops=recipe.flops,
             align=recipe.alignment,
             tokens=_token_costs(context, dense, schedule),
         )
-    run_directory.write_json(context.directory / _FILE, _latency_budget(context, tables, fraction, met))
-    return met.plan
+        solution = solve_latency_budget(search)
+    run_directory.write_json(context.directory / _FILE, _latency_budget(context, tables, fraction, solution))
+    return solution.plan
 
 
 def _token_costs(context: RunContext, dense: Network, schedule: tuple[int, ...]) -> TokenCosts | None:
@@ -85,7 +85,9 @@ def _token_costs(context: RunContext, dense: Network, schedule: tuple[int, ...])
     return token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
 
 
-def _latency_budget(context: RunContext, tables: Measured, fraction: float, met: Met) -> LatencyBudget:
+def _latency_budget(
+    context: RunContext, tables: LatencyModel, fraction: float, solution: LatencySolution
+) -> LatencyBudget:
     target = context.prepared.target
     return LatencyBudget(
         runtime=target.runtime,
@@ -93,10 +95,13 @@ def _latency_budget(context: RunContext, tables: Measured, fraction: float, met:
         fraction=fraction,
         dense_ms=tables.costs.total,
         floor_ms=tables.costs.floor,
-        rounds=[LatencyRound(by=r.by, predicted_ms=r.predicted_ms, measured_ms=r.measured_ms) for r in met.rounds],
-        taken=met.taken,
+        rounds=[
+            LatencyRound(by=i.objective, predicted_ms=i.predicted_ms, measured_ms=i.measured_ms)
+            for i in solution.iterations
+        ],
+        taken=solution.taken,
         tables=len(tables.tables),
-        tables_cached=sum(tables.cached),
+        tables_cached=sum(table.cached for table in tables.tables),
     )
 
 

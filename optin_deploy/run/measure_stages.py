@@ -14,8 +14,8 @@ from optin_deploy.analysis.results import LayerAccount, Unprofiled
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines
-from optin_deploy.export.engines import Wanted, build_engines, more_builds, wanted_engines
-from optin_deploy.export.onnx_file import checked, export_files, parity_batches, parity_tolerance
+from optin_deploy.export.engines import EngineRequest, build_engines, repeat_builds, requested_engines
+from optin_deploy.export.onnx_file import check_onnx, export_files
 from optin_deploy.export.requirements import is_measurable
 from optin_deploy.network import Network
 from optin_deploy.report.schema import VARIANTS, Parity, VariantName
@@ -121,7 +121,7 @@ def _measure_onnx(recipe: Recipe, network: Network, onnx: Path, dataset: Dataset
 def _check_onnx_files(context: RunContext, networks: Networks, files: Files) -> list[Parity]:
     rows = []
     for name, network in track(networks.items()):
-        parity = checked(network, files[name].onnx, context.prepared.calibration.held_out, context.recipe)
+        parity = check_onnx(network, files[name].onnx, context.prepared.calibration.held_out, context.recipe)
         rows += _parity_rows(name, "ort-cpu", parity)
     return rows
 
@@ -145,7 +145,7 @@ def _parity_rows(variant: VariantName, runtime: str, parity: Sequence[OutputPari
 
 def _with_engines(context: RunContext, networks: Networks, files: Files) -> Files:
     """Build the engines that the recipe asks for, and return the files with them."""
-    if not wanted_engines(context.recipe):
+    if not requested_engines(context.recipe):
         return files
     with context.stages.stage("build engines"):
         engines = build_engines(context.recipe, {name: networks[name] for name in VARIANTS}, context.directory)
@@ -169,14 +169,13 @@ def _check_engines(context: RunContext, networks: Networks) -> list[Parity]:
 def _run_engines(
     context: RunContext,
     networks: Networks,
-    files: Mapping[Path, tuple[Wanted, VariantName]],
+    files: Mapping[Path, tuple[EngineRequest, VariantName]],
     hashes: dict[str, str],
 ) -> _EngineParity:
-    recipe, rows = context.recipe, []
+    rows = []
     for file, (engine, name) in track(files.items()):
-        batches = parity_batches(networks[name], context.prepared.calibration.held_out, recipe.precision)
-        tolerance = parity_tolerance(recipe)
-        parity = check_engine_parity(networks[name], engine.runtime, file, batches, tolerance, recipe.threads)
+        held_out = context.prepared.calibration.held_out
+        parity = check_engine_parity(networks[name], engine.runtime, file, context.recipe, held_out)
         rows += _parity_rows(name, engine.runtime, parity)
     return _EngineParity(hashes, rows)
 
@@ -219,7 +218,8 @@ def _build_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
     measured = {case: file for case in variant.engines if is_measurable(case[0]) and (file := variant.file(*case))}
     # One engine may serve several batch sizes.
     builds = {
-        file: more_builds(file, variant.onnx, recipe.engine_builds, folder) for file in dict.fromkeys(measured.values())
+        file: repeat_builds(file, variant.onnx, recipe.engine_builds, folder)
+        for file in dict.fromkeys(measured.values())
     }
     return replace(variant, engines={**variant.engines, **{case: builds[file] for case, file in measured.items()}})
 

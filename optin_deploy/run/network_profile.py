@@ -11,9 +11,9 @@ from rich.console import Console
 from optin_deploy.analysis.module_roles import PARTS, merging_places, places
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.requirements import check_measurable, check_runtimes
-from optin_deploy.latency.block_stacks import part_name
-from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.tables import Target, export_network, measure_network, target_of
+from optin_deploy.latency.budget import find_step_sizes
+from optin_deploy.latency.tables import measure_latency_model
+from optin_deploy.latency.target import Target, target_of, write_network
 from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
@@ -68,7 +68,7 @@ def profile_network(network: Network, target: Target, seconds: float) -> Network
     sample = network.sample_arrays()
     roles = places(network.module, examine(network).structure) | merging_places(network.module)
     with TemporaryDirectory(prefix="optin-profile-") as folder:
-        file = export_network(network, network.module, target, Path(folder, "network"))
+        file = write_network(network, network.module, target, Path(folder, "network"))
         summary = _measure_latency(file, sample, target, seconds)
         layers = _profile_layers(file, sample, target, seconds, list(roles))
     return _network_profile(
@@ -138,34 +138,33 @@ def network_tables(network: Network, target: Target) -> TableView:
         ProfilingError: the runtime failed, or a cached table is damaged.
     """
     structure = examine(network).structure
-    measured = measure_network(network, structure, target)
-    edges = edges_of(structure, measured)
+    model = measure_latency_model(network, structure, target)
+    step_sizes = find_step_sizes(structure, model.costs)
     parts = []
-    for kind, table in zip(measured.types, measured.tables, strict=True):
-        for group in kind.groups[0]:
-            if group.outer is None:
-                name = part_name(kind.blocks[0], group)
-                rows = _size_rows(table, name, edges.get(group.name, ()))
-                parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, rows))
+    for block_table in model.tables:
+        kind, table = block_table.kind, block_table.table
+        for name, group in zip(kind.parts, kind.outer_groups, strict=True):
+            rows = _size_rows(table, name, step_sizes.get(group.name, ()))
+            parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, rows))
     return TableView(
         target.runtime,
         target.batch_size,
         target.threads,
-        measured.costs.total,
-        measured.costs.floor,
-        sum(measured.cached),
+        model.costs.total,
+        model.costs.floor,
+        sum(block_table.cached for block_table in model.tables),
         tuple(parts),
     )
 
 
-def _size_rows(table: LatencyTable, part: str, edges: Collection[int]) -> tuple[SizeRow, ...]:
-    """Return the rows of one part of a block; ``edges`` are the sizes worth keeping."""
+def _size_rows(table: LatencyTable, part: str, step_sizes: Collection[int]) -> tuple[SizeRow, ...]:
+    """Return the rows of one part of a block; ``step_sizes`` are the sizes worth keeping."""
     rows = []
     for row in sorted((r for r in table.rows if r.part == part), key=lambda r: (r.units, r.width or 0)):
         ms = [value for turn in row.samples_ms for value in turn]
         block_ms = table.block_ms - table.saved_ms(row)
         spread = _middle_half(ms) / summarise(ms).p50_ms / 2
-        rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, row.units in edges))
+        rows.append(SizeRow(row.units, row.width, block_ms, block_ms / table.block_ms, spread, row.units in step_sizes))
     return tuple(rows)
 
 

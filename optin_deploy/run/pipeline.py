@@ -14,7 +14,7 @@ from optin_deploy.data.calibration import Calibration
 from optin_deploy.distributed.ranks import ALONE, Ranks
 from optin_deploy.distributed.torchrun import joined, launched_ranks, local_device
 from optin_deploy.errors import UserError
-from optin_deploy.latency.tables import Measured
+from optin_deploy.latency.tables import LatencyModel
 from optin_deploy.models.hub import CARD_NAME
 from optin_deploy.models.libraries import task
 from optin_deploy.network import Network
@@ -145,7 +145,7 @@ def _in_directory(prepared: PreparedRun, output: Path | None, stages: Stages, ra
     return RunContext(prepared, directory, stages, ranks)
 
 
-def _measure_tables(context: RunContext) -> Measured | None:
+def _measure_tables(context: RunContext) -> LatencyModel | None:
     """Measure latency tables if the search needs them.
 
     This comes before the run directory is made: an unreachable latency leaves nothing behind.

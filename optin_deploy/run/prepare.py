@@ -17,7 +17,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.export.requirements import check_pooling, check_runtimes
-from optin_deploy.latency.tables import Target, target_of
+from optin_deploy.latency.target import Target, target_of
 from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_recipe_network
 from optin_deploy.models.validation.adopt import validate

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from optin_deploy.criteria.scoring import save_scores, score
 from optin_deploy.distributed.ranks import Shared
 from optin_deploy.errors import UserError
-from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.tables import Measured
+from optin_deploy.latency.budget import find_step_sizes
+from optin_deploy.latency.tables import LatencyModel
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
@@ -51,10 +51,10 @@ class _Scored:
     dense: Network
     scores: Mapping[str, Tensor]
     batches: Shared
-    tables: Measured | None
+    tables: LatencyModel | None
 
     @property
-    def measured(self) -> Measured:
+    def measured(self) -> LatencyModel:
         """The latency tables of a run that needs them, in the main process."""
         if self.tables is None:
             raise RuntimeError("there are no latency tables in this process")
@@ -68,7 +68,7 @@ class _PlanFile:
     tokens: tuple[int, ...]
 
 
-def prune_network(context: RunContext, tables: Measured | None) -> PrunedRun:
+def prune_network(context: RunContext, tables: LatencyModel | None) -> PrunedRun:
     """Score the network and prune it, by all processes together; or read what an earlier try left.
 
     Args:
@@ -205,7 +205,7 @@ def _prune_to_flops(
         align=recipe.alignment or 64,
         ridge=recipe.ridge if recipe.compensate else None,
         rounds=recipe.rounds,
-        edges=edges_of(anatomy.structure, scored.tables) if scored.tables else None,
+        edges=find_step_sizes(anatomy.structure, scored.tables.costs) if scored.tables else None,
         schedule=schedule,
     )
 

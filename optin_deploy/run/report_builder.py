@@ -10,8 +10,8 @@ from exporters import BUILDERS, check_engine
 from optin_deploy.analysis.results import LayerAccount, Unprofiled
 from optin_deploy.compensation.sparsity import measure_sparsity
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.export.engine_parity import unchecked
-from optin_deploy.export.engines import wanted_engines
+from optin_deploy.export.engine_parity import why_unchecked
+from optin_deploy.export.engines import requested_engines
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.report import Report
@@ -161,7 +161,7 @@ def _plan_entries(context: RunContext, plan: Plan) -> list[PlanEntry]:
 
 def _warnings(recipe: Recipe, layers: Sequence[LayerAccount | Unprofiled]) -> list[str]:
     """Return a sentence for each thing that was asked for and could not be done."""
-    sentence = unchecked(recipe)
+    sentence = why_unchecked(recipe)
     unprofiled = [
         f"No account of where the time goes with {BUILDERS[entry.runtime].product}: {entry.unprofiled}."
         for entry in layers
@@ -172,16 +172,16 @@ def _warnings(recipe: Recipe, layers: Sequence[LayerAccount | Unprofiled]) -> li
 
 def _describe_engines(recipe: Recipe, directory: Path) -> list[Engine]:
     engines = []
-    for wanted in wanted_engines(recipe):
+    for request in requested_engines(recipe):
         for name in VARIANTS:
-            file = wanted.file(directory, name)
+            file = request.file(directory, name)
             info = check_engine(file)
             engine = Engine(
                 variant=name,
-                runtime=wanted.runtime,
+                runtime=request.runtime,
                 file=file.name,
                 mib=file.stat().st_size / 2**20,
-                builder=f"{BUILDERS[wanted.runtime].product} {info.builder_version}",
+                builder=f"{BUILDERS[request.runtime].product} {info.builder_version}",
                 device=info.device,
                 inputs=dict(info.inputs),
             )

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from bad_input.common import LONG, Material, Row, pipe, pruning
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.latency.block_stacks import block_types
-from optin_deploy.latency.tables import _setting, target_of
+from optin_deploy.latency.tables import table_key
+from optin_deploy.latency.target import target_of
 from optin_deploy.models.load import load_network
 from optin_deploy.pruning.pruner import examine
 from profilers.table_cache import table_file
@@ -71,7 +72,7 @@ def _latency_table(content: str) -> Callable[[Material], Sequence[str]]:
         material.copy("shallow")
         network = load_network("shallow")
         (kind,) = block_types(network.module, examine(network).structure, network.inputs)
-        path = table_file(_setting(kind, target_of(Recipe(model="shallow", threads=1, runtimes=("ort-cpu",)))))
+        path = table_file(table_key(kind, target_of(Recipe(model="shallow", threads=1, runtimes=("ort-cpu",)))))
         path.parent.mkdir(parents=True)
         path.write_text(content, encoding="utf-8")
         return ["profile", "--table", "--model", "shallow", "--threads", "1"]

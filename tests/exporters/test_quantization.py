@@ -16,6 +16,7 @@ from exporters import (
     EngineConfig,
     ExportError,
     OnnxModule,
+    OnnxSpec,
     build_engine,
     check_parity,
     input_ranges,
@@ -44,7 +45,7 @@ def net() -> nn.Module:
 
 
 def written(module: nn.Module, path: Path, precision: Any, names: tuple[str, ...] = ("map", "logits")) -> Path:
-    onnx_in_precision(trace(module, batch(), AXES), path, precision, [batch(8)], output_names=names, dynamic_axes=AXES)
+    onnx_in_precision(trace(module, batch(), AXES), path, OnnxSpec(names, AXES), precision, [batch(8)])
     return path
 
 
@@ -95,9 +96,7 @@ def test_one_map_is_what_its_formula_says(tmp_path: Path, precision: Quantized) 
     torch.manual_seed(1)
     module, x = Map(), torch.randn(7, 6) * torch.tensor([1.0, 1, 30, 1, 0.1, 1])
     path = tmp_path / "map.onnx"
-    onnx_in_precision(
-        trace(module, {"x": x}, AXES), path, precision, [{"x": x}], output_names=("y",), dynamic_axes=AXES
-    )
+    onnx_in_precision(trace(module, {"x": x}, AXES), path, OnnxSpec(("y",), AXES), precision, [{"x": x}])
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     given = session.run(None, {"x": x.numpy()})[0]
 
@@ -159,7 +158,7 @@ def test_the_module_of_every_operator_is_still_known(net: nn.Module, tmp_path: P
 
 def test_without_calibration_data_nothing_is_written(net: nn.Module, tmp_path: Path) -> None:
     exact = written(net, tmp_path / "exact.onnx", "fp32")
-    with pytest.raises(ExportError, match="int8 needs calibration data"):
+    with pytest.raises(ExportError, match=r"int8.*calibration"):
         quantize(exact, tmp_path / "net.onnx", [], "int8")
     assert list(tmp_path.iterdir()) == [exact]
 
@@ -168,7 +167,7 @@ def test_an_opset_without_fp8_is_refused(net: nn.Module, tmp_path: Path) -> None
     exact = tmp_path / "exact.onnx"
     program = trace(net, batch(), AXES)
     onnx_from_program(program, exact, output_names=("map", "logits"), dynamic_axes=AXES, opset=18)
-    with pytest.raises(ExportError, match="ONNX has fp8 from opset 19 on, and this is opset 18"):
+    with pytest.raises(ExportError, match=r"fp8.*opset 19.*opset 18"):
         quantize(exact, tmp_path / "net.onnx", [batch(8)], "fp8")
     assert list(tmp_path.iterdir()) == [exact]
 

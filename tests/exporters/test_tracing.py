@@ -158,7 +158,7 @@ def test_where_a_program_cannot_be_written_the_process_goes_on(tmp_path: Path) -
     [
         (torch.relu, {"x": torch.ones(2)}, "not a builtin_function_or_method"),
         (nn.Linear(2, 2), {}, "with one at least"),
-        (nn.Linear(2, 2), torch.ones(2, 2), "a mapping of forward's argument names"),
+        (nn.Linear(2, 2), torch.ones(2, 2), "argument names"),
         (nn.Linear(2, 2), {"input": None}, "input input is a NoneType"),
         (nn.Linear(2, 2), {"x": torch.ones(2, 2)}, "cannot trace Linear"),
         (nn.ModuleList(), {"x": torch.ones(2, 2)}, "cannot trace ModuleList"),

@@ -156,7 +156,7 @@ def test_a_version_compatible_engine_runs_on_later_versions_only(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr("exporters.trt_engine.builder_version", lambda _: here)
     if refused:
-        with pytest.raises(ExportError, match=f"built by TensorRT 10\\.15\\.1, and here is {here}: build it again"):
+        with pytest.raises(ExportError, match=f"TensorRT 10\\.15\\.1.*{here}.*build it again"):
             check_engine(engine)
     else:
         assert check_engine(engine).config.version_compatible == compatible
@@ -173,7 +173,7 @@ def test_an_opset_that_the_parser_does_not_read_is_told(
     if reads:
         check_opset("tensorrt", opset)
     else:
-        with pytest.raises(ExportError, match=rf"^TensorRT {version} does not read opset 23, 10\.15 and later do"):
+        with pytest.raises(ExportError, match=rf"^TensorRT {version} .*opset 23.* 10\.15"):
             check_opset("tensorrt", opset)
 
 
@@ -190,9 +190,9 @@ def edited(built: Built, folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"builder_version": "0.9"}, r"built by TensorRT for RTX 0\.9, and here is \d"),
-        ({"device": "NVIDIA X (compute capability 1.0)"}, r"built on NVIDIA X .*, and here is (no GPU|NVIDIA)"),
-        ({"engine_sha256": "0"}, "not what was built"),
+        ({"builder_version": "0.9"}, r"TensorRT for RTX 0\.9, .* \d"),
+        ({"device": "NVIDIA X (compute capability 1.0)"}, r"NVIDIA X .*, .* (no GPU|NVIDIA)"),
+        ({"engine_sha256": "0"}, "changed.*build it again"),
         ({"builder": "other"}, "was built by 'other', not by one of tensorrt, rtx"),
     ],
 )
@@ -203,7 +203,7 @@ def test_what_differs_from_here_is_told(built: Built, tmp_path: Path, changes: d
 
 
 def test_an_engine_of_another_onnx_file_is_told(built: Built, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="built of another ONNX file: build it again"):
+    with pytest.raises(ExportError, match=r"another ONNX file.*build it again"):
         check_engine(built[1], onnx_file(tmp_path, seed=1))
 
 
@@ -212,7 +212,7 @@ def test_a_missing_or_foreign_description_is_told(built: Built, tmp_path: Path) 
     beside = copy.with_name(f"{copy.name}.json")
     for text in ("[]", "{}", "no JSON"):
         beside.write_text(text)
-        with pytest.raises(ExportError, match="does not describe an engine of this version"):
+        with pytest.raises(ExportError, match="does not describe an engine"):
             check_engine(copy)
     beside.unlink()
     with pytest.raises(ExportError, match="cannot be read: No such file"):

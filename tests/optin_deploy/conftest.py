@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from tiny_models import save_shallow
 
-from optin_deploy.latency import tables
+from optin_deploy.latency import target
 
 settings.register_profile(
     "repeatable",
@@ -37,10 +37,18 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def quick_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.MonkeyPatch]:
-    """Latency tables of few sizes, in a cache of their own; with the patch, for more of it."""
+    """Measure latency tables of few sizes, in a cache of their own; yield the patch, for more of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        few = {"_DEPTH": 2, "_ANCHOR_SECONDS": 0.2, "_MOST_SIZES": 2, "_WITHIN": (), "_HEAD_SIZES": 1, "_WIDTHS": 2}
-        for name, value in few.items():
-            patch.setattr(tables, name, value)
+        quick = target.LatencySettings(
+            depth=2,
+            sizes=2,
+            sizes_within_step=(),
+            head_counts=1,
+            head_widths=2,
+            anchor_seconds=0.2,
+            iterations=1,
+            plan_seconds=0.5,
+        )
+        patch.setattr(target, "DEFAULT_SETTINGS", quick)
         yield patch

@@ -13,7 +13,7 @@ from exporters import EngineConfig, EngineInfo, build_engine, input_ranges, onnx
 from exporters.shapes import Range
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export import engine_parity
-from optin_deploy.export.engine_parity import admitted, check_engine_parity, checkable_engines, unchecked
+from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines, fit_batches, why_unchecked
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.report.schema import Parity
 from optin_deploy.run import measure_stages
@@ -43,26 +43,26 @@ def test_batches_come_to_shapes_that_an_engine_takes(
     least: tuple[int, int], most: tuple[int, int], shapes: list[tuple[int, int]]
 ) -> None:
     given = [{"ids": torch.arange(b * s).reshape(b, s)} for b, s in ((1, 12), (3, 7), (8, 5))]
-    found = admitted(given, {"ids": Range(least, most, most)})
+    found = fit_batches(given, {"ids": Range(least, most, most)})
     assert [tuple(batch["ids"].shape) for batch in found] == shapes
 
 
 def test_a_batch_is_cut_at_its_end_and_repeated_from_its_beginning() -> None:
-    (cut,) = admitted([{"ids": torch.tensor([[1, 2], [3, 4]])}], {"ids": Range((1, 1), (1, 1), (1, 1))})
+    (cut,) = fit_batches([{"ids": torch.tensor([[1, 2], [3, 4]])}], {"ids": Range((1, 1), (1, 1), (1, 1))})
     assert cut["ids"].tolist() == [[1]]
-    (found,) = admitted([{"ids": torch.tensor([[1, 2], [3, 4]])}], {"ids": Range((3, 3), (3, 3), (3, 3))})
+    (found,) = fit_batches([{"ids": torch.tensor([[1, 2], [3, 4]])}], {"ids": Range((3, 3), (3, 3), (3, 3))})
     assert found["ids"].tolist() == [[1, 2, 1], [3, 4, 3], [1, 2, 1]]
 
 
 def test_only_engines_with_weights_are_checked_and_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_parity, "is_measurable", lambda runtime: False)
     assert checkable_engines(recipe()) == []
-    assert unchecked(recipe()) == "Engines were not checked against PyTorch: no GPU is present."
-    assert unchecked(recipe(runtimes=("ort-cpu",))) is None
+    assert "no GPU" in str(why_unchecked(recipe()))
+    assert why_unchecked(recipe(runtimes=("ort-cpu",))) is None
     monkeypatch.setattr(engine_parity, "is_measurable", lambda runtime: True)
-    assert [each.runtime for each in checkable_engines(recipe())] == ["rtx"] and unchecked(recipe()) is None
+    assert [each.runtime for each in checkable_engines(recipe())] == ["rtx"] and why_unchecked(recipe()) is None
     stripped = recipe(weight_stripped=True)
-    assert checkable_engines(stripped) == [] and "without weights (--weight-stripped)" in str(unchecked(stripped))
+    assert checkable_engines(stripped) == [] and "--weight-stripped" in str(why_unchecked(stripped))
 
 
 def exported(network: Network, folder: Path, name: str = "net") -> Path:
@@ -100,9 +100,7 @@ def test_an_engine_that_computes_something_else_is_found(tmp_path: Path, monkeyp
     with torch.no_grad():
         next(iter(other.module.parameters())).add_(0.1)
     for built_of, passes in ((network, True), (other, False)):
-        parity = check_engine_parity(
-            network, "rtx", exported(built_of, tmp_path), batches(network), tolerance=1e-4, threads=1
-        )
+        parity = check_engine_parity(network, "rtx", exported(built_of, tmp_path), recipe(), batches(network, (8,)))
         assert [p.passed for p in parity] == [passes] * len(network.outputs)
         # Eight samples are more than the engine takes.
         assert all(p.shape[0] <= 4 for p in parity)
@@ -138,7 +136,7 @@ def test_a_real_engine_passes(tmp_path: Path, runtime: str) -> None:
     network = own_network()
     engine = tmp_path / "net.engine"
     build_engine(exported(network, tmp_path), engine, ranges(network), EngineConfig(runtime))
-    parity = check_engine_parity(network, runtime, engine, batches(network), tolerance=1e-3, threads=1)
+    parity = check_engine_parity(network, runtime, engine, recipe(parity_tolerance=1e-3), batches(network, (8,)))
     assert all(p.passed for p in parity)
 
 

@@ -194,7 +194,7 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
     }
     measured = Measurement.from_samples("rtx", 2, RawSamples(dict.fromkeys(VARIANTS, [[1.0]] * 3), True, 1.0))
     layers = measure_stages._account_layers(context, networks, files, [measured])
-    monkeypatch.setattr(report_builder, "unchecked", lambda _: None)
+    monkeypatch.setattr(report_builder, "why_unchecked", lambda _: None)
     assert report_builder._warnings(context.recipe, layers) == [
         "No account of where the time goes with TensorRT for RTX: profiling the layers failed: it said nothing."
     ]

@@ -11,9 +11,18 @@ from torch import Tensor
 
 from optin_deploy.errors import UserError
 from optin_deploy.latency import budget
-from optin_deploy.latency.budget import AIM, LOWEST, Met, Round, edges_of, meet
+from optin_deploy.latency.budget import (
+    AIM,
+    LOWEST,
+    Iteration,
+    LatencySearch,
+    LatencySolution,
+    find_step_sizes,
+    solve_latency_budget,
+)
 from optin_deploy.latency.costs import Curve, LatencyCosts
-from optin_deploy.latency.tables import Measured, Target
+from optin_deploy.latency.tables import LatencyModel
+from optin_deploy.latency.target import Target
 from optin_deploy.network import Network
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.search.knapsack import kept_score
@@ -70,7 +79,7 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         return RawSamples(samples, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "sliced", build)
-    monkeypatch.setattr(budget, "export_network", lambda *args: args[-1])
+    monkeypatch.setattr(budget, "write_network", lambda *args: args[-1])
     monkeypatch.setattr(budget, "measure_files", measure)
     return built
 
@@ -84,44 +93,44 @@ def run(
     flops: float | None = None,
     align: int | None = 8,
     scores: Mapping[str, Tensor] = SCORES,
-) -> Met:
-    measured = Measured(table, (), (), ())
-    return meet(NETWORK, STRUCTURE, scores, measured, FLOPS, fraction, TARGET, flops=flops, align=align)
+) -> LatencySolution:
+    model = LatencyModel(TARGET, table)
+    return solve_latency_budget(LatencySearch(NETWORK, STRUCTURE, scores, model, FLOPS, fraction, flops, align))
 
 
 @pytest.mark.parametrize("fraction", [0.8, 0.65, 0.5])
 @pytest.mark.parametrize("align", [8, None])
 def test_a_true_table_meets_the_budget_at_once(fake_lab: list[Plan], fraction: float, align: int | None) -> None:
-    met = run(costs(1.0), fraction, align=align)
+    solution = run(costs(1.0), fraction, align=align)
     # Both ways may lead to one plan, which is built once.
-    assert [r.by for r in met.rounds] in (["latency"], ["latency", "FLOPs"])
-    assert len(fake_lab) == len(met.rounds)
-    assert all(abs(r.error) < 1e-9 for r in met.rounds)
-    assert LOWEST * fraction <= costs(1.0).of(met.plan) / DENSE_MS <= AIM * fraction + 1e-9
+    assert [r.objective for r in solution.iterations] in (["latency"], ["latency", "FLOPs"])
+    assert len(fake_lab) == len(solution.iterations)
+    assert all(abs(r.error) < 1e-9 for r in solution.iterations)
+    assert LOWEST * fraction <= costs(1.0).of(solution.plan) / DENSE_MS <= AIM * fraction + 1e-9
 
 
 @pytest.mark.parametrize("steepness", [0.7, 0.9, 1.15])
 def test_a_wrong_table_is_corrected(fake_lab: list[Plan], steepness: float) -> None:
-    met = run(costs(steepness), 0.6)
-    for way in ("latency", "FLOPs"):
-        errors = [abs(r.error) for r in met.rounds if r.by == way]
-        assert 2 <= len(errors) <= 3 or (way == "FLOPs" and not errors)
+    solution = run(costs(steepness), 0.6)
+    for objective in ("latency", "FLOPs"):
+        errors = [abs(r.error) for r in solution.iterations if r.objective == objective]
+        assert 2 <= len(errors) <= 3 or (objective == "FLOPs" and not errors)
         assert not errors or errors[-1] < errors[0]
-    assert LOWEST * 0.6 <= costs(1.0).of(met.plan) / DENSE_MS <= 0.6
-    assert met.plan == fake_lab[met.taken]
+    assert LOWEST * 0.6 <= costs(1.0).of(solution.plan) / DENSE_MS <= 0.6
+    assert solution.plan == fake_lab[solution.taken]
 
 
 def test_of_networks_within_the_budget_the_one_that_keeps_most_is_taken(fake_lab: list[Plan]) -> None:
     """Tables that take FFNs for cheaper than they are lead to a worse plan than FLOPs do."""
     wrong = costs(1.0)
     curves = {n: replace(c, ms=c.ms * (0.8 if n.endswith("mlp") else 1.2)) for n, c in wrong.curves.items()}
-    met = run(replace(wrong, curves=curves), 0.6)
-    near = [r for r in met.rounds if LOWEST * 0.6 <= r.measured_ms / DENSE_MS <= 0.6]
-    assert {r.by for r in met.rounds} == {"latency", "FLOPs"}
-    assert met.rounds[met.taken].score == max(r.score for r in near)
-    for round_, plan in zip(met.rounds, fake_lab, strict=True):
-        assert round_.score == pytest.approx(kept_score(STRUCTURE, SCORES, plan))
-        assert round_.flops == pytest.approx(FLOPS.of(plan) / FLOPS.total)
+    solution = run(replace(wrong, curves=curves), 0.6)
+    near = [r for r in solution.iterations if LOWEST * 0.6 <= r.measured_ms / DENSE_MS <= 0.6]
+    assert {r.objective for r in solution.iterations} == {"latency", "FLOPs"}
+    assert solution.iterations[solution.taken].score == max(r.score for r in near)
+    for iteration, plan in zip(solution.iterations, fake_lab, strict=True):
+        assert iteration.score == pytest.approx(kept_score(STRUCTURE, SCORES, plan))
+        assert iteration.flops == pytest.approx(FLOPS.of(plan) / FLOPS.total)
 
 
 @pytest.mark.parametrize("merged_ms", [-4.0, 1.0])
@@ -142,28 +151,29 @@ def test_merged_tokens_count_in_the_tables_and_in_what_is_built(
         return RawSamples({n: [[ms] * 3] * 3 for n, ms in zip(files, true_ms, strict=True)}, True, 1.0, 1)
 
     monkeypatch.setattr(budget, "measure_files", measure)
-    measured = Measured(costs(1.0), (), (), ())
-    met = meet(NETWORK, STRUCTURE, SCORES, measured, FLOPS, 0.6, TARGET, align=8, tokens=tokens)
-    assert met.plan.tokens == schedule and [plan.tokens for plan in merging] == [schedule] * len(fake_lab)
-    assert all(abs(r.error) < 1e-9 for r in met.rounds) and len(fake_lab) == 1 + len(met.rounds)
-    assert replace(costs(1.0), parts=parts, merged_ms=merged_ms).of(met.plan) / DENSE_MS <= AIM * 0.6 + 1e-9
+    model = LatencyModel(TARGET, costs(1.0))
+    search = LatencySearch(NETWORK, STRUCTURE, SCORES, model, FLOPS, 0.6, align=8, tokens=tokens)
+    solution = solve_latency_budget(search)
+    assert solution.plan.tokens == schedule and [plan.tokens for plan in merging] == [schedule] * len(fake_lab)
+    assert all(abs(r.error) < 1e-9 for r in solution.iterations) and len(fake_lab) == 1 + len(solution.iterations)
+    assert replace(costs(1.0), parts=parts, merged_ms=merged_ms).of(solution.plan) / DENSE_MS <= AIM * 0.6 + 1e-9
     # Tokens that have merged leave more units for the same time, unless merging itself takes longer.
     without = run(costs(1.0), 0.6)
     if merged_ms < 0:
-        assert kept_score(STRUCTURE, SCORES, met.plan) > kept_score(STRUCTURE, SCORES, without.plan)
+        assert kept_score(STRUCTURE, SCORES, solution.plan) > kept_score(STRUCTURE, SCORES, without.plan)
 
 
 def test_another_budget_holds_beside(fake_lab: list[Plan]) -> None:
-    met = run(costs(1.0), 0.9, 0.5)
-    assert FLOPS.of(met.plan) <= 0.5 * FLOPS.total
+    solution = run(costs(1.0), 0.9, 0.5)
+    assert FLOPS.of(solution.plan) <= 0.5 * FLOPS.total
     # It is the tighter one, so that the latency may end far below what was asked for.
-    assert len(met.rounds) <= 2
-    met = run(costs(1.0), 0.4, 0.95)
-    assert costs(1.0).of(met.plan) <= 0.4 * DENSE_MS
+    assert len(solution.iterations) <= 2
+    solution = run(costs(1.0), 0.4, 0.95)
+    assert costs(1.0).of(solution.plan) <= 0.4 * DENSE_MS
 
 
 def test_a_budget_below_the_floor_is_told(fake_lab: list[Plan]) -> None:
-    with pytest.raises(UserError, match=r"0\.1 of the latency cannot be reached.* 0\.200 are left"):
+    with pytest.raises(UserError, match=r"0\.1 of the latency cannot be reached.* 0\.200"):
         run(costs(1.0), 0.1)
     assert not fake_lab
 
@@ -178,8 +188,8 @@ def test_a_budget_below_the_floor_is_told(fake_lab: list[Plan]) -> None:
     ],
 )
 def test_near_the_limit_scores_decide_and_else_latency(measured: list[tuple[float, float]], expected: int) -> None:
-    rounds = [Round("latency", ms, ms, 0.5, score) for ms, score in measured]
-    assert budget._best(rounds, 10.0) == expected
+    iterations = [Iteration("latency", Plan({}), ms, ms, 0.5, score) for ms, score in measured]
+    assert budget._best(iterations, 10.0) == expected
 
 
 def test_edges_are_the_ends_of_the_levels() -> None:
@@ -188,7 +198,7 @@ def test_edges_are_the_ends_of_the_levels() -> None:
     steps = Curve((0, units // 2, units // 2 + 1, units), (None,), np.array([[-4.0], [-4.0], [0.0], [0.0]]))
     table = costs(1.0)
     curves = {**table.curves, name: steps}
-    found = edges_of(STRUCTURE, Measured(LatencyCosts(DENSE_MS, table.units, table.widths, curves), (), (), ()))
+    found = find_step_sizes(STRUCTURE, LatencyCosts(DENSE_MS, table.units, table.widths, curves))
     assert found[name] == [0, units // 2, units]
 
 

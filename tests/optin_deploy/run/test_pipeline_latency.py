@@ -24,8 +24,6 @@ QUICK: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_rounds(quick_tables: pytest.MonkeyPatch) -> None:
-    quick_tables.setattr("optin_deploy.latency.budget._SECONDS", 0.5)
-    quick_tables.setattr("optin_deploy.latency.budget.MOST_ROUNDS", 1)
     quick_tables.setattr("optin_deploy.run.measure_stages.LAYER_RUNTIMES", ())
 
 
@@ -67,8 +65,8 @@ def test_tables_are_used_again_and_both_budgets_hold(run: Result, shallow: str, 
 
 
 def test_a_finished_run_is_not_measured_again(run: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optin_deploy.run.latency_stage.measure_network", None)
-    monkeypatch.setattr("optin_deploy.run.latency_stage.meet", None)
+    monkeypatch.setattr("optin_deploy.run.latency_stage.measure_latency_model", None)
+    monkeypatch.setattr("optin_deploy.run.latency_stage.solve_latency_budget", None)
     recipe = Recipe.model_validate(run.report.settings)
     again = prune_export(recipe, output=run.directory, quiet=True)
     assert again.report.latency_budget == run.report.latency_budget

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from optin_deploy import export_onnx
 from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.errors import UserError
-from optin_deploy.latency.block_stacks import block_types, stack
-from optin_deploy.latency.tables import _points
+from optin_deploy.latency.block_stacks import block_types, build_stack
+from optin_deploy.latency.tables import table_points
+from optin_deploy.latency.target import LatencySettings
 from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
@@ -407,9 +408,9 @@ def test_sizes_and_best_units_are_whole_tuples(size: int, strided: bool, tuples:
 def test_latency_tables_hold_sizes_of_whole_tuples() -> None:
     of, structure = structure_of("five chunks rolled")
     kind = block_types(of.module, structure, of.inputs)[0]
-    for units, _, sizes in _points(structure, structure.groups[0]):
+    for units, _, sizes in table_points(structure, structure.groups[0], LatencySettings()):
         assert units % 5 == 0
-        made, inputs = stack(of.module, structure, kind, sizes, 2)
+        made, inputs = build_stack(of.module, structure, kind, sizes, 2)
         assert made(**inputs).shape == (2, 5, WIDTH)
     assert "one of each of 5 equal parts leave together" in str(kind.describe())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exporters import Precision
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.export.onnx_file import checked, export_files
+from optin_deploy.export.onnx_file import check_onnx, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
@@ -74,7 +74,7 @@ def export(network: Network, path: Path, precision: Precision) -> tuple[Recipe, 
 def test_pictures_pass(tmp_path: Path, precision: Precision, seed: int) -> None:
     network, path = pictures(seed), tmp_path / "net.onnx"
     recipe, batches = export(network, path, precision)
-    (parity,) = checked(network, path, batches, recipe)
+    (parity,) = check_onnx(network, path, batches, recipe)
     assert parity.passed, parity
     assert [v.name for v in onnx.load(path).graph.output] == ["logits"]
 
@@ -83,7 +83,7 @@ def test_pictures_pass(tmp_path: Path, precision: Precision, seed: int) -> None:
 def test_texts_pass(tmp_path: Path, precision: Precision) -> None:
     network, path = texts(tmp_path / "model", 0), tmp_path / "net.onnx"
     recipe, batches = export(network, path, precision)
-    assert all(parity.passed for parity in checked(network, path, batches, recipe))
+    assert all(parity.passed for parity in check_onnx(network, path, batches, recipe))
 
 
 @pytest.mark.parametrize("precision", LOW)
@@ -100,7 +100,7 @@ def test_a_wrong_weight_fails(tmp_path: Path, precision: Precision) -> None:
     values = numpy_helper.to_array(weights[name])
     weights[name].CopyFrom(numpy_helper.from_array(np.roll(values, 1, axis=-1).copy(), name))
     onnx.save(model, path)
-    (parity,) = checked(network, path, batches, recipe)
+    (parity,) = check_onnx(network, path, batches, recipe)
     assert not parity.passed
 
 
@@ -120,7 +120,7 @@ def test_merging_what_is_least_alike_fails(tmp_path: Path, precision: Precision)
             swapped += 1
     assert swapped
     onnx.save(model, path)
-    (parity,) = checked(network, path, batches, recipe)
+    (parity,) = check_onnx(network, path, batches, recipe)
     assert not parity.passed
 
 

@@ -11,7 +11,7 @@ from tiny_models import POSITIONS, classifier, save_bert
 from torch import Tensor, nn
 
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.export.onnx_file import checked, export_files
+from optin_deploy.export.onnx_file import check_onnx, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
@@ -126,14 +126,14 @@ def test_the_parity_gate_passes_a_file_that_decides_the_other_way_and_no_other(
     leading(monkeypatch, -1e-7)
     export_files(network, tmp_path / "net.onnx", tmp_path / "net.pt2", RECIPE, batches)
     leading(monkeypatch, 1e-7)
-    (parity,) = checked(network, tmp_path / "net.onnx", batches, RECIPE)
+    (parity,) = check_onnx(network, tmp_path / "net.onnx", batches, RECIPE)
     assert parity.passed and parity.max_abs_error < 1e-5
     assert (parity.near_ties, parity.samples) == (12, 12)
     changed(tmp_path / "net.onnx")
-    (parity,) = checked(network, tmp_path / "net.onnx", batches, RECIPE)
+    (parity,) = check_onnx(network, tmp_path / "net.onnx", batches, RECIPE)
     assert not parity.passed and parity.near_ties == 0
     leading(monkeypatch, 1e-3)
     export_files(network, tmp_path / "other.onnx", tmp_path / "other.pt2", RECIPE, batches)
     leading(monkeypatch, -1e-3)
-    (parity,) = checked(network, tmp_path / "other.onnx", batches, RECIPE)
+    (parity,) = check_onnx(network, tmp_path / "other.onnx", batches, RECIPE)
     assert not parity.passed

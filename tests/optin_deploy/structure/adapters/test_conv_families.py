@@ -15,8 +15,9 @@ from timm.models import efficientnet, mobilenetv3, regnet, resnet, vgg
 from torch import Tensor, nn
 
 from exporters import onnx_from_program, trace
-from optin_deploy.latency.block_stacks import block_types, stack
-from optin_deploy.latency.tables import _points
+from optin_deploy.latency.block_stacks import block_types, build_stack
+from optin_deploy.latency.tables import table_points
+from optin_deploy.latency.target import LatencySettings
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
@@ -162,8 +163,8 @@ def test_stacks_of_blocks_run_at_all_sizes(name: str) -> None:
     network, structure = _network(name), _structure(name)
     for kind in block_types(network.module, structure, network.inputs):
         for group in (g for g in kind.groups[0] if g.outer is None):
-            for units, width, sizes in _points(structure, group):
-                made, inputs = stack(network.module, structure, kind, sizes, 1)
+            for units, width, sizes in table_points(structure, group, LatencySettings()):
+                made, inputs = build_stack(network.module, structure, kind, sizes, 1)
                 assert bool(made(**inputs).isfinite().all())
                 assert (width is None) == (structure.inner(group.name) is None)
                 assert sizes[group.name] == units

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from exporters import onnx_from_program, trace
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.criteria.scoring import Scoring, score
-from optin_deploy.latency.block_stacks import block_types, stack
+from optin_deploy.latency.block_stacks import block_types, build_stack
 from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network, TensorOutputs
@@ -396,5 +396,5 @@ def test_stacks_for_latency_tables(name: str) -> None:
     found = describe(network.module, network.inputs)
     for kind in block_types(network.module, found, network.inputs):
         sizes = {g.name: max(1, g.units // 2) for g in kind.groups[0]}
-        made, given_inputs = stack(network.module, found, kind, sizes, 2)
+        made, given_inputs = build_stack(network.module, found, kind, sizes, 2)
         assert made(**given_inputs).isfinite().all()

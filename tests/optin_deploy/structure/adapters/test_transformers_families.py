@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from exporters.onnx_writer import onnx_from_program, trace
+from exporters import onnx_from_program, trace
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network, TensorOutputs
