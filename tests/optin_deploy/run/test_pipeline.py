@@ -305,7 +305,7 @@ def test_finished_run_is_not_done_again(own: Result, monkeypatch: pytest.MonkeyP
         "score": prune_stage,
         "agreement": compare_stage,
         "onnx_in_precision": onnx_file,
-        "check_parity": onnx_file,
+        "run_onnx": onnx_file,
     }
     for name, home in homes.items():
         monkeypatch.setattr(home, name, lambda *_, name=name, **__: made.append(name))
