@@ -265,4 +265,4 @@ def test_pairs_to_evaluate_and_single_texts_to_calibrate_on_are_told(
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             prepare(recipe)
-        assert ("the calibration texts are single ones" in caplog.text) is told
+        assert ("--calibration-column" in caplog.text) is told
