@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str = _model(
-        "Network: a timm name (short forms work: deit_small), a transformers id or directory, or our checkpoint",
+        "Network: a timm name (short forms work: deit_small), a transformers id or directory, or a saved checkpoint",
         profile=_model("Network, as for prune-export; without it, --table lists the cached tables"),
     ).field(min_length=1)
     weights: str = _model("Weights: pretrained, random, or a .safetensors file, with #PART if it holds several").field(

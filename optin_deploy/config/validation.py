@@ -53,7 +53,7 @@ def check_layout(recipe: Recipe, layout: str, name: str | None) -> Layout:
     if layout == "plain" and name is not None:
         raise UserError(f"--name {name}: it has an effect only with --layout triton")
     if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-        raise UserError(f"--name {name}: use letters, digits and _.- only, and no . or - at the beginning")
+        raise UserError(f"--name {name}: only letters, digits and _.- are allowed, no . or - at the beginning")
     if layout == "triton" and "rtx" in recipe.measured_runtimes:
         raise UserError("--runtimes rtx: Triton runs engines of TensorRT, not of TensorRT for RTX; take tensorrt")
     if layout == "triton" and recipe.weight_stripped:
