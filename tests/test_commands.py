@@ -25,7 +25,7 @@ from optin_deploy.cli.main import main
 from optin_deploy.cli.options import RUN_OPTIONS
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.run import job, latency_stage, measure_stages
+from optin_deploy.run import latency_stage, measure_stages
 from profilers import Comparison, Measurement, environment
 
 ROOT = Path(__file__).parents[1]
