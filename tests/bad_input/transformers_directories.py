@@ -166,7 +166,7 @@ ROWS = (
     Row("config-pointer", _made(lambda: (BERT / "config.json").write_text(POINTER)), r"bert/config\.json is a pointer"),
     Row("directory-weights-pointer", _made(lambda: WEIGHTS.write_text(POINTER)), r"safetensors is a pointer"),
     Row("tokenizer-pointer", _made(lambda: (BERT / "tokenizer.json").write_text(POINTER)), "json is a pointer"),
-    Row("weights-shard-missing", _made(_shards), r"names model-00002-of-00002\.safetensors, which is not there"),
+    Row("weights-shard-missing", _made(_shards), r"names model-00002-of-00002\.safetensors, which does not exist"),
     Row("weights-none", _made(_without()), r"the weights of bert cannot be found: it has no model\.safetensors"),
     Row(
         "weights-by-another-name",
@@ -189,7 +189,7 @@ ROWS = (
     Row(
         "tokenizer-of-no-tokens",
         _made(_edited("tokenizer_config.json", model_max_length=0)),
-        "the tokenizer of bert gives no tokens: correct model_max_length 0",
+        "the tokenizer of bert .* no tokens: correct model_max_length 0",
     ),
     Row("tokenizer-truncated", _made(_written("tokenizer.json", lambda t: t[:99])), "the tokenizer of bert"),
     Row(

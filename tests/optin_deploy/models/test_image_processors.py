@@ -356,7 +356,7 @@ def test_without_a_processor_pictures_are_a_guess(
     checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
     folder = sort_by(["a"] * len(pictures), pictures, tmp_path / "set")
     for each in (network, checkpoint.load_network(tmp_path / "checkpoint")):
-        with pytest.raises(UserError, match="preprocessor_config.json"):
+        with pytest.raises(UserError, match=r"preprocessor_config\.json"):
             load_dataset(each, folder)
 
 

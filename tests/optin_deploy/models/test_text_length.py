@@ -106,7 +106,7 @@ def test_no_limit_at_all_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert load_network(str(tmp_path / "m"), max_text_length=700).preprocessing.max_length == 700
     # The sample text is as long as is asked for.
     assert load_network(str(tmp_path / "m"), sequence_length=2000).inputs["input_ids"].shape == (2, 2000)
-    assert "no longest text" in caplog.text
+    assert "--max-text-length" in caplog.text
 
 
 def test_t5_of_sentence_transformers(tmp_path: Path) -> None:

@@ -401,8 +401,8 @@ def test_numbers_are_judged_by_their_ranks(tmp_path: Path, problem: str | None) 
 @pytest.mark.parametrize(
     ("labels", "problem", "column", "told"),
     [
-        (3, "multi_label_classification", "1", "gives 3 answers for each text"),
-        (3, "regression", "1.5", "gives 3 answers for each text"),
+        (3, "multi_label_classification", "1", "3 answers for each text"),
+        (3, "regression", "1.5", "3 answers for each text"),
         (1, "regression", "good", "last column must be a number"),
         (1, None, "good", "'good' is no class number from 0 to 1"),
         (1, None, "LABEL_0", "'LABEL_0' is no class number"),
