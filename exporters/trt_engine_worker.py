@@ -12,7 +12,7 @@ _MIB = 2**20
 
 
 class BuildSpec(TypedDict):
-    """The JSON file that tells the worker what to build; ``engine``, ``flags`` and ``layers`` are files to write.
+    """The JSON file of one build; ``engine``, ``flags`` and ``layers`` are files to write.
 
     Attributes:
         flags: for the names of the builder flags that were set.

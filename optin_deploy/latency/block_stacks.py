@@ -139,7 +139,7 @@ class Stack(nn.Module):
         self.others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor) and i not in self.batched:
-                self.register_buffer(f"given{i}", leaf)
+                self.register_buffer(f"fixed{i}", leaf)
         streams = [i for i in self.batched if leaves[i].is_floating_point()]
         if not streams:
             raise UserError(
@@ -152,7 +152,7 @@ class Stack(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Return the last block's first output, or the sum of all first outputs."""
-        leaves: list[object] = [self.others.get(i, getattr(self, f"given{i}", None)) for i in range(self.leaves)]
+        leaves: list[object] = [self.others.get(i, getattr(self, f"fixed{i}", None)) for i in range(self.leaves)]
         for number, i in enumerate(self.batched):
             leaves[i] = inputs[f"x{number}"]
         total = self._run(self.blocks[0], leaves)

@@ -99,7 +99,7 @@ def measure_latency_model(network: Network, structure: Structure, target: Target
     tables = tuple(_find_table(writer, kind) for kind in track(types))
     with TemporaryDirectory(prefix="optin-anchor-") as folder:
         dense_ms, scales = _measure_anchor(network, writer, tables, Path(folder))
-    costs = latency_costs(structure, [(each.kind, each.table) for each in tables], dense_ms, scales)
+    costs = latency_costs(structure, [(measured.kind, measured.table) for measured in tables], dense_ms, scales)
     return LatencyModel(target, costs, tables)
 
 
@@ -197,14 +197,14 @@ def _measure_anchor(
     file = write_network(network, network.module, target, folder / "network")
     sample = {name: tensor[:1].numpy() for name, tensor in network.inputs.items()}
     dense_ms, scales = 0.0, []
-    for number, each in enumerate(tables):
-        stack, inputs = writer.write(each.kind, {}, target.settings.depth, folder / f"stack{number}")
+    for number, measured in enumerate(tables):
+        stack, inputs = writer.write(measured.kind, {}, target.settings.depth, folder / f"stack{number}")
         case = target.case(target.settings.anchor_seconds / len(tables))
         files = {"network": (file, sample), "stack": (stack, inputs)}
         samples = measure_each(files, case, [("network", "stack")]).samples_ms
         # All scales refer to the first measurement of the network.
         dense_ms = dense_ms or median(ms for turn in samples["network"] for ms in turn)
-        scales.append(dense_ms * paired_ratio(samples["stack"], samples["network"]) / each.table.dense_ms)
+        scales.append(dense_ms * paired_ratio(samples["stack"], samples["network"]) / measured.table.dense_ms)
     return dense_ms, scales
 
 
