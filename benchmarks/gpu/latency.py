@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +25,7 @@ from exporters import (
 from gpu.cases import Case
 from gpu.networks import Pair
 from gpu.record import Outcome
+from gpu.worker import GpuResult, GpuSpec
 from optin_deploy.network import Network, TensorOutputs
 from profilers import GPU_RUNTIMES, RUNTIMES, Measurement, RawSamples, usable_cores
 from profilers import Case as MeasureCase
@@ -123,7 +123,7 @@ def latency(
         uuid = cuda_uuid() if case.runtime in GPU_RUNTIMES else None
         left_s = seconds - (perf_counter() - start) - _RESERVE_S
         spec = GpuSpec(*work, LatencySpec(*work, rounds, networks, _PAIRS, uuid), tuple(sizes.values()), left_s)
-        result = run_worker("gpu_worker", spec, GpuResult, lambda _: None)
+        result = run_worker("gpu.worker", spec, GpuResult, lambda _: None)
     except Exception as error:  # the folder's name is of no use to anyone
         raise RuntimeError(str(error).replace(f"{folder}{os.sep}", "")) from error
     rows: dict[str, Outcome] = {}
@@ -150,7 +150,7 @@ def _file(case: Case, pair: Pair, folder: Path, variant: str) -> Path:
 
 def _row(case: Case, pair: Pair, size: int, raw: RawSamples) -> Outcome:
     measured = Measurement.from_samples(case.runtime, size, raw)
-    figures = asdict(measured)
+    figures = measured.to_dict()
     # A hundred numbers for each of a hundred cases, of which everything that is told is worked out above.
     samples = figures.pop("samples_ms")
     realised = measured.speedup.value * pair.flops

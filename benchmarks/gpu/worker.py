@@ -1,4 +1,4 @@
-"""Measure one runtime at several batch sizes in this process: `python -m gpu_worker SPEC.json RESULT.json`.
+"""Measure one runtime at several batch sizes in this process: `python -m gpu.worker SPEC.json RESULT.json`.
 
 Loading a network and starting a GPU take longer than measuring it, so each file is loaded once for all sizes.
 """

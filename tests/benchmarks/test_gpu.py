@@ -11,7 +11,7 @@ import torch
 # The benchmarks are scripts: they import each other by name.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from gpu import cases, main, networks, table
+from gpu import cases, main, networks, table, worker
 from gpu.cases import FULL, TINY, Case
 
 from exporters import onnx_from_program, trace
@@ -143,7 +143,7 @@ def test_a_text_network_is_pruned_to_half_on_random_words() -> None:
     assert (row["samples"], pair.pruned.inputs.keys()) == (8, network.inputs.keys())
 
 
-def spec(folder: Path, sizes: tuple[int, ...], stop_after_s: float = 60) -> gpu_worker.GpuSpec:
+def spec(folder: Path, sizes: tuple[int, ...], stop_after_s: float = 60) -> worker.GpuSpec:
     """Of a linear layer in ONNX Runtime."""
     import numpy as np
 
@@ -154,7 +154,7 @@ def spec(folder: Path, sizes: tuple[int, ...], stop_after_s: float = 60) -> gpu_
     networks = dict.fromkeys(("dense", "dense_again", "pruned"), NetworkFiles((folder / "net.onnx",), feeds))
     pairs = (("dense", "pruned"), ("dense", "dense_again"))
     rounds = LatencySpec("measuring", 1, MeasureCase("ort-cpu", 1, threads=1, seconds=0.05), networks, pairs)
-    return gpu_worker.GpuSpec("measuring", 1, rounds, sizes, stop_after_s)
+    return worker.GpuSpec("measuring", 1, rounds, sizes, stop_after_s)
 
 
 def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
@@ -170,7 +170,7 @@ def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
         return feeds
 
     monkeypatch.setattr(SavedFeeds, "load", short_of_memory)
-    result = gpu_worker.measure(spec(tmp_path, (2, 3, 1)))
+    result = worker.measure(spec(tmp_path, (2, 3, 1)))
     assert list(result.samples) == ["2", "1"]
     assert result.failed == {"3": "RuntimeError: CUDA out of memory"}
     assert set(result.samples["1"].samples_ms) == {"dense", "dense_again", "pruned"}
@@ -178,7 +178,7 @@ def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
 
 
 def test_sizes_that_there_is_no_time_for_are_not_begun(tmp_path: Path) -> None:
-    assert gpu_worker.measure(spec(tmp_path, (1, 2), stop_after_s=0)) == gpu_worker.GpuResult()
+    assert worker.measure(spec(tmp_path, (1, 2), stop_after_s=0)) == worker.GpuResult()
 
 
 def test_a_case_names_its_measurements() -> None:
