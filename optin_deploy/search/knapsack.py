@@ -70,11 +70,11 @@ def kept_score(structure: Structure, scores: Mapping[str, Tensor], plan: Plan) -
     for group in structure.groups:
         if group.outer is not None:
             continue
-        kept = list(plan.kept.get(group.name, range(group.units)))
+        kept = list(plan.units(group))
         total += float(scores[group.name].double()[kept].sum())
         inner = structure.inner(group.name)
         if inner is not None and kept:
-            left = list(plan.kept.get(inner.name, range(inner.units)))
+            left = list(plan.units(inner))
             lost = scores[inner.name].double().clone()
             lost[left] = 0
             if inner.kind == "width":

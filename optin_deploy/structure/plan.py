@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optin_deploy.errors import UserError
-from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.groups import Group, Structure
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,14 @@ class Plan:
     def __repr__(self) -> str:
         parts = [f"{name}: {len(units)}" for name, units in self.kept.items()]
         return f"Plan({', '.join([*parts, f'tokens {self.tokens}'] if self.tokens else parts)})"
+
+    def units(self, group: Group) -> tuple[int, ...]:
+        """Return the units of ``group`` that are kept, ascending: all of them where the plan does not name it."""
+        return tuple(self.kept.get(group.name, range(group.units)))
+
+    def removes(self, name: str | None) -> bool:
+        """Return whether the plan removes all units of the group ``name``."""
+        return name is not None and not self.kept.get(name, True)
 
     def after(self, earlier: "Plan") -> "Plan":
         """This plan, made for a network already pruned by ``earlier``, in the dense network's indices."""

@@ -92,8 +92,8 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     small = copied(module)
     # In this order: heads leave before those that stay get narrower.
     for group in structure.groups:
-        kept = plan.kept.get(group.name, range(group.units))
-        if len(kept) == group.units or not plan.kept.get(group.outer or "", (0,)):
+        kept = plan.units(group)
+        if len(kept) == group.units or plan.removes(group.outer):
             continue
         if len(kept) == 0:
             _stand_in(small, group)
