@@ -39,7 +39,7 @@ from optin_deploy.network import Network, Source
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import Sentences
 from optin_deploy.nn.task_head import HeadKind, head_of
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -267,7 +267,7 @@ def _read(path: Path) -> _Description:
 def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
     description = _read(path)
     try:
-        dense = prunable_form(build(_source(description)) if module is None else module)
+        dense = canonicalize(build(_source(description)) if module is None else module)
         inputs, plan = _sample_inputs(description), Plan(description.kept, description.tokens)
         # Which units leave together was settled when the plan was made. Here only how many stay matters: all weights
         # are read below.

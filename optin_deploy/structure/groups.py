@@ -11,11 +11,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 Kind = Literal["head", "width", "neuron", "channel"]
-StandIn = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_channels"]
+Placeholder = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_channels"]
 
 
 @dataclass(frozen=True)
-class Side:
+class LayerAxis:
     """One side of a layer (linear, convolution, batch norm) whose features belong to the units of a group.
 
     Its features are ordered part, unit, feature. ``widths`` says how many features a unit has in each part; where it is
@@ -31,10 +31,10 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Entries:
+class TensorAxis:
     """A parameter or buffer, by its dotted name, with entries of the units of a group along ``dim``.
 
-    Ordered and counted as the features of a `Side`.
+    Ordered and counted as the features of a `LayerAxis`.
     """
 
     tensor: str
@@ -43,7 +43,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Rows:
+class OutputSlice:
     """Some output features of a linear layer: part number ``part`` of its ``parts`` equal parts."""
 
     module: str
@@ -64,9 +64,9 @@ class Projections:
     width's -1/2th power; None where it stays as it is when heads get narrower.
     """
 
-    queries: Rows
-    keys: Rows
-    values: Rows
+    queries: OutputSlice
+    keys: OutputSlice
+    values: OutputSlice
     scale: tuple[str, str] | None = None
 
 
@@ -138,9 +138,9 @@ class Group:
     units: int
     width: int
     output: str
-    sides: tuple[Side, ...]
+    sides: tuple[LayerAxis, ...]
     owners: tuple[str, ...]
-    stand_ins: tuple[tuple[str, StandIn], ...]
+    stand_ins: tuple[tuple[str, Placeholder], ...]
     attributes: tuple[tuple[str, str], ...] = ()
     residual: str | None = None
     scale: str | None = None
@@ -151,7 +151,7 @@ class Group:
     in_place: bool = False
     qkv: Projections | None = None
     outer: str | None = None
-    entries: tuple[Entries, ...] = ()
+    entries: tuple[TensorAxis, ...] = ()
     slim: type[nn.Module] | None = None
     masked: str | None = None
     unowned: tuple[str, ...] = ()

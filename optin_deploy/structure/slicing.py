@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
 from optin_deploy.nn.unfold import Conv, Geometry, feature_dim
-from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis
 from optin_deploy.structure.partial_norms import shrunk
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import is_batch_norm
 
 
 @runtime_checkable
-class Selecting(Protocol):
+class KeepsUnits(Protocol):
     """A slim module that has to know which units are left of it."""
 
     def keep_units(self, units: Tensor) -> None:
@@ -121,7 +121,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
         _rescale_queries(module, group, len(kept))
     if group.slim is not None:
         slim = slimmed(module.get_submodule(group.name), group.slim)
-        if isinstance(slim, Selecting):
+        if isinstance(slim, KeepsUnits):
             slim.keep_units(kept)
         replace_submodule(module, group.name, slim)
     for side in group.sides:
@@ -166,7 +166,7 @@ def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
                 parent._modules[child] = new
 
 
-def layer_size(layer: nn.Module, side: Side) -> int:
+def layer_size(layer: nn.Module, side: LayerAxis) -> int:
     """How many features or channels a layer has on a side."""
     if is_batch_norm(layer):
         return len(layer.get_buffer("running_mean"))
@@ -187,7 +187,7 @@ def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
     setattr(owner, attribute, getattr(owner, attribute) / gain)
 
 
-def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
+def _slice_layer(layer: nn.Module, side: LayerAxis, features: Tensor) -> None:
     """Keep these outputs or inputs of a linear layer or a convolution."""
     assert isinstance(layer, nn.Linear | Conv)
     before = layer_size(layer, side)
@@ -201,7 +201,7 @@ def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
         layer.bias = _selected(layer.get_parameter("bias"), 0, features)
 
 
-def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tensor) -> None:
+def _slice_entries(module: nn.Module, entries: TensorAxis, group: Group, kept: Tensor) -> None:
     owner, _, name = entries.tensor.rpartition(".")
     holder = module.get_submodule(owner)
     tensor = getattr(holder, name)
@@ -239,7 +239,7 @@ def _stand_in(module: nn.Module, group: Group) -> None:
         replace_submodule(module, name, _replacement(kind, module.get_submodule(name), output, whole))
 
 
-def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
+def _replacement(kind: Placeholder, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
     """What stands in for ``replaced`` when the projection ``output`` has no inputs left."""
     if kind == "no_channels":
         assert isinstance(replaced, Conv)

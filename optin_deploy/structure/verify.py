@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.structure.groups import Group, Side, Structure, Together
+from optin_deploy.structure.groups import Group, LayerAxis, Structure, Together
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import layer_size, sliced
 from optin_deploy.structure.verify_slices import Verdict, compared, told
@@ -103,7 +103,7 @@ def _changed(module: nn.Module, group: Group, form: Together | None) -> Group | 
     return replace(group, sides=sides, qkv=None) if sides != group.sides else None
 
 
-def _in_a_row(module: nn.Module, group: Group, side: Side) -> Side:
+def _in_a_row(module: nn.Module, group: Group, side: LayerAxis) -> LayerAxis:
     """The side with all features of a unit in one part."""
     features = layer_size(module.get_submodule(side.module), side)
     parts = len(side.widths) or features // (group.units * group.width)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.structure.adapters.resizable_attention import PLACED
-from optin_deploy.structure.groups import Rows, Structure
+from optin_deploy.structure.groups import OutputSlice, Structure
 from optin_deploy.structure.residual import Call, trial_forward
 from optin_deploy.tokens.matching import most_mergeable
 from optin_deploy.tokens.merging import MergingBlocks
@@ -173,4 +173,4 @@ def _key_source(structure: Structure, calls: Mapping[str, Call], block: str) -> 
     if not norms:
         return None
     begin = len(block) + 1
-    return KeySource(norms[0][begin:], Rows(rows.module[begin:], rows.part, rows.parts), heads[0].name)
+    return KeySource(norms[0][begin:], OutputSlice(rows.module[begin:], rows.part, rows.parts), heads[0].name)

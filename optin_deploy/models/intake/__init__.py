@@ -20,7 +20,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.copies import called, copied, copyable, kept_tensors, sharing
 from optin_deploy.nn.outputs import unfit, unused
 from optin_deploy.nn.sentence_embeddings import FEATURES
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def take_in(given: object, inputs: object) -> Taken:
         module = own_module(given, notes)
         module.eval()
         check_parameters(module)
-        module = prunable_form(copyable(module))
+        module = canonicalize(copyable(module))
         sample = plain_inputs(module, inputs)
         module, sample = _in_float32(module, sample, notes)
         module = put_right(module, notes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from optin_deploy.nn.plain_layers import has_own_forward
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.channel_independence import Span, leaking
-from optin_deploy.structure.groups import Entries, Group, Side, StandIn
+from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, TensorAxis
 from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
 
 LEAKING = "its channels do not stay apart"
@@ -40,11 +40,11 @@ class _Path:
     loose: bool
     known: bool
     width: int = 1
-    sides: tuple[Side, ...] = ()
-    entries: tuple[Entries, ...] = ()
+    sides: tuple[LayerAxis, ...] = ()
+    entries: tuple[TensorAxis, ...] = ()
     attributes: tuple[tuple[str, str], ...] = ()
     owners: tuple[str, ...] = ()
-    stand_ins: tuple[tuple[str, StandIn], ...] = ()
+    stand_ins: tuple[tuple[str, Placeholder], ...] = ()
     gate: str | None = None
 
     @property
@@ -57,7 +57,7 @@ class _Path:
             return False
         return call.given.shape == self.now.shape or (self.loose and call.given.shape[:2] == self.now.shape[:2])
 
-    def after(self, call: Call, sides: tuple[Side, ...], stand_in: StandIn, width: int = 1) -> "_Path":
+    def after(self, call: Call, sides: tuple[LayerAxis, ...], stand_in: Placeholder, width: int = 1) -> "_Path":
         assert call.returned is not None
         width = self.width * width // gcd(self.width, width)
         stand_ins = (*self.stand_ins, (call.name, stand_in))
@@ -74,7 +74,7 @@ class _Path:
     def along(self, call: Call, width: int = 1) -> "_Path":
         """Behind a module with numbers for each channel, or for ``width`` of them together."""
         behind = replace(self.after(call, (), "pass", width), loose=True)
-        entries = tuple(Entries(f"{call.name}.{n}", d, ()) for n, d in _places(call.module, self.channels))
+        entries = tuple(TensorAxis(f"{call.name}.{n}", d, ()) for n, d in _places(call.module, self.channels))
         attributes = tuple((call.name, n) for n in _counts(call.module, self.channels))
         return replace(
             behind,
@@ -139,8 +139,8 @@ def _candidates(
     for number, first in enumerate(own):
         if not is_plain(first.module) or first.returned is None or first.returned.dim() != _dims(first.module):
             continue
-        side = Side(first.name, "out")
-        stand_ins: tuple[tuple[str, StandIn], ...] = ((first.name, "no_channels"),)
+        side = LayerAxis(first.name, "out")
+        stand_ins: tuple[tuple[str, Placeholder], ...] = ((first.name, "no_channels"),)
         path = _Path(
             first,
             first.returned,
@@ -179,13 +179,13 @@ def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group
         if is_batch_norm(layer):
             if not (direct or path.loose):
                 return None
-            path = path.after(call, (Side(call.name, "out"),), "pass")
+            path = path.after(call, (LayerAxis(call.name, "out"),), "pass")
         elif isinstance(layer, Conv) and is_plain(layer):
             return _group(path, call) if not _is_of_pixels(path, layer) else None
         elif isinstance(layer, Conv) and layer.groups > 1 and layer.in_channels == layer.out_channels:
             if has_own_forward(layer):
                 return None
-            path = path.after(call, (Side(call.name, "out"),), "no_channels", layer.out_channels // layer.groups)
+            path = path.after(call, (LayerAxis(call.name, "out"),), "no_channels", layer.out_channels // layer.groups)
         elif path.known:
             return None
         elif isinstance(layer, nn.GroupNorm):
@@ -245,7 +245,7 @@ def _gate(path: _Path, call: Call, rest: Sequence[Call], calls: Sequence[Call]) 
             continue
         if not _is_pooled(squeeze.given, path.channels) or not _is_pooled(excite.returned, path.channels):
             continue
-        sides = (Side(squeeze.name, "in"), Side(excite.name, "out"))
+        sides = (LayerAxis(squeeze.name, "in"), LayerAxis(excite.name, "out"))
         behind = path.after(around, sides, "pass")
         return replace(behind, gate=name), {c.name for c in inside}
     return None
@@ -264,7 +264,7 @@ def _is_of_pixels(path: _Path, second: nn.Module) -> bool:
 def _group(path: _Path, second: Call) -> Group | None:
     if path.channels % path.width or path.channels == path.width:
         return None
-    sides = (*path.sides, Side(second.name, "in"))
+    sides = (*path.sides, LayerAxis(second.name, "in"))
     return Group(
         name=path.first.name,
         kind="channel",

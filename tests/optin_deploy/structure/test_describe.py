@@ -6,7 +6,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LeftDense, Side, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure
 
 
 def summary(structure: Structure, prefix: str) -> list[tuple[object, ...]]:
@@ -96,11 +96,15 @@ def test_groups_and_streams_of_every_network(name: str) -> None:
 def test_sides_owners_and_attributes_of_timm() -> None:
     attention, mlp = tiny.structure("vit_gated").groups[:2]
     a, m = attention.name, mlp.name
-    assert attention.sides == (Side(f"{a}.qkv", "out"), Side(f"{a}.proj", "in"), Side(f"{a}.gate", "out"))
+    assert attention.sides == (
+        LayerAxis(f"{a}.qkv", "out"),
+        LayerAxis(f"{a}.proj", "in"),
+        LayerAxis(f"{a}.gate", "out"),
+    )
     assert attention.owners == (a,)
     assert attention.attributes == ((a, "num_heads"), (a, "attn_dim"))
     assert attention.stand_ins == ((a, "constant"),)
-    assert mlp.sides == (Side(f"{m}.fc1", "out"), Side(f"{m}.fc2", "in"))
+    assert mlp.sides == (LayerAxis(f"{m}.fc1", "out"), LayerAxis(f"{m}.fc2", "in"))
     assert mlp.owners == (m,)
     assert mlp.stand_ins == ((f"{m}.fc1", "pass"), (f"{m}.fc2", "constant"))
 
@@ -109,11 +113,11 @@ def test_sides_owners_and_attributes_of_bert() -> None:
     attention, ffn = tiny.structure("bert").without_widths().groups[:2]
     layer = "encoder.layer.0"
     a, out = f"{layer}.attention.self", f"{layer}.attention.output.dense"
-    assert attention.sides == (*(Side(f"{a}.{n}", "out") for n in ("query", "key", "value")), Side(out, "in"))
+    assert attention.sides == (*(LayerAxis(f"{a}.{n}", "out") for n in ("query", "key", "value")), LayerAxis(out, "in"))
     assert attention.owners == (a, out)
     assert attention.attributes == ((a, "num_attention_heads"), (a, "all_head_size"))
     assert attention.stand_ins == ((a, "pass_tuple"), (out, "constant"))
-    assert ffn.sides == (Side(f"{layer}.intermediate.dense", "out"), Side(f"{layer}.output.dense", "in"))
+    assert ffn.sides == (LayerAxis(f"{layer}.intermediate.dense", "out"), LayerAxis(f"{layer}.output.dense", "in"))
     assert ffn.owners == (f"{layer}.intermediate", f"{layer}.output.dense")
     assert ffn.stand_ins == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
 

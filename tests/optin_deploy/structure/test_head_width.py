@@ -14,7 +14,7 @@ from optin_deploy.network import Network
 from optin_deploy.structure.adapters import timm_attention as timm_adapter
 from optin_deploy.structure.adapters import transformers_attention as transformers_adapter
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Rows, Structure
+from optin_deploy.structure.groups import Group, OutputSlice, Structure
 from optin_deploy.structure.head_width import change_basis, narrowable, width_group
 
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]
@@ -84,7 +84,7 @@ def test_projections_and_attributes_of_timm() -> None:
     assert width.units == 6
     assert width.attributes == ((name, "head_dim"), (name, "attn_dim"))
     assert width.qkv is not None
-    assert [width.qkv.queries, width.qkv.keys, width.qkv.values] == [Rows(f"{name}.qkv", i, 3) for i in range(3)]
+    assert [width.qkv.queries, width.qkv.keys, width.qkv.values] == [OutputSlice(f"{name}.qkv", i, 3) for i in range(3)]
     assert [rows.of(36) for rows in (width.qkv.queries, width.qkv.values)] == [slice(0, 12), slice(24, 36)]
     assert width.qkv.scale == (name, "scale")
 
@@ -118,7 +118,7 @@ def test_projections_and_attributes_of_transformers(
     width = tiny.structure(name).inner(attention)
     assert width is not None and width.qkv is not None
     found = [width.qkv.queries, width.qkv.keys, width.qkv.values]
-    assert found == [Rows(f"{attention}.{n}") for n in projections.split()]
+    assert found == [OutputSlice(f"{attention}.{n}") for n in projections.split()]
     assert width.qkv.scale is None
     assert width.attributes == tuple((attention, n) for n in attributes.split())
 

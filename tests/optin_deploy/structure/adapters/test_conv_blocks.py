@@ -7,7 +7,7 @@ from timm.models import resnet
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LeftDense, Side, Structure, channels_last
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure, channels_last
 
 
 class Block(nn.Module):
@@ -120,7 +120,7 @@ def test_the_group_of_a_block() -> None:
             units=6,
             width=1,
             output="0.conv2",
-            sides=(Side("0.conv1", "out"), Side("0.bn1", "out"), Side("0.conv2", "in")),
+            sides=(LayerAxis("0.conv1", "out"), LayerAxis("0.bn1", "out"), LayerAxis("0.conv2", "in")),
             owners=("0.conv1", "0.bn1", "0.conv2"),
             stand_ins=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
             residual="0",
