@@ -136,8 +136,8 @@ def relu_squared(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
         width=1,
         output=down,
         sides=(LayerAxis(up, "out"), LayerAxis(down, "in")),
-        owners=(name,),
-        stand_ins=((name, "constant"),),
+        cost_modules=(name,),
+        placeholders=((name, "constant"),),
     )
 
 

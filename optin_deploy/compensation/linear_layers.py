@@ -36,11 +36,11 @@ def linear_maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan:
     for group in structure.groups:
         kept = plan.units(group)
         # With the last unit of its outer group, an inner one is gone.
-        if group.kind == "width" or plan.removes(group.outer):
+        if group.kind == "width" or plan.removes(group.parent):
             continue
         name = group.output
         if not kept:
-            name = next(n for n, kind in group.stand_ins if kind.startswith("constant"))
+            name = next(n for n, kind in group.placeholders if kind.startswith("constant"))
         outputs = _kept_outputs(dense_modules[group.output], group.output, structure, plan)
         maps[name] = LinearMap(name, group.output, group, outputs, not kept)
     weights = [id(p) for m in modules.values() for n, p in m.named_parameters(recurse=False) if n == "weight"]

@@ -39,7 +39,7 @@ class BlockType:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the groups within the block, inner ones left out."""
-        return tuple(part_name(self.blocks[0], g) for g in self.groups[0] if g.outer is None)
+        return tuple(part_name(self.blocks[0], g) for g in self.groups[0] if g.parent is None)
 
     def describe(self) -> dict[str, Any]:
         """What tells one type from another, JSON-able."""
@@ -87,7 +87,7 @@ def _block(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.Module:
     """The block; of convolutions in a row both, with what stands between, a ReLU for whatever activation is there."""
     if groups[0].output != block:
         return module.get_submodule(block)
-    *before, last = [module.get_submodule(owner) for owner in groups[0].owners]
+    *before, last = [module.get_submodule(owner) for owner in groups[0].cost_modules]
     return nn.Sequential(*before, nn.ReLU(), last)
 
 

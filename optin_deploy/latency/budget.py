@@ -256,9 +256,9 @@ def edges_of(structure: Structure, measured: Measured) -> dict[str, list[int]]:
     for group in structure.groups:
         if group.kind in ("neuron", "channel"):
             curve = measured.costs.curves[group.name]
-            sizes = sorted({*candidate_sizes(group, _ALIGN), *(n for n in curve.units if n >= group.least)})
+            sizes = sorted({*candidate_sizes(group, _ALIGN), *(n for n in curve.units if n >= group.min_units)})
             cost = [curve.at(n, None) for n in sizes]
             level = _LEVEL * abs(cost[0])
             found[group.name] = [n for i, n in enumerate(sizes) if i + 1 == len(sizes) or cost[i + 1] - cost[i] > level]
-            found[group.name] = sorted({group.least, *found[group.name]})
+            found[group.name] = sorted({group.min_units, *found[group.name]})
     return found

@@ -170,7 +170,7 @@ def _measure_table(
     points = [
         (part_name(kind.blocks[0], g), units, width, sizes)
         for g in kind.groups[0]
-        if g.outer is None
+        if g.parent is None
         for units, width, sizes in _points(structure, g)
     ]
     with TemporaryDirectory(prefix="optin-table-") as name:
@@ -187,8 +187,8 @@ def _measure_table(
     rows = [Row(part, units, width, samples[f"size{i}"]) for i, (part, units, width, _) in enumerate(points)]
     # All units at full width are the dense stack itself.
     for g in kind.groups[0]:
-        if g.outer is None:
-            width = structure.inner(g.name)
+        if g.parent is None:
+            width = structure.child(g.name)
             rows.append(Row(part_name(kind.blocks[0], g), g.units, width.units if width else None, samples["dense"]))
     depths = {_SHALLOW: samples["shallow"], _DEPTH: samples["dense"]}
     return LatencyTable(setting, _DEPTH, depths, tuple(rows), found.loads)
@@ -210,7 +210,7 @@ def _export_stack(
 
 def _points(structure: Structure, group: Group) -> list[tuple[int, int | None, dict[str, int]]]:
     """Sizes of a group to be measured, all but the whole: units, width, and the plan's sizes."""
-    width = structure.inner(group.name)
+    width = structure.child(group.name)
     if width is None:
         sizes = head_sizes(group.units, group.units) if group.kind == "head" else even_sizes(group.units)
         return [(n, None, {group.name: n}) for n in _possible(sizes, group) if n < group.units]

@@ -142,7 +142,7 @@ def network_tables(network: Network, target: Target) -> TableView:
     parts = []
     for kind, table in zip(measured.types, measured.tables, strict=True):
         for group in kind.groups[0]:
-            if group.outer is not None:
+            if group.parent is not None:
                 continue
             name = part_name(kind.blocks[0], group)
             rows = []

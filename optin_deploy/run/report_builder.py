@@ -121,7 +121,7 @@ def _plan_rows(job: Job, plan: Plan) -> list[dict[str, Any]]:
         {"group": g.name, "kind": g.kind, "layer": g.layer, "units": g.units, "kept": len(plan.kept[g.name])}
         for g in job.anatomy.structure.groups
         # Heads that have all left have no width.
-        if not plan.removes(g.outer)
+        if not plan.removes(g.parent)
     ]
     stack = job.anatomy.stack
     if stack is not None:

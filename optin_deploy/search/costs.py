@@ -98,13 +98,13 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
     def cost(owners: Iterable[str]) -> int:
         return sum(sum(counts.get(f"{prefix}.{owner}", {}).values()) for owner in owners)
 
-    per_unit = {g.name: (cost(g.owners) - cost(g.unowned)) / g.units for g in structure.groups}
-    pairs = {g.outer: g for g in structure.groups if g.outer is not None}
+    per_unit = {g.name: (cost(g.cost_modules) - cost(g.excluded_modules)) / g.units for g in structure.groups}
+    pairs = {g.parent: g for g in structure.groups if g.parent is not None}
     widths = {outer: g.name for outer, g in pairs.items()}
     shared = {
-        outer: float(cost({*g.owners} & {*structure.group(outer).owners}))
+        outer: float(cost({*g.cost_modules} & {*structure.group(outer).cost_modules}))
         for outer, g in pairs.items()
-        if g.owners != structure.group(outer).owners
+        if g.cost_modules != structure.group(outer).cost_modules
     }
     total = sum(counts.get("Global", {}).values())
     return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths, shared)

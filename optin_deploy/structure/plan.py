@@ -42,12 +42,12 @@ class Plan:
         that leave together stay together."""
         units = {g.name: g.units for g in structure.groups}
         tied = {g.name: g for g in structure.groups if g.together is not None}
-        inner = {g.name: g for g in structure.groups if g.outer is not None}
+        inner = {g.name: g for g in structure.groups if g.parent is not None}
         for name, kept in self.kept.items():
             if name not in units:
                 raise UserError(f"the plan names group {name!r}, which the network does not have")
             if name in inner and not kept:
-                what, outer = inner[name].kind, inner[name].outer
+                what, outer = inner[name].kind, inner[name].parent
                 raise UserError(f"the plan leaves {name!r} no {what}: it goes with the last unit of {outer!r}")
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < units[name]):
                 raise UserError(f"the plan keeps units {list(kept)[:5]}… of {name!r}, which has {units[name]} units")

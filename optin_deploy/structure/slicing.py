@@ -93,10 +93,10 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     # In this order: heads leave before those that stay get narrower.
     for group in structure.groups:
         kept = plan.units(group)
-        if len(kept) == group.units or plan.removes(group.outer):
+        if len(kept) == group.units or plan.removes(group.parent):
             continue
         if len(kept) == 0:
-            _stand_in(small, group)
+            _put_placeholders(small, group)
         else:
             _slice(small, group, torch.tensor(kept))
     return small
@@ -131,9 +131,11 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
             _slice_norm(layer, features)
         else:
             _slice_layer(layer, side, features)
-    if group.mixing is not None:
+    if group.norm_over_units is not None:
         features = features_of(kept, group, group.units * group.width)
-        replace_submodule(module, group.mixing, shrunk(module.get_submodule(group.mixing), features, group.axis))
+        replace_submodule(
+            module, group.norm_over_units, shrunk(module.get_submodule(group.norm_over_units), features, group.axis)
+        )
     for entries in group.entries:
         _slice_entries(module, entries, group, kept)
     for name, attribute in group.attributes:
@@ -232,10 +234,10 @@ def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _stand_in(module: nn.Module, group: Group) -> None:
+def _put_placeholders(module: nn.Module, group: Group) -> None:
     output = module.get_submodule(group.output)
     whole = group.in_place or not group.has_stream
-    for name, kind in group.stand_ins:
+    for name, kind in group.placeholders:
         replace_submodule(module, name, _replacement(kind, module.get_submodule(name), output, whole))
 
 
@@ -258,8 +260,8 @@ def _replacement(kind: Placeholder, replaced: nn.Module, output: nn.Module, whol
 
 def output_bias(module: nn.Module, group: Group) -> nn.Parameter | None:
     """The bias added behind the units of ``group``, also when no unit is left."""
-    for name, kind in group.stand_ins:
-        stand_in = module.get_submodule(name)
-        if kind.startswith("constant") and isinstance(stand_in, Constant):
-            return stand_in.bias
+    for name, kind in group.placeholders:
+        placeholder = module.get_submodule(name)
+        if kind.startswith("constant") and isinstance(placeholder, Constant):
+            return placeholder.bias
     return module.get_submodule(group.output).bias  # type: ignore[return-value]

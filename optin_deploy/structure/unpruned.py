@@ -93,7 +93,7 @@ class _Walk:
 
     def __init__(self, module: nn.Module, structure: Structure, counts: Mapping[str, Mapping[object, int]]) -> None:
         self.module, self.counts = module, counts
-        self.owners = {owner for group in structure.groups for owner in group.owners}
+        self.cost_modules = {owner for group in structure.groups for owner in group.cost_modules}
         self.refused: dict[str, str] = {}
         for left in structure.left_dense:
             known = self.refused.get(left.module)
@@ -108,12 +108,12 @@ class _Walk:
             yield _Found(name, self.refused[name], self._flops(name, self.module.get_submodule(name)), True)
 
     def _below(self, name: str, module: nn.Module) -> Iterator[_Found]:
-        if name in self.owners:
+        if name in self.cost_modules:
             return
         if name in self.refused:
             yield _Found(name, self.refused[name], self._flops(name, module) - self._owned(name, module), True)
             return
-        if name and not any(_is_inside(other, name) for other in (*self.owners, *self.refused)):
+        if name and not any(_is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
             yield _Found(name, _unknown(module), self._flops(name, module), False)
             return
         own = self._flops(name, module)
@@ -125,7 +125,7 @@ class _Walk:
 
     def _owned(self, name: str, module: nn.Module) -> int:
         """FLOPs of the groups inside."""
-        if name in self.owners:
+        if name in self.cost_modules:
             return self._flops(name, module)
         return sum(self._owned(f"{name}.{child}", submodule) for child, submodule in module.named_children())
 

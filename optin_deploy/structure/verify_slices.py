@@ -86,7 +86,7 @@ def _compared(
 ) -> Verdict:
     masks = {g.name: _mask(module, g, kept[g.name]) for g in groups}
     # With the last unit of a group, or of its outer one, the projection goes too.
-    staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.outer or "", (0,)))]
+    staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.parent or "", (0,)))]
     with masked(module, Structure((), tuple(groups), 0), masks), _recorded(module, staying) as wanted:
         expected = named_outputs(module(**inputs))
     for group in {g.output: g for g in staying}.values():

@@ -131,10 +131,10 @@ def token_costs(
         block = structure.blocks[group.layer]
         if block not in stack.blocks:
             continue
-        whole, products = together(group.owners)
+        whole, products = together(group.cost_modules)
         squared[group.name] = products / whole if whole else 0.0
         block_of[group.name] = stack.blocks.index(block)
-        if group.outer is None:
+        if group.parent is None:
             rest[block_of[group.name]][0] -= whole
             rest[block_of[group.name]][1] -= products
     widths = {group.name: group.width for group in structure.groups}

@@ -43,8 +43,8 @@ class _Path:
     sides: tuple[LayerAxis, ...] = ()
     entries: tuple[TensorAxis, ...] = ()
     attributes: tuple[tuple[str, str], ...] = ()
-    owners: tuple[str, ...] = ()
-    stand_ins: tuple[tuple[str, Placeholder], ...] = ()
+    cost_modules: tuple[str, ...] = ()
+    placeholders: tuple[tuple[str, Placeholder], ...] = ()
     gate: str | None = None
 
     @property
@@ -57,18 +57,18 @@ class _Path:
             return False
         return call.given.shape == self.now.shape or (self.loose and call.given.shape[:2] == self.now.shape[:2])
 
-    def after(self, call: Call, sides: tuple[LayerAxis, ...], stand_in: Placeholder, width: int = 1) -> "_Path":
+    def after(self, call: Call, sides: tuple[LayerAxis, ...], placeholder: Placeholder, width: int = 1) -> "_Path":
         assert call.returned is not None
         width = self.width * width // gcd(self.width, width)
-        stand_ins = (*self.stand_ins, (call.name, stand_in))
-        owners = dict.fromkeys((*self.owners, *(side.module for side in sides)))
+        placeholders = (*self.placeholders, (call.name, placeholder))
+        owners = dict.fromkeys((*self.cost_modules, *(side.module for side in sides)))
         return replace(
             self,
             now=call.returned,
             width=width,
             sides=(*self.sides, *sides),
-            owners=tuple(owners),
-            stand_ins=stand_ins,
+            cost_modules=tuple(owners),
+            placeholders=placeholders,
         )
 
     def along(self, call: Call, width: int = 1) -> "_Path":
@@ -80,7 +80,7 @@ class _Path:
             behind,
             entries=(*self.entries, *entries),
             attributes=(*self.attributes, *attributes),
-            owners=(*self.owners, call.name) if entries or attributes else self.owners,
+            cost_modules=(*self.cost_modules, call.name) if entries or attributes else self.cost_modules,
         )
 
 
@@ -111,14 +111,14 @@ def channel_groups(
         inner = behind.get(group.name)
         in_row = group.output == block
         # Two groups may meet in a convolution, but not three in a row, and outside of blocks none.
-        if group.name in bad or group.output in behind or (inner is not None and (in_row or inner.outer is not None)):
+        if group.name in bad or group.output in behind or (inner is not None and (in_row or inner.parent is not None)):
             continue
         if inner is not None:
-            if any(i.outer is None and i.output == inner.name for i, _ in groups.values()):
+            if any(i.parent is None and i.output == inner.name for i, _ in groups.values()):
                 continue
             # Of the convolution between them no channel is left.
-            group = replace(group, stand_ins=(*inner.stand_ins[:-1], *group.stand_ins))
-            inner = replace(inner, outer=group.name, stand_ins=())
+            group = replace(group, placeholders=(*inner.placeholders[:-1], *group.placeholders))
+            inner = replace(inner, parent=group.name, placeholders=())
             groups[inner.name] = (inner, block)
             behind[group.name] = inner
         groups[group.name] = (group, block)
@@ -140,15 +140,15 @@ def _candidates(
         if not is_plain(first.module) or first.returned is None or first.returned.dim() != _dims(first.module):
             continue
         side = LayerAxis(first.name, "out")
-        stand_ins: tuple[tuple[str, Placeholder], ...] = ((first.name, "no_channels"),)
+        placeholders: tuple[tuple[str, Placeholder], ...] = ((first.name, "no_channels"),)
         path = _Path(
             first,
             first.returned,
             loose=loose or first.returned.dim() != 4,
             known=first.name in known,
             sides=(side,),
-            owners=(first.name,),
-            stand_ins=stand_ins,
+            cost_modules=(first.name,),
+            placeholders=placeholders,
         )
         group = _followed(path, own[number + 1 :], calls) if path.channels > 1 else None
         block = _block(module, group, calls) if group is not None else None
@@ -274,8 +274,8 @@ def _group(path: _Path, second: Call) -> Group | None:
         sides=sides,
         entries=path.entries,
         attributes=path.attributes,
-        owners=(*path.owners, second.name),
-        stand_ins=(*path.stand_ins, (second.name, "constant")),
+        cost_modules=(*path.cost_modules, second.name),
+        placeholders=(*path.placeholders, (second.name, "constant")),
         axis=1,
         masked=path.gate,
     )

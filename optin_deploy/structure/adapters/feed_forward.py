@@ -69,10 +69,10 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
         width=1,
         output=output,
         sides=(*(LayerAxis(join(name, p.name), "out") for p in (*maps.ups, *maps.between)), LayerAxis(output, "in")),
-        owners=(name,) if alone else (*places, output),
-        stand_ins=(*passes, (output, "constant")),
+        cost_modules=(name,) if alone else (*places, output),
+        placeholders=(*passes, (output, "constant")),
         axis=1 if isinstance(maps.down.module, nn.Conv2d) else -1,
-        mixing=join(name, mixing[0].name) if mixing else None,
+        norm_over_units=join(name, mixing[0].name) if mixing else None,
     )
 
 

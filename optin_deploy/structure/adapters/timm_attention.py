@@ -60,16 +60,16 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=features // number,
         output=join(name, output),
         sides=tuple(sides),
-        owners=(name,),
+        cost_modules=(name,),
         # What the modules take that do not depend on heads would be gone with the last one, against the costs.
-        stand_ins=() if unowned else ((name, "constant"),),
+        placeholders=() if unowned else ((name, "constant"),),
         attributes=(*((name, a) for a in attributes), *_attributes(name, module)),
         axis=1 if isinstance(projection, nn.Conv2d) else -1,
         qkv=_fused(name, join(name, "qkv")) if plain else None,
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
         slim=SLIM.get(type(module)),
-        unowned=unowned,
-        mixing=join(name, norm) if norm is not None else None,
+        excluded_modules=unowned,
+        norm_over_units=join(name, norm) if norm is not None else None,
     )
 
 

@@ -97,14 +97,14 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=heads.shared * heads.width,
         output=output_name,
         sides=(*following, LayerAxis(output_name, "in")),
-        owners=(name,) if inside else (name, output_name),
-        stand_ins=stand_ins,
+        cost_modules=(name,) if inside else (name, output_name),
+        placeholders=stand_ins,
         attributes=tuple((name, n) for n in _proportional(module, heads)),
         qkv=_projections(name, inputs) if heads.shared == 1 and _can_get_narrower(module) else None,
         # A table of position biases belongs to all layers, and the layer that holds it makes the bias for all.
         entries=() if biased else entries,
         slim=position_bias.slim_class(type(module)) if biased else None,
-        unowned=unowned,
+        excluded_modules=unowned,
     )
 
 
@@ -232,7 +232,7 @@ def deformable_attention(name: str, module: nn.Module, parent_name: str, parent:
             *(LayerAxis(join(name, n), "out", (f // heads,)) for n, f in zip(names[:3], features, strict=True)),
             LayerAxis(output, "in"),
         ),
-        owners=(name,),
-        stand_ins=((name, "constant_tuple"),),
+        cost_modules=(name,),
+        placeholders=((name, "constant_tuple"),),
         attributes=tuple((name, n) for n in attributes),
     )

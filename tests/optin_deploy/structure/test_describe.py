@@ -101,12 +101,12 @@ def test_sides_owners_and_attributes_of_timm() -> None:
         LayerAxis(f"{a}.proj", "in"),
         LayerAxis(f"{a}.gate", "out"),
     )
-    assert attention.owners == (a,)
+    assert attention.cost_modules == (a,)
     assert attention.attributes == ((a, "num_heads"), (a, "attn_dim"))
-    assert attention.stand_ins == ((a, "constant"),)
+    assert attention.placeholders == ((a, "constant"),)
     assert mlp.sides == (LayerAxis(f"{m}.fc1", "out"), LayerAxis(f"{m}.fc2", "in"))
-    assert mlp.owners == (m,)
-    assert mlp.stand_ins == ((f"{m}.fc1", "pass"), (f"{m}.fc2", "constant"))
+    assert mlp.cost_modules == (m,)
+    assert mlp.placeholders == ((f"{m}.fc1", "pass"), (f"{m}.fc2", "constant"))
 
 
 def test_sides_owners_and_attributes_of_bert() -> None:
@@ -114,18 +114,18 @@ def test_sides_owners_and_attributes_of_bert() -> None:
     layer = "encoder.layer.0"
     a, out = f"{layer}.attention.self", f"{layer}.attention.output.dense"
     assert attention.sides == (*(LayerAxis(f"{a}.{n}", "out") for n in ("query", "key", "value")), LayerAxis(out, "in"))
-    assert attention.owners == (a, out)
+    assert attention.cost_modules == (a, out)
     assert attention.attributes == ((a, "num_attention_heads"), (a, "all_head_size"))
-    assert attention.stand_ins == ((a, "pass_tuple"), (out, "constant"))
+    assert attention.placeholders == ((a, "pass_tuple"), (out, "constant"))
     assert ffn.sides == (LayerAxis(f"{layer}.intermediate.dense", "out"), LayerAxis(f"{layer}.output.dense", "in"))
-    assert ffn.owners == (f"{layer}.intermediate", f"{layer}.output.dense")
-    assert ffn.stand_ins == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
+    assert ffn.cost_modules == (f"{layer}.intermediate", f"{layer}.output.dense")
+    assert ffn.placeholders == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
 
 
 def test_norms_over_the_units_mix_them() -> None:
     network = tiny.vit(scale_attn_norm=True, scale_mlp_norm=True, depth=1)
     structure = describe(network.module, network.inputs)
-    assert [(g.kind, g.mixing) for g in structure.groups] == [
+    assert [(g.kind, g.norm_over_units) for g in structure.groups] == [
         ("head", "blocks.0.attn.norm"),
         ("neuron", "blocks.0.mlp.norm"),
     ]

@@ -36,7 +36,7 @@ def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
     once = sliced(network.module, structure, first)
     left = describe(once, network.inputs)
     assert {g.name: g.units for g in left.groups} == {
-        g.name: n for g in structure.groups if (n := len(first.units(g))) and not first.removes(g.outer)
+        g.name: n for g in structure.groups if (n := len(first.units(g))) and not first.removes(g.parent)
     }
     second = data.draw(tiny.plans(left))
 

@@ -10,7 +10,7 @@ from optin_deploy.structure.groups import Group, LayerAxis, Structure, TensorAxi
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
-from optin_deploy.structure.verify import uncuttable, with_working_stand_ins
+from optin_deploy.structure.verify import keep_working_placeholders, uncuttable
 
 
 class Mixing(nn.Module):
@@ -35,8 +35,8 @@ def pair(up: str, down: str) -> Group:
         width=1,
         output=down,
         sides=(LayerAxis(up, "out"), LayerAxis(down, "in")),
-        owners=(up, down),
-        stand_ins=(),
+        cost_modules=(up, down),
+        placeholders=(),
     )
 
 
@@ -88,8 +88,8 @@ def test_grouped_convolutions_and_loose_tensors_are_sliced(kept: tuple[int, ...]
         width=2,
         output="down",
         sides=(*(LayerAxis(name, "out") for name in ("up", "norm", "deep", "grouped")), LayerAxis("down", "in")),
-        owners=("up", "norm", "deep", "grouped", "down"),
-        stand_ins=(),
+        cost_modules=("up", "norm", "deep", "grouped", "down"),
+        placeholders=(),
         axis=1,
         entries=(TensorAxis("factor", 0), TensorAxis("shift", 1, (2,))),
     )
@@ -161,10 +161,10 @@ def test_stand_ins_that_do_not_work_are_dropped() -> None:
     module = tiny.randomised(Unpacking())
     working = (("first.up", "pass"), ("first.down", "constant"))
     groups = [
-        replace(pair("first.up", "first.down"), stand_ins=working),
-        replace(pair("second.up", "second.down"), name="second", stand_ins=(("second", "constant"),)),
+        replace(pair("first.up", "first.down"), placeholders=working),
+        replace(pair("second.up", "second.down"), name="second", placeholders=(("second", "constant"),)),
     ]
     # The constant of two samples can be unpacked into two, that of three cannot.
-    found = with_working_stand_ins(module, {"x": torch.randn(2, 4)}, groups)
-    assert [g.stand_ins for g in found] == [working, ()]
-    assert [g.least for g in (replace(g, residual="x") for g in found)] == [0, 1]
+    found = keep_working_placeholders(module, {"x": torch.randn(2, 4)}, groups)
+    assert [g.placeholders for g in found] == [working, ()]
+    assert [g.min_units for g in (replace(g, residual="x") for g in found)] == [0, 1]

@@ -102,7 +102,7 @@ def test_only_blocks_that_run_as_they_look_are_pruned(spoilt: type[nn.Module]) -
 
 def test_what_runs_between_is_found_whatever_it_is_called() -> None:
     structure = described(PreActivation(), Extra(), Unnormalised())
-    found = [(g.name, g.output, g.outer, [s.module[2:] for s in g.sides]) for g in structure.groups]
+    found = [(g.name, g.output, g.parent, [s.module[2:] for s in g.sides]) for g in structure.groups]
     assert found == [
         ("0.conv1", "0.conv2", None, ["conv1", "bn2", "conv2"]),
         ("1.conv1", "1.extra", "1.extra", ["conv1", "bn1", "extra"]),
@@ -121,8 +121,8 @@ def test_the_group_of_a_block() -> None:
             width=1,
             output="0.conv2",
             sides=(LayerAxis("0.conv1", "out"), LayerAxis("0.bn1", "out"), LayerAxis("0.conv2", "in")),
-            owners=("0.conv1", "0.bn1", "0.conv2"),
-            stand_ins=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
+            cost_modules=("0.conv1", "0.bn1", "0.conv2"),
+            placeholders=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
             residual="0",
             norm="0.bn2",
             layer=0,

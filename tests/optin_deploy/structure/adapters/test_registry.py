@@ -33,8 +33,8 @@ def gated(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> 
         width=1,
         output=f"{name}.down",
         sides=(*(LayerAxis(f"{name}.{n}", "out") for n in ("up", "gate", "shift")), LayerAxis(f"{name}.down", "in")),
-        owners=(name,),
-        stand_ins=((name, "constant"),),
+        cost_modules=(name,),
+        placeholders=((name, "constant"),),
     )
 
 
