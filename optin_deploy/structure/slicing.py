@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
-from optin_deploy.nn.unfold import Conv, Geometry, feature_dim
+from optin_deploy.nn.unfold import Conv, feature_dim
 from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis
 from optin_deploy.structure.partial_norms import shrunk
+from optin_deploy.structure.placeholders import Constant, ConstantMap, ConstantTuple, NoChannels, PassTuple
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import is_batch_norm
 
@@ -20,67 +21,6 @@ class KeepsUnits(Protocol):
 
     def keep_units(self, units: Tensor) -> None:
         """Keep these of the present units."""
-
-
-class Constant(nn.Module):
-    """Stands in for a projection without inputs: gives its bias, of as many dimensions as the input.
-
-    The axes before the last have size 1, which a residual stream broadcasts, or with ``whole`` the input's sizes.
-    """
-
-    def __init__(self, bias: Tensor, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
-        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-
-    @property
-    def weight(self) -> Tensor:
-        """What tells a module around it, like T5's feed-forward network, of which type its parameters are."""
-        return self.bias
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        # A copy, because the network may change it in place.
-        if self.whole:
-            return self.bias.expand(*x.shape[:-1], -1).clone()
-        return self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
-
-
-class ConstantTuple(Constant):
-    """`Constant` for an attention that returns its output and its weights."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        return super().forward(hidden_states), None
-
-
-class ConstantMap(Constant):
-    """`Constant` for a convolution: its bias as ``(1, C, 1, …)``, or with ``whole`` of the size that it would give."""
-
-    def __init__(self, conv: Conv, bias: Tensor, whole: bool) -> None:
-        super().__init__(bias, whole)
-        self.geometry = Geometry.of(conv)
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        bias = self.bias.reshape(1, -1, *(1 for _ in x.shape[2:]))
-        return bias.expand(x.shape[0], -1, *self.geometry.output_size(x.shape[2:])).clone() if self.whole else bias
-
-
-class NoChannels(nn.Module):
-    """Stands in for a convolution of which no channel is left: ``(batch, 0, …)``, of its size."""
-
-    def __init__(self, conv: Conv) -> None:
-        super().__init__()
-        self.geometry = Geometry.of(conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A new tensor, because the network may change it in place.
-        return x.new_zeros((x.shape[0], 0, *self.geometry.output_size(x.shape[2:])))
-
-
-class PassTuple(nn.Module):
-    """Gives its first input back as an attention would: output and no weights."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return hidden_states, None
 
 
 def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
