@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.groups import Group, Side, join
+from optin_deploy.structure.groups import Group, LayerAxis, join
 
 WIDTH, HEADS, NEURONS = 256, 4, 1024
 
@@ -135,9 +135,9 @@ def relu_squared(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
         units=module.widen.out_features,
         width=1,
         output=down,
-        sides=(Side(up, "out"), Side(down, "in")),
-        owners=(name,),
-        stand_ins=((name, "constant"),),
+        sides=(LayerAxis(up, "out"), LayerAxis(down, "in")),
+        cost_modules=(name,),
+        placeholders=((name, "constant"),),
     )
 
 

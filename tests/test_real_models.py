@@ -37,7 +37,7 @@ def test_sliced_minilm_equals_masked(minilm: Network) -> None:
     generator = torch.Generator().manual_seed(0)
     kept = {}
     for group in structure.groups:
-        count = int(torch.randint(1 if group.outer is not None else 0, group.units + 1, (), generator=generator))
+        count = int(torch.randint(1 if group.parent is not None else 0, group.units + 1, (), generator=generator))
         kept[group.name] = tuple(torch.randperm(group.units, generator=generator)[:count].sort().values.tolist())
     masks = {g.name: torch.zeros(g.units).index_fill(0, torch.tensor(kept[g.name]), 1.0) for g in structure.groups}
     with torch.inference_mode():

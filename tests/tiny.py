@@ -287,7 +287,7 @@ def cnn(**arguments: Any) -> Network:
 
 def kept_units(group: Group) -> st.SearchStrategy[tuple[int, ...]]:
     """None, all or some of the units; of a width one dimension at least."""
-    least = 1 if group.outer is not None else 0
+    least = 1 if group.parent is not None else 0
     some = st.sets(st.integers(0, group.units - 1), min_size=least).map(lambda s: tuple(sorted(s)))
     return st.one_of(st.just((0,) * least), st.just(tuple(range(group.units))), some)
 
@@ -299,7 +299,7 @@ def plans(structure: Structure) -> st.SearchStrategy[Plan]:
 
 def empty_plan(structure: Structure, *kinds: str) -> Plan:
     """No unit left in any group of these kinds (any kind if none is given); widths, which cannot be empty, left out."""
-    return Plan({g.name: () for g in structure.groups if g.outer is None and (not kinds or g.kind in kinds)})
+    return Plan({g.name: () for g in structure.groups if g.parent is None and (not kinds or g.kind in kinds)})
 
 
 def uneven_plan(structure: Structure) -> Plan:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.structure.groups import Structure
 from optin_deploy.tokens.merging import MergingBlocks
 
@@ -38,7 +38,7 @@ def places(module: nn.Module, structure: Structure) -> dict[str, Place]:
         if block:
             found[left.module] = Place(LEFT_DENSE, block)
     for group in structure.groups:
-        for owner in group.owners:
+        for owner in group.cost_modules:
             found[owner] = Place(_OF_KIND[group.kind], structure.blocks[group.layer])
     return found
 
@@ -50,9 +50,9 @@ def merging_places(module: nn.Module) -> dict[str, Place]:
 
 def own_flops(module: nn.Module, inputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
     """FLOPs for one sample of each named submodule, without those of named submodules inside it; "" has the rest."""
-    counts = flops_by_module(module, inputs)
+    counts = FlopCounts(module, inputs)
     names = {"", *names}
-    own = {name: sum(counts.get(_counted(module, name), {}).values()) for name in names}
+    own = {name: counts.of(name) for name in names}
     # Innermost first, each gives what is its own to nobody else.
     whole = dict(own)
     for name in names - {""}:
@@ -84,10 +84,6 @@ def _outside(module: nn.Module, blocks: Iterable[str]) -> list[tuple[str, bool]]
 
 def _block_of(name: str, structure: Structure) -> str:
     return next((block for block in structure.blocks if name.startswith(f"{block}.")), "")
-
-
-def _counted(module: nn.Module, name: str) -> str:
-    return f"{type(module).__name__}.{name}" if name else "Global"
 
 
 def _nearest(name: str, names: set[str]) -> str:

@@ -34,13 +34,13 @@ def linear_maps(dense: nn.Module, pruned: nn.Module, structure: Structure, plan:
     modules, dense_modules = dict(pruned.named_modules()), dict(dense.named_modules())
     behind = {g.output for g in structure.groups}
     for group in structure.groups:
-        kept = plan.kept.get(group.name, tuple(range(group.units)))
+        kept = plan.units(group)
         # With the last unit of its outer group, an inner one is gone.
-        if group.kind == "width" or plan.kept.get(group.outer or "") == ():
+        if group.kind == "width" or plan.removes(group.parent):
             continue
         name = group.output
         if not kept:
-            name = next(n for n, kind in group.stand_ins if kind.startswith("constant"))
+            name = next(n for n, kind in group.placeholders if kind.startswith("constant"))
         outputs = _kept_outputs(dense_modules[group.output], group.output, structure, plan)
         maps[name] = LinearMap(name, group.output, group, outputs, not kept)
     weights = [id(p) for m in modules.values() for n, p in m.named_parameters(recurse=False) if n == "weight"]
@@ -61,13 +61,13 @@ def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan)
     features = dense.get_parameter("weight").shape[feature_dim(dense, "out")]
     factors = torch.ones(features)
     for group in structure.groups:
-        kept = plan.kept.get(group.name, range(group.units))
+        kept = plan.units(group)
         if len(kept) == group.units:
             continue
         for side in group.sides:
             if side.module == name and side.axis == "out":
                 stay = torch.zeros(features)
-                units = torch.tensor(tuple(kept), dtype=torch.long)
+                units = torch.tensor(kept, dtype=torch.long)
                 stay[features_of(units, group, features, side.widths)] = 1.0
                 factors *= stay
         if group.kind == "width" and group.qkv is not None and group.qkv.queries.module == name:

@@ -349,8 +349,8 @@ def _shortcuts_first(stages: list[list[LinearMap]]) -> list[list[LinearMap]]:
 
 def _is_pruned(group: Group, structure: Structure, plan: Plan) -> bool:
     """Whether units of ``group``, or of its heads' width, are gone."""
-    both = (group, structure.inner(group.name))
-    return any(g is not None and len(plan.kept.get(g.name, range(g.units))) < g.units for g in both)
+    both = (group, structure.child(group.name))
+    return any(g is not None and len(plan.units(g)) < g.units for g in both)
 
 
 def _axis(module: nn.Module) -> int:

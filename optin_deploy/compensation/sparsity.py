@@ -25,7 +25,7 @@ from optin_deploy.compensation.refit import refit_maps
 from optin_deploy.compensation.results import Sparsity
 from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
 from optin_deploy.network import Network
-from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 
@@ -87,10 +87,8 @@ def measure_sparsity(module: nn.Module, structure: Structure, inputs: Mapping[st
     maps = _maps_in_blocks(module, structure)
     sparse = {name: layer.weight for name, layer in maps.items() if has_pattern(_grouped_weights(layer))}
     zeros = sum(int((weight == 0).sum()) for weight in sparse.values())
-    counts = flops_by_module(module, inputs)
-    total, *own = (
-        sum(counts.get(of, {}).values()) for of in ("Global", *(f"{type(module).__name__}.{n}" for n in sparse))
-    )
+    counts = FlopCounts(module, inputs)
+    total, own = counts.total, [counts.of(name) for name in sparse]
     return Sparsity(
         pattern=PATTERN,
         maps=len(sparse),

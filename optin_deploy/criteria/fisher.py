@@ -220,7 +220,7 @@ def rescale(
     began = stopped = False
     for layer, block in enumerate(structure.blocks):
         for group in (g for g in structure.groups if g.layer == layer):
-            kept = len(plan.kept.get(group.name, range(group.units)))
+            kept = len(plan.units(group))
             began = began or kept < group.units
             if stopped or not began or not kept or not ends_linear(network.module, group):
                 continue

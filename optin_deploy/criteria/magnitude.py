@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.unfold import feature_dim
-from optin_deploy.structure.groups import Group, Side, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, Structure
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def _zeros(group: Group) -> Tensor:
     return torch.zeros(group.units, dtype=torch.float64)
 
 
-def _norms(module: nn.Module, group: Group, side: Side) -> Tensor:
+def _norms(module: nn.Module, group: Group, side: LayerAxis) -> Tensor:
     layer = module.get_submodule(side.module)
     weight = getattr(layer, "weight", None)
     # Norms may have none.

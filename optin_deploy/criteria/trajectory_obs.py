@@ -124,10 +124,10 @@ def probe_moments(
         trajectory = Trajectory(network, structure, pieces[index], seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
         with differentiable(network):
-            masks = {g.outer: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
+            masks = {g.parent: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
             with _tapped(network.module, groups) as (given, taps), ExitStack() as stack:
                 for group in widths:
-                    stack.enter_context(masked_queries(network.module, group, masks[group.outer]))
+                    stack.enter_context(masked_queries(network.module, group, masks[group.parent]))
                 blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
@@ -216,7 +216,7 @@ def obs_scores(
     for group in track(structure.groups):
         projection = module.get_submodule(group.output)
         weight = weight_matrix(projection).detach().double()
-        found = moments[(group.outer if group.kind == "width" else None) or group.name]
+        found = moments[(group.parent if group.kind == "width" else None) or group.name]
         covariance, metric = found.covariance(weight.shape[1]), found.metric
         if group.kind == "width":
             order = torch.arange(group.units).flip(0)

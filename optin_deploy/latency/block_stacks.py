@@ -45,7 +45,7 @@ class BlockType:
     @property
     def outer_groups(self) -> tuple[Group, ...]:
         """The groups of the first block, inner ones left out."""
-        return tuple(group for group in self.groups[0] if group.outer is None)
+        return tuple(group for group in self.groups[0] if group.parent is None)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _block_module(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.
     """Return the block; for a pair of convolutions both, with a ReLU for the activation between them."""
     if groups[0].output != block:
         return module.get_submodule(block)
-    *before, last = [module.get_submodule(owner) for owner in groups[0].owners]
+    *before, last = [module.get_submodule(owner) for owner in groups[0].cost_modules]
     return nn.Sequential(*before, nn.ReLU(), last)
 
 

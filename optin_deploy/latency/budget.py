@@ -267,9 +267,9 @@ def find_step_sizes(structure: Structure, costs: LatencyCosts) -> dict[str, list
     for group in structure.groups:
         if group.kind in ("neuron", "channel"):
             curve = costs.curves[group.name]
-            sizes = sorted({*candidate_sizes(group, _ALIGN), *(n for n in curve.units if n >= group.least)})
+            sizes = sorted({*candidate_sizes(group, _ALIGN), *(n for n in curve.units if n >= group.min_units)})
             cost = [curve.at(n, None) for n in sizes]
             level = _LEVEL * abs(cost[0])
             ends = [n for i, n in enumerate(sizes) if i + 1 == len(sizes) or cost[i + 1] - cost[i] > level]
-            step_sizes[group.name] = sorted({group.least, *ends})
+            step_sizes[group.name] = sorted({group.min_units, *ends})
     return step_sizes

@@ -105,7 +105,7 @@ def latency_costs(
     for (kind, table), scale in zip(tables, block_scale, strict=True):
         for block, groups in zip(kind.blocks, kind.groups, strict=True):
             for group in groups:
-                if group.outer is None:
+                if group.parent is None:
                     units, widths, ms = table.grid(part_name(block, group))
                     curves[group.name] = Curve(tuple(units), tuple(widths), ms * scale)
     saved = -sum(curve.at(0, None) for curve in curves.values())
@@ -114,7 +114,7 @@ def latency_costs(
     return LatencyCosts(
         dense_ms,
         {g.name: g.units for g in structure.groups},
-        {g.outer: g.name for g in structure.groups if g.outer is not None},
+        {g.parent: g.name for g in structure.groups if g.parent is not None},
         curves,
         factor,
     )

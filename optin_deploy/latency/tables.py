@@ -142,7 +142,7 @@ def _measure_table(writer: _StackWriter, kind: BlockType, key: TableKey) -> Late
     rows = [Row(name, point.units, point.width, samples[f"size{i}"]) for i, (name, point) in enumerate(points)]
     # All units at full width are the dense stack itself.
     for name, group in groups:
-        width = structure.inner(group.name)
+        width = structure.child(group.name)
         rows.append(Row(name, group.units, width.units if width else None, samples["dense"]))
     depths = {_SHALLOW: samples["shallow"], depth: samples["dense"]}
     return LatencyTable(key, depth, depths, tuple(rows), measured.loads)
@@ -150,7 +150,7 @@ def _measure_table(writer: _StackWriter, kind: BlockType, key: TableKey) -> Late
 
 def table_points(structure: Structure, group: Group, settings: LatencySettings) -> list[TablePoint]:
     """Return the sizes at which a group is measured, all but the whole group."""
-    width = structure.inner(group.name)
+    width = structure.child(group.name)
     if width is None:
         heads = group.kind == "head"
         sizes = spread_sizes(group.units, group.units) if heads else even_sizes(group.units, settings)

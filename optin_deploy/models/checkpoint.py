@@ -39,7 +39,7 @@ from optin_deploy.nn.batches import Batch, dtype_name
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.sentence_embeddings import Sentences
 from optin_deploy.nn.task_head import HeadKind, head_of
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -261,7 +261,7 @@ def _read(path: Path) -> _Description:
 def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description]:
     description = _read(path)
     try:
-        dense = prunable_form(build(_source(description)) if module is None else module)
+        dense = canonicalize(build(_source(description)) if module is None else module)
         inputs, plan = _sample_inputs(description), Plan(description.kept, description.tokens)
         # Tied units were found when the plan was made. Here only the number of units matters: weights are read below.
         structure = describe(dense, inputs).without_tuples()

@@ -13,7 +13,7 @@ from torch import nn
 from optin_deploy.data.preprocessing import IMAGE_CHANNELS, ImagePreprocessing
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network, Origin, Source
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def network_of(
     inputs = {INPUT_NAME: torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))}
     classifies = getattr(module, "num_classes", 0) > 0
     return Network(
-        module=prunable_form(module),
+        module=canonicalize(module),
         inputs=inputs,
         outputs={"logits" if classifies else "features": "output"},
         source=source,

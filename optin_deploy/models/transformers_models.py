@@ -25,7 +25,7 @@ from optin_deploy.network import Network, Preprocessing, Source
 from optin_deploy.nn.batches import Batch
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.task_head import HeadKind, head_of
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 
 # The pipeline has its own progress display.
 transformers.utils.logging.disable_progress_bar()
@@ -341,7 +341,7 @@ def network_of(
     with torch.no_grad():
         logits = named_outputs(module(**inputs))["logits"] if "logits" in names else None
     return Network(
-        module=prunable_form(module),
+        module=canonicalize(module),
         inputs=inputs,
         outputs={name: name for name in names},
         source=source,

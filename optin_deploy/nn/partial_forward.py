@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from optin_deploy.nn.hooks import forward_hooks
+
 
 class _Stopped(Exception):  # noqa: N818 - not an error
     pass
@@ -40,17 +42,15 @@ def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> An
     """Run ``module`` on ``inputs`` up to the end of ``block`` and return that block's output."""
     result: list[Any] = []
 
-    def stop(_: nn.Module, __: Any, output: Any) -> None:
+    def stop(_: str, __: nn.Module, ___: object, output: object) -> None:
         result.append(output)
         raise _Stopped
 
-    handle = module.get_submodule(block).register_forward_hook(stop)
     try:
-        module(**inputs)
+        with forward_hooks(module, [block], after=stop):
+            module(**inputs)
     except _Stopped:
         return result[0]
-    finally:
-        handle.remove()
     raise RuntimeError(f"block {block} did not run")
 
 
@@ -62,18 +62,11 @@ def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict
     """
     seen: dict[str, Any] = {}
 
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name] = behind(seen.get(name), output)
+    def record(name: str, _: nn.Module, __: object, output: object) -> None:
+        seen[name] = behind(seen.get(name), output)
 
-        return hook
-
-    handles = [module.get_submodule(n).register_forward_hook(record(n)) for n in dict.fromkeys(names)]
-    try:
+    with forward_hooks(module, names, after=record):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -81,19 +74,11 @@ def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[
     """Collect the first input of each of the named modules while the context lasts; of several runs as for outputs."""
     seen: dict[str, Tensor] = {}
 
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name] = behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
+    def record(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen[name] = behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
 
-        return hook
-
-    each = dict.fromkeys(names)
-    handles = [module.get_submodule(n).register_forward_pre_hook(record(n), with_kwargs=True) for n in each]
-    try:
+    with forward_hooks(module, names, before=record):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def behind(before: Any, now: Any) -> Any:

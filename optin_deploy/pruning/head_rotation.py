@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.copies import copied
-from optin_deploy.structure.groups import Group, Rows, Structure
+from optin_deploy.structure.groups import Group, OutputSlice, Structure
 from optin_deploy.structure.head_width import change_basis
 
 # Added to the diagonal of second moments, relative to its mean: directions that do not occur must be invertible.
@@ -114,7 +114,7 @@ def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, 
 
     def given(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
         mask = _fitting(valid, args[0])
-        each = _heads(Rows(group.output), args[0], group.units, mask)
+        each = _heads(OutputSlice(group.output), args[0], group.units, mask)
         found.given = found.given + _second(each)
         found.total = found.total + each.sum((0, 1)).double()
         found.count += each.shape[:2].numel() if mask is None else int(mask.sum())
@@ -122,7 +122,7 @@ def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, 
     return [(rows.module, queries), (key_rows.module, keys), (group.output, given)]
 
 
-def _rows(group: Group) -> tuple[Rows, Rows]:
+def _rows(group: Group) -> tuple[OutputSlice, OutputSlice]:
     assert group.qkv is not None
     return group.qkv.queries, group.qkv.keys
 
@@ -132,7 +132,7 @@ def _fitting(valid: Tensor | None, features: Tensor) -> Tensor | None:
     return valid if valid is not None and valid.shape == features.flatten(1, -2).shape[:2] else None
 
 
-def _heads(rows: Rows, features: Tensor, width: int, valid: Tensor | None) -> Tensor:
+def _heads(rows: OutputSlice, features: Tensor, width: int, valid: Tensor | None) -> Tensor:
     """``(batch, tokens, heads, width)``, zero at padding."""
     part = features[..., rows.of(features.shape[-1])].flatten(1, -2)
     part = part.reshape(*part.shape[:2], -1, width)

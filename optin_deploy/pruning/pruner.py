@@ -74,7 +74,7 @@ class Pruned:
         return f"<Pruned {self.network.source.name}: {share:.3f} of its FLOPs, {parameters:,} parameters>"
 
     def _repr_html_(self) -> str:
-        kept = {group.name: len(self.plan.kept.get(group.name, range(group.units))) for group in self._groups}
+        kept = {group.name: len(self.plan.units(group)) for group in self._groups}
         return html_of(kept_view(repr(self)[1:-1], [(g.name, g.kind, g.units, kept[g.name]) for g in self._groups]))
 
     @property

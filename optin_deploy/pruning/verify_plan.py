@@ -40,7 +40,7 @@ def _difference(
     network: Network, small: nn.Module, structure: Structure, plan: Plan, batches: Sequence[Batch]
 ) -> str | None:
     """What differs, and what to do; None where nothing does."""
-    kept = {g.name: tuple(plan.kept.get(g.name, range(g.units))) for g in structure.groups}
+    kept = {g.name: plan.units(g) for g in structure.groups}
     cut = [g for g in structure.groups if len(kept[g.name]) < g.units]
     for inputs in _inputs(network, batches):
         verdict = compared(network.module, small, cut, kept, inputs)

@@ -148,7 +148,7 @@ def _plan_entries(context: RunContext, plan: Plan) -> list[PlanEntry]:
         PlanEntry(group=g.name, kind=g.kind, layer=g.layer, units=g.units, kept=len(plan.kept[g.name]))
         for g in context.anatomy.structure.groups
         # Without heads there is no width of heads.
-        if plan.kept.get(g.outer or "") != ()
+        if plan.kept.get(g.parent or "") != ()
     ]
     stack = context.anatomy.stack
     if stack is not None:

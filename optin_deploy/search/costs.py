@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 
@@ -92,19 +92,17 @@ def kept_size(costs: _Sized, plan: Plan, group: str) -> tuple[int, int | None]:
 
 def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> Costs:
     """`Costs` of ``module`` for one sample of ``inputs``, from one counted forward pass."""
-    counts = flops_by_module(module, inputs)
-    prefix = type(module).__name__
+    counts = FlopCounts(module, inputs)
 
-    def cost(owners: Iterable[str]) -> int:
-        return sum(sum(counts.get(f"{prefix}.{owner}", {}).values()) for owner in owners)
+    def cost(modules: Iterable[str]) -> int:
+        return sum(counts.of(name) for name in modules)
 
-    per_unit = {g.name: (cost(g.owners) - cost(g.unowned)) / g.units for g in structure.groups}
-    pairs = {g.outer: g for g in structure.groups if g.outer is not None}
+    per_unit = {g.name: (cost(g.cost_modules) - cost(g.excluded_modules)) / g.units for g in structure.groups}
+    pairs = {g.parent: g for g in structure.groups if g.parent is not None}
     widths = {outer: g.name for outer, g in pairs.items()}
     shared = {
-        outer: float(cost({*g.owners} & {*structure.group(outer).owners}))
+        outer: float(cost({*g.cost_modules} & {*structure.group(outer).cost_modules}))
         for outer, g in pairs.items()
-        if g.owners != structure.group(outer).owners
+        if g.cost_modules != structure.group(outer).cost_modules
     }
-    total = sum(counts.get("Global", {}).values())
-    return Costs(total, per_unit, {g.name: g.units for g in structure.groups}, widths, shared)
+    return Costs(counts.total, per_unit, {g.name: g.units for g in structure.groups}, widths, shared)

@@ -58,8 +58,8 @@ def lowest(structure: Structure, costs: CostModel) -> float:
     """The part of the dense cost that is left when all is removed that may be."""
     floor = costs.floor
     for group in structure.groups:
-        if group.outer is None and group.least:
-            floor += costs.option(group.name, group.least, 1 if structure.inner(group.name) else None)
+        if group.parent is None and group.min_units:
+            floor += costs.option(group.name, group.min_units, 1 if structure.child(group.name) else None)
     return floor / costs.total
 
 
@@ -68,13 +68,13 @@ def kept_score(structure: Structure, scores: Mapping[str, Tensor], plan: Plan) -
     narrowing all heads loses."""
     total = 0.0
     for group in structure.groups:
-        if group.outer is not None:
+        if group.parent is not None:
             continue
-        kept = list(plan.kept.get(group.name, range(group.units)))
+        kept = list(plan.units(group))
         total += float(scores[group.name].double()[kept].sum())
-        inner = structure.inner(group.name)
+        inner = structure.child(group.name)
         if inner is not None and kept:
-            left = list(plan.kept.get(inner.name, range(inner.units)))
+            left = list(plan.units(inner))
             lost = scores[inner.name].double().clone()
             lost[left] = 0
             if inner.kind == "width":
@@ -165,7 +165,7 @@ class Offers:
         """The plan of one choice of each group."""
         kept = {}
         for group, choices, option in zip(self.groups, self.choices, taken, strict=True):
-            for of, units in zip((group, structure.inner(group.name)), choices[option], strict=True):
+            for of, units in zip((group, structure.child(group.name)), choices[option], strict=True):
                 if of is not None and units is not None:
                     kept[of.name] = tuple(sorted(int(i) for i in self.best[of.name][:units]))
         return Plan(kept)
@@ -178,11 +178,11 @@ def offers(structure: Structure, scores: Mapping[str, Tensor], sizes: Mapping[st
     scale = max(sum(float(v.sum()) for v in values.values()), 1e-300)
     best = {g.name: _ranked(g, values[g.name]) for g in structure.groups}
     gained = {n: np.concatenate([[0.0], np.cumsum(values[n][order] / scale + 1e-12)]) for n, order in best.items()}
-    groups = tuple(g for g in structure.groups if g.outer is None)
+    groups = tuple(g for g in structure.groups if g.parent is None)
     choices: list[tuple[tuple[int, int | None], ...]] = []
     kept_values: list[NDArray[np.float64]] = []
     for group in groups:
-        inner = structure.inner(group.name)
+        inner = structure.child(group.name)
         if inner is None:
             choices.append(tuple((n, None) for n in sizes[group.name]))
             kept_values.append(gained[group.name][list(sizes[group.name])])
@@ -299,8 +299,7 @@ def _ranked(group: Group, values: np.ndarray) -> np.ndarray:
 
 
 def candidate_sizes(group: Group, align: int) -> list[int]:
-    """The numbers of units that may be kept of ``group``, from `Group.least` to all; of dimensions of heads, from one
-    step on."""
+    """Return how many units of ``group`` can be kept, from `Group.min_units` to all; head widths start at one step."""
     if group.kind == "width":
         step = _fitting(min(align, _WIDTH_STEP), group.units, _MIN_WIDTH_STEPS)
         return sorted({*range(step, group.units, step), group.units})
@@ -308,7 +307,7 @@ def candidate_sizes(group: Group, align: int) -> list[int]:
     # Multiples of both where there is room, else the next multiple of the units that leave together.
     both = math.lcm(step, group.step)
     step = both if group.units >= _MIN_STEPS * both else -(-step // group.step) * group.step
-    return sorted({group.least, *range(step, group.units, step), group.units})
+    return sorted({group.min_units, *range(step, group.units, step), group.units})
 
 
 def _fitting(step: int, units: int, steps: int) -> int:

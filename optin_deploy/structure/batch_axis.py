@@ -1,11 +1,11 @@
 """Where the samples of a batch lie: scores and repair stack copies of a batch along the first axis, and count rows."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.residual import Call, first_tensor
 
@@ -48,17 +48,10 @@ def _shapes(module: nn.Module, names: set[str], inputs: Mapping[str, Tensor]) ->
     """Shapes of what the named modules are given and give, one run after the other."""
     found: dict[str, list[torch.Size]] = {name: [] for name in names}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            tensors = (first_tensor(args), first_tensor(output))
-            found[name] += [t.shape for t in tensors if t is not None and t.dim()]
+    def note(name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
+        tensors = (first_tensor(args), first_tensor(output))
+        found[name] += [t.shape for t in tensors if t is not None and t.dim()]
 
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    try:
+    with forward_hooks(module, names, after=note):
         module(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

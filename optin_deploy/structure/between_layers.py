@@ -62,7 +62,7 @@ class _Trace(TorchFunctionMode):
         self.shape: torch.Size | None = None
         # Tensors that the changed channels reach. They are held, so that no other gets the id of one.
         self.reached: dict[int, Tensor] = {}
-        self.mixing: str | None = None
+        self.mixer: str | None = None
         self.reforming: str | None = None
         # What the tensor's form changed with first, and how many channels it has had since it changed last.
         self.start: str | None = None
@@ -88,7 +88,7 @@ class _Trace(TorchFunctionMode):
             if isinstance(submodule, _MAPS) and self.second is None and given is not None and id(given) in self.reached:
                 through = isinstance(submodule, Conv) and submodule.groups > 1 and not has_own_forward(submodule)
                 through = through and submodule.in_channels == submodule.out_channels
-                through = through and self.mixing is None and self.reforming is None
+                through = through and self.mixer is None and self.reforming is None
                 self.second = None if through else name
 
         return hook
@@ -132,7 +132,7 @@ class _Trace(TorchFunctionMode):
         if not bool(moved.any()):
             return
         self.reached[id(output)] = output
-        if self.mixing is not None:
+        if self.mixer is not None:
             return
         name, axis = self._named(func), self._axis(output.shape)
         if axis is None:
@@ -141,7 +141,7 @@ class _Trace(TorchFunctionMode):
                 self.reforming, self.channels, self.start = name, channels, self.start or name
         # A local response norm mixes so little of small values that it is told by its name.
         elif bool(moved.movedim(axis, 1)[:, ::2].any()) or getattr(func, "__name__", "") == "local_response_norm":
-            self.mixing = name if self.start in (None, name) else f"{self.start} to {name}"
+            self.mixer = name if self.start in (None, name) else f"{self.start} to {name}"
         else:
             self.reforming = self.start = self.channels = None
             if output.dim() == len(self.shape) and axis == 1 and output.shape != self.shape:
@@ -167,8 +167,8 @@ class _Trace(TorchFunctionMode):
     def found(self) -> str | None:
         """See `obstacle`."""
         end = f"{self.first} and {self.second or 'the end of the network'}"
-        if self.mixing is not None:
-            return f"{self.mixing} stands between {end} and mixes their channels"
+        if self.mixer is not None:
+            return f"{self.mixer} stands between {end} and mixes their channels"
         if self.reforming is not None:
             return f"{self.reforming} stands between {end} and changes where their channels are"
         if self.second is None:

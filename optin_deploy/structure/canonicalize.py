@@ -12,7 +12,7 @@ from optin_deploy.structure.adapters.torch_attention import through_modules
 from optin_deploy.structure.parametrizations import baked
 
 
-def prunable_form(module: nn.Module) -> nn.Module:
+def canonicalize(module: nn.Module) -> nn.Module:
     """``module`` unwrapped, with peft's adapters merged, computed weights baked in and torch's attentions in modules;
     itself where it has none of these.
 

@@ -25,9 +25,9 @@ from optin_deploy.structure.residual import Call, residual_stream, trial_forward
 from optin_deploy.structure.verify import (
     broadcast_where_it_works,
     in_another_way,
+    keep_working_placeholders,
     tied,
     uncuttable,
-    with_working_stand_ins,
 )
 
 _LISTS = nn.ModuleList | nn.Sequential
@@ -60,7 +60,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
     # Neurons of convolutions are channels: what is followed through a forward pass is known better.
     settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
-    taken = {*(name for g in settled for name in (*g.owners, g.output)), *(left.module for left in left_dense)}
+    taken = {*(name for g in settled for name in (*g.cost_modules, g.output)), *(left.module for left in left_dense)}
     known = {side.module for g in ran for side in g.sides}
     channels, mixed = channel_groups(module, inputs, calls, taken, known=known)
     if not channels and not ran:
@@ -82,8 +82,8 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     ran = [changed.get(g.name, g) for g in ran]
     failed |= {name: reason for name, reason in uneven.items() if name not in changed}
     left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
-    ran = with_working_stand_ins(module, inputs, [g for g in ran if g.name not in failed])
-    ran = [replace(g, outer=None) if g.outer in failed else g for g in ran]
+    ran = keep_working_placeholders(module, inputs, [g for g in ran if g.name not in failed])
+    ran = [replace(g, parent=None) if g.parent in failed else g for g in ran]
     blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):

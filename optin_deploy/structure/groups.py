@@ -11,11 +11,11 @@ from typing import Literal
 from torch import Tensor, nn
 
 Kind = Literal["head", "width", "neuron", "channel"]
-StandIn = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_channels"]
+Placeholder = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_channels"]
 
 
 @dataclass(frozen=True)
-class Side:
+class LayerAxis:
     """One side of a layer (linear, convolution, batch norm) whose features belong to the units of a group.
 
     Its features are ordered part, unit, feature. ``widths`` says how many features a unit has in each part; where it is
@@ -31,10 +31,10 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Entries:
+class TensorAxis:
     """A parameter or buffer, by its dotted name, with entries of the units of a group along ``dim``.
 
-    Ordered and counted as the features of a `Side`.
+    Ordered and counted as the features of a `LayerAxis`.
     """
 
     tensor: str
@@ -43,7 +43,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Rows:
+class OutputSlice:
     """Some output features of a linear layer: part number ``part`` of its ``parts`` equal parts."""
 
     module: str
@@ -64,9 +64,9 @@ class Projections:
     width's -1/2th power; None where it stays as it is when heads get narrower.
     """
 
-    queries: Rows
-    keys: Rows
-    values: Rows
+    queries: OutputSlice
+    keys: OutputSlice
+    values: OutputSlice
     scale: tuple[str, str] | None = None
 
 
@@ -101,36 +101,42 @@ class Together:
 class Group:
     """The interchangeable units of one attention, FFN or convolution.
 
-    ``output`` names the projection behind the units: its input has ``units * width`` features along ``axis``, and a
-    unit is masked by setting its features to zero there. ``owners`` are the modules whose FLOPs are proportional to the
-    units kept, but for those of the modules ``unowned`` inside them. ``attributes`` are ``(module, attribute)`` whose
-    value is proportional to them, or a shape with an axis for them, ``entries`` parameters and buffers that no layer of
-    ``sides`` holds. ``stand_ins`` say what takes the place of which module when no unit is left; where they are empty,
-    one unit stays. ``slim`` is the class that the module ``name`` gets when it is sliced, for one whose own forward
-    takes widths from its input: a subclass of its own with the same parameters. If it has a
-    method ``keep_units``, that is told which of the present units stay.
-
-    Where something that mixes units stands before the projection (squeeze-and-excitation), ``masked`` names the module
-    in whose input a unit's features are set to zero instead; they must then be zero before the projection as well.
-    ``mixing`` names a norm over all units there: a unit's features are set to zero both before it and before the
-    projection, and what it divides by counts the units that are gone.
-
-    ``together`` says which units only leave together, because the network takes the units in equal parts and treats
-    the parts differently, say. Where it is None, every unit may leave alone.
-
-    ``outer`` names the group that an inner one goes with: the FLOPs of modules that both own are proportional to what
-    both keep. The inner one keeps a unit at least, and is gone with the last unit of the outer one, whose stand-ins
-    replace what is left of it too. Such are the channels between the first two convolutions of a bottleneck (the outer
-    ones are those between the last two), and the width of heads.
-
-    Heads with ``qkv`` may also get narrower: a group of kind "width", with the heads as its outer group. Its units are
-    the dimensions of queries, keys and values, in order, the same in all heads.
-
-    The output is added to the residual stream: ``residual`` names the module whose first input is that stream, or,
-    where there is none, ``shortcut`` the module whose output is. ``norm`` names the BatchNorm2d and ``scale`` the
-    LayerScale parameter between output and addition, in this order. ``residual`` and ``shortcut`` are None where
-    something else stands between. ``in_place`` tells that the network changes what it adds in place or takes it apart,
-    so that it cannot be broadcast.
+    Attributes:
+        name: The module that holds the units.
+        units: How many units there are.
+        width: Features of a unit in the input of ``output``.
+        output: The projection after the units. Its input has ``units * width`` features along ``axis``. A unit is
+            masked by setting its features there to zero.
+        sides: The layer axes that are sliced.
+        cost_modules: Modules whose FLOPs are proportional to the units kept.
+        placeholders: ``(module, placeholder)``: what replaces the module when no unit is left. If empty, at least one
+            unit is kept.
+        attributes: ``(module, attribute)`` whose value is proportional to the units, or is a shape with an axis for
+            them.
+        residual: The module whose first input is the residual stream to which the output is added. None if another
+            operation comes between.
+        scale: The LayerScale parameter between output and addition, after ``norm``.
+        layer: Index of the block in `Structure.blocks`.
+        shortcut: The module whose output is the residual stream, where ``residual`` is None.
+        norm: The BatchNorm2d between output and addition.
+        in_place: Whether the network changes the output in place or takes it apart, so that it cannot be broadcast.
+        qkv: The projections of heads that may also get narrower. Their width is a group of kind "width" whose parent
+            are the heads. Its units are the dimensions of queries, keys and values, in order, the same in all heads.
+        parent: The group that this one belongs to, such as the heads for their width, or the channels between the last
+            two convolutions of a bottleneck for those between the first two. The FLOPs of modules in the
+            ``cost_modules`` of both are proportional to the product of what both keep. The child keeps at least one
+            unit. When the parent loses its last unit, the parent's placeholders also replace the child.
+        entries: Parameters and buffers that no layer of ``sides`` holds.
+        slim: The class that the sliced module ``name`` gets, for a module whose own forward takes the widths from
+            its input. It is a subclass of the module's class with the same parameters. If it has a method
+            ``keep_units``, slicing calls that with the present units that are kept.
+        masked: The module in whose input a unit's features are set to zero, where a module that combines units
+            (squeeze-and-excitation) comes before ``output``. The features must then be zero before ``output`` too.
+        excluded_modules: Modules inside ``cost_modules`` whose FLOPs are not proportional to the units.
+        norm_over_units: A norm over all units before ``output``. A unit's features are set to zero both before it and
+            before ``output``. The norm still divides by the number of units before pruning.
+        together: Which units can only be removed together, for example because the network splits the units into equal
+            parts that it treats differently. None if every unit can be removed alone.
     """
 
     name: str
@@ -138,9 +144,9 @@ class Group:
     units: int
     width: int
     output: str
-    sides: tuple[Side, ...]
-    owners: tuple[str, ...]
-    stand_ins: tuple[tuple[str, StandIn], ...]
+    sides: tuple[LayerAxis, ...]
+    cost_modules: tuple[str, ...]
+    placeholders: tuple[tuple[str, Placeholder], ...]
     attributes: tuple[tuple[str, str], ...] = ()
     residual: str | None = None
     scale: str | None = None
@@ -150,32 +156,32 @@ class Group:
     norm: str | None = None
     in_place: bool = False
     qkv: Projections | None = None
-    outer: str | None = None
-    entries: tuple[Entries, ...] = ()
+    parent: str | None = None
+    entries: tuple[TensorAxis, ...] = ()
     slim: type[nn.Module] | None = None
     masked: str | None = None
-    unowned: tuple[str, ...] = ()
-    mixing: str | None = None
+    excluded_modules: tuple[str, ...] = ()
+    norm_over_units: str | None = None
     together: Together | None = None
 
     @property
     def has_stream(self) -> bool:
-        """Whether it is known to what the output is added."""
+        """Whether the residual stream that the output is added to is known."""
         return self.residual is not None or self.shortcut is not None
 
     @property
-    def least(self) -> int:
-        """Units that stay at least: with none of them, what has no stream around it would let nothing through."""
-        return 0 if self.has_stream and self.stand_ins else self.step
+    def min_units(self) -> int:
+        """The fewest units that can be kept: no unit at all would block the signal without a residual stream."""
+        return 0 if self.has_stream and self.placeholders else self.step
 
     @property
     def step(self) -> int:
-        """How many units leave together."""
+        """How many units are removed together."""
         return 1 if self.together is None else self.together.size
 
     @property
     def tuples(self) -> tuple[tuple[int, ...], ...]:
-        """The units that leave together; each alone where nothing else is said."""
+        """The sets of units that are removed together; single units where ``together`` is None."""
         return (self.together or Together(1, strided=False)).tuples(self.units)
 
     def first(self, count: int) -> tuple[int, ...]:
@@ -216,9 +222,9 @@ class Structure:
                 return group
         raise KeyError(name)
 
-    def inner(self, outer: str) -> Group | None:
-        """The group that names this one as its outer one, if there is one."""
-        return next((group for group in self.groups if group.outer == outer), None)
+    def child(self, parent: str) -> Group | None:
+        """Return the group whose parent is the group ``parent``, or None."""
+        return next((group for group in self.groups if group.parent == parent), None)
 
     def without_widths(self) -> "Structure":
         """The same structure with heads that stay as wide as they are."""

@@ -32,12 +32,12 @@ def width_group(module: nn.Module, heads: Group) -> Group | None:
         width=1,
         output=heads.output,
         sides=heads.sides,
-        owners=heads.owners,
-        stand_ins=(),
+        cost_modules=heads.cost_modules,
+        placeholders=(),
         attributes=tuple(attributes),
         qkv=heads.qkv,
-        outer=heads.name,
-        unowned=heads.unowned,
+        parent=heads.name,
+        excluded_modules=heads.excluded_modules,
     )
 
 

@@ -24,8 +24,8 @@ def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor])
             group = structure.group(name)
             place = module.get_submodule(group.masked or group.output)
             stack.callback(place.register_forward_pre_hook(_hook(group, mask)).remove)
-            if group.mixing is not None:
-                norm = module.get_submodule(group.mixing)
+            if group.norm_over_units is not None:
+                norm = module.get_submodule(group.norm_over_units)
                 stack.callback(norm.register_forward_pre_hook(_hook(group, mask)).remove)
             if group.kind == "width":
                 stack.enter_context(masked_queries(module, group, mask))

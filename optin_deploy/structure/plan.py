@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optin_deploy.errors import UserError
-from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.groups import Group, Structure
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,14 @@ class Plan:
         parts = [f"{name}: {len(units)}" for name, units in self.kept.items()]
         return f"Plan({', '.join([*parts, f'tokens {self.tokens}'] if self.tokens else parts)})"
 
+    def units(self, group: Group) -> tuple[int, ...]:
+        """Return the units of ``group`` that are kept, ascending: all of them where the plan does not name it."""
+        return tuple(self.kept.get(group.name, range(group.units)))
+
+    def removes(self, name: str | None) -> bool:
+        """Return whether the plan removes all units of the group ``name``."""
+        return name is not None and not self.kept.get(name, True)
+
     def after(self, earlier: "Plan") -> "Plan":
         """This plan, made for a network already pruned by ``earlier``, in the dense network's indices."""
         kept = dict(earlier.kept)
@@ -34,12 +42,12 @@ class Plan:
         that leave together stay together."""
         units = {g.name: g.units for g in structure.groups}
         tied = {g.name: g for g in structure.groups if g.together is not None}
-        inner = {g.name: g for g in structure.groups if g.outer is not None}
+        inner = {g.name: g for g in structure.groups if g.parent is not None}
         for name, kept in self.kept.items():
             if name not in units:
                 raise UserError(f"the plan names group {name!r}, which the network does not have")
             if name in inner and not kept:
-                what, outer = inner[name].kind, inner[name].outer
+                what, outer = inner[name].kind, inner[name].parent
                 raise UserError(f"the plan leaves {name!r} no {what}: it goes with the last unit of {outer!r}")
             if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < units[name]):
                 raise UserError(f"the plan keeps units {list(kept)[:5]}… of {name!r}, which has {units[name]} units")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group
 
 # How far `after - before` may be from the (scaled) output, relative to it, for the two to be the residual stream.
@@ -89,31 +90,16 @@ def trial_forward(module: nn.Module, inputs: Mapping[str, Tensor]) -> list[Call]
     given: dict[str, list[Tensor | None]] = {name: [] for name, _ in module.named_modules()}
     ended: list[tuple[Call, Tensor | None, int]] = []
 
-    def before(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given[name].append(copies.of(first_tensor(args if args else list(kwargs.values()))))
+    def before(name: str, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given[name].append(copies.of(first_tensor(args if args else list(kwargs.values()))))
 
-        return hook
+    def after(name: str, submodule: nn.Module, _: object, output: object) -> None:
+        returned = first_tensor(output)
+        call = Call(name, submodule, given[name].pop(), copies.of(returned), False)
+        ended.append((call, returned, _version(returned)))
 
-    def after(name: str) -> Any:
-        def hook(submodule: nn.Module, _: Any, output: Any) -> None:
-            returned = first_tensor(output)
-            call = Call(name, submodule, given[name].pop(), copies.of(returned), False)
-            ended.append((call, returned, _version(returned)))
-
-        return hook
-
-    handles = []
-    for name, submodule in module.named_modules():
-        if name:
-            handles.append(submodule.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(submodule.register_forward_hook(after(name)))
-    try:
-        with torch.no_grad():
-            module(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with forward_hooks(module, filter(None, given), before=before, after=after), torch.no_grad():
+        module(**inputs)
     return [replace(call, changed=_version(returned) != version) for call, returned, version in ended]
 
 

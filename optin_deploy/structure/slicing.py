@@ -7,80 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
-from optin_deploy.nn.unfold import Conv, Geometry, feature_dim
-from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
+from optin_deploy.nn.unfold import Conv, feature_dim
+from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis
 from optin_deploy.structure.partial_norms import shrunk
+from optin_deploy.structure.placeholders import Constant, ConstantMap, ConstantTuple, NoChannels, PassTuple
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import is_batch_norm
 
 
 @runtime_checkable
-class Selecting(Protocol):
+class KeepsUnits(Protocol):
     """A slim module that has to know which units are left of it."""
 
     def keep_units(self, units: Tensor) -> None:
         """Keep these of the present units."""
-
-
-class Constant(nn.Module):
-    """Stands in for a projection without inputs: gives its bias, of as many dimensions as the input.
-
-    The axes before the last have size 1, which a residual stream broadcasts, or with ``whole`` the input's sizes.
-    """
-
-    def __init__(self, bias: Tensor, whole: bool) -> None:
-        super().__init__()
-        self.whole = whole
-        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-
-    @property
-    def weight(self) -> Tensor:
-        """What tells a module around it, like T5's feed-forward network, of which type its parameters are."""
-        return self.bias
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        # A copy, because the network may change it in place.
-        if self.whole:
-            return self.bias.expand(*x.shape[:-1], -1).clone()
-        return self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
-
-
-class ConstantTuple(Constant):
-    """`Constant` for an attention that returns its output and its weights."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        return super().forward(hidden_states), None
-
-
-class ConstantMap(Constant):
-    """`Constant` for a convolution: its bias as ``(1, C, 1, …)``, or with ``whole`` of the size that it would give."""
-
-    def __init__(self, conv: Conv, bias: Tensor, whole: bool) -> None:
-        super().__init__(bias, whole)
-        self.geometry = Geometry.of(conv)
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        bias = self.bias.reshape(1, -1, *(1 for _ in x.shape[2:]))
-        return bias.expand(x.shape[0], -1, *self.geometry.output_size(x.shape[2:])).clone() if self.whole else bias
-
-
-class NoChannels(nn.Module):
-    """Stands in for a convolution of which no channel is left: ``(batch, 0, …)``, of its size."""
-
-    def __init__(self, conv: Conv) -> None:
-        super().__init__()
-        self.geometry = Geometry.of(conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A new tensor, because the network may change it in place.
-        return x.new_zeros((x.shape[0], 0, *self.geometry.output_size(x.shape[2:])))
-
-
-class PassTuple(nn.Module):
-    """Gives its first input back as an attention would: output and no weights."""
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return hidden_states, None
 
 
 def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
@@ -92,11 +32,11 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     small = copied(module)
     # In this order: heads leave before those that stay get narrower.
     for group in structure.groups:
-        kept = plan.kept.get(group.name, range(group.units))
-        if len(kept) == group.units or not plan.kept.get(group.outer or "", (0,)):
+        kept = plan.units(group)
+        if len(kept) == group.units or plan.removes(group.parent):
             continue
         if len(kept) == 0:
-            _stand_in(small, group)
+            _put_placeholders(small, group)
         else:
             _slice(small, group, torch.tensor(kept))
     return small
@@ -121,7 +61,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
         _rescale_queries(module, group, len(kept))
     if group.slim is not None:
         slim = slimmed(module.get_submodule(group.name), group.slim)
-        if isinstance(slim, Selecting):
+        if isinstance(slim, KeepsUnits):
             slim.keep_units(kept)
         replace_submodule(module, group.name, slim)
     for side in group.sides:
@@ -131,9 +71,11 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
             _slice_norm(layer, features)
         else:
             _slice_layer(layer, side, features)
-    if group.mixing is not None:
+    if group.norm_over_units is not None:
         features = features_of(kept, group, group.units * group.width)
-        replace_submodule(module, group.mixing, shrunk(module.get_submodule(group.mixing), features, group.axis))
+        replace_submodule(
+            module, group.norm_over_units, shrunk(module.get_submodule(group.norm_over_units), features, group.axis)
+        )
     for entries in group.entries:
         _slice_entries(module, entries, group, kept)
     for name, attribute in group.attributes:
@@ -166,7 +108,7 @@ def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
                 parent._modules[child] = new
 
 
-def layer_size(layer: nn.Module, side: Side) -> int:
+def layer_size(layer: nn.Module, side: LayerAxis) -> int:
     """How many features or channels a layer has on a side."""
     if is_batch_norm(layer):
         return len(layer.get_buffer("running_mean"))
@@ -187,7 +129,7 @@ def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
     setattr(owner, attribute, getattr(owner, attribute) / gain)
 
 
-def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
+def _slice_layer(layer: nn.Module, side: LayerAxis, features: Tensor) -> None:
     """Keep these outputs or inputs of a linear layer or a convolution."""
     assert isinstance(layer, nn.Linear | Conv)
     before = layer_size(layer, side)
@@ -201,7 +143,7 @@ def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
         layer.bias = _selected(layer.get_parameter("bias"), 0, features)
 
 
-def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tensor) -> None:
+def _slice_entries(module: nn.Module, entries: TensorAxis, group: Group, kept: Tensor) -> None:
     owner, _, name = entries.tensor.rpartition(".")
     holder = module.get_submodule(owner)
     tensor = getattr(holder, name)
@@ -232,14 +174,14 @@ def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _stand_in(module: nn.Module, group: Group) -> None:
+def _put_placeholders(module: nn.Module, group: Group) -> None:
     output = module.get_submodule(group.output)
     whole = group.in_place or not group.has_stream
-    for name, kind in group.stand_ins:
+    for name, kind in group.placeholders:
         replace_submodule(module, name, _replacement(kind, module.get_submodule(name), output, whole))
 
 
-def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
+def _replacement(kind: Placeholder, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
     """What stands in for ``replaced`` when the projection ``output`` has no inputs left."""
     if kind == "no_channels":
         assert isinstance(replaced, Conv)
@@ -258,8 +200,8 @@ def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: b
 
 def output_bias(module: nn.Module, group: Group) -> nn.Parameter | None:
     """The bias added behind the units of ``group``, also when no unit is left."""
-    for name, kind in group.stand_ins:
-        stand_in = module.get_submodule(name)
-        if kind.startswith("constant") and isinstance(stand_in, Constant):
-            return stand_in.bias
+    for name, kind in group.placeholders:
+        placeholder = module.get_submodule(name)
+        if kind.startswith("constant") and isinstance(placeholder, Constant):
+            return placeholder.bias
     return module.get_submodule(group.output).bias  # type: ignore[return-value]

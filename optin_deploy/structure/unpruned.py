@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.adapters.conv_channels import LEAKING
 from optin_deploy.structure.between_layers import obstacle
@@ -35,8 +35,8 @@ def unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tenso
     Modules that an adapter refused are told with their reason whatever they take; all others, by the outermost modules
     that hold no group, where modules of like names take 1 % of the FLOPs or more.
     """
-    counts = flops_by_module(module, inputs)
-    total = sum(counts.get("Global", {}).values())
+    counts = FlopCounts(module, inputs)
+    total = counts.total
     alike: dict[tuple[str, str], list[_Found]] = {}
     for found in _Walk(module, structure, counts).all():
         alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", found.module), found.reason), []).append(found)
@@ -75,9 +75,9 @@ def never_pruned(module: nn.Module) -> str:
 class _Walk:
     """From the root down to modules that a group owns, that an adapter refused, or that hold neither."""
 
-    def __init__(self, module: nn.Module, structure: Structure, counts: Mapping[str, Mapping[object, int]]) -> None:
+    def __init__(self, module: nn.Module, structure: Structure, counts: FlopCounts) -> None:
         self.module, self.counts = module, counts
-        self.owners = {owner for group in structure.groups for owner in group.owners}
+        self.cost_modules = {owner for group in structure.groups for owner in group.cost_modules}
         self.refused: dict[str, str] = {}
         for left in structure.left_dense:
             known = self.refused.get(left.module)
@@ -92,12 +92,12 @@ class _Walk:
             yield _Found(name, self.refused[name], self._flops(name, self.module.get_submodule(name)), True)
 
     def _below(self, name: str, module: nn.Module) -> Iterator[_Found]:
-        if name in self.owners:
+        if name in self.cost_modules:
             return
         if name in self.refused:
             yield _Found(name, self.refused[name], self._flops(name, module) - self._owned(name, module), True)
             return
-        if name and not any(_is_inside(other, name) for other in (*self.owners, *self.refused)):
+        if name and not any(_is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
             yield _Found(name, _unknown(module), self._flops(name, module), False)
             return
         own = self._flops(name, module)
@@ -109,15 +109,14 @@ class _Walk:
 
     def _owned(self, name: str, module: nn.Module) -> int:
         """FLOPs of the groups inside."""
-        if name in self.owners:
+        if name in self.cost_modules:
             return self._flops(name, module)
         return sum(self._owned(f"{name}.{child}", submodule) for child, submodule in module.named_children())
 
     def _flops(self, name: str, module: nn.Module) -> int:
         """FLOPs of a module; of one that is never called itself, like a list, those of what it holds."""
-        key = f"{type(self.module).__name__}.{name}" if name else "Global"
-        if key in self.counts:
-            return sum(self.counts[key].values())
+        if name in self.counts:
+            return self.counts.of(name)
         return sum(
             self._flops(f"{name}.{child}" if name else child, submodule) for child, submodule in module.named_children()
         )

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.structure.groups import Group, Side, Structure, Together
+from optin_deploy.structure.groups import Group, LayerAxis, Structure, Together
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import layer_size, sliced
 from optin_deploy.structure.verify_slices import Verdict, compared, told
@@ -103,28 +103,28 @@ def _changed(module: nn.Module, group: Group, form: Together | None) -> Group | 
     return replace(group, sides=sides, qkv=None) if sides != group.sides else None
 
 
-def _in_a_row(module: nn.Module, group: Group, side: Side) -> Side:
+def _in_a_row(module: nn.Module, group: Group, side: LayerAxis) -> LayerAxis:
     """The side with all features of a unit in one part."""
     features = layer_size(module.get_submodule(side.module), side)
     parts = len(side.widths) or features // (group.units * group.width)
     return replace(side, widths=(features // group.units,)) if parts > 1 and side.axis == "out" else side
 
 
-def with_working_stand_ins(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
-    """The groups, those without stand-ins that give something else than the masked network when no unit is left."""
+def keep_working_placeholders(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
+    """The groups, those without placeholders that give something else than the masked network when no unit is left."""
     # Of two samples, what stands in for a module that gives a pair could be taken for one.
     odd = {name: torch.cat((t, t[:1])) if len(t) == 2 else t for name, t in inputs.items()}
-    bad = failing(module, odd, [g for g in groups if g.stand_ins], _none)
-    return [replace(group, stand_ins=()) if group.name in bad else group for group in groups]
+    bad = failing(module, odd, [g for g in groups if g.placeholders], _none)
+    return [replace(group, placeholders=()) if group.name in bad else group for group in groups]
 
 
 def broadcast_where_it_works(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
-    """The groups, of which those say that they change in place whose stand-ins cannot be broadcast (`Group.in_place`).
+    """Return the groups, with `Group.in_place` set for those whose placeholders cannot be broadcast.
 
     Args:
-        groups: with their residual streams, and stand-ins that work at their whole size.
+        groups: with their residual streams, and placeholders that work at their whole size.
     """
-    free = [g for g in groups if g.least == 0 and not g.in_place and g.outer is None]
+    free = [g for g in groups if g.min_units == 0 and not g.in_place and g.parent is None]
     whole = failing(module, inputs, free, _none)
     return [replace(g, in_place=True) if g.name in whole else g for g in groups]
 
@@ -181,7 +181,7 @@ def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     found: dict[tuple[str, type[nn.Module]], list[Group]] = {}
     for group in groups:
         # A width is no module: it is its heads'.
-        name = group.outer if group.kind == "width" and group.outer else group.name
+        name = group.parent if group.kind == "width" and group.parent else group.name
         found.setdefault((group.kind, type(module.get_submodule(name))), []).append(group)
     return list(found.values())
 

@@ -3,14 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.masking import masked
@@ -86,7 +86,7 @@ def _compared(
 ) -> Verdict:
     masks = {g.name: _mask(module, g, kept[g.name]) for g in groups}
     # With the last unit of a group, or of its outer one, the projection goes too.
-    staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.outer or "", (0,)))]
+    staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.parent or "", (0,)))]
     with masked(module, Structure((), tuple(groups), 0), masks), _recorded(module, staying) as wanted:
         expected = named_outputs(module(**inputs))
     for group in {g.output: g for g in staying}.values():
@@ -144,16 +144,11 @@ def _recorded(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, 
     """What the output projections of the groups give while the context lasts, in the order of their runs."""
     found: dict[str, list[Tensor]] = {g.output: [] for g in groups}
 
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            # A copy, because the network may change it in place.
-            found[name].append(output.clone())
+    def record(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        # A copy, because the network may change it in place.
+        found[name].append(output.clone())
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in found:
-            stack.callback(module.get_submodule(name).register_forward_hook(record(name)).remove)
+    with forward_hooks(module, found, after=record):
         yield found
 
 
@@ -165,19 +160,13 @@ def _replaced(
     ``differences``."""
     runs: Counter[str] = Counter()
 
-    def replace(name: str, of: Sequence[Group]) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            number = runs[name]
-            runs[name] += 1
-            off = _difference(output, wanted[name][number]) if number < len(wanted[name]) else math.inf
-            for group in of:
-                differences[group.name] = max(off, differences.get(group.name, 0.0))
-            return output if off == math.inf else wanted[name][number].clone()
+    def replace(name: str, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        number = runs[name]
+        runs[name] += 1
+        off = _difference(output, wanted[name][number]) if number < len(wanted[name]) else math.inf
+        for group in (g for g in groups if g.output == name):
+            differences[group.name] = max(off, differences.get(group.name, 0.0))
+        return output if off == math.inf else wanted[name][number].clone()
 
-        return hook
-
-    with ExitStack() as stack:
-        for name in wanted:
-            of = [g for g in groups if g.output == name]
-            stack.callback(module.get_submodule(name).register_forward_hook(replace(name, of)).remove)
+    with forward_hooks(module, wanted, after=replace):
         yield

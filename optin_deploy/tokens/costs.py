@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.search.costs import Costs, kept_size
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
@@ -112,12 +112,11 @@ def token_costs(
     module: nn.Module, structure: Structure, costs: Costs, stack: TokenStack, inputs: Mapping[str, Tensor]
 ) -> TokenCosts:
     """The costs of ``module``, whose ``costs`` with all tokens are known, from one counted forward pass."""
-    counts = flops_by_module(module, inputs)
-    prefix = type(module).__name__
+    counts = FlopCounts(module, inputs)
 
     def counted(name: str) -> tuple[float, float]:
         """All FLOPs of a module, and those of products of activations."""
-        own = counts.get(f"{prefix}.{name}", {})
+        own = counts.by_operator(name)
         products = sum(n for kind, n in own.items() if str(kind).partition(".")[2].partition(".")[0] in _PRODUCTS)
         return float(sum(own.values())), float(products)
 
@@ -131,10 +130,10 @@ def token_costs(
         block = structure.blocks[group.layer]
         if block not in stack.blocks:
             continue
-        whole, products = together(group.owners)
+        whole, products = together(group.cost_modules)
         squared[group.name] = products / whole if whole else 0.0
         block_of[group.name] = stack.blocks.index(block)
-        if group.outer is None:
+        if group.parent is None:
             rest[block_of[group.name]][0] -= whole
             rest[block_of[group.name]][1] -= products
     widths = {group.name: group.width for group in structure.groups}

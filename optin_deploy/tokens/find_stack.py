@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.adapters.resizable_attention import PLACED
-from optin_deploy.structure.groups import Rows, Structure
+from optin_deploy.structure.groups import OutputSlice, Structure
 from optin_deploy.structure.residual import Call, trial_forward
 from optin_deploy.tokens.matching import most_mergeable
 from optin_deploy.tokens.merging import MergingBlocks
@@ -106,7 +107,7 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
     """The tensors that blocks are given beside the tokens, by name, of every block that is given one."""
     seen: dict[str, list[Tensor]] = {}
 
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(_: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(block.forward).bind(*args, **kwargs)
         flat = {**given.arguments, **given.arguments.get("kwargs", {})}
         if flat.get("past_key_values") is None:
@@ -117,13 +118,8 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
             elif isinstance(value, tuple | list) and any(isinstance(each, Tensor) for each in value):
                 raise _refused(f"its blocks are also given {name}, which cannot follow the tokens")
 
-    handles = [module.get_submodule(b).register_forward_pre_hook(hook, with_kwargs=True) for b in blocks]
-    try:
-        with torch.no_grad():
-            module(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with forward_hooks(module, blocks, before=hook), torch.no_grad():
+        module(**inputs)
     return seen
 
 
@@ -173,4 +169,4 @@ def _key_source(structure: Structure, calls: Mapping[str, Call], block: str) -> 
     if not norms:
         return None
     begin = len(block) + 1
-    return KeySource(norms[0][begin:], Rows(rows.module[begin:], rows.part, rows.parts), heads[0].name)
+    return KeySource(norms[0][begin:], OutputSlice(rows.module[begin:], rows.part, rows.parts), heads[0].name)

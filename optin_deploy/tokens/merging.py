@@ -153,8 +153,7 @@ def _added(given: Tensor | None, bias: Tensor) -> Tensor:
 def with_merging(module: nn.Module, structure: Structure, stack: TokenStack, plan: Plan) -> None:
     """Let tokens of ``module``, which ``plan`` has left of the dense network, merge by its schedule, in place."""
     stack.check(plan.tokens)
-    units = {group.name: group.units for group in structure.groups}
-    heads = [len(plan.kept.get(k.group, range(units[k.group]))) if k else 0 for k in stack.keys]
+    heads = [len(plan.units(structure.group(k.group))) if k else 0 for k in stack.keys]
     parent, _, name = stack.name.rpartition(".")
     blocks = dict(module.get_submodule(stack.name).named_children())
     if stack.biased:

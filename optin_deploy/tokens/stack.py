@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optin_deploy.errors import UserError
-from optin_deploy.structure.groups import Rows
+from optin_deploy.structure.groups import OutputSlice
 from optin_deploy.tokens.matching import most_mergeable
 
 
@@ -19,7 +19,7 @@ class KeySource:
     those inside the block. ``group`` names the heads."""
 
     norm: str
-    rows: Rows
+    rows: OutputSlice
     group: str
 
 

@@ -21,7 +21,7 @@ from optin_deploy.nn.batches import dtype_name
 from optin_deploy.nn.copies import called, copied, copyable, kept_tensors, sharing
 from optin_deploy.nn.outputs import unfit, unused
 from optin_deploy.nn.sentence_embeddings import FEATURES
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def adopt_module(candidate: object, inputs: object) -> AdoptedModule:
         module = unwrap_module(candidate, notes)
         module.eval()
         check_parameters(module)
-        module = prunable_form(copyable(module))
+        module = canonicalize(copyable(module))
         sample = plain_inputs(module, inputs)
         module, sample = _cast_to_float32(module, sample, notes)
         module = make_differentiable(module, notes)

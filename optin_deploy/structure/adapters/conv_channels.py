@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from optin_deploy.nn.plain_layers import has_own_forward
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.channel_independence import Span, leaking
-from optin_deploy.structure.groups import Entries, Group, Side, StandIn
+from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, TensorAxis
 from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
 
 LEAKING = "its channels do not stay apart"
@@ -40,11 +40,11 @@ class _Path:
     loose: bool
     known: bool
     width: int = 1
-    sides: tuple[Side, ...] = ()
-    entries: tuple[Entries, ...] = ()
+    sides: tuple[LayerAxis, ...] = ()
+    entries: tuple[TensorAxis, ...] = ()
     attributes: tuple[tuple[str, str], ...] = ()
-    owners: tuple[str, ...] = ()
-    stand_ins: tuple[tuple[str, StandIn], ...] = ()
+    cost_modules: tuple[str, ...] = ()
+    placeholders: tuple[tuple[str, Placeholder], ...] = ()
     gate: str | None = None
 
     @property
@@ -57,30 +57,30 @@ class _Path:
             return False
         return call.given.shape == self.now.shape or (self.loose and call.given.shape[:2] == self.now.shape[:2])
 
-    def after(self, call: Call, sides: tuple[Side, ...], stand_in: StandIn, width: int = 1) -> "_Path":
+    def after(self, call: Call, sides: tuple[LayerAxis, ...], placeholder: Placeholder, width: int = 1) -> "_Path":
         assert call.returned is not None
         width = self.width * width // gcd(self.width, width)
-        stand_ins = (*self.stand_ins, (call.name, stand_in))
-        owners = dict.fromkeys((*self.owners, *(side.module for side in sides)))
+        placeholders = (*self.placeholders, (call.name, placeholder))
+        owners = dict.fromkeys((*self.cost_modules, *(side.module for side in sides)))
         return replace(
             self,
             now=call.returned,
             width=width,
             sides=(*self.sides, *sides),
-            owners=tuple(owners),
-            stand_ins=stand_ins,
+            cost_modules=tuple(owners),
+            placeholders=placeholders,
         )
 
     def along(self, call: Call, width: int = 1) -> "_Path":
         """Behind a module with numbers for each channel, or for ``width`` of them together."""
         behind = replace(self.after(call, (), "pass", width), loose=True)
-        entries = tuple(Entries(f"{call.name}.{n}", d, ()) for n, d in _places(call.module, self.channels))
+        entries = tuple(TensorAxis(f"{call.name}.{n}", d, ()) for n, d in _places(call.module, self.channels))
         attributes = tuple((call.name, n) for n in _counts(call.module, self.channels))
         return replace(
             behind,
             entries=(*self.entries, *entries),
             attributes=(*self.attributes, *attributes),
-            owners=(*self.owners, call.name) if entries or attributes else self.owners,
+            cost_modules=(*self.cost_modules, call.name) if entries or attributes else self.cost_modules,
         )
 
 
@@ -111,14 +111,14 @@ def channel_groups(
         inner = behind.get(group.name)
         in_row = group.output == block
         # Two groups may meet in a convolution, but not three in a row, and outside of blocks none.
-        if group.name in bad or group.output in behind or (inner is not None and (in_row or inner.outer is not None)):
+        if group.name in bad or group.output in behind or (inner is not None and (in_row or inner.parent is not None)):
             continue
         if inner is not None:
-            if any(i.outer is None and i.output == inner.name for i, _ in groups.values()):
+            if any(i.parent is None and i.output == inner.name for i, _ in groups.values()):
                 continue
             # Of the convolution between them no channel is left.
-            group = replace(group, stand_ins=(*inner.stand_ins[:-1], *group.stand_ins))
-            inner = replace(inner, outer=group.name, stand_ins=())
+            group = replace(group, placeholders=(*inner.placeholders[:-1], *group.placeholders))
+            inner = replace(inner, parent=group.name, placeholders=())
             groups[inner.name] = (inner, block)
             behind[group.name] = inner
         groups[group.name] = (group, block)
@@ -139,16 +139,16 @@ def _candidates(
     for number, first in enumerate(own):
         if not is_plain(first.module) or first.returned is None or first.returned.dim() != _dims(first.module):
             continue
-        side = Side(first.name, "out")
-        stand_ins: tuple[tuple[str, StandIn], ...] = ((first.name, "no_channels"),)
+        side = LayerAxis(first.name, "out")
+        placeholders: tuple[tuple[str, Placeholder], ...] = ((first.name, "no_channels"),)
         path = _Path(
             first,
             first.returned,
             loose=loose or first.returned.dim() != 4,
             known=first.name in known,
             sides=(side,),
-            owners=(first.name,),
-            stand_ins=stand_ins,
+            cost_modules=(first.name,),
+            placeholders=placeholders,
         )
         group = _followed(path, own[number + 1 :], calls) if path.channels > 1 else None
         block = _block(module, group, calls) if group is not None else None
@@ -179,13 +179,13 @@ def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group
         if is_batch_norm(layer):
             if not (direct or path.loose):
                 return None
-            path = path.after(call, (Side(call.name, "out"),), "pass")
+            path = path.after(call, (LayerAxis(call.name, "out"),), "pass")
         elif isinstance(layer, Conv) and is_plain(layer):
             return _group(path, call) if not _is_of_pixels(path, layer) else None
         elif isinstance(layer, Conv) and layer.groups > 1 and layer.in_channels == layer.out_channels:
             if has_own_forward(layer):
                 return None
-            path = path.after(call, (Side(call.name, "out"),), "no_channels", layer.out_channels // layer.groups)
+            path = path.after(call, (LayerAxis(call.name, "out"),), "no_channels", layer.out_channels // layer.groups)
         elif path.known:
             return None
         elif isinstance(layer, nn.GroupNorm):
@@ -245,7 +245,7 @@ def _gate(path: _Path, call: Call, rest: Sequence[Call], calls: Sequence[Call]) 
             continue
         if not _is_pooled(squeeze.given, path.channels) or not _is_pooled(excite.returned, path.channels):
             continue
-        sides = (Side(squeeze.name, "in"), Side(excite.name, "out"))
+        sides = (LayerAxis(squeeze.name, "in"), LayerAxis(excite.name, "out"))
         behind = path.after(around, sides, "pass")
         return replace(behind, gate=name), {c.name for c in inside}
     return None
@@ -264,7 +264,7 @@ def _is_of_pixels(path: _Path, second: nn.Module) -> bool:
 def _group(path: _Path, second: Call) -> Group | None:
     if path.channels % path.width or path.channels == path.width:
         return None
-    sides = (*path.sides, Side(second.name, "in"))
+    sides = (*path.sides, LayerAxis(second.name, "in"))
     return Group(
         name=path.first.name,
         kind="channel",
@@ -274,8 +274,8 @@ def _group(path: _Path, second: Call) -> Group | None:
         sides=sides,
         entries=path.entries,
         attributes=path.attributes,
-        owners=(*path.owners, second.name),
-        stand_ins=(*path.stand_ins, (second.name, "constant")),
+        cost_modules=(*path.cost_modules, second.name),
+        placeholders=(*path.placeholders, (second.name, "constant")),
         axis=1,
         masked=path.gate,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from optin_deploy.structure.adapters.registry import general_adapter
-from optin_deploy.structure.groups import Group, LeftDense, Side, StandIn, join
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Placeholder, join
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -61,18 +61,18 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
     inner = [_place(p, parts, belonging) for p in maps.ups]
     inner += [p.name for p in (*maps.between, *mixing) if p.child not in inner]
     places = [join(name, place) for place in inner]
-    passes: list[tuple[str, StandIn]] = [(place, "pass") for place in places]
+    passes: list[tuple[str, Placeholder]] = [(place, "pass") for place in places]
     return Group(
         name=name if alone else places[0],
         kind="neuron",
         units=neurons,
         width=1,
         output=output,
-        sides=(*(Side(join(name, p.name), "out") for p in (*maps.ups, *maps.between)), Side(output, "in")),
-        owners=(name,) if alone else (*places, output),
-        stand_ins=(*passes, (output, "constant")),
+        sides=(*(LayerAxis(join(name, p.name), "out") for p in (*maps.ups, *maps.between)), LayerAxis(output, "in")),
+        cost_modules=(name,) if alone else (*places, output),
+        placeholders=(*passes, (output, "constant")),
         axis=1 if isinstance(maps.down.module, nn.Conv2d) else -1,
-        mixing=join(name, mixing[0].name) if mixing else None,
+        norm_over_units=join(name, mixing[0].name) if mixing else None,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optin_deploy.structure.adapters.feed_forward import is_map, map_sizes
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.adapters.resizable_attention import SLIM
-from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, join
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, OutputSlice, Projections, TensorAxis, join
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "heads")
@@ -38,7 +38,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     features = map_sizes(projection)[0]
     if reason := _reason(module, getattr(module, heads), features):
         return LeftDense(name, reason)
-    sides: list[Side] = []
+    sides: list[LayerAxis] = []
     for child, layers in inputs.items():
         for layer_name, layer in layers:
             given = map_sizes(layer)[1]
@@ -47,8 +47,8 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
             in_parts = given == _PARTS[child] * features and not getattr(module, "head_first", False)
             widths = () if in_parts else (given // number,)
             norms = [n for n, m in _inside(module, child) if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-            sides += [Side(join(name, n), "out", widths) for n in (layer_name, *norms)]
-    sides.insert(1, Side(join(name, output), "in"))
+            sides += [LayerAxis(join(name, n), "out", widths) for n in (layer_name, *norms)]
+    sides.insert(1, LayerAxis(join(name, output), "in"))
     sides += _maps_to_heads(name, module, number, {*inputs, "proj"})
     unowned = tuple(_unowned(name, module, sides, features // getattr(module, heads)))
     norm = _mixing(module)
@@ -60,16 +60,16 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=features // number,
         output=join(name, output),
         sides=tuple(sides),
-        owners=(name,),
+        cost_modules=(name,),
         # What the modules take that do not depend on heads would be gone with the last one, against the costs.
-        stand_ins=() if unowned else ((name, "constant"),),
+        placeholders=() if unowned else ((name, "constant"),),
         attributes=(*((name, a) for a in attributes), *_attributes(name, module)),
         axis=1 if isinstance(projection, nn.Conv2d) else -1,
         qkv=_fused(name, join(name, "qkv")) if plain else None,
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
         slim=SLIM.get(type(module)),
-        unowned=unowned,
-        mixing=join(name, norm) if norm is not None else None,
+        excluded_modules=unowned,
+        norm_over_units=join(name, norm) if norm is not None else None,
     )
 
 
@@ -107,13 +107,13 @@ def _attributes(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
                 yield join(name, child), attribute
 
 
-def _maps_to_heads(name: str, module: nn.Module, heads: int, projections: Collection[str]) -> list[Side]:
+def _maps_to_heads(name: str, module: nn.Module, heads: int, projections: Collection[str]) -> list[LayerAxis]:
     """Maps beside the projections that give a number for each head."""
     maps = [(n, m) for n, m in module.named_modules() if is_map(m) and n.split(".")[0] not in projections]
-    return [Side(join(name, n), "out", (1,)) for n, m in maps if map_sizes(m)[1] == heads]
+    return [LayerAxis(join(name, n), "out", (1,)) for n, m in maps if map_sizes(m)[1] == heads]
 
 
-def _unowned(name: str, module: nn.Module, sides: Sequence[Side], width: int) -> Iterator[str]:
+def _unowned(name: str, module: nn.Module, sides: Sequence[LayerAxis], width: int) -> Iterator[str]:
     """Layers that stay as they are, like a convolution that pools what keys are made of.
 
     One over the dimensions of a head runs for each head.
@@ -127,11 +127,11 @@ def _unowned(name: str, module: nn.Module, sides: Sequence[Side], width: int) ->
 
 def _entries(
     name: str, module: nn.Module, heads: int, features: int, projections: Collection[str]
-) -> Iterator[Entries]:
+) -> Iterator[TensorAxis]:
     """What else has entries for each head: biases apart from their projection, tables, temperatures."""
     for bias in _BIASES:
         if isinstance(getattr(module, bias, None), Tensor):
-            yield Entries(join(name, bias), 0, (features // heads,))
+            yield TensorAxis(join(name, bias), 0, (features // heads,))
     for child, layer in module.named_modules():
         if is_map(layer) or child.split(".")[0] in projections:
             continue
@@ -139,11 +139,11 @@ def _entries(
             # The last dimension where there are several, because tables have one row for each position.
             dims = [dim for dim in reversed(range(tensor.dim())) if tensor.shape[dim] == heads]
             if tensor.dim() > 1 and dims:
-                yield Entries(join(name, child, parameter), dims[0])
+                yield TensorAxis(join(name, child, parameter), dims[0])
 
 
 def _fused(name: str, qkv: str) -> Projections:
-    queries, keys, values = (Rows(qkv, part, 3) for part in range(3))
+    queries, keys, values = (OutputSlice(qkv, part, 3) for part in range(3))
     return Projections(queries, keys, values, scale=(name, "scale"))
 
 

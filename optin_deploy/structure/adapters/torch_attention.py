@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied, sharing
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, StandIn, join
+from optin_deploy.structure.groups import (
+    Group,
+    LayerAxis,
+    LeftDense,
+    OutputSlice,
+    Placeholder,
+    Projections,
+    TensorAxis,
+    join,
+)
 from optin_deploy.structure.slicing import slimmed
 
 
@@ -174,17 +183,17 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     if type(module) is not Attention or not isinstance(module.out_proj, nn.Linear):
         return None
     queries, keys, values, output = (join(name, n) for n in ("q_proj", "k_proj", "v_proj", "out_proj"))
-    passes: list[tuple[str, StandIn]] = [(n, "pass") for n in (queries, keys, values)]
+    passes: list[tuple[str, Placeholder]] = [(n, "pass") for n in (queries, keys, values)]
     return Group(
         name=name,
         kind="head",
         units=module.num_heads,
         width=module.head_dim,
         output=output,
-        sides=(*(Side(n, "out") for n in (queries, keys, values)), Side(output, "in")),
-        owners=(name,),
-        stand_ins=(*passes, (output, "constant")),
+        sides=(*(LayerAxis(n, "out") for n in (queries, keys, values)), LayerAxis(output, "in")),
+        cost_modules=(name,),
+        placeholders=(*passes, (output, "constant")),
         attributes=((name, "num_heads"),),
-        qkv=Projections(Rows(queries), Rows(keys), Rows(values)),
-        entries=(Entries(join(name, "heads"), 0),),
+        qkv=Projections(OutputSlice(queries), OutputSlice(keys), OutputSlice(values)),
+        entries=(TensorAxis(join(name, "heads"), 0),),
     )

@@ -10,7 +10,17 @@ from torch import nn
 
 from optin_deploy.structure.adapters import position_bias
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.groups import Entries, Group, LeftDense, Projections, Rows, Side, StandIn, child, join
+from optin_deploy.structure.groups import (
+    Group,
+    LayerAxis,
+    LeftDense,
+    OutputSlice,
+    Placeholder,
+    Projections,
+    TensorAxis,
+    child,
+    join,
+)
 
 _SEPARATE_NAMES = (
     ("query", "key", "value"),
@@ -74,7 +84,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     following = (*_input_sides(name, inputs, heads), *sides)
     counted = {*(side.module for side in following), output_name}
     unowned = tuple(n for n in _maps(name, module) if n not in counted)
-    stand_ins: tuple[tuple[str, StandIn], ...] = ((name, "constant_tuple"),)
+    stand_ins: tuple[tuple[str, Placeholder], ...] = ((name, "constant_tuple"),)
     if not inside:
         stand_ins = ((name, "pass_tuple"), (output_name, "constant"))
     if biased or unowned:
@@ -86,15 +96,15 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         units=heads.keys,
         width=heads.shared * heads.width,
         output=output_name,
-        sides=(*following, Side(output_name, "in")),
-        owners=(name,) if inside else (name, output_name),
-        stand_ins=stand_ins,
+        sides=(*following, LayerAxis(output_name, "in")),
+        cost_modules=(name,) if inside else (name, output_name),
+        placeholders=stand_ins,
         attributes=tuple((name, n) for n in _proportional(module, heads)),
         qkv=_projections(name, inputs) if heads.shared == 1 and _can_get_narrower(module) else None,
         # A table of position biases belongs to all layers, and the layer that holds it makes the bias for all.
         entries=() if biased else entries,
         slim=position_bias.slim_class(type(module)) if biased else None,
-        unowned=unowned,
+        excluded_modules=unowned,
     )
 
 
@@ -138,19 +148,19 @@ def _integer(module: nn.Module, names: Sequence[str]) -> int | None:
     return next((v for v in values if isinstance(v, int) and not isinstance(v, bool)), None)
 
 
-def _input_sides(name: str, inputs: Sequence[str], heads: _Heads) -> Iterator[Side]:
+def _input_sides(name: str, inputs: Sequence[str], heads: _Heads) -> Iterator[LayerAxis]:
     widths = (heads.shared * heads.width, heads.width, heads.width)
     if heads.shared == 1:
-        yield from (Side(join(name, n), "out") for n in inputs)
+        yield from (LayerAxis(join(name, n), "out") for n in inputs)
     elif len(inputs) == 1:
-        yield Side(join(name, inputs[0]), "out", widths)
+        yield LayerAxis(join(name, inputs[0]), "out", widths)
     else:
-        yield from (Side(join(name, n), "out", (w,)) for n, w in zip(inputs, widths, strict=True))
+        yield from (LayerAxis(join(name, n), "out", (w,)) for n, w in zip(inputs, widths, strict=True))
 
 
 def _of_heads(
     name: str, module: nn.Module, own: Sequence[str], heads: _Heads
-) -> tuple[tuple[Side, ...], tuple[Entries, ...]]:
+) -> tuple[tuple[LayerAxis, ...], tuple[TensorAxis, ...]]:
     """What else has features or entries for each head: projections and tables of positions, temperatures."""
     sides, entries = [], []
     for inner, layer in module.named_modules():
@@ -159,13 +169,13 @@ def _of_heads(
         if isinstance(layer, nn.Linear):
             if layer.out_features in (heads.queries, heads.queries * heads.width):
                 each = layer.out_features // heads.keys
-                sides.append(Side(join(name, inner), "out", (each,)))
+                sides.append(LayerAxis(join(name, inner), "out", (each,)))
             continue
         for parameter_name, parameter in layer.named_parameters(recurse=False):
             shape = tuple(parameter.shape)
             if shape[1:] in ((heads.queries,), (1, 1)) and heads.queries in (shape[0], shape[-1]):
                 dim = 0 if len(shape) == 3 else 1
-                entries.append(Entries(join(name, inner, parameter_name), dim, (heads.shared,)))
+                entries.append(TensorAxis(join(name, inner, parameter_name), dim, (heads.shared,)))
     return tuple(sides), tuple(entries)
 
 
@@ -193,9 +203,9 @@ def _can_get_narrower(module: nn.Module) -> bool:
 
 def _projections(name: str, inputs: Sequence[str]) -> Projections:
     if len(inputs) == 1:
-        queries, keys, values = (Rows(join(name, inputs[0]), part, 3) for part in range(3))
+        queries, keys, values = (OutputSlice(join(name, inputs[0]), part, 3) for part in range(3))
     else:
-        queries, keys, values = (Rows(join(name, n)) for n in inputs)
+        queries, keys, values = (OutputSlice(join(name, n)) for n in inputs)
     return Projections(queries, keys, values)
 
 
@@ -219,10 +229,10 @@ def deformable_attention(name: str, module: nn.Module, parent_name: str, parent:
         width=features[2] // heads,
         output=output,
         sides=(
-            *(Side(join(name, n), "out", (f // heads,)) for n, f in zip(names[:3], features, strict=True)),
-            Side(output, "in"),
+            *(LayerAxis(join(name, n), "out", (f // heads,)) for n, f in zip(names[:3], features, strict=True)),
+            LayerAxis(output, "in"),
         ),
-        owners=(name,),
-        stand_ins=((name, "constant_tuple"),),
+        cost_modules=(name,),
+        placeholders=((name, "constant_tuple"),),
         attributes=tuple((name, n) for n in attributes),
     )

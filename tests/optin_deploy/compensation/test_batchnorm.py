@@ -65,7 +65,7 @@ def plain_resnet() -> Network:
 def test_channels_that_are_all_gone_leave_what_masking_them_would(make: Callable[[], Network]) -> None:
     network = make()
     anatomy, given = examine(network), tiny.batches(network, 3)
-    gone = [g for g in anatomy.structure.groups if g.kind == "channel" and g.outer is None]
+    gone = [g for g in anatomy.structure.groups if g.kind == "channel" and g.parent is None]
     small = remove(network, anatomy.structure, Plan({g.name: () for g in gone}), given, None)
     masked = copy.deepcopy(network.module)
     for group in gone:

@@ -142,7 +142,7 @@ def kept_outputs(done: Repaired, name: str, features: int) -> list[int]:
     left = list(range(features))
     for group in done.structure.groups:
         if any(s.module == name and s.axis == "out" for s in group.sides):
-            kept, size = done.plan.kept.get(group.name, range(group.units)), group.units * group.width
+            kept, size = done.plan.units(group), group.units * group.width
             left = [f for f in left if f % size // group.width in kept]
     return left
 

@@ -32,7 +32,7 @@ class Maps(nn.Module):
         self.inner = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x).movedim(-1, 1)
+        return self.child(x).movedim(-1, 1)
 
 
 def in_double(network: Network) -> Network:
@@ -152,7 +152,7 @@ def test_networks_and_labels_that_do_not_suit_are_told() -> None:
 
 def test_scores_are_the_diagonal_of_the_fisher_information() -> None:
     gradients = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    information = sum(g.outer(g) for g in gradients) / 7
+    information = sum(g.parent(g) for g in gradients) / 7
     torch.testing.assert_close(fisher_scores({"a": gradients})["a"], information.diagonal())
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from optin_deploy.criteria.magnitude import magnitude_scores
-from optin_deploy.structure.groups import Group, Side, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, Structure
 
 # Rows before and columns behind each of two units that have four features and one.
 OWN_ROWS = (([0, 1, 2, 3, 8], [0, 1, 2, 3]), ([4, 5, 6, 7, 9], [4, 5, 6, 7]))
@@ -29,7 +29,7 @@ def test_scores_are_the_squares_summed_one_weight_at_a_time(name: str) -> None:
 
 def test_kernels_count_and_norms_do_not() -> None:
     module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3))
-    sides = (Side("0", "out"), Side("1", "out"), Side("2", "in"))
+    sides = (LayerAxis("0", "out"), LayerAxis("1", "out"), LayerAxis("2", "in"))
     group = Group("0", "neuron", 5, 1, "2", sides, (), ())
     given = magnitude_scores(module, Structure(("0",), (group,), 1))["0"]
     before, after = module[0].weight.detach().double(), module[2].weight.detach().double()
@@ -39,7 +39,7 @@ def test_kernels_count_and_norms_do_not() -> None:
 
 def test_parts_may_have_units_of_different_widths() -> None:
     module = nn.Sequential(nn.Linear(3, 2 * (4 + 1)), nn.Linear(8, 4))
-    sides = (Side("0", "out", (4, 1)), Side("1", "in"))
+    sides = (LayerAxis("0", "out", (4, 1)), LayerAxis("1", "in"))
     group = Group("0", "head", 2, 4, "1", sides, (), ())
     given = magnitude_scores(module, Structure(("0",), (group,), 1))["0"]
     rows, columns = module[0].weight.detach().double(), module[1].weight.detach().double().T

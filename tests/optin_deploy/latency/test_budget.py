@@ -53,14 +53,14 @@ def costs(steepness: float) -> LatencyCosts:
     prunable = [g for g in STRUCTURE.groups if g.kind != "width"]
     each = steepness * (1 - FIXED) * DENSE_MS / len(prunable)
     for group in prunable:
-        narrowing = STRUCTURE.inner(group.name)
+        narrowing = STRUCTURE.child(group.name)
         widths = (narrowing.units // 2, narrowing.units) if narrowing else (None,)
         part = np.array([1.0] if narrowing is None else [0.5, 1.0])
         curves[group.name] = Curve(
             (0, group.units), widths, np.array([[-each for _ in part], [(p - 1) * each for p in part]])
         )
     units = {g.name: g.units for g in STRUCTURE.groups}
-    return LatencyCosts(DENSE_MS, units, {g.outer: g.name for g in STRUCTURE.groups if g.outer}, curves)
+    return LatencyCosts(DENSE_MS, units, {g.parent: g.name for g in STRUCTURE.groups if g.parent}, curves)
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ def test_spread_sizes() -> None:
 def test_every_group_is_measured_below_its_own_size() -> None:
     structure = tiny.structure("vit")
     for group in structure.groups:
-        if group.outer is None:
-            width = structure.inner(group.name)
+        if group.parent is None:
+            width = structure.child(group.name)
             points = table_points(structure, group, COARSE)
             assert points[0].units == 0 and points[0].sizes == {group.name: 0}
             assert (group.units, width.units if width else None) not in [(p.units, p.width) for p in points]

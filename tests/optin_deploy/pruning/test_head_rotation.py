@@ -214,7 +214,7 @@ def test_what_all_keys_have_in_common_does_not_count() -> None:
         block.attn.qkv.bias[tiny.WIDTH : 2 * tiny.WIDTH] += 7.0
     second_time = in_principal_bases(network, structure, batches)
     for group in widths(structure):
-        ours, theirs = (n.module.get_parameter(f"{group.outer}.qkv.weight") for n in (first, second_time))
+        ours, theirs = (n.module.get_parameter(f"{group.parent}.qkv.weight") for n in (first, second_time))
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 

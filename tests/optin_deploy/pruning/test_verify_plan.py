@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.inner = FeedForward(odd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(x)
+        return x + self.child(x)
 
 
 def network(*odd: bool) -> Network:
@@ -114,14 +114,14 @@ def test_bottlenecks_pass() -> None:
     """The first convolution's channels end where the second's begin."""
     of = tiny.cnn(block=tiny.resnet.Bottleneck)
     structure = describe(of.module, of.inputs)
-    assert all(g.together is None for g in structure.groups) and any(g.outer for g in structure.groups)
+    assert all(g.together is None for g in structure.groups) and any(g.parent for g in structure.groups)
     prune(of, tiny.batches(of, 2), 0.97, align=1)
 
 
 def test_a_stand_in_that_is_none_is_found() -> None:
     of = network()
     structure = describe(of.module, of.inputs)
-    wrong = replace(structure.groups[0], stand_ins=(("0.inner", "pass"),))
+    wrong = replace(structure.groups[0], placeholders=(("0.inner", "pass"),))
     structure = replace(structure, groups=(wrong, *structure.groups[1:]))
     plan = Plan({"0.inner": (), "2.inner": tuple(range(9))})
     small = sliced(of.module, structure, plan)

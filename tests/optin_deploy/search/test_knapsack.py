@@ -31,7 +31,15 @@ HEAD_COST, NEURON_COST, REST = 40.0, 1.0, 100.0
 
 def group(name: str, kind: Kind, units: int) -> Group:
     return Group(
-        name, kind, units, 1, output=name, sides=(), owners=(), stand_ins=((name, "constant"),), residual="block"
+        name,
+        kind,
+        units,
+        1,
+        output=name,
+        sides=(),
+        cost_modules=(),
+        placeholders=((name, "constant"),),
+        residual="block",
     )
 
 
@@ -180,8 +188,8 @@ def with_widths(layers: int, heads: int, width: int, neurons: int) -> tuple[Stru
     for found in structure.groups:
         groups.append(found)
         if found.kind == "head":
-            groups.append(replace(group(f"{found.name}.width", "width", width), outer=found.name))
-    names = {g.outer: g.name for g in groups if g.outer is not None}
+            groups.append(replace(group(f"{found.name}.width", "width", width), parent=found.name))
+    names = {g.parent: g.name for g in groups if g.parent is not None}
     dimension = dict.fromkeys(names.values(), HEAD_COST * heads / width)
     units = {g.name: g.units for g in groups}
     return (
@@ -249,12 +257,12 @@ def bottlenecks(layers: int, inner: int, outer: int) -> tuple[Structure, Costs]:
     """Each of three convolutions: a cost per inner channel, per pair of channels, and per outer channel."""
     groups: list[Group] = []
     for i in range(layers):
-        groups.append(replace(group(f"{i}.conv1", "channel", inner), outer=f"{i}.conv2", residual=None))
+        groups.append(replace(group(f"{i}.conv1", "channel", inner), parent=f"{i}.conv2", residual=None))
         groups.append(group(f"{i}.conv2", "channel", outer))
     per_unit = {f"{i}.conv1": FIRST_COST + MIDDLE_COST * outer for i in range(layers)}
     per_unit |= {f"{i}.conv2": LAST_COST + MIDDLE_COST * inner for i in range(layers)}
     total = REST + layers * bottleneck_cost(inner, outer)
-    units, widths = {g.name: g.units for g in groups}, {g.outer: g.name for g in groups if g.outer is not None}
+    units, widths = {g.name: g.units for g in groups}, {g.parent: g.name for g in groups if g.parent is not None}
     shared = dict.fromkeys(widths, MIDDLE_COST * inner * outer)
     return Structure((), tuple(groups), 1), Costs(total, per_unit, units, widths, shared)
 

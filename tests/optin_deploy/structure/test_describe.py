@@ -6,7 +6,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LeftDense, Side, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure
 
 
 def summary(structure: Structure, prefix: str) -> list[tuple[object, ...]]:
@@ -96,32 +96,36 @@ def test_groups_and_streams_of_every_network(name: str) -> None:
 def test_sides_owners_and_attributes_of_timm() -> None:
     attention, mlp = tiny.structure("vit_gated").groups[:2]
     a, m = attention.name, mlp.name
-    assert attention.sides == (Side(f"{a}.qkv", "out"), Side(f"{a}.proj", "in"), Side(f"{a}.gate", "out"))
-    assert attention.owners == (a,)
+    assert attention.sides == (
+        LayerAxis(f"{a}.qkv", "out"),
+        LayerAxis(f"{a}.proj", "in"),
+        LayerAxis(f"{a}.gate", "out"),
+    )
+    assert attention.cost_modules == (a,)
     assert attention.attributes == ((a, "num_heads"), (a, "attn_dim"))
-    assert attention.stand_ins == ((a, "constant"),)
-    assert mlp.sides == (Side(f"{m}.fc1", "out"), Side(f"{m}.fc2", "in"))
-    assert mlp.owners == (m,)
-    assert mlp.stand_ins == ((f"{m}.fc1", "pass"), (f"{m}.fc2", "constant"))
+    assert attention.placeholders == ((a, "constant"),)
+    assert mlp.sides == (LayerAxis(f"{m}.fc1", "out"), LayerAxis(f"{m}.fc2", "in"))
+    assert mlp.cost_modules == (m,)
+    assert mlp.placeholders == ((f"{m}.fc1", "pass"), (f"{m}.fc2", "constant"))
 
 
 def test_sides_owners_and_attributes_of_bert() -> None:
     attention, ffn = tiny.structure("bert").without_widths().groups[:2]
     layer = "encoder.layer.0"
     a, out = f"{layer}.attention.self", f"{layer}.attention.output.dense"
-    assert attention.sides == (*(Side(f"{a}.{n}", "out") for n in ("query", "key", "value")), Side(out, "in"))
-    assert attention.owners == (a, out)
+    assert attention.sides == (*(LayerAxis(f"{a}.{n}", "out") for n in ("query", "key", "value")), LayerAxis(out, "in"))
+    assert attention.cost_modules == (a, out)
     assert attention.attributes == ((a, "num_attention_heads"), (a, "all_head_size"))
-    assert attention.stand_ins == ((a, "pass_tuple"), (out, "constant"))
-    assert ffn.sides == (Side(f"{layer}.intermediate.dense", "out"), Side(f"{layer}.output.dense", "in"))
-    assert ffn.owners == (f"{layer}.intermediate", f"{layer}.output.dense")
-    assert ffn.stand_ins == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
+    assert attention.placeholders == ((a, "pass_tuple"), (out, "constant"))
+    assert ffn.sides == (LayerAxis(f"{layer}.intermediate.dense", "out"), LayerAxis(f"{layer}.output.dense", "in"))
+    assert ffn.cost_modules == (f"{layer}.intermediate", f"{layer}.output.dense")
+    assert ffn.placeholders == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
 
 
 def test_norms_over_the_units_mix_them() -> None:
     network = tiny.vit(scale_attn_norm=True, scale_mlp_norm=True, depth=1)
     structure = describe(network.module, network.inputs)
-    assert [(g.kind, g.mixing) for g in structure.groups] == [
+    assert [(g.kind, g.norm_over_units) for g in structure.groups] == [
         ("head", "blocks.0.attn.norm"),
         ("neuron", "blocks.0.mlp.norm"),
     ]

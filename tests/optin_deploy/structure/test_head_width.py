@@ -14,7 +14,7 @@ from optin_deploy.network import Network
 from optin_deploy.structure.adapters import timm_attention as timm_adapter
 from optin_deploy.structure.adapters import transformers_attention as transformers_adapter
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Rows, Structure
+from optin_deploy.structure.groups import Group, OutputSlice, Structure
 from optin_deploy.structure.head_width import change_basis, narrowable, width_group
 
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]
@@ -57,14 +57,25 @@ def test_the_width_stands_behind_its_heads(name: str) -> None:
     heads = [g for g in structure.groups if g.kind == "head"]
     assert len(heads) == tiny.LAYERS
     for group in heads:
-        width = structure.inner(group.name)
+        width = structure.child(group.name)
         assert width is not None
         assert structure.groups.index(width) == structure.groups.index(group) + 1
-        assert (width.name, width.outer, width.kind) == (f"{group.name}.width", group.name, "width")
+        assert (width.name, width.parent, width.kind) == (f"{group.name}.width", group.name, "width")
         assert (width.units, width.width) == (group.width, 1)
-        for field in ("output", "sides", "owners", "qkv", "layer", "residual", "scale", "shortcut", "norm", "axis"):
+        for field in (
+            "output",
+            "sides",
+            "cost_modules",
+            "qkv",
+            "layer",
+            "residual",
+            "scale",
+            "shortcut",
+            "norm",
+            "axis",
+        ):
             assert getattr(width, field) == getattr(group, field)
-        assert width.stand_ins == ()
+        assert width.placeholders == ()
 
 
 def test_without_widths_everything_else_stays() -> None:
@@ -72,8 +83,8 @@ def test_without_widths_everything_else_stays() -> None:
     without = structure.without_widths()
     assert [g.name for g in without.groups] == [g.name for g in structure.groups if g.kind != "width"]
     assert (without.blocks, without.tokens) == (structure.blocks, structure.tokens)
-    assert without.inner("blocks.0.attn") is None
-    assert structure.inner("blocks.0.mlp") is None
+    assert without.child("blocks.0.attn") is None
+    assert structure.child("blocks.0.mlp") is None
 
 
 def test_projections_and_attributes_of_timm() -> None:
@@ -84,7 +95,7 @@ def test_projections_and_attributes_of_timm() -> None:
     assert width.units == 6
     assert width.attributes == ((name, "head_dim"), (name, "attn_dim"))
     assert width.qkv is not None
-    assert [width.qkv.queries, width.qkv.keys, width.qkv.values] == [Rows(f"{name}.qkv", i, 3) for i in range(3)]
+    assert [width.qkv.queries, width.qkv.keys, width.qkv.values] == [OutputSlice(f"{name}.qkv", i, 3) for i in range(3)]
     assert [rows.of(36) for rows in (width.qkv.queries, width.qkv.values)] == [slice(0, 12), slice(24, 36)]
     assert width.qkv.scale == (name, "scale")
 
@@ -115,10 +126,10 @@ HF_VIT = (
 def test_projections_and_attributes_of_transformers(
     name: str, attention: str, projections: str, attributes: str
 ) -> None:
-    width = tiny.structure(name).inner(attention)
+    width = tiny.structure(name).child(attention)
     assert width is not None and width.qkv is not None
     found = [width.qkv.queries, width.qkv.keys, width.qkv.values]
-    assert found == [Rows(f"{attention}.{n}") for n in projections.split()]
+    assert found == [OutputSlice(f"{attention}.{n}") for n in projections.split()]
     assert width.qkv.scale is None
     assert width.attributes == tuple((attention, n) for n in attributes.split())
 
@@ -198,7 +209,7 @@ def test_only_the_attentions_that_take_another_basis_can_get_narrower() -> None:
     module.encoder.layer[1].attention.self = rotary
     structure = describe(module.eval(), tiny.texts())
     assert [g.kind for g in structure.groups] == ["head", "width", "neuron", "head", "neuron"]
-    assert structure.inner("encoder.layer.0.attention.self") is not None
+    assert structure.child("encoder.layer.0.attention.self") is not None
 
 
 def test_trying_leaves_the_module_as_it_was() -> None:

@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.norm, self.inner = nn.LayerNorm(WIDTH), inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self.norm(x))
+        return x + self.child(self.norm(x))
 
 
 class Bottleneck(nn.Module):
@@ -329,7 +329,7 @@ SEEN: dict[str, tuple[Network, Structure]] = {}
 
 def kept_tuples(group: Group) -> st.SearchStrategy[tuple[int, ...]]:
     """Some of the tuples, and none where that may be."""
-    which = st.sets(st.integers(0, len(group.tuples) - 1), min_size=group.least // group.step)
+    which = st.sets(st.integers(0, len(group.tuples) - 1), min_size=group.min_units // group.step)
     return which.map(lambda some: tuple(sorted(unit for i in some for unit in group.tuples[i])))
 
 

@@ -21,7 +21,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.pruning import pruner
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -236,13 +236,13 @@ def test_wrappers_are_taken_off(name: str) -> None:
 
 
 def test_what_is_wrapped_and_bare_stays_one_module() -> None:
-    form = prunable_form(shared_wrapper())
+    form = canonicalize(shared_wrapper())
     assert form.blocks[0] is form.blocks[1]
 
 
 def test_modules_without_any_are_themselves() -> None:
     module = small()
-    assert prunable_form(module) is module
+    assert canonicalize(module) is module
 
 
 class Noisy(nn.Module):
@@ -254,7 +254,7 @@ def test_weights_that_differ_each_time_are_refused() -> None:
     module = small()
     parametrize.register_parametrization(module.blocks[0].one, "weight", Noisy())
     with pytest.raises(UserError, match=r"blocks\.0\.one\.weight: its parametrisation gives another tensor each time"):
-        prunable_form(module)
+        canonicalize(module)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -268,7 +268,7 @@ def test_quantized_networks_are_refused(kind: str) -> None:
         module.stem.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
         module.stem = torch.ao.nn.qat.Conv2d.from_float(module.stem.train())
     with pytest.raises(UserError, match=r"(blocks\.0\.quantizer|stem) is quantized or prepared for it \(\w+\)"):
-        prunable_form(module)
+        canonicalize(module)
 
 
 class Equalised(nn.Conv2d):
@@ -393,4 +393,4 @@ def test_a_function_of_one_convolution_alone_is_seen() -> None:
     module = small()
     layer = module.blocks[0].one
     layer._conv_forward = MethodType(lambda self, x, weight, bias: F.conv2d(x.flip(1), weight, bias, padding=1), layer)
-    assert [g.name for g in describe(prunable_form(module), images()).groups] == ["blocks.1.one"]
+    assert [g.name for g in describe(canonicalize(module), images()).groups] == ["blocks.1.one"]

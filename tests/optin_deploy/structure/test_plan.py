@@ -21,6 +21,13 @@ def test_after_a_group_that_vanished() -> None:
     assert Plan({}).after(Plan({"a": ()})) == Plan({"a": ()})
 
 
+def test_a_group_that_is_not_named_keeps_all_units() -> None:
+    first, second = tiny.structure("vit").groups[:2]
+    plan = Plan({first.name: ()})
+    assert (plan.units(first), plan.units(second)) == ((), tuple(range(second.units)))
+    assert [plan.removes(name) for name in (first.name, second.name, None)] == [True, False, False]
+
+
 @pytest.mark.parametrize("name", ["vit_gated", "deit_distilled", "hf_vit", "bert", "distilbert"])
 @given(data=st.data())
 def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
@@ -29,9 +36,7 @@ def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
     once = sliced(network.module, structure, first)
     left = describe(once, network.inputs)
     assert {g.name: g.units for g in left.groups} == {
-        g.name: n
-        for g in structure.groups
-        if (n := len(first.kept.get(g.name, range(g.units)))) and first.kept.get(g.outer or "", (0,))
+        g.name: n for g in structure.groups if (n := len(first.units(g))) and not first.removes(g.parent)
     }
     second = data.draw(tiny.plans(left))
 

@@ -227,7 +227,7 @@ def test_attributes_follow_the_parameters() -> None:
 
 
 def test_features_of_units_with_parts() -> None:
-    group = Group("a", "head", units=3, width=2, output="a.proj", sides=(), owners=(), stand_ins=())
+    group = Group("a", "head", units=3, width=2, output="a.proj", sides=(), cost_modules=(), placeholders=())
     assert features_of(torch.tensor([0, 2]), group, 12).tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
 
 
@@ -326,7 +326,7 @@ def test_heads_and_their_width_are_cut_together(name: str, data: st.DataObject) 
     for group in structure.groups:
         if group.kind != "width":
             continue
-        heads, dimensions = len(plan.kept[group.outer]), len(plan.kept[group.name])
+        heads, dimensions = len(plan.kept[group.parent]), len(plan.kept[group.name])
         projection = small.get_submodule(group.output)
         assert projection.in_features == projection.weight.shape[1] == heads * dimensions
         for rows in (group.qkv.queries, group.qkv.keys, group.qkv.values):

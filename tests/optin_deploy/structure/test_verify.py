@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Entries, Group, Side, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, Structure, TensorAxis
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
-from optin_deploy.structure.verify import uncuttable, with_working_stand_ins
+from optin_deploy.structure.verify import keep_working_placeholders, uncuttable
 
 
 class Mixing(nn.Module):
@@ -34,9 +34,9 @@ def pair(up: str, down: str) -> Group:
         units=6,
         width=1,
         output=down,
-        sides=(Side(up, "out"), Side(down, "in")),
-        owners=(up, down),
-        stand_ins=(),
+        sides=(LayerAxis(up, "out"), LayerAxis(down, "in")),
+        cost_modules=(up, down),
+        placeholders=(),
     )
 
 
@@ -48,7 +48,7 @@ def test_only_the_group_whose_cut_differs_from_its_mask_is_named() -> None:
 
 
 def test_a_forward_pass_that_breaks_when_cut_is_told() -> None:
-    group = replace(pair("up1", "down1"), sides=(Side("up1", "out"),))
+    group = replace(pair("up1", "down1"), sides=(LayerAxis("up1", "out"),))
     reason = uncuttable(tiny.randomised(Mixing()), {"x": torch.randn(2, 4)}, [group])["up1"]
     assert reason.startswith("its units are not interchangeable: with 3 of 6 left, the network cannot be run (")
     assert "mat1 and mat2 shapes" in reason
@@ -87,11 +87,11 @@ def test_grouped_convolutions_and_loose_tensors_are_sliced(kept: tuple[int, ...]
         units=4,
         width=2,
         output="down",
-        sides=(*(Side(name, "out") for name in ("up", "norm", "deep", "grouped")), Side("down", "in")),
-        owners=("up", "norm", "deep", "grouped", "down"),
-        stand_ins=(),
+        sides=(*(LayerAxis(name, "out") for name in ("up", "norm", "deep", "grouped")), LayerAxis("down", "in")),
+        cost_modules=("up", "norm", "deep", "grouped", "down"),
+        placeholders=(),
         axis=1,
-        entries=(Entries("factor", 0), Entries("shift", 1, (2,))),
+        entries=(TensorAxis("factor", 0), TensorAxis("shift", 1, (2,))),
     )
     inputs = {"x": torch.randn(2, 3, 5, 5)}
     structure = Structure((), (group,), 0)
@@ -106,7 +106,7 @@ def test_grouped_convolutions_and_loose_tensors_are_sliced(kept: tuple[int, ...]
 
 def test_parts_of_a_layer_may_have_units_of_different_widths() -> None:
     module = nn.Linear(3, 2 * (4 + 1 + 1), bias=False)
-    group = replace(pair("0", "0"), units=2, width=4, sides=(Side("0", "out", (4, 1, 1)),))
+    group = replace(pair("0", "0"), units=2, width=4, sides=(LayerAxis("0", "out", (4, 1, 1)),))
     small = sliced(nn.Sequential(module), Structure((), (group,), 0), Plan({"0": (1,)}))
     assert torch.equal(small[0].weight, module.weight[[4, 5, 6, 7, 9, 11]])
 
@@ -161,10 +161,10 @@ def test_stand_ins_that_do_not_work_are_dropped() -> None:
     module = tiny.randomised(Unpacking())
     working = (("first.up", "pass"), ("first.down", "constant"))
     groups = [
-        replace(pair("first.up", "first.down"), stand_ins=working),
-        replace(pair("second.up", "second.down"), name="second", stand_ins=(("second", "constant"),)),
+        replace(pair("first.up", "first.down"), placeholders=working),
+        replace(pair("second.up", "second.down"), name="second", placeholders=(("second", "constant"),)),
     ]
     # The constant of two samples can be unpacked into two, that of three cannot.
-    found = with_working_stand_ins(module, {"x": torch.randn(2, 4)}, groups)
-    assert [g.stand_ins for g in found] == [working, ()]
-    assert [g.least for g in (replace(g, residual="x") for g in found)] == [0, 1]
+    found = keep_working_placeholders(module, {"x": torch.randn(2, 4)}, groups)
+    assert [g.placeholders for g in found] == [working, ()]
+    assert [g.min_units for g in (replace(g, residual="x") for g in found)] == [0, 1]

@@ -21,7 +21,7 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import Pruned, examine, prune
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.adapters import registry
-from optin_deploy.structure.canonicalize import prunable_form
+from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -62,7 +62,7 @@ def test_an_adapted_network_inside_another() -> None:
 
     module, images = Outer().eval(), tiny.images("x")
     with torch.no_grad():
-        torch.testing.assert_close(prunable_form(module)(**images), module(**images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(canonicalize(module)(**images), module(**images), rtol=0, atol=1e-5)
 
 
 def test_adapters_of_attention() -> None:
@@ -90,7 +90,7 @@ def test_prompts_cannot_be_merged() -> None:
     )
     module = peft.get_peft_model(copy.deepcopy(tiny.network("bert_classifier").module), config)
     with pytest.raises(UserError, match="adds tokens and not weights"):
-        prunable_form(module)
+        canonicalize(module)
 
 
 class Reparameterised(nn.Module):

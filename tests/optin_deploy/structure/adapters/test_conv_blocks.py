@@ -7,7 +7,7 @@ from timm.models import resnet
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LeftDense, Side, Structure, channels_last
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure, channels_last
 
 
 class Block(nn.Module):
@@ -23,7 +23,7 @@ class Block(nn.Module):
         return self.bn1(self.conv1(x)).relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.bn2(self.conv2(self.inner(x)))).relu()
+        return (x + self.bn2(self.conv2(self.child(x)))).relu()
 
 
 class PreActivation(Block):
@@ -33,35 +33,35 @@ class PreActivation(Block):
 
 class Dense(Block):
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner(x)
+        inner = self.child(x)
         return inner + self.bn2(self.conv2(inner))
 
 
 class Concatenating(Block):
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner(x)
+        inner = self.child(x)
         return self.bn2(self.conv2(inner)) + torch.cat([inner[:, :3], x[:, 3:]], 1)
 
 
 class Mixing(Block):
     def inner(self, x: Tensor) -> Tensor:
-        return super().inner(x).softmax(1)
+        return super().child(x).softmax(1)
 
 
 class Gated(Block):
     def inner(self, x: Tensor) -> Tensor:
-        inner = super().inner(x)
+        inner = super().child(x)
         return inner * inner.mean(1, keepdim=True).sigmoid()
 
 
 class Extra(Block):
     def inner(self, x: Tensor) -> Tensor:
-        return self.extra(super().inner(x))
+        return self.extra(super().child(x))
 
 
 class Pooled(Block):
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(nn.functional.avg_pool2d(self.inner(x), 2))
+        return self.conv2(nn.functional.avg_pool2d(self.child(x), 2))
 
 
 class Twice(Block):
@@ -102,7 +102,7 @@ def test_only_blocks_that_run_as_they_look_are_pruned(spoilt: type[nn.Module]) -
 
 def test_what_runs_between_is_found_whatever_it_is_called() -> None:
     structure = described(PreActivation(), Extra(), Unnormalised())
-    found = [(g.name, g.output, g.outer, [s.module[2:] for s in g.sides]) for g in structure.groups]
+    found = [(g.name, g.output, g.parent, [s.module[2:] for s in g.sides]) for g in structure.groups]
     assert found == [
         ("0.conv1", "0.conv2", None, ["conv1", "bn2", "conv2"]),
         ("1.conv1", "1.extra", "1.extra", ["conv1", "bn1", "extra"]),
@@ -120,9 +120,9 @@ def test_the_group_of_a_block() -> None:
             units=6,
             width=1,
             output="0.conv2",
-            sides=(Side("0.conv1", "out"), Side("0.bn1", "out"), Side("0.conv2", "in")),
-            owners=("0.conv1", "0.bn1", "0.conv2"),
-            stand_ins=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
+            sides=(LayerAxis("0.conv1", "out"), LayerAxis("0.bn1", "out"), LayerAxis("0.conv2", "in")),
+            cost_modules=("0.conv1", "0.bn1", "0.conv2"),
+            placeholders=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
             residual="0",
             norm="0.bn2",
             layer=0,

@@ -137,7 +137,7 @@ def _structure(name: str) -> Structure:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_inner_channels_are_found(name: str) -> None:
     groups = _structure(name).groups
-    found = (len(groups), sum(g.outer is not None for g in groups), sum(g.masked is not None for g in groups))
+    found = (len(groups), sum(g.parent is not None for g in groups), sum(g.masked is not None for g in groups))
     assert found == FAMILIES[name][1]
     assert _structure(name).left_dense == ()
 
@@ -162,11 +162,11 @@ def _halves(structure: Structure) -> Plan:
 def test_stacks_of_blocks_run_at_all_sizes(name: str) -> None:
     network, structure = _network(name), _structure(name)
     for kind in block_types(network.module, structure, network.inputs):
-        for group in (g for g in kind.groups[0] if g.outer is None):
+        for group in (g for g in kind.groups[0] if g.parent is None):
             for units, width, sizes in table_points(structure, group, LatencySettings()):
                 made, inputs = build_stack(network.module, structure, kind, sizes, 1)
                 assert bool(made(**inputs).isfinite().all())
-                assert (width is None) == (structure.inner(group.name) is None)
+                assert (width is None) == (structure.child(group.name) is None)
                 assert sizes[group.name] == units
 
 

@@ -171,7 +171,7 @@ def test_channels_are_found_through_every_kind(name: str, dims: int) -> None:
     assert found.tokens == SIZE[dims] ** dims
     # Whatever is between, it may be that no channels at all are left.
     assert [g.residual for g in found.groups] == [f"blocks.{i}" for i in range(2)]
-    assert [g.least for g in found.groups] == [0, 0]
+    assert [g.min_units for g in found.groups] == [0, 0]
 
 
 @pytest.mark.parametrize(("name", "dims"), EVERY)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Side, Structure
+from optin_deploy.structure.groups import Group, LayerAxis, Structure
 
 
 class Row(nn.Module):
@@ -69,9 +69,9 @@ def test_the_group_of_a_pair() -> None:
             units=6,
             width=1,
             output="two",
-            sides=(Side("one", "out"), Side("norm", "out"), Side("two", "in")),
-            owners=("one", "norm", "two"),
-            stand_ins=(("one", "no_channels"), ("norm", "pass"), ("two", "constant")),
+            sides=(LayerAxis("one", "out"), LayerAxis("norm", "out"), LayerAxis("two", "in")),
+            cost_modules=("one", "norm", "two"),
+            placeholders=(("one", "no_channels"), ("norm", "pass"), ("two", "constant")),
             layer=0,
             axis=1,
         ),

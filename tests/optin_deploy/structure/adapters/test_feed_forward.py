@@ -75,7 +75,7 @@ class WithSize(nn.Module):
         self.inner, self.size = inner, size
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, *self.size)
+        return self.child(x, *self.size)
 
 
 class ChannelsLast(nn.Module):
@@ -84,7 +84,7 @@ class ChannelsLast(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.movedim(1, -1)).movedim(-1, 1)
+        return self.child(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _config(cls: Any, **arguments: Any) -> Any:
@@ -154,14 +154,14 @@ def test_it_is_cut_as_it_is_masked(name: str, kept: tuple[int, ...]) -> None:
 
 def test_a_module_that_holds_nothing_else_is_one_owner() -> None:
     group = described("swiglu")[-1]
-    assert (group.name, group.owners, group.output) == ("0", ("0",), "0.fc2")
+    assert (group.name, group.cost_modules, group.output) == ("0", ("0",), "0.fc2")
     assert [(s.module, s.axis) for s in group.sides] == [("0.fc1_g", "out"), ("0.fc1_x", "out"), ("0.fc2", "in")]
 
 
 def test_beside_other_things_the_maps_are_the_owners() -> None:
     group = described("torch")[-1]
-    assert (group.name, group.owners) == ("0.linear1", ("0.linear1", "0.linear2"))
-    assert group.stand_ins == (("0.linear1", "pass"), ("0.linear2", "constant"))
+    assert (group.name, group.cost_modules) == ("0.linear1", ("0.linear1", "0.linear2"))
+    assert group.placeholders == (("0.linear1", "pass"), ("0.linear2", "constant"))
 
 
 def test_a_mixer_has_two() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LeftDense, Side, child, join
+from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, child, join
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -32,9 +32,9 @@ def gated(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> 
         units=module.up.out_features,
         width=1,
         output=f"{name}.down",
-        sides=(*(Side(f"{name}.{n}", "out") for n in ("up", "gate", "shift")), Side(f"{name}.down", "in")),
-        owners=(name,),
-        stand_ins=((name, "constant"),),
+        sides=(*(LayerAxis(f"{name}.{n}", "out") for n in ("up", "gate", "shift")), LayerAxis(f"{name}.down", "in")),
+        cost_modules=(name,),
+        placeholders=((name, "constant"),),
     )
 
 

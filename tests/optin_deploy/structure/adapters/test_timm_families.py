@@ -199,7 +199,7 @@ def test_cut_is_masked(name: str) -> None:
 
 def kept_some(group: Group, seed: int) -> tuple[int, ...]:
     """About half of the units, or now and then as few as can be."""
-    number = group.least if seed % 5 == 4 and group.kind != "width" else max(1, (group.units + seed % 2) // 2)
+    number = group.min_units if seed % 5 == 4 and group.kind != "width" else max(1, (group.units + seed % 2) // 2)
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randperm(group.units, generator=generator)[:number].sort().values.tolist())
 
@@ -223,5 +223,5 @@ def test_half_of_the_flops(name: str) -> None:
 
 def lowest(anatomy: Anatomy) -> float:
     """What can be reached, as a part of the FLOPs."""
-    kept = {g.name: range(g.least if g.kind != "width" else 1) for g in anatomy.structure.groups}
+    kept = {g.name: range(g.min_units if g.kind != "width" else 1) for g in anatomy.structure.groups}
     return anatomy.costs.of(Plan({name: tuple(units) for name, units in kept.items()})) / anatomy.costs.total

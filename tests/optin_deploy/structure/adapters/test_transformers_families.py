@@ -39,7 +39,7 @@ def errors(given: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def small_plan(structure: Structure) -> Plan:
     """As few units as may stay; widths, which are no units, left out."""
-    return Plan({g.name: tuple(range(g.least)) for g in structure.without_widths().groups})
+    return Plan({g.name: tuple(range(g.min_units)) for g in structure.without_widths().groups})
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_sliced_is_masked_and_costs_what_was_planned(name: str) -> None:
     batch = families.batches(network, 1)[0]
     whole = network.forward(batch)
     uneven = tiny.uneven_plan(structure)
-    uneven = Plan({n: kept or tuple(range(structure.group(n).least)) for n, kept in uneven.kept.items()})
+    uneven = Plan({n: kept or tuple(range(structure.group(n).min_units)) for n, kept in uneven.kept.items()})
     for plan in (uneven, small_plan(structure)):
         with masked(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(batch)
