@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from optin_deploy.report.schema import Agreement, LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
 from optin_deploy.utils import formatting
@@ -37,6 +37,17 @@ _RUNTIMES = {
     "tensorrt": "TensorRT",
     "rtx": "TensorRT for RTX",
 }
+
+
+class Percentiles(Protocol):
+    """A summary of latencies."""
+
+    @property
+    def p50_ms(self) -> float: ...
+    @property
+    def p90_ms(self) -> float: ...
+    @property
+    def p99_ms(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -156,16 +167,23 @@ def speed_notes(measurements: Sequence[Measurement] | Sequence[Measured]) -> lis
     """What keeps speed-ups and p50s that stand side by side from reading as a contradiction, a sentence each."""
     found = []
     for item in measurements:
-        dense, pruned = _medians(item)
+        dense, pruned = medians_ms(item)
         case = f"{runtime_name(item.runtime)}, batch {item.batch_size}"
         found.append(changed_pace(case, dense, pruned, item.speedup.low, item.speedup.high))
     return [SPEED_UP, *filter(None, found)] if measurements else []
 
 
-def _medians(item: Measurement | Measured) -> tuple[float, float]:
+def summaries(item: Measurement | Measured) -> tuple[Percentiles, Percentiles]:
+    """Return the latency summaries of the dense and the pruned network."""
     if isinstance(item, Measured):
-        return item.summary["dense"].p50_ms, item.summary["pruned"].p50_ms
-    return item.summary.dense.p50_ms, item.summary.pruned.p50_ms
+        return item.summary["dense"], item.summary["pruned"]
+    return item.summary.dense, item.summary.pruned
+
+
+def medians_ms(item: Measurement | Measured) -> tuple[float, float]:
+    """Return the p50s of the dense and the pruned network."""
+    dense, pruned = summaries(item)
+    return dense.p50_ms, pruned.p50_ms
 
 
 def device_name(report: Report, runtime: str) -> str:
