@@ -66,7 +66,7 @@ def render(report: Report) -> str:
         headline=item,
         likeness=_likeness(report),
         answers=[each for each in _ANSWERS if any(getattr(row, each[0]) is not None for row in report.agreement)],
-        random=report.model.weights == "random",
+        random=wording.has_random_weights(report.model),
         device=wording.device_name(report, item.runtime) if item else None,
         faster=wording.faster,
         on_gpu=wording.on_gpu(report),

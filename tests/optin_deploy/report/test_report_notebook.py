@@ -9,7 +9,7 @@ def test_what_a_terminal_shows_is_a_piece_of_html() -> None:
     assert shown.startswith("<pre") and "a &lt; b" in shown and "font-weight: bold" in shown
 
 
-def test_a_page_is_html_frame_whole() -> None:
+def test_a_page_is_framed_whole() -> None:
     assert html_frame('<p class="a">&amp;</p>').count('"') == 4
     assert "&lt;p class=&quot;a&quot;&gt;&amp;amp;&lt;/p&gt;" in html_frame('<p class="a">&amp;</p>')
 
