@@ -108,7 +108,8 @@ def profile_view(name: str, profile: NetworkProfile) -> Group:
     )
     head = render_table(latency, f"{name}: {_where(profile)}")
     if not profile.parts:
-        return Group(head)
+        note = f"{wording.runtime_name(profile.runtime)} has no profile by layer."
+        return Group(head, Text(note, style="dim"))
     rows = [
         (part.name, formatting.milliseconds(part.ms), formatting.percent(part.ms / summary.p50_ms))
         for part in profile.parts
