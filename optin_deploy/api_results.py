@@ -4,13 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Group
+from rich.text import Text
 from torch import Tensor
 
 from exporters import EngineInfo, OutputParity, Precision
 from optin_deploy.criteria.scoring import Scoring
-from optin_deploy.report import values
+from optin_deploy.report import tables, wording
 from optin_deploy.utils import formatting
-from optin_deploy.utils.display import html_of
+from optin_deploy.utils.display import html_of, render_table
 from profilers import Comparison, Measurement
 
 
@@ -42,7 +44,7 @@ class Scores(Mapping[str, Tensor]):
         return f"<Scores by {self.scoring.criterion} on {self.samples} samples: {count} units in {len(self)} groups>"
 
     def _repr_html_(self) -> str:
-        return html_of(values.scores_view(repr(self)[1:-1], self.units))
+        return html_of(render_table(tables.scores(self.units), repr(self)[1:-1]))
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Compared:
         return tuple(m.speedup.value / self.flops_reduction for m in self.measurements if self.flops_reduction)
 
     def __repr__(self) -> str:
-        return values.comparison_lines(self.measurements, self.flops_reduction)
+        return tables.comparison_lines(self.measurements, self.flops_reduction)
 
     def _repr_html_(self) -> str:
-        return html_of(values.comparison_view(self.measurements, self.flops_reduction))
+        notes = (Text(note, style="dim") for note in wording.speed_notes(self.measurements))
+        return html_of(Group(render_table(tables.comparison(self.measurements, self.flops_reduction)), *notes))

@@ -56,7 +56,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        return self.gram / self.count - self.mean.parent(self.mean)
+        return self.gram / self.count - self.mean.outer(self.mean)
 
 
 def moments(network: Network, structure: Structure, batches: Sequence[Batch]) -> dict[str, Moments]:

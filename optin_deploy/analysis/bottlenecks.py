@@ -1,6 +1,6 @@
-"""Why a pruned network is not faster by as much as its FLOPs are fewer: one sentence per cause, of measured figures.
+"""Bottlenecks: why the speed-up of a pruned network is below its FLOP reduction, one sentence each, with figures.
 
-Ideal is the dense time times the FLOPs ratio. What an operator takes above that is lost, and is put down to one cause.
+The ideal time is the dense time times the FLOPs ratio. Time above it is lost, and is attributed to one bottleneck.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ from optin_deploy.utils.formatting import percent, significant
 STEP = 16
 """Widths that are multiples of this fill the vector registers of CPUs and the matrix units of GPUs."""
 
-_WORTH_TELLING = 0.02
+_REPORTED_SHARE = 0.02
 _TINY_MS = 0.02
 _MANY = 0.10
 _LITTLE = 0.05
@@ -43,11 +43,12 @@ _COMPUTES = (MATRIX, FUSED)
 
 
 def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cause, ...]:
-    """What keeps the pruned network from its ideal time, most costly first; what loses less than 2 % of the dense time
-    is left out, and there is none where nothing is lost, the FLOPs are as many as before, or the account is in doubt.
+    """Return the bottlenecks that cost 2 % of the dense time or more, largest first.
+
+    There are none if the FLOPs did not fall or the breakdown is unreliable.
 
     Args:
-        widths: of the pruned network's matrix products, see `parts.narrow_widths`.
+        widths: of the pruned network's matrix products, see `module_roles.narrow_widths`.
     """
     if account.flops_ratio >= 1 or doubt(account) is not None:
         return ()
@@ -57,7 +58,7 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
         part for part in _PRUNED if not _shrank(account, [cell for cell in account.cells if cell.place.part == part])
     ]
     inside = [cell for cell in rest if cell.place.part not in (MERGING, *kept)]
-    found = [
+    candidates = [
         launches,
         _outside_blocks(account, rest),
         _left_dense(account, rest),
@@ -66,9 +67,9 @@ def causes(account: Account, widths: Mapping[str, tuple[int, ...]]) -> tuple[Cau
         *(_unchanged(account, rest, part) for part in kept),
         *(_built(account, inside) if account.compiled else _by_operator(account, inside, widths)),
     ]
-    worth = _WORTH_TELLING * account.measured_ms[0]
-    told = [cause for cause in found if cause is not None and cause.lost_ms >= worth]
-    return tuple(sorted(told, key=lambda cause: -cause.lost_ms))
+    least_ms = _REPORTED_SHARE * account.measured_ms[0]
+    reported = [cause for cause in candidates if cause is not None and cause.lost_ms >= least_ms]
+    return tuple(sorted(reported, key=lambda cause: -cause.lost_ms))
 
 
 def layer_account(account: Account, widths: Mapping[str, tuple[int, ...]]) -> LayerAccount:
@@ -90,12 +91,12 @@ def layer_account(account: Account, widths: Mapping[str, tuple[int, ...]]) -> La
 
 
 def lost_ms(account: Account) -> float:
-    """What the pruned network takes above the dense time times the FLOPs ratio."""
+    """Return the pruned time above the dense time times the FLOPs ratio."""
     return account.measured_ms[1] - account.measured_ms[0] * account.flops_ratio
 
 
 def _launches(account: Account) -> Cause | None:
-    """Operators too short to be about computing, and what is between operators; None where that is little."""
+    """Return the time of very short operators and between operators; None if it is below 10 % of the latency."""
     tiny = [cell for cell in account.cells if _tiny(cell)]
     dense, pruned = _sums(tiny)
     dense += account.between.dense_ms
@@ -113,9 +114,9 @@ def _launches(account: Account) -> Cause | None:
 def _outside_blocks(account: Account, cells: Sequence[Cell]) -> Cause | None:
     mine = [cell for cell in cells if cell.place.part in _FIXED]
     dense, pruned = _sums(mine)
-    inside = [sum(column) for column in zip(*_flops_beside(account, _FIXED), strict=True)]
+    inside = [sum(column) for column in zip(*_flops_outside(account, _FIXED), strict=True)]
     left = account.measured_ms[0] - dense, account.measured_ms[1] - pruned
-    # Of hardly any time inside the blocks no ratio can be told.
+    # A ratio of very short times inside the blocks is unreliable.
     if (
         not pruned
         or not all(inside)
@@ -126,11 +127,11 @@ def _outside_blocks(account: Account, cells: Sequence[Cell]) -> Cause | None:
     shares = [(part, _sums(c for c in mine if c.place.part == part)[1]) for part in _FIXED]
     names = [f"{part} {_ms(ms)}" for part, ms in sorted(shares, key=lambda share: -share[1]) if ms >= 0.05 * pruned]
     higher = round(without, 2) > round(present, 2)
-    told = f": without it the realised ratio would be {without:.2f} instead of {present:.2f}" if higher else ""
+    effect = f": without them the realised ratio would be {without:.2f} instead of {present:.2f}" if higher else ""
     return Cause(
         _lost(account, dense, pruned),
-        f"What stands outside the blocks ({', '.join(names)} ms) takes {_of_pruned(account, pruned)} and "
-        f"{_change(dense, pruned)}{told}.",
+        f"Modules outside the blocks ({', '.join(names)} ms) take {_of_pruned(account, pruned)} and "
+        f"{_change(dense, pruned)}{effect}.",
     )
 
 
@@ -141,7 +142,7 @@ def _left_dense(account: Account, cells: Sequence[Cell]) -> Cause | None:
         return None
     return Cause(
         _lost(account, dense, pruned),
-        f"What was left dense inside the blocks ({_some([cell.module for cell in mine])}) takes "
+        f"Modules left dense inside the blocks ({_some([cell.module for cell in mine])}) take "
         f"{_of_pruned(account, pruned)} and {_change(dense, pruned)}.",
     )
 
@@ -153,7 +154,7 @@ def _norms(account: Account, cells: Sequence[Cell]) -> Cause | None:
     return Cause(
         _lost(account, dense, pruned),
         f"Norms and residual additions take {_of_pruned(account, pruned)} and {_change(dense, pruned)}: they work on "
-        "the residual stream, which is as wide as before.",
+        "the residual stream, which keeps its width.",
     )
 
 
@@ -163,14 +164,16 @@ def _merging(account: Account, cells: Sequence[Cell]) -> Cause | None:
         return None
     return Cause(
         _lost(account, dense, pruned),
-        f"Merging tokens takes {_of_pruned(account, pruned)}: comparing them, adding up those that leave, and giving "
-        "all back behind the last block.",
+        f"Merging tokens takes {_of_pruned(account, pruned)}: it compares tokens, adds up those that merge, and "
+        "restores all tokens after the last block.",
     )
 
 
 def _unchanged(account: Account, cells: Sequence[Cell], part: str) -> Cause | None:
-    """A part of which nothing was pruned: it costs what its share of the time is above its share of the FLOPs. How its
-    two times differ is noise, and not told."""
+    """Return the cost of an unpruned part: its share of the dense time above its share of the dense FLOPs.
+
+    The pruned time is not used: it differs from the dense time by noise only.
+    """
     mine = [cell for cell in cells if cell.place.part == part]
     dense, (flops, _) = _sums(mine)[0], _flops_of(account, mine)
     if not dense or not flops:
@@ -178,7 +181,7 @@ def _unchanged(account: Account, cells: Sequence[Cell], part: str) -> Cause | No
     time, share = dense / account.measured_ms[0], flops / _all_flops(account)[0]
     return Cause(
         (time - share) * account.measured_ms[0],
-        f"{part[0].upper()}{part[1:]} is unchanged: it takes {percent(time)} of the dense time, and {percent(share)} "
+        f"{part[0].upper()}{part[1:]} is unchanged: it takes {percent(time)} of the dense time for {percent(share)} "
         "of the dense FLOPs.",
     )
 
@@ -186,22 +189,22 @@ def _unchanged(account: Account, cells: Sequence[Cell], part: str) -> Cause | No
 def _by_operator(
     account: Account, cells: Sequence[Cell], widths: Mapping[str, tuple[int, ...]]
 ) -> Iterable[Cause | None]:
-    """Causes inside attention, FFN and convolutions, told by the types of their operators."""
+    """Yield bottlenecks inside attention, FFN and convolutions, by type of operator."""
     yield _unfused(account, cells)
     yield _elementwise(account, cells)
     yield from _products(account, cells, widths)
 
 
 def _built(account: Account, cells: Sequence[Cell]) -> Iterable[Cause | None]:
-    """The same for engines, whose layers are of many operators each: whole parts that shrank less than their FLOPs."""
+    """Yield bottlenecks of engines, whose layers fuse many operators: parts that shrank less than their FLOPs."""
     for part in _PRUNED:
         mine = [cell for cell in cells if cell.place.part == part]
         (dense, pruned), (before, after) = _sums(mine), _flops_of(account, mine)
         if all((dense, pruned, before, after)):
             yield Cause(
                 _lost_to_speed(account, mine),
-                f"The layers of {part} shrank less than their FLOPs, to {pruned / dense:.2f} of their time at "
-                f"{after / before:.2f} of the FLOPs.",
+                f"The layers of {part} shrank less than their FLOPs: they take {pruned / dense:.2f} of their dense "
+                f"time at {after / before:.2f} of the FLOPs.",
             )
 
 
@@ -215,7 +218,7 @@ def _unfused(account: Account, cells: Sequence[Cell]) -> Cause | None:
     softmax = _sums(cell for cell in mine if cell.kind == SOFTMAX)[1]
     return Cause(
         _lost(account, dense, pruned),
-        f"Attention is not fused here: softmax ({_ms(softmax)} ms) and data movement ({_ms(pruned - softmax)} ms) "
+        f"Attention is not fused: softmax ({_ms(softmax)} ms) and data movement ({_ms(pruned - softmax)} ms) "
         f"around its matrix products take {_of_pruned(account, pruned)}, {_ratios(account, dense, pruned)}.",
     )
 
@@ -229,7 +232,7 @@ def _elementwise(account: Account, cells: Sequence[Cell]) -> Cause | None:
     return Cause(
         _lost(account, dense, pruned),
         f"Elementwise operators in attention and FFN ({_largest(mine)}) take {_of_pruned(account, pruned)}, "
-        f"{_ratios(account, dense, pruned)}: they are bound by memory, not by FLOPs.",
+        f"{_ratios(account, dense, pruned)}: they are bound by memory bandwidth, not by FLOPs.",
     )
 
 
@@ -240,7 +243,7 @@ def _is_elementwise(cell: Cell, fused: bool) -> bool:
 
 
 def _products(account: Account, cells: Sequence[Cell], widths: Mapping[str, tuple[int, ...]]) -> Iterable[Cause | None]:
-    """Matrix products that shrank less than their own FLOPs: apart for widths off the steps of 16, then by part."""
+    """Yield matrix products that shrank less than their FLOPs: first those of odd widths, then the others by part."""
     mine = [c for c in cells if c.kind in _COMPUTES and c.place.part not in (*_FIXED, NORMS, LEFT_DENSE)]
     odd = {name: [width for width in of if width % STEP] for name, of in widths.items()}
     uneven = {name: of for name, of in odd.items() if of}
@@ -259,8 +262,8 @@ def _off_steps(account: Account, cells: Sequence[Cell], uneven: Mapping[str, Seq
     named = [f"{name}: {', '.join(map(str, of))}" for name, of in uneven.items()]
     return Cause(
         _lost_to_speed(account, cells),
-        f"Widths are no multiple of {STEP} in places ({_some(named)}): the matrix products there run at {speeds[1]} "
-        f"GFLOP/s, dense at {speeds[0]}.",
+        f"Widths of no multiple of {STEP} are slow ({_some(named)}): their matrix products run at {speeds[1]} GFLOP/s, "
+        f"in the dense network at {speeds[0]}.",
     )
 
 
@@ -272,13 +275,14 @@ def _slower(account: Account, cells: Sequence[Cell], part: str) -> Cause | None:
     before, after = _flops_of(account, cells)
     return Cause(
         _lost_to_speed(account, cells),
-        f"Matrix products of {part} shrank less than their FLOPs, to {pruned / dense:.2f} of their time at "
-        f"{after / before:.2f} of the FLOPs: narrower, they run at {speeds[1]} GFLOP/s, dense at {speeds[0]}.",
+        f"Matrix products of {part} shrank less than their FLOPs: they take {pruned / dense:.2f} of their dense time "
+        f"at {after / before:.2f} of the FLOPs, because they run at {speeds[1]} GFLOP/s, in the dense network at "
+        f"{speeds[0]}.",
     )
 
 
 def _speeds(account: Account, cells: Sequence[Cell]) -> tuple[str, str] | None:
-    """GFLOP/s of matrix products, dense and pruned, as text; None where one of them has none."""
+    """Return the GFLOP/s of matrix products, dense and pruned, as text; None if either has no time or FLOPs."""
     times, flops = _sums(cells), _flops_of(account, cells)
     if not all((*times, *flops)):
         return None
@@ -287,13 +291,13 @@ def _speeds(account: Account, cells: Sequence[Cell]) -> tuple[str, str] | None:
 
 
 def _lost_to_speed(account: Account, cells: Sequence[Cell]) -> float:
-    """What the products take above their dense time times their own FLOPs ratio."""
+    """Return the time of the products above their dense time times their own FLOPs ratio."""
     (dense, pruned), (before, after) = _sums(cells), _flops_of(account, cells)
     return pruned - dense * after / before
 
 
 def _shrank(account: Account, cells: Iterable[Cell]) -> bool:
-    """Whether modules have clearly fewer FLOPs than before, or none that are counted."""
+    """Return whether modules have clearly fewer FLOPs than before, or no FLOPs that are counted."""
     before, after = _flops_of(account, cells)
     return not before or after < _SHRANK * before
 
@@ -303,8 +307,8 @@ def _flops_of(account: Account, cells: Iterable[Cell]) -> tuple[int, int]:
     return sum(dense for dense, _ in counts), sum(pruned for _, pruned in counts)
 
 
-def _flops_beside(account: Account, parts: Sequence[str]) -> list[tuple[int, int]]:
-    """FLOPs of all modules that are in none of these parts."""
+def _flops_outside(account: Account, parts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the FLOPs of all modules outside these parts."""
     inside = {cell.module for cell in account.cells if cell.place.part in parts} | {""}
     return [counts for module, counts in account.flops.items() if module not in inside] or [(0, 0)]
 
@@ -337,7 +341,7 @@ def _lost(account: Account, dense: float, pruned: float) -> float:
 
 
 def _largest(cells: Iterable[Cell], count: int = 3) -> str:
-    """The types of operators that take most, with their times."""
+    """Return the types of operators that take the most time, with their times."""
     times: dict[str, float] = {}
     for cell in cells:
         times[cell.operator] = times.get(cell.operator, 0.0) + cell.pruned_ms
@@ -346,19 +350,19 @@ def _largest(cells: Iterable[Cell], count: int = 3) -> str:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first of the names, and how many more there are."""
+    """Return the first name and the number of the others."""
     first, *more = dict.fromkeys(names)
     return f"{first} and {len(more)} more" if more else first
 
 
 def _change(dense: float, pruned: float) -> str:
     if pruned >= 0.97 * dense:
-        return f"did not shrink (dense {_ms(dense)} ms)"
-    return f"shrank only to {pruned / dense:.2f} of dense"
+        return f"did not get faster (dense {_ms(dense)} ms)"
+    return f"shrank only to {pruned / dense:.2f} of their dense time"
 
 
 def _ratios(account: Account, dense: float, pruned: float) -> str:
-    shrank = f"{pruned / dense:.2f} of their dense time" if dense else "where the dense network has none"
+    shrank = f"{pruned / dense:.2f} of their dense time" if dense else "0 ms in the dense network"
     return f"{shrank} at {account.flops_ratio:.2f} of the FLOPs"
 
 

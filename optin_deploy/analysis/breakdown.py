@@ -1,4 +1,4 @@
-"""Where the time of a dense and a pruned network goes, matched part by part, so that nothing is hidden."""
+"""The latency breakdown of a dense and a pruned network, matched part by part."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE, COMPILED = (
     "compiled by the builder",
 )
 KINDS = (MATRIX, FUSED, SOFTMAX, NORM, MOVEMENT, ELEMENTWISE, COMPILED)
-"""Kinds of operators, in the order in which they are told."""
+"""Kinds of operators, in the order of reports."""
 
 _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (FUSED, ("attention",)),
@@ -34,14 +34,14 @@ _WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
 )
-# What builders of engines say of layers whose kind can be told; all others are made of several operators.
+# Words in the names of engine layers whose kind is known; all other layers fuse several operators.
 _BUILT = {"reformat": MOVEMENT, "shuffle": MOVEMENT, "copy": MOVEMENT, "pointwise": ELEMENTWISE}
 _EXACT = {"mm": MATRIX, "t": MOVEMENT, "to": MOVEMENT, "_to_copy": MOVEMENT}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All operators of one type in one module, dense and pruned: milliseconds of one run, and calls in it."""
+    """All operators of one type in one module, dense and pruned: milliseconds and calls in one run."""
 
     module: str
     place: Place
@@ -55,16 +55,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Account:
-    """The whole of both runs at one runtime and batch size.
+    """The latency breakdown of both networks at one runtime and batch size.
 
     Attributes:
-        cells: what the rows are summed from.
+        cells: times by module and operator, which the rows sum up.
         parts, blocks, kinds: the same time by part, by block ("" outside them) and by kind of operator; each of the
             three sums, with ``between``, to the measured latencies.
-        between: time in no operator.
+        between: time between operators.
         measured_ms: the unprofiled medians (dense, pruned) to which the profile is scaled.
-        profiled_ms: what the profile itself summed to, before.
-        unprofiled_ms: medians of the runs without the profiler that took turns with the profiled ones.
+        profiled_ms: sums of the profile before it was scaled.
+        unprofiled_ms: medians of runs without the profiler, interleaved with the profiled ones.
         flops: of one sample by module, dense and pruned.
     """
 
@@ -82,7 +82,7 @@ class Account:
 
     @property
     def compiled(self) -> bool:
-        """Whether a builder has made layers of several operators each, so that types tell little of what they do."""
+        """Whether the runtime is an engine, whose layers fuse several operators."""
         return self.runtime in BUILDERS
 
     @property
@@ -104,8 +104,8 @@ def account(
 
     Args:
         dense, pruned: profiles at the same runtime and batch size, of the modules in ``places``.
-        dense_flops, pruned_flops: see `parts.own_flops`; "" stands for what is in none of the modules.
-        places: see `parts.places`.
+        dense_flops, pruned_flops: see `module_roles.own_flops`; "" has the FLOPs outside all modules.
+        places: see `module_roles.places`.
         measured_ms: median latencies of unprofiled runs, dense and pruned.
     """
     factors = tuple(ms / sums_to(profile) for ms, profile in zip(measured_ms, (dense, pruned), strict=True))
@@ -136,13 +136,15 @@ def account(
 
 
 def sums_to(profile: LayerProfile) -> float:
-    """Milliseconds of a profile's operators and of what is between them."""
+    """Return the milliseconds of a profile's operators and of the time between them."""
     return profile.operators_ms + profile.overhead_ms
 
 
 def kind_of(operator: str, runtime: str) -> str:
-    """The kind of a runtime's operator, by its name; what is none of the others works on every element by itself or, in
-    an engine, is whatever the builder has made of several operators."""
+    """Return the kind of a runtime's operator by its name.
+
+    A name without a known word is elementwise; in an engine it is a layer that fuses several operators.
+    """
     name = operator.lower()
     found = next((kind for kind, words in _WORDS if any(word in name for word in words)), None)
     if runtime in BUILDERS:
@@ -151,7 +153,7 @@ def kind_of(operator: str, runtime: str) -> str:
 
 
 def is_fused(cells: Iterable[Cell]) -> bool:
-    """Whether the runtime computes attention in one operator."""
+    """Return whether the runtime computes attention in one operator."""
     return any(cell.kind == FUSED for cell in cells if cell.place.part == ATTENTION)
 
 

@@ -1,4 +1,4 @@
-"""Which part of a network each of its modules is, for the account of where its time goes."""
+"""The role of each module in its network (attention, FFN, head, …), for the latency breakdown."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from optin_deploy.tokens.merging import MergingBlocks
 ATTENTION, FFN, CONVOLUTION, LEFT_DENSE = "attention", "FFN", "convolutions", "left dense"
 NORMS, MERGING, EMBEDDING, HEAD, OTHER = "norms and residual", "merging tokens", "embedding", "head", "other"
 PARTS = (ATTENTION, FFN, CONVOLUTION, LEFT_DENSE, NORMS, MERGING, EMBEDDING, HEAD, OTHER)
-"""In the order in which they are told."""
+"""All roles, in the order of reports."""
 
 _OF_KIND = {"head": ATTENTION, "width": ATTENTION, "neuron": FFN, "channel": CONVOLUTION}
 
 
 @dataclass(frozen=True)
 class Place:
-    """The part that a module is, and the block it stands in ("" outside the blocks)."""
+    """The part of the network that a module belongs to, and its block ("" outside the blocks)."""
 
     part: str
     block: str = ""
 
 
 def places(module: nn.Module, structure: Structure) -> dict[str, Place]:
-    """Name to place of the modules whose time is told apart, in no order.
+    """Return module name -> place of the modules whose time is reported separately, in no order.
 
-    What a block holds beside its attention and FFN is "norms and residual"; what is registered before the blocks is
-    "embedding", and what is registered behind them "head".
+    Modules of a block other than attention and FFN are "norms and residual". Modules registered before the blocks are
+    "embedding", those registered after them "head".
     """
     found = {name: Place(HEAD if behind else EMBEDDING) for name, behind in _outside(module, structure.blocks)}
     found |= {block: Place(NORMS, block) for block in structure.blocks}
@@ -44,16 +44,16 @@ def places(module: nn.Module, structure: Structure) -> dict[str, Place]:
 
 
 def merging_places(module: nn.Module) -> dict[str, Place]:
-    """The same of what merges tokens between the blocks of a pruned network."""
+    """Return module name -> place of the modules that merge tokens between the blocks of a pruned network."""
     return {name: Place(MERGING) for name, part in module.named_modules() if isinstance(part, MergingBlocks)}
 
 
 def own_flops(module: nn.Module, inputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
-    """FLOPs for one sample of each named submodule, without those of named submodules inside it; "" has the rest."""
+    """Return the FLOPs of one sample by submodule, without named submodules inside it; "" has the rest."""
     counts = FlopCounts(module, inputs)
     names = {"", *names}
     own = {name: counts.of(name) for name in names}
-    # Innermost first, each gives what is its own to nobody else.
+    # FLOPs of a submodule count only for the innermost name around it.
     whole = dict(own)
     for name in names - {""}:
         own[_nearest(name, names)] -= whole[name]
@@ -61,7 +61,7 @@ def own_flops(module: nn.Module, inputs: Mapping[str, Tensor], names: Iterable[s
 
 
 def narrow_widths(structure: Structure) -> dict[str, tuple[int, ...]]:
-    """Widths of the matrix products of every group of a (pruned) network, by the name of its module."""
+    """Return the widths of the matrix products of every group of a (pruned) network, by module name."""
     widths: dict[str, tuple[int, ...]] = {}
     for group in structure.groups:
         if group.kind != "width":
@@ -71,7 +71,7 @@ def narrow_widths(structure: Structure) -> dict[str, tuple[int, ...]]:
 
 
 def _outside(module: nn.Module, blocks: Iterable[str]) -> list[tuple[str, bool]]:
-    """The outermost submodules that hold no block, and whether they are registered behind the first block."""
+    """Return the outermost submodules without a block, and whether they are registered after the first block."""
     ancestors = {"", *(".".join(b.split(".")[:i]) for b in blocks for i in range(1, b.count(".") + 2))}
     found, behind = [], False
     for name, _ in module.named_modules():
@@ -87,7 +87,7 @@ def _block_of(name: str, structure: Structure) -> str:
 
 
 def _nearest(name: str, names: set[str]) -> str:
-    """The innermost of the names around ``name``; "" is around all."""
+    """Return the innermost of the names around ``name``; "" is around all."""
     while name:
         name = name.rpartition(".")[0]
         if name in names:

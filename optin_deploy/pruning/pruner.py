@@ -34,7 +34,7 @@ from optin_deploy.tokens.find_stack import token_stack
 from optin_deploy.tokens.merging import with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
-from optin_deploy.utils.display import html_of, kept_view
+from optin_deploy.utils.display import html_of, render_kept
 from optin_deploy.utils.progress import part, track
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -75,7 +75,7 @@ class Pruned:
 
     def _repr_html_(self) -> str:
         kept = {group.name: len(self.plan.units(group)) for group in self._groups}
-        return html_of(kept_view(repr(self)[1:-1], [(g.name, g.kind, g.units, kept[g.name]) for g in self._groups]))
+        return html_of(render_kept(repr(self)[1:-1], [(g.name, g.kind, g.units, kept[g.name]) for g in self._groups]))
 
     @property
     def _groups(self) -> tuple[Group, ...]:

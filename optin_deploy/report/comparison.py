@@ -1,17 +1,17 @@
-"""Several reports beside each other: one line each, for the terminal, for Markdown and as JSON."""
+"""Several reports compared, one row each, for the terminal, for Markdown and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from optin_deploy.report import markdown, wording
 from optin_deploy.report.schema import Report
 from optin_deploy.utils import formatting
+from optin_deploy.utils.display import Cell, Table, render_table
 
 HEADING = ("run", "FLOPs", "parameters", "measured with", "p50 ms", "speed-up", "realised", "outputs", "gates")
 
@@ -33,7 +33,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Line:
-    """One run; ``speed`` is None where nothing was measured, ``outputs`` says how good or how alike they are."""
+    """One run; ``speed`` is None if none was measured, ``outputs`` is the metric or the agreement with dense."""
 
     run: str
     model: str
@@ -45,7 +45,7 @@ class Line:
 
     @classmethod
     def of(cls, run: str, report: Report) -> Line:
-        """The line of ``report``, which is called ``run``."""
+        """Return the line of ``report``, whose run is named ``run``."""
         return cls(
             run=run,
             model=report.model.name,
@@ -58,7 +58,7 @@ class Line:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The texts below `HEADING`."""
+        """The cells below `HEADING`."""
         return (
             self.run,
             f"{self.flops_ratio:.3f}",
@@ -98,9 +98,9 @@ def _speed_cells(speed: Speed) -> tuple[str, str, str, str]:
 
 
 def _outputs(report: Report) -> str:
-    found = report.evaluation
-    if found is not None:
-        return f"{found.metric} {found.dense:.2f} → {found.kept:.2f}"
+    result = report.evaluation
+    if result is not None:
+        return f"{result.metric} {result.dense:.2f} → {result.kept:.2f}"
     if not report.agreement:
         return "—"
     first = report.agreement[0]
@@ -110,25 +110,25 @@ def _outputs(report: Report) -> str:
 
 
 def lines(reports: Mapping[str, Report]) -> list[Line]:
-    """A line for each report, by the name of its run."""
+    """Return a line for each report; the keys are the names of the runs."""
     return [Line.of(run, report) for run, report in reports.items()]
 
 
 def notes(compared: list[Line]) -> list[str]:
-    """What keeps the lines from being compared, or their figures from being read, a sentence each."""
+    """Return what limits a comparison of the lines, and how to read their figures, a sentence each."""
     measured = [line.speed for line in compared if line.speed is not None]
-    found = []
+    warnings = []
     for what, values in (
         ("networks", {line.model for line in compared}),
         ("devices or threads", {speed.device for speed in measured}),
         ("runtimes or batch sizes", {(speed.runtime, speed.batch_size) for speed in measured}),
     ):
         if len(values) > 1:
-            found.append(f"These runs are of different {what}: compare their ratios with care.")
-    return [*found, *([wording.SPEED_UP] if measured else []), *filter(None, map(_changed_pace, compared))]
+            warnings.append(f"These runs are of different {what}: compare their ratios with care.")
+    return [*warnings, *([wording.SPEED_UP] if measured else []), *filter(None, map(_pace_note, compared))]
 
 
-def _changed_pace(line: Line) -> str | None:
+def _pace_note(line: Line) -> str | None:
     speed = line.speed
     if speed is None:
         return None
@@ -136,16 +136,16 @@ def _changed_pace(line: Line) -> str | None:
 
 
 def view(compared: list[Line]) -> RenderableType:
-    """The lines as one renderable for a rich console."""
-    table = Table(header_style="dim", box=None, pad_edge=False)
-    for number, column in enumerate(HEADING):
-        table.add_column(column, justify="left" if number in (0, 3, 7, 8) else "right", overflow="fold")
-    for line in compared:
-        table.add_row(*(Text(cell) for cell in line.cells), style="red" if line.failed_gates else "")
-    return Group(table, *(Text(note, style="yellow") for note in notes(compared)))
+    """Return the lines for a rich console; runs with a failed gate are red."""
+    rows = [[Text(cell, style="red" if line.failed_gates else "") for cell in line.cells] for line in compared]
+    return Group(render_table(_table(rows)), *(Text(note, style="yellow") for note in notes(compared)))
 
 
 def as_markdown(compared: list[Line]) -> str:
-    """The lines as a Markdown table, with what keeps them from being compared."""
-    parts = [markdown.table(HEADING, [line.cells for line in compared]), *map(markdown.escaped, notes(compared))]
+    """Return the lines as a Markdown table, followed by the notes."""
+    parts = [markdown.table(_table([line.cells for line in compared])), *map(markdown.escaped, notes(compared))]
     return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Sequence[Cell]]) -> Table:
+    return Table(HEADING, rows, left=frozenset({0, 3, 7, 8}))

@@ -52,8 +52,7 @@ def render(report: Report, facts: Facts) -> str:
     report = _without_folders(report)
     title = f"{report.model.name}, pruned: {wording.change_of_flops(report)}"
     parts = [_header(report, facts), f"# {markdown.escaped(title)}", f"**{markdown.escaped(wording.verdict(report))}**"]
-    parts += [f"> **{banner.level}:** {markdown.escaped(banner.text)}" for banner in wording.banners(report)]
-    parts += ["## Load", markdown.fenced(_loading(report, facts), "python")]
+    parts += [*markdown.banners(report), "## Load", markdown.fenced(_loading(report, facts), "python")]
     if "config.json" in facts.files:
         parts.append(_REFUSED)
     parts += ["## Figures", *markdown.figures(report), "## How it was made"]

@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from optin_deploy.report import wording
 from optin_deploy.utils import formatting
-from optin_deploy.utils.display import html_of
+from optin_deploy.utils.display import Table, html_of, render_table
 from profilers.stats import Summary
 
 
@@ -99,37 +98,37 @@ class TableView:
 
 
 def profile_view(name: str, profile: NetworkProfile) -> Group:
-    """Latency, throughput, and where the time goes."""
+    """Return latency, throughput and latency breakdown for a rich console."""
     summary = profile.summary
-    title = Text(f"{name}: {_where(profile)}", style="bold")
-    head = _table()
-    for column in ("p50 ms", "p90 ms", "p99 ms", "samples/s", "runs"):
-        head.add_column(column, justify="right")
-    latencies = (formatting.milliseconds(ms) for ms in (summary.p50_ms, summary.p90_ms, summary.p99_ms))
-    head.add_row(*latencies, formatting.per_second(profile.throughput_per_s), str(summary.count))
+    latencies = [formatting.milliseconds(ms) for ms in (summary.p50_ms, summary.p90_ms, summary.p99_ms)]
+    latency = Table(
+        ("p50 ms", "p90 ms", "p99 ms", "samples/s", "runs"),
+        [(*latencies, formatting.per_second(profile.throughput_per_s), str(summary.count))],
+        left=frozenset(),
+    )
+    head = render_table(latency, f"{name}: {_where(profile)}")
     if not profile.parts:
         note = f"{wording.runtime_name(profile.runtime)} has no profile by layer."
-        return Group(title, head, Text(note, style="dim"))
-    parts = _table()
-    for column in ("part", "ms", "share"):
-        parts.add_column(column, justify="left" if column == "part" else "right")
-    for part in profile.parts:
-        parts.add_row(part.name, formatting.milliseconds(part.ms), formatting.percent(part.ms / summary.p50_ms))
-    return Group(title, head, Text("\nwhere the time goes", style="bold"), parts)
+        return Group(head, Text(note, style="dim"))
+    rows = [
+        (part.name, formatting.milliseconds(part.ms), formatting.percent(part.ms / summary.p50_ms))
+        for part in profile.parts
+    ]
+    return Group(head, render_table(Table(("part", "ms", "share"), rows), "\nlatency breakdown"))
 
 
 def profile_line(profile: NetworkProfile) -> str:
-    """The same on one line, with what takes most of the time."""
+    """Return the latency and the part that takes most of it, on one line."""
     summary = profile.summary
     figures = {"p50": summary.p50_ms, "p90": summary.p90_ms, "p99": summary.p99_ms}
-    told = ", ".join(f"{name} {formatting.milliseconds(ms)} ms" for name, ms in figures.items())
+    latencies = ", ".join(f"{name} {formatting.milliseconds(ms)} ms" for name, ms in figures.items())
     most = max(profile.parts, key=lambda part: part.ms, default=None)
     where = f"; most of it {most.name}, {formatting.percent(most.ms / summary.p50_ms)}" if most else ""
-    return f"{_where(profile)}: {told}{where}"
+    return f"{_where(profile)}: {latencies}{where}"
 
 
 def table_view(name: str, view: TableView) -> Group:
-    """Dense latency, floor, and every part's sizes."""
+    """Return the dense latency, the latency floor, and the sizes of every part for a rich console."""
     head = Text.assemble(
         (f"{name}: {_where(view)}\n", "bold"),
         f"dense {formatting.milliseconds(view.dense_ms)} ms; with every prunable unit removed "
@@ -139,40 +138,34 @@ def table_view(name: str, view: TableView) -> Group:
 
 
 def cache_view(settings: Sequence[Mapping[str, Any]], folder: str) -> RenderableType:
-    """The tables that are kept, a line each."""
+    """Return the latency tables in the cache, a row each."""
     if not settings:
         return Text(f"no latency tables in {folder}: --model measures those of a network")
-    table = _table()
-    for column in ("runtime", "batch", "threads", "block", "input", "device", "versions"):
-        table.add_column(column, justify="right" if column in ("batch", "threads") else "left", overflow="fold")
-    for setting in settings:
-        block = setting["block"]
-        versions = ", ".join(f"{package} {version}" for package, version in setting["versions"].items())
-        shape = " × ".join(str(n) for n in block["inputs"][0][1:])
-        sizes = (str(setting["batch_size"]), str(setting["threads"]))
-        table.add_row(setting["runtime"], *sizes, block["class"], shape, setting["device"], versions)
-    return Group(Text(f"latency tables in {folder}", style="bold"), table)
+    heading = ("runtime", "batch", "threads", "block", "input", "device", "versions")
+    table = Table(heading, [_cache_row(setting) for setting in settings], left=frozenset({0, 3, 4, 5, 6}))
+    return render_table(table, f"latency tables in {folder}")
 
 
-def _part(part: PartTable) -> Group:
+def _cache_row(setting: Mapping[str, Any]) -> tuple[str, ...]:
+    block = setting["block"]
+    versions = ", ".join(f"{package} {version}" for package, version in setting["versions"].items())
+    shape = " × ".join(str(n) for n in block["inputs"][0][1:])
+    sizes = (str(setting["batch_size"]), str(setting["threads"]))
+    return (setting["runtime"], *sizes, block["class"], shape, setting["device"], versions)
+
+
+def _part(part: PartTable) -> RenderableType:
     times = f" × {part.blocks}" if part.blocks > 1 else ""
     title = f"\n{part.part} of {part.block}{times}: dense block {formatting.milliseconds(part.dense_block_ms)} ms"
-    made = _table()
-    wide = any(row.width is not None for row in part.rows)
-    for column in ("units", *(["width"] if wide else []), "block ms", "of dense", "spread", ""):
-        made.add_column(column, justify="right" if column else "left")
+    with_width = any(row.width is not None for row in part.rows)
+    heading = ("units", *(["width"] if with_width else []), "block ms", "of dense", "spread", "")
+    rows = []
     for row in part.rows:
-        width = [str(row.width) if row.units else "–"] if wide else []
+        width = [str(row.width) if row.units else "–"] if with_width else []
         figures = (formatting.milliseconds(row.block_ms), f"{row.of_dense:.3f}", f"±{100 * row.spread:.1f} %")
-        made.add_row(str(row.units), *width, *figures, "edge" if row.edge else "")
-    return Group(Text(title, style="bold"), made)
+        rows.append((str(row.units), *width, *figures, "edge" if row.edge else ""))
+    return render_table(Table(heading, rows, left=frozenset({len(heading) - 1})), title)
 
 
 def _where(of: NetworkProfile | TableView) -> str:
-    threads = f"{of.threads} thread{'s' if of.threads > 1 else ''}"
-    return f"{wording.runtime_name(of.runtime)}, batch {of.batch_size}, {threads}"
-
-
-def _table() -> Table:
-    # A table's own title would be folded to the width of the table.
-    return Table(header_style="dim", box=None, pad_edge=False)
+    return f"{wording.runtime_name(of.runtime)}, batch {of.batch_size}, {wording.threads(of.threads)}"

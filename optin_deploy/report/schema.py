@@ -263,9 +263,9 @@ class Report(_Value):
 
     def _repr_html_(self) -> str:
         from optin_deploy.report.web_page import render
-        from optin_deploy.utils.display import framed
+        from optin_deploy.utils.display import html_frame
 
-        return framed(render(self))
+        return html_frame(render(self))
 
     @computed_field  # type: ignore[prop-decorator]
     @property

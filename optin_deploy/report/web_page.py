@@ -1,9 +1,9 @@
-"""The report as one web page that needs nothing else: style and pictures inline, no scripts, no requests."""
+"""The report as one self-contained web page: style and pictures are inline, without scripts or requests."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC
+from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _KINDS = {
 }
 
 
-# Figures of agreement that not all outputs have: field, title, whether it is a share.
+# Figures of agreement that only some outputs have: field, title, whether it is a share.
 _ANSWERS = (
     ("top1_agreement", "Same top answer", True),
     ("sign_agreement", "Same yes or no", True),
@@ -34,10 +34,10 @@ _ANSWERS = (
 )
 
 
-def render(report: Report) -> str:
-    """The whole page. Every text of the report is escaped."""
+def template_environment(folder: Path) -> Environment:
+    """Return an environment for the templates in ``folder``, which escapes all text and has filters for figures."""
     environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -45,6 +45,22 @@ def render(report: Report) -> str:
     )
     for name in ("scaled", "milliseconds", "per_second", "times", "bounds", "percent", "scientific", "significant"):
         environment.filters[name] = getattr(formatting, name)
+    return environment
+
+
+def page_style() -> Markup:
+    """Return the style sheet of all pages."""
+    return Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))
+
+
+def utc_minute(time: datetime) -> str:
+    """Return a time to the minute, in UTC."""
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def render(report: Report) -> str:
+    """Return the whole page; all text of the report is escaped."""
+    environment = template_environment(_FOLDER)
     environment.filters |= {
         "noise": formatting.noise,
         "runtime": wording.runtime_name,
@@ -54,7 +70,7 @@ def render(report: Report) -> str:
     item = wording.headline(report)
     return environment.get_template("template.html.j2").render(
         report=report,
-        created=report.created.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created=utc_minute(report.created),
         banners=wording.banners(report),
         verdict=wording.verdict(report),
         change_of_flops=wording.change_of_flops(report),
@@ -66,14 +82,14 @@ def render(report: Report) -> str:
         headline=item,
         likeness=_likeness(report),
         answers=[each for each in _ANSWERS if any(getattr(row, each[0]) is not None for row in report.agreement)],
-        random=report.model.weights == "random",
+        random=wording.has_random_weights(report.model),
         device=wording.device_name(report, item.runtime) if item else None,
         faster=wording.faster,
         on_gpu=wording.on_gpu(report),
         change=formatting.change,
         ratio=formatting.ratio,
         profiled_share=wording.profiled_share,
-        style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
+        style=page_style(),
         colors={"dense": plots.DENSE, "pruned": plots.PRUNED},
         latency=[Markup(plots.latency(entry)) for entry in report.profile],
         throughput=[Markup(picture) for picture in _throughputs(report)],
@@ -94,7 +110,7 @@ def render(report: Report) -> str:
 
 
 def _likeness(report: Report) -> tuple[str, str]:
-    """A figure for the agreement of the first output, and what it is."""
+    """Return a figure for the agreement of the first output, and its label."""
     if not report.agreement:
         return "—", ""
     first = report.agreement[0]
@@ -106,7 +122,7 @@ def _likeness(report: Report) -> tuple[str, str]:
 
 
 def _breakable(name: str) -> Markup:
-    """A module's name that may break behind its dots, and nowhere else."""
+    """Return a module's name that may break after its dots, and nowhere else."""
     return Markup(".<wbr>").join(name.split("."))
 
 
@@ -125,7 +141,7 @@ def _architectures(plan: list[PlanEntry]) -> list[str]:
 
 
 def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (label, text) rows, with inner keys after their outer ones."""
+    """Return a nested mapping as (label, text) rows, with inner keys after their outer ones."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         label = f"{prefix}{str(key).replace('_', ' ')}"

@@ -1,4 +1,4 @@
-"""The fronts of a sweep as SVG, in the manner of ``report/plots.py``."""
+"""The Pareto fronts of a sweep as SVG, in the style of ``report/plots.py``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from optin_deploy.report.svg import INK, STYLE, panel, svg
 from optin_deploy.sweeps import schema, wording
 
 
-def front(drawn: schema.Front, quality: schema.Quality) -> str:
-    """Quality over cost: intervals as bars, the front joined by a line, dominated points hollow; an SVG string."""
+def draw_front(drawn: schema.Front, quality: schema.Quality) -> str:
+    """Return quality over cost as SVG: intervals as bars, the front as a line, dominated points hollow."""
     scale = 100 if quality.kind in ("top1", "sign") else 1
     with matplotlib.rc_context(STYLE):
         figure, axes = panel(3.0)

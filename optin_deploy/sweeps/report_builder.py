@@ -1,4 +1,4 @@
-"""From the reports of a sweep's runs to the sweep's own."""
+"""Build the report of a sweep from the reports of its runs."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 from optin_deploy.report import Report
 from optin_deploy.report.schema import Interval
-from optin_deploy.sweeps.pareto import front
+from optin_deploy.sweeps.pareto import pareto_front
 from optin_deploy.sweeps.schema import DENSE, Front, Point, Quality, SweepReport, SweepRun
 
 
 def assemble(reports: Mapping[str, Report], settings: dict[str, Any], command: str) -> SweepReport:
-    """The report of the runs ``reports`` (name -> report, at least one), all of one network and measured alike."""
+    """Return the report of the runs ``reports`` (name -> report, at least one), of one network and equally measured."""
     first = next(iter(reports.values()))
     judged = _quality(first)
     runs = [
@@ -52,7 +52,7 @@ def assemble(reports: Mapping[str, Report], settings: dict[str, Any], command: s
 
 
 def _quality(report: Report) -> Quality:
-    """The labelled metric where there is one, else the agreement of the first output, as in a run's verdict."""
+    """Return the metric on labelled data if there is one, else the agreement of the first output."""
     if report.evaluation is not None:
         found = report.evaluation
         return Quality(kind="evaluation", name=found.metric, source=found.dataset, dense=found.dense)
@@ -73,7 +73,7 @@ def _value(report: Report, quality: Quality) -> float:
     agreed = report.agreement[0]
     told = {"top1": agreed.top1_agreement, "sign": agreed.sign_agreement, "rank": agreed.rank_correlation}
     value = told.get(quality.kind, agreed.cosine)
-    # The ranks of outputs that are all the same say nothing.
+    # Constant outputs have no rank correlation.
     return math.nan if value is None else value
 
 
@@ -82,9 +82,9 @@ def _point(run: SweepRun, cost: Interval, *, significant: bool = True) -> Point:
 
 
 def _ranked(points: list[Point], quality: Quality) -> list[Point]:
-    """With the dense network, the cheapest first, and those on the front marked as not dominated."""
+    """Return the points and the dense network by cost, each marked as dominated or not."""
     whole = Interval(value=1.0, low=1.0, high=1.0)
     dense = Point(network=DENSE, cost=whole, quality=quality.dense, significant=True, dominated=True)
     ordered = sorted([*points, dense], key=lambda point: point.cost.value)
-    best = front([(point.cost.value, point.quality) for point in ordered])
+    best = pareto_front([(point.cost.value, point.quality) for point in ordered])
     return [point.model_copy(update={"dominated": i not in best}) for i, point in enumerate(ordered)]

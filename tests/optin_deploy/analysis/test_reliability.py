@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,7 @@ def test_what_was_not_pruned_is_told_as_unchanged_and_never_as_narrower() -> Non
     found = accounted(slower, (101.0, 79.0), dense={**DENSE, ("blocks.0.attn", "Softmax"): 1.0})
     assert doubt(found) is None
     told_of = sentences(found)
-    assert "Attention is unchanged: it takes 40.6 % of the dense time, and 30.0 % of the dense FLOPs." in told_of
+    assert re.search(r"Attention .*40\.6 % .*30\.0 % ", told_of)
     assert all(false not in told_of for false in ("attention shrank", "blocks.0.attn", "not fused", "Elementwise"))
     assert "46.0" not in told_of and "49.0" not in told_of
 
@@ -68,11 +69,8 @@ def test_an_engines_part_that_was_not_pruned_has_not_shrunk_less() -> None:
 @pytest.mark.parametrize("measured", [(64.0, 70.0), (100.0, 32.0), (150.0, 70.0)])
 def test_a_profile_far_from_the_measured_time_has_no_causes(measured: tuple[float, float]) -> None:
     found = accounted(PRUNED, measured)
-    shares = f"{10000 / measured[0]:.1f} % (dense) and {7000 / measured[1]:.1f} % (pruned) of the measured time."
-    assert doubt(found) == (
-        "The machine was too busy for the account of where the time goes to be trusted: operators timed one by one sum "
-        "to " + shares
-    )
+    shares = [f"{10000 / measured[0]:.1f} %", f"{7000 / measured[1]:.1f} %"]
+    assert re.findall(r"[\d.]+ %", str(doubt(found))) == shares and "too busy" in str(doubt(found))
     entry = layer_account(found, {})
     assert entry.causes == () and entry.doubt == doubt(found)
 
@@ -81,12 +79,12 @@ def test_short_operators_are_not_blamed_on_the_machine() -> None:
     """Runs without the profiler, in turns with the profiled ones, took as long as those that were measured."""
     dense, pruned = ({key: ms / 1000 for key, ms in times.items()} for times in (DENSE, PRUNED))
     found = doubt(accounted(pruned, (0.05, 0.025), totals=(0.051, 0.026), dense=dense))
-    assert found is not None and found.startswith("Operators are too short for the account of where the time")
+    assert found is not None and "too short" in found
 
 
 def test_long_operators_are_not_called_short() -> None:
     found = doubt(accounted(PRUNED, (50.0, 60.0), totals=(51.0, 61.0)))
-    assert found is not None and found.startswith("The machine was too busy")
+    assert found is not None and "too busy" in found
 
 
 @pytest.mark.parametrize(("factor", "trusted"), [(0.75, False), (0.85, True), (1.2, True), (1.3, False)])
@@ -95,7 +93,7 @@ def test_work_that_is_the_same_shows_the_noise(factor: float, trusted: bool) -> 
     found = accounted(noisy, (100.0, sum(noisy.values())))
     assert (doubt(found) is None) is trusted
     if not trusted:
-        assert str(doubt(found)).endswith(f"took 50.0 ms in the dense one and {50 * factor:.1f} ms in the pruned one.")
+        assert re.search(rf" 50\.0 ms .* {50 * factor:.1f} ms", str(doubt(found)))
         assert causes(found, {}) == ()
 
 

@@ -152,7 +152,7 @@ def test_networks_and_labels_that_do_not_suit_are_told() -> None:
 
 def test_scores_are_the_diagonal_of_the_fisher_information() -> None:
     gradients = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    information = sum(g.parent(g) for g in gradients) / 7
+    information = sum(g.outer(g) for g in gradients) / 7
     torch.testing.assert_close(fisher_scores({"a": gradients})["a"], information.diagonal())
 
 

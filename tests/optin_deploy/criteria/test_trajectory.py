@@ -204,7 +204,7 @@ def jacobians(network: Network, structure: Structure, batch: tiny.Batch) -> tupl
     dense = next(iter(network.forward(batch).values()))
     if network.logits:
         p = torch.softmax(dense / 4, dim=-1)
-        task = sum(0.5 * d.T @ (q.diag() - q.parent(q)) @ d for d, q in zip(output, p, strict=True)).diagonal()
+        task = sum(0.5 * d.T @ (q.diag() - q.outer(q)) @ d for d, q in zip(output, p, strict=True)).diagonal()
     else:
         task = sum(d.square().sum(0) / y.square().sum() for d, y in zip(output, dense, strict=True))
     units = [g.units for g in structure.groups]

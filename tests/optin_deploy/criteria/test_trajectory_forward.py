@@ -39,7 +39,7 @@ def task_form(trajectory: Trajectory, name: str, y: Tensor, change: Tensor) -> T
     if name == trajectory.network.logits:
         p = torch.softmax(y / 4, dim=-1)
         return sum(
-            0.5 * torch.einsum("iu,ij,ju->u", d, q.diag() - q.parent(q), d) for d, q in zip(change, p, strict=True)
+            0.5 * torch.einsum("iu,ij,ju->u", d, q.diag() - q.outer(q), d) for d, q in zip(change, p, strict=True)
         )
     total = torch.zeros(change.shape[-1], dtype=y.dtype)
     for i in range(len(y)):

@@ -194,7 +194,7 @@ def test_softmax_probes_have_the_fisher_information_as_covariance(
     logits = random(4)
     given = softmax_probe(logits.expand(16, 4).reshape(shape), torch.Generator()).reshape(16, 4)
     p = torch.softmax(logits / 4, dim=0)
-    torch.testing.assert_close(given.T @ given / 16, 0.5 * (p.diag() - p.parent(p)))
+    torch.testing.assert_close(given.T @ given / 16, 0.5 * (p.diag() - p.outer(p)))
     assert class_axis(torch.zeros(shape)) % len(shape) == shape.index(4)
 
 

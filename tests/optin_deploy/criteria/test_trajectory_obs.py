@@ -100,8 +100,8 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
             row = torch.cat([seen_at(network, group, x, where), torch.ones(1)])
             for draw in range(probes):
                 g = gradient_at(network, structure, batch, group, where, draw)
-                metric = metric + g.parent(g) / probes
-                second = second + g.square().sum() * row.parent(row) / probes
+                metric = metric + g.outer(g) / probes
+                second = second + g.square().sum() * row.outer(row) / probes
                 effect = ((row[:-1] - mean) * (g @ weight)).reshape(group.units, -1).sum(1)
                 effects[where[0], draw] = effects.get((where[0], draw), 0.0) + effect
                 apart = apart + effect.square().sum()

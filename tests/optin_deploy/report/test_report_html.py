@@ -149,7 +149,7 @@ def test_figures_of_a_gpu_have_a_list(data: dict[str, Any]) -> None:
     data["profile"][0]["gpu"] = {"watched": True, "mean_power_w": 312.4, "max_power_w": 402.0, "reasons": ["<b>"]}
     page = render(Report.model_validate(data))
     assert "On the GPU" in Page(page).headings
-    assert "on the device 12.3 → 7.89 ms, 312 W (at most 402), clocks held by: &lt;b&gt;</li>" in page
+    assert "on the device 12.3 → 7.89 ms, 312 W (at most 402), clocks limited by: &lt;b&gt;</li>" in page
 
 
 def test_sparsity_without_fewer_flops_has_no_realised_ratio(data: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ def test_sparsity_without_fewer_flops_has_no_realised_ratio(data: dict[str, Any]
     data |= {"sparsity": found, "pruned": data["dense"]}
     text = render(Report.model_validate(data))
     Page(text)
-    assert "2:4 in 36 linear maps" in text and "as many, weights 2:4 sparse" in text
+    assert "2:4 in 36 linear" in text and "unchanged, weights 2:4 sparse" in text
     assert "ealised ratio is" not in text and "speed-up ÷ FLOP reduction" not in text
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from optin_deploy.report import Report, markdown, wording
 from optin_deploy.report.markdown import escaped, fenced, render, table
+from optin_deploy.utils.display import Table
 
 
 def cells(text: str) -> list[list[str]]:
@@ -52,8 +53,8 @@ def test_nothing_of_a_run_is_markup(data: dict[str, Any], name: str) -> None:
     data["model"]["name"] = name
     text = render(Report.model_validate(data))
     assert name not in text
-    assert len({len(row) for row in cells(table(["a"], [[name]]))}) == 1
-    assert len(markdown.table(["a"], [[name]]).splitlines()) == 3
+    assert len({len(row) for row in cells(table(Table(["a"], [[name]])))}) == 1
+    assert len(markdown.table(Table(["a"], [[name]])).splitlines()) == 3
 
 
 def test_a_fence_is_longer_than_what_it_holds() -> None:

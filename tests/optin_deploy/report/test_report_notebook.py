@@ -1,7 +1,7 @@
 from rich.text import Text
 
 from optin_deploy.report import Report
-from optin_deploy.utils.display import framed, html_of
+from optin_deploy.utils.display import html_frame, html_of
 
 
 def test_what_a_terminal_shows_is_a_piece_of_html() -> None:
@@ -10,8 +10,8 @@ def test_what_a_terminal_shows_is_a_piece_of_html() -> None:
 
 
 def test_a_page_is_framed_whole() -> None:
-    assert framed('<p class="a">&amp;</p>').count('"') == 4
-    assert "&lt;p class=&quot;a&quot;&gt;&amp;amp;&lt;/p&gt;" in framed('<p class="a">&amp;</p>')
+    assert html_frame('<p class="a">&amp;</p>').count('"') == 4
+    assert "&lt;p class=&quot;a&quot;&gt;&amp;amp;&lt;/p&gt;" in html_frame('<p class="a">&amp;</p>')
 
 
 def test_a_report_shows_its_page_and_its_verdict(report: Report) -> None:

@@ -49,13 +49,13 @@ def test_sparsity_alone_from_the_command_line(
         main()
     told = " ".join(capsys.readouterr().out.split())
     assert not ended.value.code
-    assert "as many FLOPs, weights 2:4 sparse" in told and "realised ratio" not in told
+    assert "FLOPs unchanged, weights 2:4 sparse" in told and "realised ratio" not in told
     report = read_report(tmp_path / "run" / "report.json")
     module = checkpoint.load(tmp_path / "run" / "checkpoint")
     sparse = maps(module, "bert.encoder.layer.")
     assert report.sparsity is not None
     assert (report.sparsity.maps, report.sparsity.zeros, report.sparsity.left_dense) == (len(sparse), 0.5, ())
-    assert f"2:4 in {len(sparse)} linear maps" in told
+    assert f"2:4 in {len(sparse)} linear layers" in told
     for layer in sparse.values():
         assert has_pattern(layer.weight) and int((layer.weight == 0).sum()) == layer.weight.numel() // 2
     assert report.pruned.flops == report.dense.flops and report.pruned.parameters == report.dense.parameters

@@ -28,7 +28,7 @@ from optin_deploy.report import Report, read_report
 from optin_deploy.report.schema import Evaluation, Gate
 from optin_deploy.run import measure_stages, pipeline, prune_stage
 from optin_deploy.sweeps import run as sweep_run
-from optin_deploy.sweeps.pareto import front
+from optin_deploy.sweeps.pareto import pareto_front
 from optin_deploy.sweeps.report_builder import assemble
 from optin_deploy.sweeps.schema import SweepReport
 from optin_deploy.sweeps.terminal import summary
@@ -364,15 +364,15 @@ SMALL = st.integers(0, 4).map(float)
 @given(st.lists(st.tuples(SMALL, st.one_of(SMALL, st.floats(-2, 2)))))
 def test_front_is_what_none_beats(points: list[tuple[float, float]]) -> None:
     expected = {i for i, point in enumerate(points) if not any(_beaten(point, other) for other in points)}
-    found = front(points)
+    found = pareto_front(points)
     assert set(found) == expected
     assert len(found) == len(expected)
     assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
 
 
 def test_nothing_is_worth_less_than_nan() -> None:
-    assert front([(0.5, math.nan), (0.4, 1.0), (0.6, 0.0)]) == [1]
-    assert front([(0.3, math.nan), (0.4, 1.0)]) == [0, 1]
+    assert pareto_front([(0.5, math.nan), (0.4, 1.0), (0.6, 0.0)]) == [1]
+    assert pareto_front([(0.3, math.nan), (0.4, 1.0)]) == [0, 1]
 
 
 def test_dominated_points_are_marked(runs: dict[str, Report]) -> None:
