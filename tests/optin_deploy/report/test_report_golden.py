@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -94,8 +95,9 @@ def _bare(data: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(params=["usual", "everything", "bare"])
 def case(request: pytest.FixtureRequest, data: dict[str, Any]) -> tuple[str, Report]:
-    change = {"usual": dict, "everything": _everything, "bare": _bare}[request.param]
-    return request.param, Report.model_validate(change(data))
+    changes: dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+    changes = {"usual": dict, "everything": _everything, "bare": _bare}
+    return request.param, Report.model_validate(changes[request.param](data))
 
 
 def test_terminal(case: tuple[str, Report], check_golden: CheckGolden) -> None:

@@ -15,7 +15,14 @@ from optin_deploy.report.terminal import summary
 from optin_deploy.report.wording import banners, on_gpu, sparsity, verdict
 from profilers import GpuWatch
 
-CPU = "AMD EPYC 7763 64-Core Processor (4 threads)"
+CPU = "AMD EPYC 7763"
+
+
+def says(text: str, *facts: str) -> bool:
+    """Whether ``text`` has all these figures and names; how it puts them is for the golden files."""
+    missing = [fact for fact in facts if fact.lower() not in text.lower()]
+    assert not missing, text
+    return True
 
 
 def measured(data: dict[str, Any], *cases: tuple[str, int, float, bool]) -> Report:
@@ -37,48 +44,45 @@ def measured(data: dict[str, Any], *cases: tuple[str, int, float, bool]) -> Repo
 
 def test_faster(data: dict[str, Any]) -> None:
     report = measured(data, ("ort-cpu", 1, 1.5, True), ("ort-cpu", 8, 1.84, True), ("torch", 8, 1.2, True))
-    assert verdict(report) == (
-        f"1.84× faster at batch 8 on {CPU} with ONNX Runtime, 2.00× fewer FLOPs, realised ratio 0.92; "
-        "top-1 % 79.8 → 76.9."
-    )
+    assert says(verdict(report), "1.84× faster", "batch 8", CPU, "4 threads", "ONNX Runtime", "2.00×", "0.92")
+    assert says(verdict(report), "top-1", "79.8 → 76.9")
 
 
 def test_slower(data: dict[str, Any]) -> None:
-    assert verdict(measured(data, ("torch", 4, 0.8, True))).startswith(
-        f"1.25× slower at batch 4 on {CPU} with PyTorch, 2.00× fewer FLOPs, realised ratio 0.40"
-    )
+    text = verdict(measured(data, ("torch", 4, 0.8, True)))
+    assert says(text, "1.25× slower", "batch 4", CPU, "PyTorch", "2.00×", "0.40") and "faster" not in text
 
 
 def test_inside_the_noise(data: dict[str, Any]) -> None:
-    assert verdict(measured(data, ("ort-cpu", 8, 1.01, False))).startswith(
-        f"No measurable speed-up at batch 8 on {CPU} with ONNX Runtime: 1.01× is inside the A/A noise of ±3.0 %, "
-    )
+    text = verdict(measured(data, ("ort-cpu", 8, 1.01, False)))
+    assert says(text, "no measurable", "batch 8", CPU, "ONNX Runtime", "1.01×", "inside", "±3.0 %")
+    assert "faster" not in text
 
 
 def test_not_significant_though_outside_the_noise(data: dict[str, Any]) -> None:
     text = verdict(measured(data, ("ort-cpu", 8, 1.04, False)))
-    assert text.startswith("No measurable speed-up")
-    assert "1.04× [1.02–1.06] does not stand out of the A/A noise" in text
-    assert "inside" not in text
+    assert says(text, "no measurable", "1.04× [1.02–1.06]", "noise")
+    assert "inside" not in text and "faster" not in text
 
 
 def test_a_good_headline_names_what_is_not_faster(data: dict[str, Any]) -> None:
     report = measured(data, ("ort-cpu", 1, 1.0, False), ("ort-cpu", 8, 1.8, True), ("torch", 8, 0.9, True))
-    assert "; not faster with ONNX Runtime at batch 1 or PyTorch at batch 8;" in verdict(report)
+    exception = verdict(report).partition("not faster")[2].partition(";")[0]
+    assert says(exception, "ONNX Runtime", "batch 1", "PyTorch", "batch 8")
 
 
 def test_a_gpu_is_named_for_its_runtime(data: dict[str, Any]) -> None:
     data["environment"]["cuda_devices"] = [{"name": "NVIDIA H200", "memory_gib": 139.0, "compute_capability": "9.0"}]
-    assert "on NVIDIA H200 with ONNX Runtime CUDA" in verdict(measured(data, ("ort-cuda", 8, 1.8, True)))
-    assert f"on {CPU} with PyTorch," in verdict(measured(data, ("torch", 8, 1.8, True)))
+    on_cuda, on_cpu = (verdict(measured(data, (runtime, 8, 1.8, True))) for runtime in ("ort-cuda", "torch"))
+    assert says(on_cuda, "NVIDIA H200", "ONNX Runtime CUDA") and "AMD" not in on_cuda
+    assert says(on_cpu, CPU, "PyTorch") and "NVIDIA" not in on_cpu
 
 
 def test_lower_precision_is_told_with_what_it_gives(data: dict[str, Any]) -> None:
     data["precision"] = "fp16"
     data["evaluation"]["deployed"] = 76.4
     found = verdict(Report.model_validate(data))
-    assert "with ONNX Runtime in fp16, " in found
-    assert found.endswith("; top-1 % 79.8 → 76.4.")
+    assert says(found, "ONNX Runtime", "fp16", "79.8 → 76.4")
 
 
 def with_gpu(data: dict[str, Any], **gpu: Any) -> Report:
@@ -96,22 +100,22 @@ def test_figures_of_a_gpu_are_one_line(data: dict[str, Any]) -> None:
     figures = {"mean_power_w": 312.4, "max_power_w": 402.0, "max_temperature_c": 61.0, "peak_memory_mib": 2340.5}
     clocks = {"min_clock_mhz": 1755.0, "median_clock_mhz": 1980.0, "max_clock_mhz": 1980.0}
     found = with_gpu(data, **figures, **clocks, reasons=("power cap", "thermal slowdown"))
-    assert on_gpu(found) == [
-        "ONNX Runtime at batch 8: on the device 1.23 → 0.789 ms, CUDA graph, 1980 MHz (1755–1980), 312 W "
-        "(at most 402), at most 61 °C, 2340 MiB, clocks held by: power cap, thermal slowdown"
-    ]
+    (line,) = on_gpu(found)
+    assert says(
+        line, "ONNX Runtime", "batch 8", "1.23 → 0.789 ms", "CUDA graph", "1980 MHz", "1755–1980", "312 W", "402"
+    )
+    assert says(line, "61 °C", "2340 MiB", "power cap", "thermal slowdown") and "no CUDA graph" not in line
     (banner,) = banners(found)
     assert banner.level == "notice"
-    assert banner.text.startswith("The GPU slowed itself down (thermal slowdown) while ONNX Runtime at batch 8 was")
+    assert says(banner.text, "GPU", "thermal slowdown", "ONNX Runtime", "batch 8") and "power cap" not in banner.text
 
 
 def test_a_gpu_that_tells_little_is_told_of_in_few_words(data: dict[str, Any]) -> None:
     with_gpu(data, watched=False, unwatched_because="nvidia-ml-py is not installed")
     data["profile"][1]["cuda_graph"]["pruned"] = False
-    assert on_gpu(Report.model_validate(data)) == [
-        "ONNX Runtime at batch 8: on the device 1.23 → 0.789 ms, no CUDA graph of pruned, "
-        "not watched: nvidia-ml-py is not installed"
-    ]
+    (line,) = on_gpu(Report.model_validate(data))
+    assert says(line, "1.23 → 0.789 ms", "no CUDA graph", "pruned", "nvidia-ml-py is not installed")
+    assert "MHz" not in line and " W" not in line
     assert banners(with_gpu(data, reasons=("power cap", "clocks set by the user"))) == ()
 
 
@@ -123,25 +127,22 @@ def sparse(data: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_sparsity_alone_promises_nothing(data: dict[str, Any]) -> None:
     report = measured(sparse(data), ("ort-cpu", 8, 1.01, False))
     whole = report.model_copy(update={"pruned": report.dense})
-    assert verdict(whole) == (
-        f"No measurable speed-up at batch 8 on {CPU} with ONNX Runtime: 1.01× is inside the A/A noise of ±3.0 %, "
-        "as many FLOPs, weights 2:4 sparse; top-1 % 79.8 → 76.9."
+    text = verdict(whole)
+    assert (
+        says(text, "no measurable", "1.01×", "±3.0 %", "2:4 sparse") and "fewer" not in text and "realised" not in text
     )
     assert whole.realised_ratio(whole.profile[0]) is None and whole.realised == []
-    assert "2.00× fewer FLOPs, weights 2:4 sparse, realised ratio 0.51" in verdict(report)
+    assert says(verdict(report), "2.00× fewer", "2:4 sparse", "realised ratio 0.51")
 
 
 def test_what_sparsity_is_good_for_is_told(data: dict[str, Any]) -> None:
     assert sparsity(Report.model_validate(data)) is None
-    told = (
-        "2:4 in 36 linear maps with 89.1 % of the FLOPs: 50.0 % of their weights are zero. FLOPs count zeros as any "
-        "weight; they are skipped only on GPUs with sparse tensor cores, through TensorRT."
-    )
-    assert sparsity(Report.model_validate(sparse(data))) == told
-    some = Report.model_validate(sparse(data, maps=1, left_dense=["a", "b", "c", "d"]))
-    assert sparsity(some) == (
-        f"{told.replace('36 linear maps', '1 linear map')} Dense in the blocks are a, b, c and 1 more."
-    )
+    every = sparsity(Report.model_validate(sparse(data)))
+    assert every is not None and says(every, "2:4", "36", "89.1 %", "50.0 %", "sparse tensor cores", "TensorRT")
+    names = ["first", "second", "third", "fourth"]
+    some = sparsity(Report.model_validate(sparse(data, maps=1, left_dense=names)))
+    assert some is not None and says(some, "first, second, third", "1 more") and "fourth" not in some
+    assert "first" not in every and "maps" not in some
 
 
 def test_threads_are_told_of_cpus_only(data: dict[str, Any]) -> None:
@@ -164,7 +165,7 @@ def test_the_pace_changed_where_the_medians_contradict_the_interval(
     told = wording.changed_pace("PyTorch, batch 1", *medians, *bounds)
     assert (told is not None) is contradict
     if contradict:
-        assert "the ratio of the p50s, 1.52×, lies outside the interval of the speed-up (PyTorch, batch 1)" in str(told)
+        assert says(str(told), "1.52×", "outside", "PyTorch, batch 1")
 
 
 def test_speedups_beside_medians_are_explained_in_every_rendering(data: dict[str, Any]) -> None:
@@ -190,8 +191,7 @@ def test_agreement_and_evaluation_say_on_how_many_samples(data: dict[str, Any]) 
     report = Report.model_validate(data)
     for text in (markdown.render(report), shown(report)):
         flat = " ".join(text.split())
-        assert "same top answer on 91.4 % (256 held-out samples)" in flat
-        assert "on ImageNet-1k val (5000 samples)" in flat
+        assert says(flat, "91.4 % (256 held-out samples)", "ImageNet-1k val (5000 samples)")
 
 
 def shown(report: Report) -> str:
@@ -203,12 +203,13 @@ def shown(report: Report) -> str:
 
 def test_nothing_measured(data: dict[str, Any]) -> None:
     data["profile"] = []
-    assert verdict(Report.model_validate(data)).startswith("Speed not measured; 2.01× fewer FLOPs")
+    text = verdict(Report.model_validate(data))
+    assert says(text, "not measured", "2.01× fewer FLOPs") and "faster" not in text
 
 
 @pytest.mark.parametrize(
     ("agreement", "ending"),
-    [({}, "; same top answer on 91.4 %."), ({"top1_agreement": None}, "; cosine of the outputs 0.973.")],
+    [({}, "91.4 %."), ({"top1_agreement": None}, "0.973.")],
 )
 def test_without_an_evaluation_the_outputs_are_compared(
     agreement: dict[str, Any], ending: str, data: dict[str, Any]
@@ -224,9 +225,7 @@ def test_random_weights_claim_nothing_of_the_outputs(data: dict[str, Any]) -> No
     assert "top-1" not in verdict(report)
     (banner,) = banners(report)
     assert banner.level == "alarm"
-    assert banner.text.startswith(
-        "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing"
-    )
+    assert says(banner.text, "random weights", "latency", "accuracy", "agreement")
 
 
 def test_banners_are_ordered_by_what_they_spoil(data: dict[str, Any]) -> None:
@@ -238,8 +237,8 @@ def test_banners_are_ordered_by_what_they_spoil(data: dict[str, Any]) -> None:
     data["unmeasured"] = [{"runtime": "rtx", "reason": "no GPU is present"}]
     found = banners(Report.model_validate(data))
     assert [banner.level for banner in found] == ["alarm", "alarm", "notice", "notice", "notice"]
-    assert found[1].text == "Not measured with TensorRT for RTX: no GPU is present."
-    assert [banner.text.split()[0] for banner in found] == ["Gate", "Not", "Built-in", "Not", "head"]
+    causes = [("gate", "parity"), ("TensorRT for RTX", "no GPU is present"), ("built-in",), ("ONNX Runtime",)]
+    assert all(says(banner.text, *facts) for banner, facts in zip(found, [*causes, ("head left dense",)], strict=True))
 
 
 def test_how_builds_differ_is_one_line(data: dict[str, Any]) -> None:
@@ -251,11 +250,8 @@ def test_how_builds_differ_is_one_line(data: dict[str, Any]) -> None:
         "builds": {"dense": of, "dense_again": of, "pruned": of | {"spread": 0.035}},
     }
     report = Report.model_validate(data)
-    line = (
-        "Builds of one engine, by their medians: TensorRT for RTX at batch 8: 3 of dense within 2.0 %, "
-        "3 of pruned within 3.5 %."
-    )
-    assert wording.builds(report) == line
+    line = wording.builds(report)
+    assert line is not None and says(line, "TensorRT for RTX", "batch 8", "3 of dense", "2.0 %", "3 of pruned", "3.5 %")
     assert line in render(report)
 
 
