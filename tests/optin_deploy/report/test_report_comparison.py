@@ -38,7 +38,8 @@ def test_a_line_has_the_figures_of_the_headline(report: Report) -> None:
 
 def test_without_an_evaluation_agreement_is_shown_and_without_measurements_no_speed(other: Other) -> None:
     line = Line.of("a", other(evaluation=None, profile=[]))
-    assert line.cells[3:] == ("not measured", "—", "—", "—", "cosine of logits 0.9731", "passed")
+    assert line.cells[3] == "not measured" and line.cells[4:7] == ("—", "—", "—")
+    assert "logits" in line.cells[7] and "0.9731" in line.cells[7] and line.cells[8] == "passed"
     assert Line.of("a", other(evaluation=None, profile=[], agreement=[])).cells[-2] == "—"
 
 
@@ -46,10 +47,7 @@ def test_what_cannot_be_compared_is_said(report: Report, data: dict[str, Any], o
     assert notes(lines({"a": report, "b": report})) == [wording.SPEED_UP]
     elsewhere = other(environment={**data["environment"], "cpu": "another"}, profile=data["profile"][:1])
     found = notes(lines({"a": report, "b": elsewhere}))
-    assert [note.split("of different ")[1].split(":")[0] for note in found[:2]] == [
-        "devices or threads",
-        "runtimes or batch sizes",
-    ]
+    assert "device" in found[0] and "batch size" in found[1] and found[2:] == [wording.SPEED_UP]
 
 
 def test_the_views_have_every_run(report: Report, other: Other) -> None:
@@ -69,8 +67,7 @@ def test_p50s_that_contradict_the_speedup_are_explained(data: dict[str, Any], ot
     profile = [{**item, "speedup": {"value": 3.0, "low": 2.9, "high": 3.1}} for item in data["profile"]]
     found = notes(lines({"runs/a": other(profile=profile)}))
     assert found[0] == wording.SPEED_UP
-    assert found[1].startswith("The machine's pace changed between rounds: the ratio of the p50s, 1.8")
-    assert found[1].endswith("lies outside the interval of the speed-up (runs/a).")
+    assert "1.8" in found[1] and "outside" in found[1] and "runs/a" in found[1]
 
 
 @pytest.fixture
@@ -91,18 +88,19 @@ def test_the_command_shows_one_and_compares_several(
     runs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run(runs[:1], monkeypatch) == 0
-    assert "latency and throughput" in capsys.readouterr().out
+    assert "throughput" in capsys.readouterr().out
     assert run([*runs[:1], "--markdown"], monkeypatch) == 0
     assert capsys.readouterr().out == (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
     assert run(runs, monkeypatch) == 0
-    assert "measured with" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "FLOPs" in table and table.count("passed") == len(runs)
     assert run([*runs, "--json"], monkeypatch) == 0
     assert [line["run"] for line in json.loads(capsys.readouterr().out)] == runs
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nowhere"], "cannot read the report nowhere"), (["nowhere", "--json", "--markdown"], "give one of them")],
+    [(["nowhere"], "nowhere"), (["nowhere", "--json", "--markdown"], "--markdown and --json")],
 )
 def test_what_is_wrong_is_one_line(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

