@@ -442,7 +442,7 @@ def test_figures_that_are_not_numbers(runs: dict[str, Report]) -> None:
 def test_a_front_of_other_networks_is_refused(report: SweepReport) -> None:
     data = report.model_dump()
     data["fronts"][0]["points"].pop()
-    with pytest.raises(ValueError, match="one point .*each run"):
+    with pytest.raises(ValueError, match=r"one point .*each run"):
         SweepReport.model_validate(data)
 
 
