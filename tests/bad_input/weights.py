@@ -156,19 +156,19 @@ ROWS = (
     Row(
         "weights-twice",
         _tensors(lambda state: state.update({f"model_ema.{name}": tensor + 1 for name, tensor in _good().items()})),
-        r"w\.safetensors holds the network 2 times: choose --weights w\.safetensors#plain or .*#model_ema",
+        r"w\.safetensors .* 2 .*--weights w\.safetensors#plain or .*#model_ema",
     ),
     Row(
         "weights-of-no-part",
         _part("student"),
-        r"#student names no one part of the file: give --weights w\.safetensors#plain",
+        r"#student .*--weights w\.safetensors#plain",
     ),
     Row(
         "weights-and-another-head",
         _tensors(_backbone),
-        r"holds fc\.weight beside the network's backbone\.: give --weights w\.safetensors#backbone",
+        r"fc\.weight .*backbone\.: .*--weights w\.safetensors#backbone",
     ),
-    Row("weights-registers", _tensors(lambda state: state.update(reg_token=torch.ones(1, 4, 64))), "has no reg_token"),
+    Row("weights-registers", _tensors(lambda state: state.update(reg_token=torch.ones(1, 4, 64))), "no reg_token"),
     Row(
         "weights-quantized",
         _tensors(lambda state: state.update({"head.qweight": state.pop("head.weight").to(torch.int32)})),
@@ -177,17 +177,17 @@ ROWS = (
     Row(
         "weights-of-eight-bits",
         _tensors(lambda state: state.update({"head.bias": state["head.bias"].to(torch.float8_e4m3fn)})),
-        r"head\.bias holds float8_e4m3fn, the network takes float32: give weights that are not quantized",
+        r"head\.bias .*float8_e4m3fn.*float32.*not quantized",
     ),
     Row("weights-adapters", _tensors(lambda state: state.update({"head.lora_A.weight": torch.ones(2)})), "merge them"),
-    Row("weights-pointer", _at(lambda path: path.write_text(POINTER)), UNREADABLE + "it is a pointer of git-lfs"),
-    Row("weights-web-page", _at(lambda path: path.write_text("<!DOCTYPE html>")), UNREADABLE + "it is a web page"),
-    Row("weights-graph", lambda _: [*COMMAND[:-1], "w.onnx"], r"--weights w\.onnx is an exported ONNX graph"),
-    Row("weights-index-of-nothing", _index, r"names w-00001\.safetensors, which is not there \(0 of 1 files are\)"),
+    Row("weights-pointer", _at(lambda path: path.write_text(POINTER)), UNREADABLE + ".*git-lfs"),
+    Row("weights-web-page", _at(lambda path: path.write_text("<!DOCTYPE html>")), UNREADABLE + ".*web page"),
+    Row("weights-graph", lambda _: [*COMMAND[:-1], "w.onnx"], r"--weights w\.onnx .*ONNX graph"),
+    Row("weights-index-of-nothing", _index, r"w-00001\.safetensors.*0 of 1"),
     Row("weights-directory", _directory, UNREADABLE),
     Row("weights-symlink-to-itself", _loop, UNREADABLE),
-    Row("weights-pipe", _at(pipe), UNREADABLE + "it is no regular file"),
-    Row("weights-endless", _at(endless), UNREADABLE + "it is no regular file"),
+    Row("weights-pipe", _at(pipe), UNREADABLE + ".*no regular file"),
+    Row("weights-endless", _at(endless), UNREADABLE + ".*no regular file"),
     Row(
         "weights-long-name",
         lambda _: [*COMMAND[:-1], f"{LONG}.safetensors"],
@@ -204,12 +204,10 @@ ROWS = (
     Row(
         "weights-integers",
         _tensors(lambda state: state.update({"head.bias": state["head.bias"].to(torch.int8)})),
-        r"w\.safetensors: head\.bias holds int8, the network takes float32",
+        r"w\.safetensors: head\.bias .*int8.*float32",
     ),
     Row("weights-nan", _tensors(_filled("blocks.0.mlp.fc1.weight", float("nan"))), r"w\.safetensors.* NaN .*mlp\.fc1"),
-    Row(
-        "weights-inf", _tensors(_filled("head.weight", float("inf"))), r"w\.safetensors.* hold NaN or infinity in head"
-    ),
-    Row("weights-overflow", _tensors(_filled("head.weight", 3e38)), "NaN or infinity in logits on built-in samples"),
+    Row("weights-inf", _tensors(_filled("head.weight", float("inf"))), r"w\.safetensors.*NaN or infinity .*head"),
+    Row("weights-overflow", _tensors(_filled("head.weight", 3e38)), "NaN or infinity .*logits .*built-in"),
 )
 ODD = (Row("layers without variance, in a directory of a run killed at once", _zeroed),)

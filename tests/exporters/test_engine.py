@@ -47,8 +47,8 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
         (EngineConfig("tensorrt"), "", "^TensorRT builds engines on a GPU only, and none is present$"),
         (replace(RTX, refittable=True), "", "^TensorRT for RTX builds refittable engines on a GPU only"),
         (replace(RTX, weight_stripped=True), "", "^TensorRT for RTX builds refittable engines on a GPU only"),
-        (EngineConfig("tensorrt", weight_stripped=True), "", "^TensorRT builds engines on a GPU only"),
-        (replace(RTX, version_compatible=True), "", "^TensorRT for RTX has no version-compatible engines"),
+        (EngineConfig("tensorrt", weight_stripped=True), "", "^TensorRT .*GPU"),
+        (replace(RTX, version_compatible=True), "", "^TensorRT for RTX .*version-compatible"),
     ],
 )
 def test_what_a_builder_lacks_is_told(
@@ -60,6 +60,7 @@ def test_what_a_builder_lacks_is_told(
 
 
 def test_rtx_builds_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error is raised."""
     without(monkeypatch)
     check_builder(RTX)
 
@@ -155,7 +156,7 @@ def test_a_version_compatible_engine_runs_on_later_versions_only(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     monkeypatch.setattr("exporters.engine.builder_version", lambda _: here)
     if refused:
-        with pytest.raises(ExportError, match=f"built by TensorRT 10\\.15\\.1, and here is {here}: build it again"):
+        with pytest.raises(ExportError, match=f"TensorRT 10\\.15\\.1.*{here}.*build it again"):
             check_engine(engine)
     else:
         assert check_engine(engine).config.version_compatible == compatible
@@ -172,7 +173,7 @@ def test_an_opset_that_the_parser_does_not_read_is_told(
     if reads:
         check_opset("tensorrt", opset)
     else:
-        with pytest.raises(ExportError, match=rf"^TensorRT {version} does not read opset 23, 10\.15 and later do"):
+        with pytest.raises(ExportError, match=rf"^TensorRT {version} .*opset 23.* 10\.15"):
             check_opset("tensorrt", opset)
 
 
@@ -202,7 +203,7 @@ def test_what_differs_from_here_is_told(built: Built, tmp_path: Path, changes: d
 
 
 def test_an_engine_of_another_onnx_file_is_told(built: Built, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="built of another ONNX file: build it again"):
+    with pytest.raises(ExportError, match=r"another ONNX file.*build it again"):
         check_engine(built[1], onnx_file(tmp_path, seed=1))
 
 
@@ -211,17 +212,17 @@ def test_a_missing_or_foreign_description_is_told(built: Built, tmp_path: Path) 
     beside = copy.with_name(f"{copy.name}.json")
     for text in ("[]", "{}", "no JSON"):
         beside.write_text(text)
-        with pytest.raises(ExportError, match="does not describe an engine of this version"):
+        with pytest.raises(ExportError, match="does not describe an engine"):
             check_engine(copy)
     beside.unlink()
-    with pytest.raises(ExportError, match="cannot be read: No such file"):
+    with pytest.raises(ExportError, match="No such file"):
         check_engine(copy)
 
 
 def test_a_missing_engine_is_told(built: Built, tmp_path: Path) -> None:
     copy = edited(built, tmp_path)
     copy.unlink()
-    with pytest.raises(ExportError, match="does not exist: build it again"):
+    with pytest.raises(ExportError, match=r"does not exist.*build it again"):
         check_engine(copy)
 
 
@@ -229,7 +230,7 @@ def test_what_cannot_be_built_leaves_nothing_and_says_why(tmp_path: Path) -> Non
     pytest.importorskip("tensorrt_rtx")
     broken = tmp_path / "broken.onnx"
     broken.write_text("no model")
-    with pytest.raises(ExportError, match=r"TensorRT for RTX cannot build broken\.onnx: .*parse") as caught:
+    with pytest.raises(ExportError, match=r"TensorRT for RTX .*broken\.onnx") as caught:
         build_engine(broken, tmp_path / "x.engine", ranges(), RTX)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["broken.onnx"]

@@ -93,7 +93,7 @@ def test_operators_that_opset_18_changed(tmp_path: Path) -> None:
 def test_what_opset_17_cannot_express_is_named(tmp_path: Path) -> None:
     module = Of(lambda x: nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True))
     program = trace(module, {"x": torch.randn(2, 3, 8, 8)}, AXES)
-    with pytest.raises(ExportError, match="opset 17 cannot express Resize as this network has it: take --opset 18"):
+    with pytest.raises(ExportError, match=r"opset 17.*Resize.*--opset 18"):
         onnx_from_program(program, tmp_path / "net.onnx", output_names=("y",), dynamic_axes=AXES, opset=17)
     assert not list(tmp_path.iterdir())
 

@@ -159,7 +159,7 @@ def test_the_module_of_every_operator_is_still_known(net: nn.Module, tmp_path: P
 
 def test_without_calibration_data_nothing_is_written(net: nn.Module, tmp_path: Path) -> None:
     exact = written(net, tmp_path / "exact.onnx", "fp32")
-    with pytest.raises(ExportError, match="int8 needs calibration data"):
+    with pytest.raises(ExportError, match=r"int8.*calibration"):
         quantize(exact, tmp_path / "net.onnx", [], "int8")
     assert list(tmp_path.iterdir()) == [exact]
 
@@ -168,7 +168,7 @@ def test_an_opset_without_fp8_is_refused(net: nn.Module, tmp_path: Path) -> None
     exact = tmp_path / "exact.onnx"
     program = trace(net, batch(), AXES)
     onnx_from_program(program, exact, output_names=("map", "logits"), dynamic_axes=AXES, opset=18)
-    with pytest.raises(ExportError, match="ONNX has fp8 from opset 19 on, and this is opset 18"):
+    with pytest.raises(ExportError, match=r"fp8.*opset 19.*opset 18"):
         quantize(exact, tmp_path / "net.onnx", [batch(8)], "fp8")
     assert list(tmp_path.iterdir()) == [exact]
 

@@ -77,12 +77,12 @@ def test_types_are_tritons(tmp_path: Path, kind: str, expected: str) -> None:
 
 
 def test_a_fixed_batch_cannot_be_served(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"^ids has no dynamic batch as its first dimension"):
+    with pytest.raises(ExportError, match=r"^ids .*dynamic batch"):
         triton_config("mine", saved(tmp_path, first=4), 1, SAMPLE)
 
 
 def test_a_type_without_a_name_in_triton_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"^x is of type COMPLEX64, which Triton does not have$"):
+    with pytest.raises(ExportError, match=r"^x .*COMPLEX64.*Triton"):
         triton_config("mine", saved(tmp_path, TensorProto.COMPLEX64), 1, SAMPLE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -107,8 +108,8 @@ def test_what_stands_outside_the_blocks_did_not_shrink() -> None:
             {},
         )
     )
-    assert "(embedding 6.00, head 3.00 ms) takes 9.00 of 53.6 ms and did not shrink (dense 9.00 ms)" in cause.sentence
-    assert "the realised ratio would be 1.00 instead of 0.92" in cause.sentence
+    assert re.search(r"embedding 6\.00, head 3\.00 ms.*9\.00 of 53\.6 ms.*dense 9\.00 ms", cause.sentence)
+    assert re.search(r"realised ratio .*1\.00.*0\.92", cause.sentence)
     assert cause.lost_ms == pytest.approx(4.5)
 
 
@@ -118,19 +119,20 @@ def test_what_would_raise_no_ratio_is_told_without_one(flops: int) -> None:
     stem = {("stem", "Conv"): 6.0}
     found = with_ideal(stem, stem)
     cause = only(causes(replace(found, flops={**found.flops, "stem": (flops, flops)}), {}))
-    assert cause.sentence.endswith("(embedding 6.00 ms) takes 6.00 of 50.6 ms and did not shrink (dense 6.00 ms).")
+    assert "embedding 6.00 ms" in cause.sentence and "6.00 of 50.6 ms" in cause.sentence
+    assert "ratio" not in cause.sentence
 
 
 def test_norms_and_residual() -> None:
     extra = {("blocks.0", "LayerNormalization"): 5.0, ("blocks.0", "Add"): 5.0}
     cause = only(causes(with_ideal(extra, extra), {}))
-    assert cause.sentence.startswith("Norms and residual additions take 10.0 of 54.6 ms and did not shrink")
+    assert re.search(r"^Norms .*10\.0 of 54\.6 ms", cause.sentence)
 
 
 def test_merging_tokens_is_told_by_itself() -> None:
     found = with_ideal({}, {("blocks", "Gather"): 3.0, ("blocks", "MatMul"): 2.0})
     cause = only(causes(found, {}))
-    assert cause.sentence.startswith("Merging tokens takes 5.00 of 49.6 ms: comparing them")
+    assert re.search(r"^Merging tokens .*5\.00 of 49\.6 ms", cause.sentence)
     assert cause.lost_ms == pytest.approx(5)
     assert [(row.name, row.dense_ms, row.pruned_ms) for row in found.parts if row.name == MERGING] == [(MERGING, 0, 5)]
 
@@ -138,23 +140,23 @@ def test_merging_tokens_is_told_by_itself() -> None:
 def test_products_say_their_speeds() -> None:
     slow = {("blocks.0.attn", "MatMul"): 15.0, ("blocks.0.mlp", "MatMul"): 40.0}
     cause = only(causes(accounted(DENSE, slow), {}))
-    assert "products of FFN shrank less than their FLOPs, to 0.67 of their time at 0.49 of the FLOPs" in cause.sentence
+    assert re.search(r"FFN .*0\.67 of .*0\.49 of the FLOPs", cause.sentence)
     # 690 FLOPs of 8 samples in 60 ms, and 340 in 40 ms.
-    assert "they run at 0.0000680 GFLOP/s, dense at 0.0000920" in cause.sentence
+    assert re.search(r"0\.0000680 GFLOP/s.*0\.0000920", cause.sentence)
     assert cause.lost_ms == pytest.approx(40 - 60 * 340 / 690)
 
 
 def test_widths_off_the_steps_are_named() -> None:
     slow = {("blocks.0.attn", "MatMul"): 15.0, ("blocks.0.mlp", "MatMul"): 40.0}
     cause = only(causes(accounted(DENSE, slow), {"blocks.0.mlp": (700,), "blocks.0.attn": (192, 64)}))
-    assert cause.sentence.startswith("Widths are no multiple of 16 in places (blocks.0.mlp: 700): the matrix")
+    assert re.search(r"^Widths .*16 .*\(blocks\.0\.mlp: 700\)", cause.sentence)
 
 
 def test_unfused_attention_is_told_only_where_it_is_unfused() -> None:
     extra = {("blocks.0.attn", "Softmax"): 8.0, ("blocks.0.attn", "Transpose"): 6.0}
     cause = only(causes(with_ideal(extra, extra), {}))
-    assert "softmax (8.00 ms) and data movement (6.00 ms)" in cause.sentence
-    assert "take 14.0 of 58.6 ms, 1.00 of their dense time at 0.50 of the FLOPs" in cause.sentence
+    assert re.search(r"softmax \(8\.00 ms\).*data movement \(6\.00 ms\)", cause.sentence)
+    assert re.search(r"14\.0 of 58\.6 ms.*1\.00 .*0\.50 of the FLOPs", cause.sentence)
     fused = extra | {("blocks.0.attn", "MultiHeadAttention"): 1.0}
     assert not any("not fused" in cause.sentence for cause in causes(with_ideal(fused, fused), {}))
 
@@ -163,13 +165,13 @@ def test_elementwise_operators_are_named_with_their_times() -> None:
     dense = {("blocks.0.mlp", "BiasGelu"): 10.0, ("blocks.0.mlp", "Add"): 2.0}
     pruned = {("blocks.0.mlp", "BiasGelu"): 9.0, ("blocks.0.mlp", "Add"): 1.0}
     cause = only(causes(with_ideal(dense, pruned), {}))
-    assert "(BiasGelu 9.00 ms, Add 1.00 ms) take 10.0 of 54.6 ms, 0.83 of their dense time" in cause.sentence
+    assert re.search(r"BiasGelu 9\.00 ms, Add 1\.00 ms.*10\.0 of 54\.6 ms.*0\.83", cause.sentence)
 
 
 def test_modules_left_dense() -> None:
     extra = {("blocks.0.gate", "Add"): 10.0}
     cause = only(causes(with_ideal(extra, extra), {}))
-    assert cause.sentence.startswith("What was left dense inside the blocks (blocks.0.gate) takes 10.0 of 54.6 ms")
+    assert re.search(r"dense .*blocks\.0\.gate.*10\.0 of 54\.6 ms", cause.sentence)
 
 
 def test_many_small_operators_and_the_time_between_them() -> None:

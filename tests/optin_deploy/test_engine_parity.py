@@ -55,12 +55,12 @@ def test_a_batch_is_cut_at_its_end_and_repeated_from_its_beginning() -> None:
 def test_only_engines_with_weights_are_checked_and_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_parity, "is_measurable", lambda runtime: False)
     assert checkable_engines(recipe()) == []
-    assert unchecked(recipe()) == "Engines were not checked against PyTorch: no GPU is present."
+    assert "no GPU" in str(unchecked(recipe()))
     assert unchecked(recipe(runtimes=("ort-cpu",))) is None
     monkeypatch.setattr(engine_parity, "is_measurable", lambda runtime: True)
     assert [each.runtime for each in checkable_engines(recipe())] == ["rtx"] and unchecked(recipe()) is None
     stripped = recipe(weight_stripped=True)
-    assert checkable_engines(stripped) == [] and "without weights (--weight-stripped)" in str(unchecked(stripped))
+    assert checkable_engines(stripped) == [] and "--weight-stripped" in str(unchecked(stripped))
 
 
 def exported(network: Network, folder: Path, name: str = "net") -> Path:

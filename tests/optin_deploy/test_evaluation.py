@@ -1,4 +1,5 @@
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_some_of_many_classes_are_named_by_number(tmp_path: Path) -> None:
         Image.open(file).save(folder / "a.png")
     assert measured(load_dataset(network, tmp_path / "set"), network) == 50
     (tmp_path / "set" / f"{predicted:04}").rename(tmp_path / "set" / "cat")
-    assert "has 2 class folders, the network tells 1000 classes" in refusal(network, tmp_path / "set")
+    assert re.search(r"2 class folders.*1000 classes", refusal(network, tmp_path / "set"))
 
 
 # Bad inputs
@@ -218,7 +219,7 @@ def test_bad_class_folders(tmp_path: Path) -> None:
     assert "no class folders" in refusal(network, tmp_path)
     for name in "abc":
         save_images(tmp_path / name, 1)
-    assert "has 3 class folders, the network tells 2" in refusal(network, tmp_path)
+    assert re.search(r"3 class folders.* 2", refusal(network, tmp_path))
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refusal(network, tmp_path / "empty")
     assert "not a folder" in refusal(network, save_lines(tmp_path / "t.csv", ["a,b"]))

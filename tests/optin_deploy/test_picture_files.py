@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -133,7 +134,7 @@ def test_what_is_no_picture_of_8_bits_is_refused_by_name(tmp_path: Path, name: s
     save_images(tmp_path / "b", 3)
     DEEP[name](tmp_path / "b" / name)
     network = classifier(2)
-    with pytest.raises(UserError, match=rf"{name} holds {HELD[name.split('.')[0]]}.*: convert it to colours") as caught:
+    with pytest.raises(UserError, match=rf"{name} .*{HELD[name.split('.')[0]]}.*convert") as caught:
         load_dataset(network, tmp_path) if how == "evaluate" else load_calibration(network, tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -153,7 +154,7 @@ def test_links_in_circles_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "a" / "self").symlink_to(tmp_path / "a" / "self")
     assert {file.name for file in image_files(tmp_path / "a")} == {"000.png", "001.png"}
-    assert "leads back to a folder that it stands in" in caplog.text
+    assert re.search(r"leads back", caplog.text)
     assert len(image_files(tmp_path)) == 4
 
 
@@ -174,7 +175,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_a_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
-    with pytest.raises(UserError, match=r"holds no images .*, but other files: 1 \.heic"):
+    with pytest.raises(UserError, match=r"no images .*1 \.heic"):
         image_files(tmp_path)
 
 
@@ -184,8 +185,8 @@ def test_pictures_that_lie_or_move_are_told(tmp_path: Path, caplog: pytest.LogCa
             (tmp_path / folder).mkdir(exist_ok=True)
             READ[name](tmp_path / folder / name)
     load_dataset(classifier(2), tmp_path)
-    assert "2 pictures have an EXIF orientation, which is not applied" in caplog.text
-    assert "2 files hold several pictures or pages: the first of each is taken" in caplog.text
+    assert re.search(r"2 .*EXIF", caplog.text)
+    assert re.search(r"2 files .*the first", caplog.text)
 
 
 def test_pictures_beside_class_folders_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -193,7 +194,7 @@ def test_pictures_beside_class_folders_are_told(tmp_path: Path, caplog: pytest.L
     save_images(tmp_path / "a", 1)
     save_images(tmp_path / "b", 1)
     assert load_dataset(classifier(2), tmp_path).samples == 2
-    assert "3 images stand in no class folder and are left out" in caplog.text
+    assert re.search(r"3 images .*no class folder", caplog.text)
 
 
 # Channels
@@ -222,13 +223,13 @@ def test_networks_of_other_channels_take_tensors(
     tmp_path: Path, channels: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = classifier(2, in_chans=channels)
-    assert f"takes {channels} channels and no pictures" in caplog.text
+    assert re.search(rf"{channels} channels", caplog.text)
     assert network.inputs["x"].shape[1] == channels
     save_images(tmp_path / "a", 2)
     for path in (None, tmp_path):
-        with pytest.raises(UserError, match=f"takes {channels}-channel pictures.*tensor 'x'"):
+        with pytest.raises(UserError, match=f"{channels}-channel .*'x'"):
             load_calibration(network, path)
-    with pytest.raises(UserError, match=f"takes {channels}-channel pictures.*evaluate the pruned network in Python"):
+    with pytest.raises(UserError, match=f"{channels}-channel .*evaluate .*Python"):
         load_dataset(network, tmp_path)
 
 
@@ -245,9 +246,9 @@ def test_a_preprocessing_that_does_not_fit(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=expected):
                 read(network, tmp_path)
     other = replace(classifier(2, dynamic_img_size=False), preprocessing=ImagePreprocessing("x", (64, 64)))
-    with pytest.raises(UserError, match=r"takes no pictures of 64 x 64 \(height x width\)"):
+    with pytest.raises(UserError, match="64 x 64"):
         load_calibration(other, tmp_path)
-    with pytest.raises(UserError, match="has 4 values in mean and 3 in std"):
+    with pytest.raises(UserError, match=r"4 values in mean.* 3 in std"):
         ImagePreprocessing("x", (32, 32), mean=(0.5,) * 4)
 
 

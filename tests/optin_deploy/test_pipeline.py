@@ -489,7 +489,7 @@ def poisoned() -> Network:
 @pytest.mark.parametrize(
     ("options", "network", "expected"),
     [
-        ({"flops": 0.001}, own_network, r"0\.\d+ are left"),
+        ({"flops": 0.001}, own_network, r"cannot be reached.* 0\.\d+"),
         ({"runtimes": ("ort-cuda",)}, own_network, "no CUDA device"),
         ({"device": "cuda"}, own_network, "no CUDA device"),
         ({"evaluate": Path("none.csv")}, own_network, "does not exist"),
@@ -516,6 +516,6 @@ def test_more_threads_than_this_process_has_cores_are_refused(
     shallow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "usable_cores", lambda: Cores(physical=1, logical=1))
-    with pytest.raises(UserError, match=r"^--threads 2: this process may use only 1 of the cores .*; give 1 or less$"):
+    with pytest.raises(UserError, match=r"^--threads 2: .* 1 "):
         prune_export(vision_recipe(shallow, threads=2), output=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

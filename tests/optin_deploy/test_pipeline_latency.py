@@ -77,8 +77,8 @@ def test_a_finished_run_is_not_measured_again(run: Result, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"latency": 0.001}, r"0\.001 of the latency cannot be reached: .* are left"),
-        ({"latency_ms": 1e6}, r"--latency-ms 1e\+06: the dense network takes .* ms"),
+        ({"latency": 0.001}, r"0\.001 of the latency cannot be reached"),
+        ({"latency_ms": 1e6}, r"--latency-ms 1e\+06: .* ms"),
     ],
 )
 def test_an_unreachable_latency_leaves_nothing_behind(

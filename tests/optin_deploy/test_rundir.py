@@ -103,6 +103,7 @@ def test_an_error_inside_is_the_callers_own(tmp_path: Path) -> None:
 
 def test_empty_directory_may_be_used(tmp_path: Path) -> None:
     rundir.check(tmp_path, "a")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", "3"])
@@ -148,7 +149,7 @@ def test_what_a_run_wrote_may_be_removed_but_not_changed(tmp_path: Path, name: s
     rundir.check(tmp_path / "run", "a")
     (tmp_path / "run" / name).write_text("2")
     changed = Path(name).parts[0]
-    with pytest.raises(UserError, match=f"{changed} is not what the run wrote"):
+    with pytest.raises(UserError, match=f"{changed} .*the run wrote"):
         rundir.check(tmp_path / "run", "a")
     shutil.rmtree(tmp_path / "run" / changed) if changed == "checkpoint" else (tmp_path / "run" / changed).unlink()
     with rundir.held(tmp_path / "run", "a", recipe()):
@@ -166,7 +167,7 @@ def test_json_that_is_none_is_told(tmp_path: Path) -> None:
     for content in ("", "{", "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")):
         path = tmp_path / "a.json"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(UserError, match=r"a\.json is damaged: remove it"):
+        with pytest.raises(UserError, match=r"a\.json .*damaged"):
             rundir.read_json(path)
 
 

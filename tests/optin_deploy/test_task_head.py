@@ -403,11 +403,11 @@ def test_numbers_are_judged_by_their_ranks(tmp_path: Path, problem: str | None) 
 @pytest.mark.parametrize(
     ("labels", "problem", "column", "told"),
     [
-        (3, "multi_label_classification", "1", "gives 3 answers for each text"),
-        (3, "regression", "1.5", "gives 3 answers for each text"),
-        (1, "regression", "good", "last column must be a number"),
-        (1, None, "good", "'good' is no class number from 0 to 1"),
-        (1, None, "LABEL_0", "'LABEL_0' is no class number"),
+        (3, "multi_label_classification", "1", "3 answers"),
+        (3, "regression", "1.5", "3 answers"),
+        (1, "regression", "good", "last column .*number"),
+        (1, None, "good", "'good' .*class number.*0 to 1"),
+        (1, None, "LABEL_0", "'LABEL_0' .*class number"),
     ],
 )
 def test_labels_that_say_nothing(tmp_path: Path, labels: int, problem: str | None, column: str, told: str) -> None:
@@ -444,7 +444,7 @@ def test_class_folders_say_nothing_of_numbers(tmp_path: Path) -> None:
     ("outputs", "head", "labels", "told"),
     [
         (1, "regression", torch.zeros(8), "numbers, not classes"),
-        (3, "binary", torch.zeros(8, dtype=torch.long), "give 1 or 0 for each"),
+        (3, "binary", torch.zeros(8, dtype=torch.long), "1 or 0"),
         (1, "binary", torch.full((8,), 2), "1 or 0, not"),
     ],
 )

@@ -174,12 +174,12 @@ def test_pictures_of_other_channels_are_calibrated_on_ready_tensors(channels: in
     ViTForImageClassification(config).save_pretrained(tmp_path)
     network = load_network(str(tmp_path))
     assert network.inputs["pixel_values"].shape == (2, channels, 16, 16)
-    with pytest.raises(UserError, match=rf"{channels}-channel pictures.*\(samples, {channels}, 16, 16\)"):
+    with pytest.raises(UserError, match=rf"{channels}-channel .*\(samples, {channels}, 16, 16\)"):
         load_calibration(network, None)
 
 
 def test_sounds_are_calibrated_on_ready_tensors(tmp_path: Path) -> None:
     saved("whisper_encoder", tmp_path)
     network = load_network(str(tmp_path))
-    with pytest.raises(UserError, match="tensors: --calibration"):
+    with pytest.raises(UserError, match="--calibration"):
         load_calibration(network, None)

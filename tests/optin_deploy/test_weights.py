@@ -1,6 +1,7 @@
 """Files of weights as training scripts write them: which tensors are the network's, and what is said of the rest."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_tables_of_the_configuration(tmp_path: Path) -> None:
     table = dict(dense.named_buffers())[index]
     state = {**dense.state_dict(), index: table.clone()}
     assert same(loaded(state, tmp_path, model=swin), dense.state_dict())
-    assert "other values than the model makes" in refusal({**state, index: table.flip(0).clone()}, tmp_path, model=swin)
+    assert re.search(r"other values", refusal({**state, index: table.flip(0).clone()}, tmp_path, model=swin))
 
 
 # Averages beside the weights
@@ -149,7 +150,7 @@ def test_of_two_copies_one_is_chosen_by_name(plain: str, average: str, choices: 
 def test_a_piece_of_the_name_is_enough(tmp_path: Path) -> None:
     assert same(loaded(both("model.", "model_ema."), tmp_path, "#EMA"), AVERAGE)
     told = refusal(both("model.", "model_ema."), tmp_path, "#student")
-    assert "#student names no one part" in told
+    assert re.search(r"#student ", told)
     assert "#model_ema" in told
     assert "names no one part" in refusal(both("a.model.", "b.model."), tmp_path, "#model")
 
@@ -187,28 +188,28 @@ def without(name: str) -> State:
 
 
 REFUSED: dict[str, tuple[Callable[[], State], str]] = {
-    "layer": (lambda: under("model.", without("blocks.3.")), r"it has no blocks\.3\..* \(11 more\)"),
+    "layer": (lambda: under("model.", without("blocks.3.")), r"no blocks\.3\..*11 more"),
     "deeper": (
         lambda: {
             **under("model."),
             **{n.replace("blocks.0", "model.blocks.9"): t for n, t in PLAIN.items() if "ks.0" in n},
         },
-        r"the model has no model\.blocks\.9\..* \(11 more\)",
+        r"no model\.blocks\.9\..*11 more",
     ),
-    "registers": (lambda: {**PLAIN, "reg_token": torch.ones(1, 4, 64)}, "the model has no reg_token"),
+    "registers": (lambda: {**PLAIN, "reg_token": torch.ones(1, 4, 64)}, "no reg_token"),
     "other head": (
         lambda: {**under("backbone.", without("head.")), "head.fc.weight": torch.ones(3, 64)},
-        r"holds head\.fc\.weight beside the network's backbone\.: give --weights .*#backbone",
+        r"head\.fc\.weight .*backbone\.: .*--weights .*#backbone",
     ),
     "gptq": (
         lambda: {**without("blocks.0.mlp.fc1.weight"), "blocks.0.mlp.fc1.qweight": torch.ones(2, dtype=torch.int32)},
-        "fc1.qweight, of quantized weights",
+        r"fc1\.qweight.*quantized",
     ),
     "fp8": (lambda: {n: t.to(torch.float8_e4m3fn) for n, t in PLAIN.items()}, "holds float8_e4m3fn.*not quantized"),
-    "lora": (lambda: {**PLAIN, "blocks.0.attn.qkv.lora_A.weight": torch.ones(2)}, "of adapters: merge them"),
+    "lora": (lambda: {**PLAIN, "blocks.0.attn.qkv.lora_A.weight": torch.ones(2)}, "adapters"),
     "weight norm": (
         lambda: {**without("head.weight"), "head.weight_g": torch.ones(7, 1), "head.weight_v": torch.ones(7, 64)},
-        "head.weight_g, of weights in parts",
+        r"head\.weight_g.*in parts",
     ),
     "pruned": (
         lambda: {
@@ -216,10 +217,10 @@ REFUSED: dict[str, tuple[Callable[[], State], str]] = {
             "head.weight_orig": torch.ones(7, 64),
             "head.weight_mask": torch.ones(7, 64),
         },
-        "head.weight_mask, of weights in parts",
+        r"head\.weight_mask.*in parts",
     ),
-    "nameless average": (lambda: {"shadow_params.0": torch.ones(2)}, "of a moving average without names"),
-    "nothing": (lambda: {"a": torch.ones(2)}, "it has no cls_token"),
+    "nameless average": (lambda: {"shadow_params.0": torch.ones(2)}, "moving average"),
+    "nothing": (lambda: {"a": torch.ones(2)}, "no cls_token"),
 }
 
 
@@ -235,7 +236,7 @@ def test_a_part_named_leaves_the_rest_out(tmp_path: Path, caplog: pytest.LogCapt
     network = loaded(state, tmp_path, "#backbone")
     assert same(network, without("head."))
     assert network.logits is None
-    assert "not used: head.fc.weight" in caplog.text
+    assert re.search(r"not used.*head\.fc\.weight", caplog.text)
 
 
 # Networks of transformers
@@ -266,7 +267,7 @@ def test_a_plain_network_of_one_with_a_head(bert: Path, tmp_path: Path) -> None:
     save_bert(tmp_path / "plain", head=False)
     state = load_file(bert / "model.safetensors")
     told = refusal(state, tmp_path, model=str(tmp_path / "plain"))
-    assert "holds classifier.bias (1 more) beside the network's bert.: give --weights" in told
+    assert re.search(r"classifier\.bias \(1 more\) .*bert\..*--weights", told)
     network = loaded(state, tmp_path, "#bert", str(tmp_path / "plain"))
     assert all(torch.equal(t, state[f"bert.{name}"]) for name, t in network.module.state_dict().items())
     assert "it has no classifier.weight" in refusal(
@@ -324,12 +325,10 @@ def test_an_index_of_several_files(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {' + where + "}}")
     network = load_network("test_vit", weights=str(index))
     assert same(network, PLAIN)
-    with pytest.raises(UserError, match=r"one of several files: give .*m\.safetensors\.index\.json"):
+    with pytest.raises(UserError, match=r"several files.*m\.safetensors\.index\.json"):
         load_network("test_vit", weights=str(tmp_path / files[0]))
     (tmp_path / files[1]).unlink()
-    with pytest.raises(
-        UserError, match=r"index\.json names m-00002-of-00002\.safetensors, which is not there \(1 of 2"
-    ):
+    with pytest.raises(UserError, match=r"index\.json.*m-00002-of-00002\.safetensors.*1 of 2"):
         load_network("test_vit", weights=str(index))
 
 

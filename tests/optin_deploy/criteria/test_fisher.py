@@ -146,7 +146,7 @@ def test_networks_and_labels_that_do_not_suit_are_told() -> None:
     with pytest.raises(UserError, match="class logits"):
         mask_gradients(network, structure, tiny.batches(network, 1), [torch.zeros(3).long()])
     network, structure = tiny.network("vit"), tiny.structure("vit")
-    with pytest.raises(UserError, match="0 given for 1"):
+    with pytest.raises(UserError, match=r"0 .* 1"):
         mask_gradients(network, structure, tiny.batches(network, 1), [])
     with pytest.raises(UserError, match="do not fit"):
         mask_gradients(network, structure, tiny.batches(network, 1), [torch.zeros(2).long()])

@@ -1,6 +1,7 @@
 """Pictures are prepared as the library's own pipeline prepares them."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,7 @@ def test_every_processor_prepares_as_it_does_by_itself(
             read_image_preprocessing(str(tmp_path), Takes())
         pytest.skip(f"{name} needs more than its defaults: {error}")
     if given.dim() != 4:
-        with pytest.raises(UserError, match=r"\(1, channels, height, width\) is needed"):
+        with pytest.raises(UserError, match=r"\(1, channels, height, width\)"):
             read_image_preprocessing(str(tmp_path), Takes())
         return
     preprocessing = read_image_preprocessing(str(tmp_path), Takes())
@@ -350,13 +351,13 @@ def test_without_a_processor_pictures_are_a_guess(
     tmp_path: Path, pictures: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     network = load_network(str(save_vit(tmp_path / "model")))
-    assert "has no image processor: how pictures are prepared is a guess" in caplog.text
+    assert re.search(r"no image processor", caplog.text)
     assert isinstance(network.preprocessing, ImagePreprocessing)
     load_calibration(network, pictures[0].parent, samples=4)
     checkpoint.save(network, Plan({}), tmp_path / "checkpoint")
     folder = sort_by(["a"] * len(pictures), pictures, tmp_path / "set")
     for each in (network, checkpoint.load_network(tmp_path / "checkpoint")):
-        with pytest.raises(UserError, match="do not say how pictures are prepared"):
+        with pytest.raises(UserError, match="do not say how"):
             load_dataset(each, folder)
 
 
@@ -365,9 +366,9 @@ def test_without_a_processor_pictures_are_a_guess(
     [
         ({"size": {"height": 10**9, "width": 32}}, "has height 1000000000"),
         ({"size": {"height": -1, "width": 32}}, "has height -1"),
-        ({"image_processor_type": "NoSuchImageProcessor"}, "preprocessing of .* cannot be used"),
-        ({"size": {"height": "high"}}, "preprocessing of .* cannot be used"),
-        ({"image_mean": [0.5, 0.5]}, "preprocessing of .* cannot be used"),
+        ({"image_processor_type": "NoSuchImageProcessor"}, "preprocessing of "),
+        ({"size": {"height": "high"}}, "preprocessing of "),
+        ({"image_mean": [0.5, 0.5]}, "preprocessing of "),
     ],
 )
 def test_processors_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -383,7 +384,7 @@ def test_code_beside_a_processor_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("raise SystemExit('run')\n")
     told = {**json.loads(path.read_text()), "auto_map": {"AutoImageProcessor": "mine.Processor"}}
     path.write_text(json.dumps({**told, "image_processor_type": "Processor"}))
-    with pytest.raises(UserError, match=r"preprocessing of .* cannot be used"):
+    with pytest.raises(UserError, match="preprocessing of "):
         load_network(str(tmp_path))
 
 
@@ -402,11 +403,11 @@ def test_pictures_of_one_size_suit_a_processor_without_one(tmp_path: Path, size:
             Image.new("RGB", shape, (number, 0, 0)).save(tmp_path / name / "a" / f"{number}.png")
     assert load_calibration(network, tmp_path / "square").batches[0]["pixel_values"].shape[2:] == (32, 32)
     assert load_dataset(network, tmp_path / "square").samples == 4
-    with pytest.raises(UserError, match=r"takes no pictures of 32 x 51 \(height x width\)"):
+    with pytest.raises(UserError, match="32 x 51"):
         load_calibration(network, tmp_path / "wide")
     Image.new("RGB", (90, 50)).save(tmp_path / "square" / "a" / "9.png")
     for read in (load_calibration, load_dataset):
-        with pytest.raises(UserError, match=r"in different shapes, 32 x \d\d and 32 x \d\d .*: give pictures"):
+        with pytest.raises(UserError, match=r"different shapes, 32 x \d\d and 32 x \d\d"):
             read(network, tmp_path / "square")
 
 
@@ -419,7 +420,7 @@ def test_pictures_as_they_are(tmp_path: Path) -> None:
 def test_masks_of_padding_are_refused(tmp_path: Path) -> None:
     size = {"shortest_edge": 32, "longest_edge": 64}
     hf.DetrImageProcessor(size=size, pad_size={"height": 64, "width": 64}).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="pads, and tells by pixel_mask where"):
+    with pytest.raises(UserError, match="pixel_mask"):
         read_image_preprocessing(str(tmp_path), Takes())
     hf.DetrImageProcessor(size=size).save_pretrained(tmp_path)
     preprocessing = read_image_preprocessing(str(tmp_path), Takes())
@@ -434,10 +435,10 @@ def test_networks_of_other_channels_take_tensors(
     network = load_network(str(save_vit(tmp_path, hf.ViTImageProcessor(size=SQUARE), num_channels=channels)))
     assert network.preprocessing is None
     assert network.inputs["pixel_values"].shape[1] == channels
-    assert f"takes pictures of {channels} channels, its image processor makes 3" in caplog.text
-    with pytest.raises(UserError, match=f"takes {channels}-channel pictures.*tensor 'pixel_values'"):
+    assert re.search(rf"{channels} channels.*image processor.* 3", caplog.text)
+    with pytest.raises(UserError, match=f"{channels}-channel .*'pixel_values'"):
         load_calibration(network, None)
-    with pytest.raises(UserError, match=f"takes {channels}-channel pictures.*evaluate the pruned network in Python"):
+    with pytest.raises(UserError, match=f"{channels}-channel .*evaluate .*Python"):
         load_dataset(network, tmp_path)
 
 
@@ -463,7 +464,7 @@ def test_checkpoints_of_earlier_versions_load(tmp_path: Path, caplog: pytest.Log
     path.write_text(json.dumps(told))
     again = checkpoint.load_network(tmp_path / "checkpoint")
     assert isinstance(again.preprocessing, ImagePreprocessing)
-    assert "is of an earlier version, which did not prepare pictures by the model's own image processor" in caplog.text
+    assert re.search(r"earlier version.*image processor", caplog.text)
 
 
 def test_networks_of_timm_in_directories_of_transformers(tmp_path: Path, pictures: list[Path]) -> None:

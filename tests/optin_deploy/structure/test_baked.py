@@ -252,7 +252,7 @@ class Noisy(nn.Module):
 def test_weights_that_differ_each_time_are_refused() -> None:
     module = small()
     parametrize.register_parametrization(module.blocks[0].one, "weight", Noisy())
-    with pytest.raises(UserError, match=r"blocks\.0\.one\.weight: its parametrisation gives another tensor each time"):
+    with pytest.raises(UserError, match=r"blocks\.0\.one\.weight.*parametri"):
         prunable_form(module)
 
 
@@ -266,7 +266,7 @@ def test_quantized_networks_are_refused(kind: str) -> None:
     else:
         module.stem.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
         module.stem = torch.ao.nn.qat.Conv2d.from_float(module.stem.train())
-    with pytest.raises(UserError, match=r"(blocks\.0\.quantizer|stem) is quantized or prepared for it \(\w+\)"):
+    with pytest.raises(UserError, match=r"(blocks\.0\.quantizer|stem) .*quantized"):
         prunable_form(module)
 
 

@@ -143,7 +143,7 @@ def test_without_the_onnx_file_all_is_other(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_engine_that_tells_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     profiled = engine(monkeypatch, [], None)
     profiled.run()
-    with pytest.raises(ProfilingError, match="does not tell what its layers took"):
+    with pytest.raises(ProfilingError, match="layers"):
         profiled.finish()
 
 
