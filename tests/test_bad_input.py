@@ -19,6 +19,9 @@ from optin_deploy.models import load_network
 from optin_deploy.pipeline import prune_export
 from optin_deploy.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 

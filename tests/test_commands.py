@@ -28,6 +28,9 @@ from optin_deploy.network import Network
 from optin_deploy.options import RUN_OPTIONS
 from profilers import Comparison, Measurement, environment
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("optin-deploy", "python", "python3", "pip", "make", "sh", "docker", "torchrun", "mkdocs", "npm")

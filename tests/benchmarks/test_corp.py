@@ -15,6 +15,9 @@ from optin_deploy.replay import recorded_inputs
 from optin_deploy.slicing import output_bias, sliced
 from optin_deploy.structure.groups import Group
 
+pytestmark = pytest.mark.slow
+
+
 RIDGE = 0.02
 BATCHES = 5
 

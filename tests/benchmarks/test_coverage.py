@@ -22,6 +22,9 @@ import coverage_cases as cases  # noqa: E402
 import coverage_worker as worker  # noqa: E402
 from coverage_table import page, passed  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
+
 _OWN = [adapter for adapter in ADAPTERS if adapter not in _KNOWN]
 for _adapter in _OWN:
     ADAPTERS.remove(_adapter)

@@ -21,6 +21,9 @@ from gpu_cases import FULL, TINY, Case
 from exporters import onnx_from_program, trace
 from profilers import GPU_RUNTIMES, RUNTIMES
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
 NEEDED = ["scoring/tiny_vit/trajectory-obs", "pruning/tiny_vit", "latency/tiny_vit/fp16/torch/1"]
 

@@ -16,6 +16,9 @@ from optin_deploy.replay import recorded_inputs, recorded_outputs
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Group
 
+pytestmark = pytest.mark.slow
+
+
 BATCHES = 5
 
 

@@ -22,6 +22,9 @@ from optin_deploy.costs import count_flops
 from optin_deploy.network import Network, TensorOutputs
 from profilers.statistics import Interval
 
+pytestmark = pytest.mark.slow
+
+
 needs_torch_pruning = pytest.mark.skipif(not torch_pruned.installed(), reason="torch-pruning is not installed")
 
 

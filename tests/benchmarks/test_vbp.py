@@ -15,6 +15,9 @@ from optin_deploy.replay import recorded_inputs
 from optin_deploy.slicing import output_bias
 from optin_deploy.structure.groups import Group
 
+pytestmark = pytest.mark.slow
+
+
 BATCHES = 4
 # What is left of the FLOPs of these networks without any neuron is less.
 BUDGETS = [("vit", 0.85), ("vit_layer_scale", 0.8), ("bert_classifier", 0.7), ("distilbert", 0.8), ("dinov2", 0.75)]

@@ -13,6 +13,9 @@ from exporters import EngineConfig, ExportError, build_engine, check_builder, ch
 from exporters import onnx_from_program as write_onnx
 from exporters.engine import EngineInfo, Range, _sha256, check_opset
 
+pytestmark = pytest.mark.slow
+
+
 SHAPES = {"ids": (2, 12), "image": (2, 3, 8, 8)}
 AXES = {"ids": {0: "batch", 1: "sequence"}, "image": {0: "batch"}}
 RTX = EngineConfig("rtx")

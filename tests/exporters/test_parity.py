@@ -15,6 +15,8 @@ from onnx import numpy_helper
 
 from exporters import ExportError, check_parity, compare_outputs, onnx_from_program, trace
 
+pytestmark = pytest.mark.slow
+
 
 def changed(path: Path, target: Path, value: float) -> Path:
     """A copy of `path` with one number of its classifier's weight replaced."""

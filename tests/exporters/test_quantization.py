@@ -29,6 +29,9 @@ from exporters.quantization import Quantized, quantize
 
 from .test_precision import AXES, Net, batch
 
+pytestmark = pytest.mark.slow
+
+
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 MOST = {"int8": 127.0, "fp8": 448.0}
 

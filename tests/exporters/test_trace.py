@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from exporters import ExportError, onnx_from_program, save_program, trace
 
+pytestmark = pytest.mark.slow
+
 
 class FixedBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:

@@ -250,12 +250,9 @@ def test_an_engines_layers_are_told_by_part_and_never_by_operator() -> None:
     profiles = [replace(profile(times), runtime="rtx") for times in (dense, pruned)]
     found = account(profiles[0], profiles[1], DENSE_FLOPS, HALF_FLOPS, PLACES, (100.0, 75.0))
     assert {row.name: row.dense_ms for row in found.kinds} == {MATRIX: 60.0, COMPILED: 40.0}
-    sentences = [cause.sentence for cause in causes(found, {"blocks.0.mlp": (17,)})]
-    assert sentences == [
-        "The layers of FFN shrank less than their FLOPs, to 0.83 of their time at 0.49 of the FLOPs.",
-        "Norms and residual additions take 10.0 of 75.0 ms and did not shrink (dense 10.0 ms): they work on the "
-        "residual stream, which is as wide as before.",
-    ]
+    layers, norms = (cause.sentence for cause in causes(found, {"blocks.0.mlp": (17,)}))
+    assert re.search(r"layers of FFN .*0\.83 .*0\.49 of the FLOPs", layers) and "gemm" not in layers
+    assert re.search(r"^Norms .*10\.0 of 75\.0 ms.*10\.0 ms", norms)
 
 
 def test_places_of_a_vision_transformer() -> None:

@@ -21,6 +21,9 @@ from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.scoring import Scoring
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {"seconds": 0.2, "threads": 1}
 HANDFUL = ("score", "plan", "prune", "export_onnx", "build_engine", "profile", "compare")
 

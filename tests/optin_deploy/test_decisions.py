@@ -22,6 +22,9 @@ from optin_deploy.pruning import examine
 from optin_deploy.recipe import Recipe
 from optin_deploy.structure.merging_blocks import with_merging
 
+pytestmark = pytest.mark.slow
+
+
 LOW: tuple[Precision, ...] = ("fp16", "bf16", "int8")
 
 

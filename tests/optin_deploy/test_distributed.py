@@ -16,6 +16,9 @@ from optin_deploy.pruning import make_sparse, prune
 from optin_deploy.scoring import Criterion, Scoring, score, token_damages
 from optin_deploy.structure.find_stack import token_stack
 
+pytestmark = pytest.mark.slow
+
+
 WAYS = [
     *((criterion, "sketch") for criterion in get_args(Criterion)),
     *(("trajectory", scorer) for scorer in get_args(scoring.Scorer) if scorer != "sketch"),

@@ -69,11 +69,8 @@ def test_an_engines_part_that_was_not_pruned_has_not_shrunk_less() -> None:
 @pytest.mark.parametrize("measured", [(64.0, 70.0), (100.0, 32.0), (150.0, 70.0)])
 def test_a_profile_far_from_the_measured_time_has_no_causes(measured: tuple[float, float]) -> None:
     found = accounted(PRUNED, measured)
-    shares = f"{10000 / measured[0]:.1f} % (dense) and {7000 / measured[1]:.1f} % (pruned) of the measured time."
-    assert doubt(found) == (
-        "The machine was too busy for the account of where the time goes to be trusted: operators timed one by one sum "
-        "to " + shares
-    )
+    shares = [f"{10000 / measured[0]:.1f} %", f"{7000 / measured[1]:.1f} %"]
+    assert re.findall(r"[\d.]+ %", str(doubt(found))) == shares and "too busy" in str(doubt(found))
     entry = told(found, {})
     assert entry["causes"] == [] and entry["doubt"] == doubt(found)
 
@@ -87,7 +84,7 @@ def test_short_operators_are_not_blamed_on_the_machine() -> None:
 
 def test_long_operators_are_not_called_short() -> None:
     found = doubt(accounted(PRUNED, (50.0, 60.0), totals=(51.0, 61.0)))
-    assert found is not None and found.startswith("The machine was too busy")
+    assert found is not None and "too busy" in found
 
 
 @pytest.mark.parametrize(("factor", "trusted"), [(0.75, False), (0.85, True), (1.2, True), (1.3, False)])

@@ -15,6 +15,8 @@ from optin_deploy.errors import GateError, UserError
 from optin_deploy.exporting import default_name, export_network
 from optin_deploy.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 def recipe(model: str, **options: Any) -> Recipe:
     return Recipe(**{"model": model, "batch_sizes": (1, 4), "threads": 1, **options})

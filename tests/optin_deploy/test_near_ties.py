@@ -19,6 +19,9 @@ from optin_deploy.pruning import examine
 from optin_deploy.recipe import Recipe
 from optin_deploy.structure.merging_blocks import MergingBlocks, with_merging
 
+pytestmark = pytest.mark.slow
+
+
 RECIPE = Recipe(model="mine", flops=0.5, runtimes=("ort-cpu",), threads=1)
 
 

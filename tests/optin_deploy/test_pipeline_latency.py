@@ -12,6 +12,9 @@ from optin_deploy.recipe import Recipe
 from optin_deploy.report import read_report, wording
 from optin_deploy.report.terminal import summary
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {
     "runtimes": ("ort-cpu",),
     "batch_sizes": (1, 2),

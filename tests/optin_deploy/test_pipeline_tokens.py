@@ -22,6 +22,9 @@ from optin_deploy.report import read_report
 from optin_deploy.report.html import render
 from optin_deploy.structure.merging_blocks import MergingBlocks
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
 SCHEDULE = (17, 14, 11)
 

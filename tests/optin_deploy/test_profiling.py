@@ -21,7 +21,7 @@ from optin_deploy.report.profile import profile_view, table_view
 from profilers.tables import cache_folder, cached_settings
 
 QUICK: dict[str, Any] = {"batch_size": 2, "threads": 1, "profile_seconds": 0.5, "table_seconds": 0.3}
-pytestmark = pytest.mark.usefixtures("quick_tables")
+pytestmark = [pytest.mark.usefixtures("quick_tables"), pytest.mark.slow]
 Told = Callable[..., tuple[int, str, str]]
 
 

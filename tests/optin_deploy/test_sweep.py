@@ -35,6 +35,9 @@ from optin_deploy.sweeps.schema import SweepReport
 from optin_deploy.sweeps.terminal import summary
 from profilers import Measurement
 
+pytestmark = pytest.mark.slow
+
+
 BASE = ["--runtimes", "ort-cpu", "--batch-sizes", "1", "--threads", "1", "--calibration-samples", "8"]
 VISION = ["sweep", "--model", "test_vit", "--weights", "random", "--image-size", "32", *BASE]
 

@@ -26,6 +26,9 @@ from optin_deploy.pruning import prune
 from optin_deploy.scoring import Scoring
 from optin_deploy.torchrun import RankLostError, joined, launched_ranks, quiet_unless_main
 
+pytestmark = pytest.mark.slow
+
+
 _SECONDS = 600
 # Many probes keep the processes scoring for as long as it takes to end one of them.
 _PROBES = 60

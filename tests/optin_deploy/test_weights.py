@@ -286,10 +286,7 @@ def test_another_number_of_classes_is_told(bert: Path, tmp_path: Path) -> None:
     state = load_file(bert / "model.safetensors")
     state |= {"classifier.weight": torch.ones(7, 32), "classifier.bias": torch.ones(7)}
     told = refusal(state, tmp_path, model=str(bert))
-    assert (
-        "classifier.weight has shape (7, 32), the model takes (3, 32); the file is of 7 classes: set num_classes"
-        in told
-    )
+    assert re.search(r"classifier\.weight .*\(7, 32\).*\(3, 32\).* 7 classes.*num_classes", told)
 
 
 def test_positions_are_made_anew(bert: Path, tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from profilers import Comparison, Measurement, ProfileConfig, ProfilingError, Variant, compare
 
+pytestmark = pytest.mark.slow
+
+
 Feeds = dict[str, NDArray[np.float32]]
 QUICK = ProfileConfig(runtimes=("ort-cpu",), batch_sizes=(1,), threads=1, seconds=0.5)
 

@@ -23,6 +23,8 @@ from profilers import (
 from profilers.results import Builds
 from profilers.runners.base import Feeds
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("runtime", "sizes", "loads"),

@@ -20,6 +20,9 @@ from profilers.operators.onnxruntime import node_paths, node_times
 from profilers.operators.scopes import module_path
 from profilers.runners.base import Feeds
 
+pytestmark = pytest.mark.slow
+
+
 VIT = ("patch_embed", "blocks.0", "blocks.0.attn", "blocks.0.mlp", "norm", "head")
 BERT = ("embeddings", *(f"encoder.layer.0{name}" for name in ("", ".attention.self", ".intermediate", ".output.dense")))
 

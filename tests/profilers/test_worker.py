@@ -14,6 +14,8 @@ from profilers import worker
 from profilers.interleave import interleave
 from profilers.runners.base import Feeds, Run
 
+pytestmark = pytest.mark.slow
+
 
 def spec_file(folder: Path, model: Path, sample: Feeds, **changes: object) -> Path:
     np.savez(folder / "feeds.npz", *sample.values())

@@ -182,5 +182,4 @@ def test_what_stays_dense_beside_groups_is_explained_too() -> None:
     structure = describe(module, inputs)
     assert [g.name for g in structure.groups] == ["0.one"]
     reasons = {each.module: each.reason for each in unpruned(module, structure, inputs)}
-    wanted = "OverChannels 1.between stands between 1.one and 1.two and mixes their channels"
-    assert reasons["1.one"] == f"its channels do not stay apart: {wanted}"
+    assert all(name in reasons["1.one"] for name in ("OverChannels 1.between", "1.one", "1.two"))

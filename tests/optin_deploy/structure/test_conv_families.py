@@ -27,6 +27,8 @@ from optin_deploy.search import BUDGET_WINDOW
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
 
+pytestmark = pytest.mark.slow
+
 
 def _resnet(block: Any, **arguments: Any) -> nn.Module:
     sizes = {"layers": (1, 2, 1, 1), "channels": (16, 16, 24, 24), "stem_width": 8, "num_classes": 3}

@@ -25,6 +25,9 @@ from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 _VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 4}
 _WINDOWS = {"img_size": 32, "depths": (2, 2), "window_size": 4}
 _STAGES = {"depths": (1, 1, 1, 1)}

@@ -21,6 +21,9 @@ from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 
+pytestmark = pytest.mark.slow
+
+
 # What is left dense in them, besides what nothing is known of.
 _DENSE = {
     "mask2former": ("sequences first", "cannot be run", "mask_embedder: runs several times"),

@@ -21,6 +21,9 @@ from profilers.operators import tensorrt as engines
 from profilers.operators.tensorrt import Node, ProfiledEngine, layer_nodes, layer_operators
 from profilers.runners.tensorrt import TensorRTRunner
 
+pytestmark = pytest.mark.slow
+
+
 MODULES = ("stem", "blocks.0", "blocks.0.attn", "blocks.0.mlp")
 OWNER = partial(innermost, modules=MODULES)
 NODES = {

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from profilers import Case, ProfilingError, measure_files, open_runner
 from profilers.runners.torch import TorchRunner
 
+pytestmark = pytest.mark.slow
+
+
 Feeds = dict[str, NDArray[np.float32]]
 Program = Callable[[int], tuple[torch.nn.Module, Path]]
 
