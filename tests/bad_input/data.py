@@ -369,10 +369,10 @@ ROWS = (
     Row("tokens-all-masked", _masked, r"t\.safetensors: attention_mask is 0 everywhere in 1 of its .*number 3"),
     Row("tokens-out-of-range", _ids(2, 99, 3), "input_ids .* to 99"),
     Row("tokens-negative", _ids(2, -1, 3), "input_ids .* from -1"),
-    Row("labels-out-of-range", _scored("w1\t0\nw2\t3\n"), r"dev\.tsv: '3' .*0 to 2"),
-    Row("labels-unknown", _scored("w1\tbad\nw2\tgreat\n"), r"dev\.tsv: 'great' .*class number"),
+    Row("labels-out-of-range", _scored("w1\t0\nw2\t3\n"), r"dev\.tsv: .*'3' .*0 to 2"),
+    Row("labels-unknown", _scored("w1\tbad\nw2\tgreat\n"), r"dev\.tsv: .*'great' .*class number"),
     *(
-        Row(f"labels-numbered-{name}", _labelled(number), r"dev\.csv: 'bad' .*config\.json")
+        Row(f"labels-numbered-{name}", _labelled(number), r"dev\.csv: .*'bad' .*config\.json")
         for name, number in {
             "99": 99,
             "-1": -1,
@@ -384,7 +384,7 @@ ROWS = (
             "word": "x",
         }.items()
     ),
-    Row("labels-evaluated-as-99", _labelled(99, *SCORED), r"dev\.csv: 'bad' .*99 .*0 to 2.*label2id"),
+    Row("labels-evaluated-as-99", _labelled(99, *SCORED), r"dev\.csv: .*'bad' .*99 .*0 to 2.*label2id"),
     Row("labels-told-what-to-do", _scored("w1\tgreat\n"), r"id2label .*config\.json"),
     Row(
         "evaluation-without-tokens",
@@ -396,7 +396,7 @@ ROWS = (
         _text("t.csv", "text,label\n,1\n ,0\n", "--calibration-column", "text", *FISHER[4:]),
         r"t\.csv .*no texts .*text",
     ),
-    Row("labels-of-pairs", _scored("w1\tw2\t0\nw2\tw1\tmuch\n"), r"dev\.tsv: 'much' .*class number"),
+    Row("labels-of-pairs", _scored("w1\tw2\t0\nw2\tw1\tmuch\n"), r"dev\.tsv: .*'much' .*class number"),
     Row("evaluation-numbers-of-rows", _scored("1\tw2\t0\n2\tw1\t1\n"), r"dev\.tsv: column 1 .*numbers"),
     Row(
         "evaluation-unknown-suffix", _scored_at("d.xlsx", lambda p: p.write_bytes(b"PK")), r"d\.xlsx: \.xlsx is unknown"
@@ -411,7 +411,7 @@ ROWS = (
     Row(
         "table-jsonl-null",
         _table('{"text": "w1"}\n{"text": null}\n', "t.jsonl"),
-        r"t\.jsonl, row 2: 'text' ",
+        r"t\.jsonl, row 2: .*'text' ",
     ),
     Row("table-jsonl-damaged", _table('{"text": "w1"}\n{"te\n', "t.jsonl"), r"t\.jsonl cannot be read as JSON: line 2"),
     Row("table-jsonl-deep", _table("[" * 100_000, "t.jsonl"), r"t\.jsonl cannot be read as JSON"),

@@ -141,7 +141,7 @@ def _nothing(*place: str | int) -> Callable[[bytes], bytes]:
     return change
 
 
-DAMAGED, NOT_A_REPORT = r"--output run: {} .*what the run wrote", r"report\.json .*not a report"
+DAMAGED, NOT_A_REPORT = r"--output run: {} .*what the run wrote", r"report\.json .*not a report.*"
 NESTED = b'{"a":' * 100_000
 ROWS = (
     Row("report-truncated", _report(lambda whole: whole[: len(whole) // 2]), NOT_A_REPORT),

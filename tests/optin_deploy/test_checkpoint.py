@@ -20,6 +20,8 @@ from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 
+pytestmark = pytest.mark.slow
+
 
 def bert(path: Path, head: bool = True) -> Network:
     save_bert(path / "bert", head=head)

@@ -95,6 +95,7 @@ def without_progress(err: str) -> str:
 # Finished runs
 
 
+@pytest.mark.slow
 def test_json_on_stdout_only(tmp_path: Path) -> None:
     save_shallow(tmp_path / "shallow")
     short = [*QUICK, "--calibration-samples", "8"]
@@ -108,6 +109,7 @@ def test_json_on_stdout_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_layers")
+@pytest.mark.slow
 def test_verbose_tells_on_stderr_what_is_found_written_and_kept(here: Path, run: Run) -> None:
     save_shallow(here / "shallow")
     arguments = [
@@ -151,6 +153,7 @@ def test_quiet_and_verbose_are_one_too_many(refusal: Callable[..., str], command
 
 
 @pytest.mark.usefixtures("without_layers")
+@pytest.mark.slow
 def test_failed_gate(here: Path, tmp_path: Path, run: Run) -> None:
     save_shallow(tmp_path / "shallow")
     arguments = ["--model", tmp_path / "shallow", *QUICK, "--flops", "0.6", "--calibration-samples", "8"]
@@ -196,6 +199,7 @@ def test_interrupt_before_there_is_a_directory_promises_nothing(
     assert not list(here.iterdir())
 
 
+@pytest.mark.slow
 def test_a_terminated_run_leaves_nothing_temporary(tmp_path: Path) -> None:
     save_shallow(tmp_path / "shallow")
     (tmp_path / "tmp").mkdir()
@@ -429,6 +433,7 @@ def test_no_command_gets_the_help(run: Run) -> None:
     assert "error:" not in outcome.err
 
 
+@pytest.mark.slow
 def test_no_traceback_from_a_process(tmp_path: Path) -> None:
     done = process(tmp_path, *RUN, "--flops", "2")
     assert (done.returncode, done.stdout) == (2, "")

@@ -20,6 +20,9 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.residual import first_tensor
 
+pytestmark = pytest.mark.slow
+
+
 RIDGE = 0.01
 BATCHES = 6
 

@@ -21,6 +21,9 @@ from optin_deploy.slicing import output_bias, sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 RIDGE = 0.01
 BATCHES = 6
 # Of six batches, these are held out.

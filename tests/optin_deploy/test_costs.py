@@ -8,6 +8,9 @@ from optin_deploy.plans import Plan
 from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, TOKENS, NEURONS, HEAD = tiny.WIDTH, 5, tiny.NEURONS, tiny.WIDTH // tiny.HEADS
 PER_HEAD = 2 * 4 * TOKENS * WIDTH * HEAD + 2 * 2 * TOKENS * TOKENS * HEAD
 PER_NEURON = 2 * 2 * TOKENS * WIDTH

@@ -29,6 +29,9 @@ from optin_deploy.structure.compared import Verdict
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, NEURONS = 12, 120
 
 

@@ -27,6 +27,8 @@ from optin_deploy.pruning import prune
 from optin_deploy.recipe import make_recipe
 from optin_deploy.scoring import Scoring
 
+pytestmark = pytest.mark.slow
+
 
 class Plain(nn.Module):
     """A feed-forward block beside a shortcut, of four tokens of six features."""

@@ -23,6 +23,8 @@ from optin_deploy import pickles
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 
+pytestmark = pytest.mark.slow
+
 
 class Attributes(dict):
     """As Lightning keeps hyperparameters."""

@@ -15,6 +15,8 @@ from optin_deploy.rotation import in_principal_bases
 from optin_deploy.scoring import Criterion, Scorer, Scoring
 from optin_deploy.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def network() -> Network:

@@ -16,6 +16,9 @@ from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]
 
 

@@ -77,6 +77,7 @@ with rundir.held(Path(sys.argv[1]), "a", Recipe(model="some/model", flops=0.5)):
 
 
 @pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.slow
 def test_two_processes_are_never_in_one_directory(tmp_path: Path, killed: bool) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

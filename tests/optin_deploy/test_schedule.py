@@ -22,6 +22,9 @@ from optin_deploy.search import Budget, kept_score, search_all
 from optin_deploy.structure.merging_blocks import with_merging
 from optin_deploy.token_costs import TokenCosts, token_costs
 
+pytestmark = pytest.mark.slow
+
+
 TEMPERATURE = 4.0
 
 

@@ -22,6 +22,9 @@ from optin_deploy.recipe import Recipe
 from optin_deploy.scoring import Criterion, Scoring, save_scores, score, scoring_steps
 from optin_deploy.structure.groups import Structure
 
+pytestmark = pytest.mark.slow
+
+
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 WAYS = [("trajectory-obs", "sketch"), *(("trajectory", scorer) for scorer in get_args(scoring.Scorer))]
 

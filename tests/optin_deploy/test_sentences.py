@@ -26,6 +26,9 @@ from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.pruning import prune
 
+pytestmark = pytest.mark.slow
+
+
 FLAGS = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",

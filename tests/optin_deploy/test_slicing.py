@@ -16,6 +16,9 @@ from optin_deploy.slicing import features_of, output_bias, query_gain, sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 FIXED_PLANS = {
     "no attention": lambda s: tiny.empty_plan(s, "head"),
     "no feed-forward": lambda s: tiny.empty_plan(s, "neuron", "channel"),

@@ -26,6 +26,9 @@ from optin_deploy.sparsity import (
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 
+pytestmark = pytest.mark.slow
+
+
 STRENGTHS = (0.01, 0.1, 1.0)
 seeds = st.integers(0, 2**31)
 

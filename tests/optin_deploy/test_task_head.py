@@ -39,6 +39,8 @@ from optin_deploy.sweeps.assembly import assemble
 from optin_deploy.sweeps.wording import judged_by, worth
 from optin_deploy.task_head import HeadKind, answers, class_axis, head_of
 
+pytestmark = pytest.mark.slow
+
 
 class Head(nn.Module):
     """Linear, with an output of some shape."""

@@ -22,6 +22,9 @@ from optin_deploy.models import load_network
 from optin_deploy.network import Network
 from optin_deploy.task_head import HeadKind
 
+pytestmark = pytest.mark.slow
+
+
 FIRST, SECOND = texts(60)[:30], texts(60)[30:]
 
 

@@ -19,6 +19,9 @@ from optin_deploy.network import Network
 from optin_deploy.recipe import make_recipe
 from optin_deploy.weight_files import WeightsFile, named
 
+pytestmark = pytest.mark.slow
+
+
 State = dict[str, Tensor]
 
 

@@ -21,6 +21,9 @@ from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 STEP = 1e-4
 
 

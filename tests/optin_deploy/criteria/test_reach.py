@@ -24,6 +24,9 @@ from optin_deploy.pruning import examine, prune
 from optin_deploy.scoring import Scoring, score, token_damages
 from optin_deploy.structure.groups import Structure
 
+pytestmark = pytest.mark.slow
+
+
 Call = Callable[..., Any]
 
 

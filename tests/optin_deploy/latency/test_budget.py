@@ -23,6 +23,9 @@ from optin_deploy.structure.find_stack import token_stack
 from optin_deploy.token_costs import token_costs
 from profilers.isolated import Measured as Sampled
 
+pytestmark = pytest.mark.slow
+
+
 TARGET = Target("ort-cpu", 1, 1)
 DENSE_MS, FIXED = 20.0, 0.2
 

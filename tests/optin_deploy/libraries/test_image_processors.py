@@ -27,6 +27,9 @@ from optin_deploy.network import Network
 from optin_deploy.plans import Plan
 from optin_deploy.preprocessing import ImagePreprocessing, ProcessorPreprocessing
 
+pytestmark = pytest.mark.slow
+
+
 CLASSES = {"id2label": dict(enumerate("abcd")), "label2id": {name: i for i, name in enumerate("abcd")}}
 VIT: dict[str, Any] = {
     "image_size": 32,

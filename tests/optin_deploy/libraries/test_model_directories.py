@@ -21,6 +21,9 @@ from optin_deploy import pickles
 from optin_deploy.errors import UserError
 from optin_deploy.models import load_network
 
+pytestmark = pytest.mark.slow
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
 
 

@@ -17,6 +17,8 @@ from optin_deploy.pruning import examine
 from optin_deploy.structure.describe import describe
 from optin_deploy.unpruned import unpruned
 
+pytestmark = pytest.mark.slow
+
 
 class Row(nn.Module):
     def __init__(self, between: nn.Module, two: nn.Module) -> None:

@@ -30,6 +30,9 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.feed_forward import feed_forward
 from optin_deploy.structure.groups import Group, LeftDense, Structure
 
+pytestmark = pytest.mark.slow
+
+
 TOKENS, MAP = (2, 6, 8), (2, 8, 3, 4)
 
 

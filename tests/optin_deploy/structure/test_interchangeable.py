@@ -30,6 +30,9 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure, Together
 from optin_deploy.structure.trial import mostly_first, mostly_last
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, NEURONS, HEADS, HEAD = 12, 120, 8, 4
 Middle = Callable[[Tensor], Tensor]
 

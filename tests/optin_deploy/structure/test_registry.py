@@ -10,6 +10,8 @@ from optin_deploy.structure import registry
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, LeftDense, Side, child, join
 
+pytestmark = pytest.mark.slow
+
 
 class Gated(nn.Module):
     """A feed-forward network that no adapter of ours knows."""

@@ -27,6 +27,9 @@ from optin_deploy.structure.merging_blocks import MergingBlocks, with_merging
 from optin_deploy.structure.token_stack import TokenStack
 from optin_deploy.token_costs import token_costs
 
+pytestmark = pytest.mark.slow
+
+
 # The first releases of transformers 5 have layers without.
 _MASKED = "attention_mask" in inspect.signature(modeling_vit.ViTLayer.forward).parameters
 

@@ -22,6 +22,9 @@ from optin_deploy.slicing import sliced
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.torch import Attention, through_modules
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, HEADS, NEURONS = 16, 4, 24
 
 

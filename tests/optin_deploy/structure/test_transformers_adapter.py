@@ -8,6 +8,8 @@ from torch import nn
 from optin_deploy.structure.groups import Group, LeftDense
 from optin_deploy.structure.transformers import attention
 
+pytestmark = pytest.mark.slow
+
 
 def bert_layer() -> nn.Module:
     return tiny.network("bert").module.encoder.layer[0]

@@ -13,6 +13,8 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Entries, Group, Side, Structure
 from optin_deploy.structure.trial import uncuttable, with_working_stand_ins
 
+pytestmark = pytest.mark.slow
+
 
 class Mixing(nn.Module):
     """Two feed-forward networks: in the second, every neuron is divided by the mean of all."""

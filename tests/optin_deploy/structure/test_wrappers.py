@@ -23,6 +23,9 @@ from optin_deploy.structure import registry
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.intake import prunable_form
 
+pytestmark = pytest.mark.slow
+
+
 DOCS = Path(__file__).parents[3] / "docs"
 
 
