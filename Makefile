@@ -7,8 +7,7 @@ DEMO := runs/demo
 
 MIN_VENV ?= .venv-min
 # What the lowest versions of timm and transformers have to pass: all that looks into their modules.
-MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/libraries tests/optin_deploy/test_models.py \
-	tests/optin_deploy/test_slicing.py tests/optin_deploy/test_checkpoint.py tests/optin_deploy/test_unpruned.py tests/benchmarks/test_coverage.py
+MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/models tests/benchmarks/test_coverage.py
 
 # What a fresh environment takes of everything but torch, see there.
 PINNED := .ci/constraints.txt
@@ -43,6 +42,7 @@ test-min: $(MIN_VENV)/.installed
 	OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MIN_TESTS)
 
 lint: install
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint docker/cpu.Dockerfile docker/gpu.Dockerfile

@@ -8,7 +8,6 @@ out what is not repaired; ``--table`` only prints what is there. Cases whose dat
 Nothing is trained; labels are used to evaluate, and by Fisher scores.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,7 +21,7 @@ from methods import METHODS, Outcome
 from rich.console import Console
 from rich.table import Table
 
-from optin_deploy.costs import count_flops
+from optin_deploy.nn.flops import count_flops
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,15 +36,9 @@ def result_name(case: str, samples: int | None) -> str:
     return f"accuracy-{case}" if samples is None else f"accuracy-{case}-{samples}"
 
 
-def result_file(name: str) -> Path:
-    """Where the rows are that `result_name` names."""
-    return common.RESULTS / common.device_name() / f"{name}.json"
-
-
-def read_rows(name: str) -> list[Row]:
-    """The rows measured so far."""
-    path = result_file(name)
-    return json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+def result_of(name: str) -> common.ResultFile[Row]:
+    """The file of the rows that `result_name` names."""
+    return common.ResultFile(name, Row)
 
 
 def run(
@@ -60,7 +53,7 @@ def run(
 ) -> None:
     """Measure what is missing of a case; if ``repaired``, nothing without repair."""
     kept = result_name(name, samples)
-    rows = read_rows(kept)
+    rows = result_of(kept).read()
     for seed in seeds:
         missing = {m: [b for b in budgets if (m, b, seed) not in _done(rows)] for m in methods}
         if not any(missing.values()):
@@ -75,7 +68,7 @@ def run(
                 if repaired and outcome.repair == "none":
                     continue
                 rows.append({"method": method, "seed": seed, **_measured(case, outcome, total)})
-                common.write_results(kept, rows)
+                result_of(kept).write(rows)
                 print(f"{name} seed {seed}: {_line(rows[-1])}", flush=True)
 
 
@@ -148,7 +141,7 @@ def plot(case: str, rows: list[Row]) -> Path:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=wide, label=label)
     axes.set(xlabel="part of the FLOPs kept", ylabel=figure, title=case)
     axes.legend(fontsize=7)
-    path = result_file(case).with_suffix(".svg")
+    path = result_of(case).path.with_suffix(".svg")
     drawing.savefig(path, bbox_inches="tight", metadata={"Date": None})
     plt.close(drawing)
     return path
@@ -175,13 +168,13 @@ def main() -> None:
             methods, numbers = given.methods.split(","), [int(s) for s in seeds]
             run(name, given.data_root, methods, budgets, numbers, given.samples, repaired=given.repaired)
         kept = result_name(name, given.samples)
-        rows = read_rows(kept)
+        rows = result_of(kept).read()
         if not rows:
             continue
         for figure in next(row["figures"] for row in rows if row["figures"]):
             if "standard error" not in figure:
                 Console(width=150).print(table(name, rows, figure))
-        print(f"rows in {result_file(kept)}, plot in {plot(kept, rows)}")
+        print(f"rows in {result_of(kept).path}, plot in {plot(kept, rows)}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ tables (``--align auto``). Repair changes no shape and is left out. Dense and al
 """
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,15 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from optin_deploy.latency.budget import edges_of
-from optin_deploy.latency.measure import Target, export_network, measure_network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine
-from optin_deploy.search import Budget, search_all
-from optin_deploy.slicing import sliced
+from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.pruning.pruner import examine
+from optin_deploy.search.knapsack import Budget, search_all
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 from profilers import measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
-NAME, FLOPS = "alignment", 0.5
+FLOPS = 0.5
 STEPS = (1, 8, 16, 64)
 
 
@@ -52,6 +51,9 @@ class Row:
         return self.speedup.value * self.flops
 
 
+RESULT = common.ResultFile("alignment", Row)
+
+
 def kept_score(plan: Plan, scores: dict[str, torch.Tensor]) -> float:
     """The sum of the scores of what stays; widths, whose worth depends on their heads', are counted like units."""
     return sum(float(scores[name][list(kept)].sum()) for name, kept in plan.kept.items())
@@ -63,7 +65,7 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
     anatomy = examine(network)
     dense, scores = scored(network, anatomy, calibration.batches)
     target = Target(given.runtime, size, given.threads)
-    edges = edges_of(anatomy.structure, measure_network(network, anatomy.structure, target, lambda _: None))
+    edges = edges_of(anatomy.structure, measure_network(network, anatomy.structure, target))
     budget = [Budget(anatomy.costs, FLOPS)]
     plans = {str(step): search_all(anatomy.structure, scores, budget, step) for step in STEPS}
     plans["auto"] = search_all(anatomy.structure, scores, budget, 8, edges)
@@ -85,38 +87,28 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
 
 def table(rows: list[Row]) -> Table:
     """By network and batch size."""
-    made = Table("Network", "Runtime", "batch", "align", "FLOPs", "worth kept", "speed-up", "realised")
-    for row in rows:
-        interval = f"{row.speedup.value:.2f}× [{row.speedup.low:.2f}–{row.speedup.high:.2f}]"
-        made.add_row(row.model, row.runtime, str(row.batch_size), row.align, f"{row.flops:.3f}", f"{row.worth:.4f}",
-                     interval.replace("[", "\\["), f"{row.realised:.2f}")  # fmt: skip
-    return made
-
-
-def read_rows() -> list[Row]:
-    """The rows measured last."""
-    path = common.RESULTS / common.device_name() / f"{NAME}.json"
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
-    return [Row(**{**row, "speedup": Interval(**row["speedup"])}) for row in figures["rows"]]
+    heading = ("Network", "Runtime", "batch", "align", "FLOPs", "worth kept", "speed-up", "realised")
+    lines = [
+        (row.model, row.runtime, str(row.batch_size), row.align, f"{row.flops:.3f}", f"{row.worth:.4f}",
+         common.interval(row.speedup, "×"), f"{row.realised:.2f}")
+        for row in rows
+    ]  # fmt: skip
+    return common.terminal_table(heading, lines)
 
 
 def main() -> None:
     """Measure, write, print."""
-    arguments = common.parser(__doc__ or "")
-    arguments.add_argument("--models", default="deit_small,minilm", help="comma-separated")
+    arguments = common.speed_parser(
+        __doc__ or "", models="deit_small,minilm", batch_sizes="1,8", seconds=60.0, samples=None
+    )
     arguments.add_argument("--runtime", default="ort-cpu")
-    arguments.add_argument("--batch-sizes", default="1,8", help="comma-separated")
-    arguments.add_argument("--seconds", type=float, default=60.0, help="time limit of one network and batch size")
-    arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
-    arguments.add_argument("--table", action="store_true", help="only print what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     if not given.table:
         rows = [row for model in given.models.split(",") for size in given.batch_sizes.split(",")
                 for row in run(model, given, int(size))]  # fmt: skip
-        protocol = {"flops": FLOPS, "threads": given.threads, "seconds_per_case": given.seconds}
-        common.write_results(NAME, {"protocol": protocol, "rows": [asdict(row) for row in rows]})
-    Console(width=120).print(table(read_rows()))
+        RESULT.write(rows, flops=FLOPS, threads=given.threads, seconds_per_case=given.seconds)
+    Console(width=120).print(table(RESULT.read()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Writes ``results/DEVICE/calibration.json`` row by row and goes on where an earli
 prints what is there. The defaults of ``--calibration-samples`` come from here.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,6 @@ from typing import Any
 
 import common
 import torch
-from accuracy import result_file
 from cases import CASES, Batch, Case
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +30,7 @@ _SENTENCES, _PHOTOGRAPHS = 512, 128
 _OWN = {"sst2": ("sst2/train.tsv", "1"), "stsb": ("stsb/train.csv", "1,2")}
 _ELSEWHERE = {"sst2": ("STS-B sentences", *_OWN["stsb"]), "stsb": ("SST-2 sentences", *_OWN["sst2"])}
 Row = dict[str, Any]
+RESULT = common.ResultFile("calibration", Row)
 
 
 def variants(name: str, data: Path, seed: int, most: int) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -87,8 +86,7 @@ def main() -> None:
     arguments.add_argument("--table", action="store_true", help="only print what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    path = result_file("x").with_name("calibration.json")
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+    rows = RESULT.read()
     for name in given.cases.split(",") if not given.table else ():
         for seed in (int(s) for s in given.seeds.split(",")):
             for told, make in variants(name, given.data_root, seed, given.most):
@@ -101,7 +99,7 @@ def main() -> None:
                 seconds = perf_counter() - start
                 rows.append({**key, "seconds": seconds, "figures": case.measure(pruned.network.module)})
                 print(rows[-1], flush=True)
-                common.write_results("calibration", rows)
+                RESULT.write(rows)
     Console(width=150).print(table(rows))
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy import Network, load_network
-from optin_deploy.calibration import load_calibration
-from optin_deploy.picture_files import image_files, read_images
-from optin_deploy.tables import read_table
-from optin_deploy.text_evaluation import spearman
+from optin_deploy.data.calibration import load_calibration
+from optin_deploy.data.image_files import image_files, read_images
+from optin_deploy.data.tables import read_table
+from optin_deploy.evaluation.texts import spearman
 
 Batch = dict[str, Tensor]
 # Photographs that no seed calibrates on.

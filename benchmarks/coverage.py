@@ -34,7 +34,7 @@ from coverage_table import page
 from coverage_worker import COLUMNS, FLOPS, PEER_COLUMNS, Row, examined, peer
 
 from exporters import onnx_from_program, trace
-from optin_deploy.files import write_text
+from optin_deploy.utils.atomic_files import write_text
 
 NAME = "coverage"
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from optin_deploy.libraries import build
+from optin_deploy.models.libraries import build
 from optin_deploy.network import Source
 
 Batch = dict[str, Tensor]

@@ -12,8 +12,8 @@ from timm.models.vgg import VGG
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import Group, Side, join
-from optin_deploy.structure.registry import adapter
 
 WIDTH, HEADS, NEURONS = 256, 4, 1024
 

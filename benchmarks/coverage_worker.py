@@ -18,17 +18,18 @@ from torch import Tensor, nn
 import optin_deploy
 from exporters import check_parity, onnx_from_program, trace
 from optin_deploy import Network, UserError, custom_network
-from optin_deploy.costs import count_flops
-from optin_deploy.masking import masked
-from optin_deploy.measuring import parity_batches
-from optin_deploy.network import TensorOutputs, named_outputs
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import Anatomy, Pruned, examine
-from optin_deploy.search import BUDGET_WINDOW, lowest
-from optin_deploy.slicing import sliced
-from optin_deploy.unpruned import unpruned
+from optin_deploy.export.onnx_file import parity_batches
+from optin_deploy.network import TensorOutputs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.nn.outputs import named_outputs
+from optin_deploy.pruning.pruner import Anatomy, Pruned, examine
+from optin_deploy.search.knapsack import BUDGET_WINDOW, lowest
+from optin_deploy.structure.masking import masked
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.unpruned import unpruned
 from profilers.isolated import Case, measure_files
-from profilers.statistics import ratio_interval
+from profilers.stats import ratio_interval
 
 COLUMNS = ("score", "slice", "budget", "reload", "onnx", "speed")
 PEER_COLUMNS = ("runs", "budget", "onnx")
@@ -51,7 +52,7 @@ class Row:
         columns: of `COLUMNS` those that were tried.
         prunable: the part of the FLOPs in prunable groups.
         asked, reached: parts of the FLOPs.
-        left_dense: what stays dense, see `optin_deploy.unpruned`.
+        left_dense: what stays dense, see `optin_deploy.structure.unpruned`.
         speedup, noise: dense ÷ pruned and dense ÷ dense again, with 95 % intervals.
         peer: the same of torch-pruning, of `PEER_COLUMNS`; ``peer_reached`` is its part of the FLOPs.
         seconds: of the processor that each step took, without what measures.

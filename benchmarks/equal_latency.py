@@ -9,8 +9,7 @@ seed, beside those of earlier runs; ``--table`` only prints what is there.
 """
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -26,13 +25,12 @@ from torch import nn
 
 from optin_deploy import Network
 from optin_deploy.latency.budget import AIM, meet
-from optin_deploy.latency.measure import Target, export_network, measure_network
-from optin_deploy.pruning import examine, remove
-from optin_deploy.search import search
+from optin_deploy.latency.tables import Target, export_network, measure_network
+from optin_deploy.pruning.pruner import examine, remove
+from optin_deploy.search.knapsack import search
 from profilers import measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
-NAME = "equal-latency"
 _METRIC, _LIKENESS = "Spearman × 100", "similarity correlation"
 
 
@@ -54,6 +52,9 @@ class Row:
     likeness: tuple[float, float]
 
 
+RESULT = common.ResultFile("equal-latency", Row, key=lambda row: (row.batch_size, row.seed, row.flops))
+
+
 def latencies(
     dense: Network, modules: dict[str, nn.Module], target: Target, seconds: float
 ) -> dict[str, list[list[float]]]:
@@ -72,7 +73,7 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     in_bases, scores = scored(network, anatomy, case.batches)
     target = Target(given.runtime, size, given.threads, seed=seed)
     structure, total = anatomy.structure, anatomy.costs.total
-    measured = measure_network(network, structure, target, lambda _: None)
+    measured = measure_network(network, structure, target)
     rows = []
     for flops in (float(f) for f in given.flops.split(",")):
         plan = search(structure, scores, anatomy.costs, flops, 64)
@@ -101,24 +102,19 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     return rows
 
 
-def merged(before: list[Row], new: list[Row]) -> list[Row]:
-    """All rows, the new ones in place of those of the same batch size, seed and budget."""
-    replaced = {(r.batch_size, r.seed, r.flops) for r in new}
-    return [*(r for r in before if (r.batch_size, r.seed, r.flops) not in replaced), *new]
-
-
 def table(rows: list[Row]) -> Table:
     """FLOP-budgeted → latency-budgeted."""
-    made = Table(
-        "batch", "seed", "--flops", "latency", "time ratio", "FLOPs", "Spearman × 100", "similarity correlation"
-    )
-    for row in rows:
-        ratio = f"{row.ratio.value:.3f} \\[{row.ratio.low:.3f}–{row.ratio.high:.3f}]"
-        made.add_row(str(row.batch_size), str(row.seed), f"{row.flops:g}", *(
-            ratio if pair is None else f"{pair[0]:{form}} → {pair[1]:{form}}"
-            for pair, form in ((row.latency, ".3f"), (None, ""), (row.flops_left, ".3f"), (row.spearman, ".2f"),
-                               (row.likeness, ".4f"))))  # fmt: skip
-    return made
+    heading = ("batch", "seed", "--flops", "latency", "time ratio", "FLOPs", _METRIC, _LIKENESS)
+
+    def both(pair: tuple[float, float], digits: int) -> str:
+        return f"{pair[0]:.{digits}f} → {pair[1]:.{digits}f}"
+
+    lines = [
+        (str(row.batch_size), str(row.seed), f"{row.flops:g}", both(row.latency, 3),
+         common.interval(row.ratio, digits=3), both(row.flops_left, 3), both(row.spearman, 2), both(row.likeness, 4))
+        for row in rows
+    ]  # fmt: skip
+    return common.terminal_table(heading, lines)
 
 
 def at_equal_time(rows: list[Row], figure: str) -> list[float]:
@@ -143,32 +139,20 @@ def verdict(rows: list[Row]) -> str:
     return f"at equal time, latency budget less FLOP budget: {', '.join(parts)}" if parts else ""
 
 
-def read_rows() -> list[Row]:
-    """The rows measured last."""
-    path = common.RESULTS / common.device_name() / f"{NAME}.json"
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
-    return [Row(**{**row, "ratio": Interval(**row["ratio"])}) for row in figures["rows"]]
-
-
 def main() -> None:
     """Measure, write, print."""
-    arguments = common.parser(__doc__ or "")
+    arguments = common.speed_parser(__doc__ or "", batch_sizes="8", seconds=30.0, samples=256)
     arguments.add_argument("--flops", default="0.6,0.5,0.4", help="comma-separated")
     arguments.add_argument("--runtime", default="ort-cpu")
-    arguments.add_argument("--batch-sizes", default="8", help="comma-separated")
     arguments.add_argument("--seeds", default="0", help="comma-separated")
-    arguments.add_argument("--seconds", type=float, default=30.0, help="time limit of one measurement")
-    arguments.add_argument("--samples", type=int, default=256, help="calibration samples")
-    arguments.add_argument("--table", action="store_true", help="only print what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     if not given.table:
-        protocol = {"samples": given.samples, "threads": given.threads, "seconds_per_case": given.seconds}
         for size, seed in product(given.batch_sizes.split(","), given.seeds.split(",")):
-            rows = merged(read_rows(), run(given, int(size), int(seed)))
-            common.write_results(NAME, {"protocol": protocol, "rows": [asdict(row) for row in rows]})
-    Console(width=140).print(table(read_rows()))
-    print(verdict(read_rows()))
+            rows = run(given, int(size), int(seed))
+            RESULT.add(rows, samples=given.samples, threads=given.threads, seconds_per_case=given.seconds)
+    Console(width=140).print(table(RESULT.read()))
+    print(verdict(RESULT.read()))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ from faults_process import Ended, Run, artefacts, command_line, ended, faults, l
 from rich.console import Console
 from rich.table import Table
 
-from optin_deploy import checkpoint
-from optin_deploy.libraries import timm
+from optin_deploy.models import checkpoint, timm_models
 from optin_deploy.network import Source
-from optin_deploy.plans import Plan
+from optin_deploy.structure.plan import Plan
 
 PARTS = ("kills", "disk", "read-only", "two")
 COMMAND = (
@@ -84,7 +83,7 @@ def _command(network: Path, output: Path) -> list[str]:
 def _save_network(path: Path) -> None:
     source = Source("timm", "test_vit", {"img_size": 32, "num_classes": 10, "depth": 2})
     torch.manual_seed(0)
-    checkpoint.save(timm.network_of(timm.build(source), source, "random"), Plan({}), path)
+    checkpoint.save(timm_models.network_of(timm_models.build(source), source, "random"), Plan({}), path)
 
 
 def _warm_up(folder: Path) -> None:

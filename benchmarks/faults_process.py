@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optin_deploy.files import is_partial
 from optin_deploy.report import read_report
+from optin_deploy.utils.atomic_files import is_partial
 
 ARTEFACTS = (
     *("plan.json", "scores.safetensors", "checkpoint/model.safetensors", "checkpoint/optin.json"),
@@ -73,7 +73,7 @@ def ended(run: Run) -> Ended:
 
 def command_line(arguments: Sequence[str]) -> int:
     """The command line in this process; its exit code."""
-    from optin_deploy.cli import main
+    from optin_deploy.cli.main import main
 
     sys.argv = ["optin-deploy", *arguments]
     try:

@@ -88,8 +88,8 @@ def _fuzz(target: str, folder: Path, seconds: int, seed: int) -> None:
 
 def _checkpoint(folder: Path) -> tuple[Target, list[bytes]]:
     """optin.json of a checkpoint, up to the plan that it holds; nothing is built of it."""
-    from optin_deploy.checkpoint import JSON_NAME, read_plan
     from optin_deploy.errors import UserError
+    from optin_deploy.models.checkpoint import JSON_NAME, read_plan
 
     def one(data: bytes) -> None:
         (folder / JSON_NAME).write_bytes(data)
@@ -103,9 +103,9 @@ def _checkpoint(folder: Path) -> tuple[Target, list[bytes]]:
 
 def _recipe(folder: Path) -> tuple[Target, list[bytes]]:
     """A recipe file."""
+    from optin_deploy.config.recipe import make_recipe
+    from optin_deploy.config.sweep_plan import read_sweep
     from optin_deploy.errors import UserError
-    from optin_deploy.recipe import make_recipe
-    from optin_deploy.sweeps.plan import read_sweep
 
     def one(data: bytes) -> None:
         (folder / "r.yaml").write_bytes(data)
@@ -145,9 +145,9 @@ def _report(folder: Path) -> tuple[Target, list[bytes]]:
 
 def _tables(folder: Path) -> tuple[Target, list[bytes]]:
     """CSV, TSV and JSON files of texts, for calibration (names of columns, numbers) and evaluation (labels, scores)."""
-    from optin_deploy.calibration import load_calibration
+    from optin_deploy.data.calibration import load_calibration
     from optin_deploy.errors import UserError
-    from optin_deploy.evaluation import load_dataset
+    from optin_deploy.evaluation.images import load_dataset
 
     network = _small_bert(folder / "bert")
 
@@ -180,7 +180,7 @@ def _tables(folder: Path) -> tuple[Target, list[bytes]]:
 def _sentences(folder: Path) -> tuple[Target, list[bytes]]:
     """The files of sentence-transformers, one after the other in one input: what is read of them, and of nothing."""
     from optin_deploy.errors import UserError
-    from optin_deploy.libraries.sentence_files import read_sentence_files
+    from optin_deploy.models.sentence_files import read_sentence_files
 
     names = ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", "config_sentence_transformers.json")
     for name in names:
@@ -207,7 +207,7 @@ def _sentences(folder: Path) -> tuple[Target, list[bytes]]:
 def _latency(folder: Path) -> tuple[Target, list[bytes]]:
     """A latency table in the cache, and the list of all."""
     from profilers.errors import ProfilingError
-    from profilers.tables import cache_folder, cached_settings, read_table, table_file
+    from profilers.latency_table import cache_folder, cached_settings, read_table, table_file
 
     setting = {"device": "cpu", "threads": 1}
     cache_folder().mkdir(parents=True)
@@ -248,7 +248,7 @@ def _small_bert(path: Path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-    from optin_deploy.models import load_network
+    from optin_deploy.models.load import load_network
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "one", "bad", "this", "no"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -267,10 +267,10 @@ def _run_report(directory: Path) -> bytes:
     import timm
     import torch
 
-    from optin_deploy.calibration import from_batches
-    from optin_deploy.network import custom_network
-    from optin_deploy.pipeline import prune_export
-    from optin_deploy.recipe import Recipe
+    from optin_deploy.config.recipe import Recipe
+    from optin_deploy.data.calibration import from_batches
+    from optin_deploy.models.custom import custom_network
+    from optin_deploy.run.pipeline import prune_export
 
     torch.manual_seed(0)
     module = timm.create_model("test_vit", img_size=32, num_classes=4, depth=1).eval()

@@ -5,9 +5,9 @@
 #     sh benchmarks/gpu.sh                      # into benchmarks/results/DEVICE/gpu.json
 #     sh benchmarks/gpu.sh --results "$OUT"     # into another folder
 #
-# PYTHON names the interpreter; the package need not be installed. Options are those of gpu.py.
+# PYTHON names the interpreter; the package need not be installed. Options are those of gpu/main.py.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$root/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
-exec "${PYTHON:-python3}" "$root/benchmarks/gpu.py" --minutes 8.5 "$@"
+exec "${PYTHON:-python3}" -m gpu --minutes 8.5 "$@"

@@ -12,13 +12,11 @@ replaced when they are measured again. ``--table`` only prints what is there, ``
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
 
 import common
 import torch
@@ -27,16 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from optin_deploy import Network
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.latency.budget import meet
-from optin_deploy.latency.measure import Measured, Target, export_network, measure_network
-from optin_deploy.pruning import Anatomy, Batches, examine
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring, score
-from optin_deploy.slicing import sliced
+from optin_deploy.latency.tables import Measured, Target, export_network, measure_network
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import Anatomy, Batches, examine
+from optin_deploy.structure.slicing import sliced
 from profilers import measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
-NAME = "latency-budget"
 CLOSE = 0.03
 
 
@@ -86,6 +83,13 @@ class Row:
         return self.relative <= 1 + self.allowance
 
 
+def _order(row: Row) -> tuple[str, str, int, float]:
+    return row.model, row.runtime, row.batch_size, -row.asked
+
+
+RESULT = common.ResultFile("latency-budget", Row, key=_order)
+
+
 def scored(network: Network, anatomy: Anatomy, batches: Batches) -> tuple[Network, dict[str, torch.Tensor]]:
     """The network in its principal bases, and the default criterion's scores."""
     turned = in_principal_bases(network, anatomy.structure, batches)
@@ -121,33 +125,13 @@ def run(
     )
 
 
-def read_rows() -> list[Row]:
-    """The rows measured so far."""
-    path = common.RESULTS / common.device_name() / f"{NAME}.json"
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
-    return [
-        Row(**{**row, "measured": Interval(**row["measured"]), "noise": Interval(**row["noise"])})
-        for row in figures["rows"]
-    ]
-
-
-def _case(row: Row) -> tuple[str, str, int, float]:
-    return row.model, row.runtime, row.batch_size, row.asked
-
-
-def merged(rows: Sequence[Row], new: Row) -> list[Row]:
-    """``rows`` with ``new`` in the place of the one it repeats; in the order of their cases."""
-    kept = [row for row in rows if _case(row) != _case(new)]
-    return sorted([*kept, new], key=lambda row: (row.model, row.runtime, row.batch_size, -row.asked))
-
-
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Heading and one line per budget."""
     heading = ["Network", "Runtime", "batch", "asked for", "measured", "÷ asked", "noise", "FLOPs", "prediction errors"]
     lines = [
         [
             row.model, row.runtime, str(row.batch_size), f"{row.asked:g}",
-            f"{row.measured.value:.3f} [{row.measured.low:.3f}–{row.measured.high:.3f}]",
+            common.interval(row.measured, digits=3),
             f"{row.relative:.3f}{'' if row.close and row.held else ' (missed)'}", f"±{row.allowance:.1%}",
             f"{row.flops:.3f}", ", ".join(f"{error:+.1%}" for error in row.errors),
         ]
@@ -164,13 +148,11 @@ def markdown(rows: Sequence[Row]) -> str:
     for case in dict.fromkeys((row.model, row.runtime, row.batch_size) for row in rows):
         found = {row.asked: row for row in rows if (row.model, row.runtime, row.batch_size) == case}
         told = [
-            f"{row.measured.value:.3f} [{row.measured.low:.3f}–{row.measured.high:.3f}], {_first_and_last(row.errors)}"
-            if row
-            else "–"
+            f"{common.interval(row.measured, digits=3)}, {_first_and_last(row.errors)}" if row else "–"
             for row in (found.get(asked) for asked in budgets)
         ]
         lines.append([case[0], case[1], str(case[2]), *told])
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *lines])
+    return common.markdown_table(heading, lines)
 
 
 def _first_and_last(errors: Sequence[float]) -> str:
@@ -182,10 +164,8 @@ def table(rows: Sequence[Row]) -> Table:
     """The table for the terminal, with the counts of what was met."""
     heading, lines = cells(rows)
     close, held = sum(r.close for r in rows), sum(r.held for r in rows)
-    made = Table(*heading, title=f"{close} of {len(rows)} within {CLOSE:.0%} of the budget, {held} not above it")
-    for line in lines:
-        made.add_row(*(cell.replace("[", "\\[") for cell in line))
-    return made
+    title = f"{close} of {len(rows)} within {CLOSE:.0%} of the budget, {held} not above it"
+    return common.terminal_table(heading, lines, title)
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -197,37 +177,33 @@ def measure(given: argparse.Namespace) -> None:
         for size in (int(s) for s in given.batch_sizes.split(",")):
             target = Target(given.runtime, size, given.threads)
             start = perf_counter()
-            measured = measure_network(network, anatomy.structure, target, lambda _: None)
+            measured = measure_network(network, anatomy.structure, target)
             table_seconds = perf_counter() - start
             print(f"{model}, batch {size}: tables in {table_seconds:.0f} s, dense {measured.costs.total:.4g} ms, floor "
                   f"{measured.costs.floor:.4g} ms", flush=True)  # fmt: skip
             for asked in (float(f) for f in given.latency.split(",")):
                 row = run(model, dense, anatomy, scores, measured, target, asked, given.seconds, table_seconds)
-                protocol: dict[str, Any] = {"threads": given.threads, "seconds_per_case": given.seconds}
-                rows = [asdict(r) for r in merged(read_rows(), row)]
-                common.write_results(NAME, {"protocol": protocol, "rows": rows})
+                rows = sorted(RESULT.merge(RESULT.read(), [row]), key=_order)
+                RESULT.write(rows, threads=given.threads, seconds_per_case=given.seconds)
                 print(" | ".join(cells([row])[1][0]) + f" | {row.seconds:.0f} s", flush=True)
 
 
 def main() -> None:
     """Measure what is asked for, print the table."""
-    arguments = common.parser(__doc__ or "")
-    arguments.add_argument("--models", default="deit_small,deit_tiny,minilm", help="comma-separated")
+    arguments = common.speed_parser(
+        __doc__ or "", models="deit_small,deit_tiny,minilm", batch_sizes="1,8", seconds=30.0, samples=None
+    )
     arguments.add_argument("--runtime", default="ort-cpu")
-    arguments.add_argument("--batch-sizes", default="1,8", help="comma-separated")
     arguments.add_argument("--latency", default="0.8,0.65,0.5", help="parts of the dense latency, comma-separated")
-    arguments.add_argument("--seconds", type=float, default=30.0, help="time limit of the judging measurement")
-    arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
-    arguments.add_argument("--table", action="store_true", help="only print what was measured")
     arguments.add_argument("--markdown", action="store_true", help="only print what was measured, for the README")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     if not (given.table or given.markdown):
         measure(given)
     if given.markdown:
-        print(markdown(read_rows()))
+        print(markdown(RESULT.read()))
     else:
-        Console(width=150).print(table(read_rows()))
+        Console(width=150).print(table(RESULT.read()))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from rivals import corp, kprune, vbp
 from torch import nn
 
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
+from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.errors import UserError
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import Anatomy, Ridge, examine, remove, remove_in_rounds
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Criterion, Scoring, score
-from optin_deploy.search import search
-from optin_deploy.slicing import sliced
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import Anatomy, Ridge, examine, remove, remove_in_rounds
+from optin_deploy.search.knapsack import search
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 ALIGN = {"resnet20": 1, "resnet56": 1}
 

@@ -7,8 +7,7 @@ of ``prune-export`` does. With intervals that say what they promise, 19 of 20 co
 ``results/DEVICE/noise.json``; ``--table`` only prints what is there.
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from profilers.isolated import Case, loads_for, measure_files
-from profilers.statistics import Interval, ratio_interval
+from profilers.stats import Interval, ratio_interval
 
 MODEL, RUNTIME = "deit_tiny", "ort-cpu"
 NAMES = ("dense", "dense again")
@@ -36,6 +35,9 @@ class Run:
     converged: bool
 
 
+RESULT = common.ResultFile("noise", Run)
+
+
 def run(file: Path, sample: dict[str, Any], case: Case) -> Run:
     """Measure ``file`` against itself, until the ratio has settled or time is up, in a new process."""
     case = replace(case, loads=loads_for(RUNTIME, [file] * len(NAMES)))
@@ -46,38 +48,28 @@ def run(file: Path, sample: dict[str, Any], case: Case) -> Run:
 
 def table(runs: list[Run]) -> Table:
     """By batch size: how many intervals contain 1, how wide they are, how far off 1 the ratios are."""
-    made = Table("batch", "runs", "contain 1", "median width", "largest |ratio − 1|", "rounds",
-                 title=f"{MODEL}, {RUNTIME}: dense ÷ dense")  # fmt: skip
+    lines = []
     for size in sorted({r.batch_size for r in runs}):
         own = [r for r in runs if r.batch_size == size]
         hits = sum(r.ratio.contains(1.0) for r in own)
         width = sorted(r.ratio.high - r.ratio.low for r in own)[len(own) // 2]
         furthest = max(abs(r.ratio.value - 1) for r in own)
         rounds = f"{min(r.rounds for r in own)}–{max(r.rounds for r in own)}"
-        made.add_row(str(size), str(len(own)), f"{hits} of {len(own)}", f"{width:.3f}", f"{furthest:.3f}", rounds)
-    return made
-
-
-def read_runs() -> list[Run]:
-    """The runs measured last."""
-    path = common.RESULTS / common.device_name() / "noise.json"
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"runs": []}
-    return [Run(**{**row, "ratio": Interval(**row["ratio"])}) for row in figures["runs"]]
+        lines.append((str(size), str(len(own)), f"{hits} of {len(own)}", f"{width:.3f}", f"{furthest:.3f}", rounds))
+    heading = ("batch", "runs", "contain 1", "median width", "largest |ratio − 1|", "rounds")
+    return common.terminal_table(heading, lines, f"{MODEL}, {RUNTIME}: dense ÷ dense")
 
 
 def main() -> None:
     """Measure, write, print."""
-    arguments = common.parser(__doc__ or "")
+    arguments = common.speed_parser(__doc__ or "", batch_sizes="1,8", seconds=10.0)
     arguments.add_argument("--runs", type=int, default=20, help="processes for each batch size")
-    arguments.add_argument("--batch-sizes", default="1,8", help="comma-separated")
-    arguments.add_argument("--seconds", type=float, default=10.0, help="time limit of one run")
-    arguments.add_argument("--table", action="store_true", help="only print what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     if not given.table:
         measure(given.data_root, given.runs, [int(s) for s in given.batch_sizes.split(",")], given.threads,
                 given.seconds)  # fmt: skip
-    Console(width=120).print(table(read_runs()))
+    Console(width=120).print(table(RESULT.read()))
 
 
 def measure(data: Path, count: int, sizes: list[int], threads: int, seconds: float) -> None:
@@ -91,10 +83,8 @@ def measure(data: Path, count: int, sizes: list[int], threads: int, seconds: flo
             for size in sizes:
                 case = Case(RUNTIME, size, threads, seconds, seed=number)
                 runs.append(run(Path(folder, "dense.onnx"), sample, case))
-                ratio = runs[-1].ratio
-                print(f"run {number}, batch {size}: {ratio.value:.3f} [{ratio.low:.3f}–{ratio.high:.3f}]", flush=True)
-    protocol = {"model": MODEL, "runtime": RUNTIME, "threads": threads, "seconds": seconds}
-    print(f"written to {common.write_results('noise', {'protocol': protocol, 'runs': [asdict(r) for r in runs]})}")
+                print(f"run {number}, batch {size}: {common.interval(runs[-1].ratio, digits=3)}", flush=True)
+    print(f"written to {RESULT.write(runs, model=MODEL, runtime=RUNTIME, threads=threads, seconds=seconds)}")
 
 
 if __name__ == "__main__":

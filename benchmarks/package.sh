@@ -12,7 +12,7 @@ out=$(cd "$out" && pwd)
 "$BIN/python" -m twine check --strict "$out"/dist/* || fail "twine"
 
 "$BIN/python" -m zipfile -l "$out"/dist/*.whl >"$out/files"
-for file in optin_deploy/py.typed exporters/py.typed profilers/py.typed optin_deploy/data/sentences.txt \
+for file in optin_deploy/py.typed exporters/py.typed profilers/py.typed optin_deploy/data/builtin_sentences.txt \
     optin_deploy/report/template.html.j2 optin_deploy/report/style.css optin_deploy/sweeps/template.html.j2; do
     grep -q "^$file " "$out/files" || fail "the wheel lacks $file"
 done

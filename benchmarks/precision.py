@@ -7,7 +7,6 @@ maps, which is all it does anywhere, and multiplies in float32. Writes ``results
 goes on where an earlier run has stopped; ``--table`` only prints.
 """
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, get_args
 
 import common
 import torch
-from accuracy import result_file
 from cases import CASES, Case
 from rich.console import Console
 from rich.table import Table
@@ -24,13 +22,14 @@ from rich.table import Table
 from exporters import OnnxModule, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
 from optin_deploy import Network, prune
 from optin_deploy.network import TensorOutputs
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine, make_sparse
+from optin_deploy.pruning.pruner import examine, make_sparse
+from optin_deploy.structure.plan import Plan
 
 # tf32 is a file in fp32.
 PRECISIONS = tuple(p for p in get_args(Precision) if p != "tf32")
 OPSET = 20
 Row = dict[str, Any]
+RESULT = common.ResultFile("precision", Row)
 
 
 def measured(case: Case, network: Network, precision: Precision, threads: int) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def run(name: str, rows: list[Row], given: Any) -> None:
         where = {"case": name, "variant": variant, "precision": precision, "flops": given.flops, "seed": given.seed}
         rows.append({**where, **found})
         print(rows[-1], flush=True)
-        common.write_results("precision", rows)
+        RESULT.write(rows)
 
 
 def _key(row: Row) -> tuple[str, str, str, float]:
@@ -108,8 +107,7 @@ def main() -> None:
     arguments.add_argument("--table", action="store_true", help="only print what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
-    path = result_file("x").with_name("precision.json")
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else []
+    rows = RESULT.read()
     for name in given.cases.split(",") if not given.table else ():
         run(name, rows, given)
     Console(width=150).print(table(rows))

@@ -22,10 +22,10 @@ import common
 import torch
 
 from optin_deploy import load_calibration, load_network
-from optin_deploy.pruning import examine, remove
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import score
-from optin_deploy.search import search
+from optin_deploy.criteria.scoring import score
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import examine, remove
+from optin_deploy.search.knapsack import search
 
 FLOPS = 0.5
 # glibc reads these when a process starts: what is freed goes back to the system at once.

@@ -11,10 +11,9 @@ Rows are kept in ``results/DEVICE/realised-ratio.json``; those of a network, run
 they are measured again. ``--table`` only prints what is there, ``--markdown`` prints it for the README.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,16 +27,15 @@ from rich.table import Table
 import optin_deploy
 from exporters import check_parity, onnx_from_program, save_program, trace
 from optin_deploy import Network
-from optin_deploy.costs import count_flops
-from optin_deploy.measuring import parity_batches
-from optin_deploy.near_ties import alternatives
+from optin_deploy.export.onnx_file import parity_batches
 from optin_deploy.network import TensorOutputs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.tokens.near_ties import alternatives
 from profilers import RUNTIMES
 from profilers.isolated import Case, loads_for, measure_files
-from profilers.statistics import Interval, ratio_interval, summarise
+from profilers.stats import Interval, ratio_interval, summarise
 
 FLOPS = 0.5
-NAME = "realised-ratio"
 OURS, THEIRS = "ours", "torch-pruning"
 # What the table tells of each of them.
 _COLUMNS = ("speed-up", "realised")
@@ -79,11 +77,12 @@ class Row:
     converged: bool
     ours: Interval | None = None
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
-        """What ``asdict`` gave."""
-        intervals = {name: Interval(**data[name]) for name in ("speedup", "noise", "ours") if data.get(name)}
-        return cls(**{**data, **intervals})
+
+def _case(row: Row) -> tuple[str, str, int]:
+    return row.model, row.runtime, row.batch_size
+
+
+RESULT = common.ResultFile("realised-ratio", Row, key=_case)
 
 
 def load(model: str, data: Path, samples: int | None) -> tuple[Network, optin_deploy.Calibration]:
@@ -187,21 +186,9 @@ def run(model: str, data: Path, samples: int | None, cases: Sequence[Case]) -> l
             found = measure(model, dense, pruned, sample, case)
             rows += found
             for row in found:
-                print(f"{model}, {case.name}, {row.method}: {_speedup(row)}, realised {row.realised:.2f}", flush=True)
+                speedup = common.interval(row.speedup, "×")
+                print(f"{model}, {case.name}, {row.method}: {speedup}, realised {row.realised:.2f}", flush=True)
     return rows
-
-
-def read_rows() -> list[Row]:
-    """The rows measured so far."""
-    path = common.RESULTS / common.device_name() / f"{NAME}.json"
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"] if path.is_file() else {"rows": []}
-    return [Row.from_dict(row) for row in figures["rows"]]
-
-
-def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """All of ``new``, and of ``old`` the cases that are not in it."""
-    again = {_case(row) for row in new}
-    return [row for row in old if _case(row) not in again] + list(new)
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -217,11 +204,11 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         line = [model, runtime, str(batch), f"{float(f'{first.dense_p50_ms:.3g}'):g}"]
         for method in methods:
             found = by_method.get(method)
-            line += [_speedup(found), f"{found.realised:.2f}"] if found else ["–"] * len(_COLUMNS)
+            line += [common.interval(found.speedup, "×"), f"{found.realised:.2f}"] if found else ["–"] * len(_COLUMNS)
         if THEIRS in methods:
             direct = by_method[THEIRS].ours if THEIRS in by_method else None
-            line.append(f"{direct.value:.2f} [{direct.low:.2f}–{direct.high:.2f}]" if direct else "–")
-        lines.append([*line, f"{first.noise.value:.2f} [{first.noise.low:.2f}–{first.noise.high:.2f}]"])
+            line.append(common.interval(direct) if direct else "–")
+        lines.append([*line, common.interval(first.noise)])
     if THEIRS in methods:
         heading.append(f"{THEIRS} ÷ ours, time")
     return [*heading, "dense ÷ dense again"], lines
@@ -230,36 +217,21 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def markdown(rows: Sequence[Row]) -> str:
     """The table for the README."""
     heading, lines = cells(rows)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [heading, ["---"] * len(heading), *lines])
+    return common.markdown_table(heading, lines)
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The table for the terminal."""
     heading, lines = cells(rows)
-    made = Table(*heading, title=f"At {FLOPS:g} of the FLOPs (± {torch_pruned.WINDOW}); 95 % intervals")
-    for line in lines:
-        # Brackets are rich's markup.
-        made.add_row(*(cell.replace("[", "\\[") for cell in line))
-    return made
-
-
-def _case(row: Row) -> tuple[str, str, int]:
-    return row.model, row.runtime, row.batch_size
-
-
-def _speedup(row: Row) -> str:
-    return f"{row.speedup.value:.2f}× [{row.speedup.low:.2f}–{row.speedup.high:.2f}]"
+    return common.terminal_table(heading, lines, f"At {FLOPS:g} of the FLOPs (± {torch_pruned.WINDOW}); 95 % intervals")
 
 
 def main() -> None:
     """Measure what is asked for, write it, print the table."""
-    arguments = common.parser(__doc__ or "")
-    arguments.add_argument("--models", default=",".join(MODELS), help="comma-separated")
+    arguments = common.speed_parser(
+        __doc__ or "", models=",".join(MODELS), batch_sizes="1,8", seconds=30.0, samples=None
+    )
     arguments.add_argument("--runtimes", default="ort-cpu,torch", help="comma-separated")
-    arguments.add_argument("--batch-sizes", default="1,8", help="comma-separated")
-    arguments.add_argument("--seconds", type=float, default=30.0, help="time limit of one runtime and batch size")
-    arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
-    arguments.add_argument("--table", action="store_true", help="only print what was measured")
     arguments.add_argument("--markdown", action="store_true", help="only print what was measured, for the README")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -269,16 +241,15 @@ def main() -> None:
     unknown = [name for name in runtimes if name not in known]
     if unknown:
         sys.exit(f"--runtimes {unknown[0]}: choose from {', '.join(known)}")
-    rows = read_rows()
+    rows = RESULT.read()
     if not (given.table or given.markdown):
         if not torch_pruned.installed():
             print("torch-pruning is not installed, its column is left out: pip install torch-pruning")
         cases = [Case(runtime, size, given.threads, given.seconds) for runtime in runtimes for size in sizes]
         for model in given.models.split(","):
-            rows = merged(rows, run(model, given.data_root, given.samples, cases))
-            protocol = {"flops": FLOPS, "threads": given.threads, "seconds_per_case": given.seconds}
-            figures = {"protocol": protocol, "rows": [asdict(row) for row in rows]}
-            print(f"written to {common.write_results(NAME, figures)}")
+            new = run(model, given.data_root, given.samples, cases)
+            rows = RESULT.add(new, flops=FLOPS, threads=given.threads, seconds_per_case=given.seconds)
+            print(f"written to {RESULT.path}")
     if given.markdown:
         print(markdown(rows))
     else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import ImagePreprocessing, Network
-from optin_deploy.files import whole_directory
+from optin_deploy.utils.atomic_files import whole_directory
 
 Split = Literal["train", "test"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import ImagePreprocessing, Network
-from optin_deploy.network import named_outputs
+from optin_deploy.nn.outputs import named_outputs
 
 SIZE = 224
 

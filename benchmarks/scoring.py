@@ -12,8 +12,8 @@ import torch
 
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
-from optin_deploy.pruning import examine
-from optin_deploy.text_evaluation import spearman
+from optin_deploy.evaluation.texts import spearman
+from optin_deploy.pruning.pruner import examine
 
 
 def main() -> None:

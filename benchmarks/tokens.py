@@ -22,7 +22,6 @@ Rows are kept in ``results/DEVICE/tokens.json``; those of a part are replaced. `
 """
 
 import copy
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,22 +42,23 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import Network
-from optin_deploy.costs import count_flops
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine, remove_in_rounds
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.schedule import best_schedule, share_schedule
-from optin_deploy.scoring import Scoring, score, token_damages
-from optin_deploy.structure.merging_blocks import MergingBlocks, with_merging
-from optin_deploy.structure.token_stack import TokenStack
-from optin_deploy.token_costs import TokenCosts, token_costs
-from optin_deploy.tokens import Matching, merged
+from optin_deploy.criteria.scoring import Scoring, score
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import examine, remove_in_rounds
+from optin_deploy.structure.plan import Plan
+from optin_deploy.tokens.costs import TokenCosts, token_costs
+from optin_deploy.tokens.damage import token_damages
+from optin_deploy.tokens.matching import Matching, merged
+from optin_deploy.tokens.merging import MergingBlocks, with_merging
+from optin_deploy.tokens.schedule import best_schedule, share_schedule
+from optin_deploy.tokens.stack import TokenStack
 from profilers.isolated import Case, loads_for, measure_files
-from profilers.statistics import ratio_interval
+from profilers.stats import ratio_interval
 
-NAME = "tokens"
 PARTS = ("maps", "texts", "schedules", "overhead", "tome")
 Row = dict[str, Any]
+RESULT = common.ResultFile("tokens", Row)
 _RATE = 13
 _TURNS = 40
 
@@ -277,13 +277,6 @@ def _in_turns(modules: Mapping[str, nn.Module], image: Tensor) -> dict[str, list
     return samples
 
 
-def read_rows() -> list[Row]:
-    """What was measured so far."""
-    path = common.RESULTS / common.device_name() / f"{NAME}.json"
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["figures"]["rows"] if path.is_file() else []
-    return rows
-
-
 def table(rows: list[Row]) -> Table:
     """All rows, a line each."""
     made = Table(*("part", "way", "FLOPs", "speed-up, batch 1", "batch 8", "correlation", ""), box=None)
@@ -319,7 +312,7 @@ def main() -> None:
     made.add_argument("--seconds", type=float, default=20.0, help="of the rounds of one measurement")
     made.add_argument("--table", action="store_true")
     given = made.parse_args()
-    rows = read_rows()
+    rows = RESULT.read()
     if not given.table:
         if given.part is None:
             made.error("give --part or --table")
@@ -335,7 +328,7 @@ def main() -> None:
         for row in parts[given.part](given):
             rows.append({"part": given.part, **row})
             print(rows[-1], flush=True)
-            common.write_results(NAME, {"rows": rows})
+            RESULT.write(rows)
     Console(width=160).print(table(rows))
 
 

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from optin_deploy.costs import count_flops
-from optin_deploy.network import Network, named_outputs
+from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.nn.outputs import named_outputs
 
 WINDOW = 0.01
 # Bisection goes on for a while inside the window: the closer, the better the comparison.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from optin_deploy.files import write_tensors
+from optin_deploy.utils.atomic_files import write_tensors
 
 PATCH = 4
 ARGUMENTS = {"img_size": SIZE, "patch_size": PATCH, "num_classes": CLASSES}

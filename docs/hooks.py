@@ -20,7 +20,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def commands() -> str:
     """A section for each command, with a table of its options."""
-    from optin_deploy.cli import app
+    from optin_deploy.cli.main import app
 
     group = get_command(app)
     context = typer.Context(group, info_name="optin-deploy")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exporters.errors import ExportError, first_line
-from exporters.onnx import save_model
-from profilers.onnx_data import reading_elsewhere
+from exporters.onnx_writer import save_model
+from profilers.external_data import reading_elsewhere
 
 Array = NDArray[Any]
 Alternatives = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Sequence[Tensor]]

@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exporters.equalising import drop_unused, equalise
 from exporters.errors import ExportError, first_line
 from exporters.files import staged
-from exporters.names import Precision, Quantized, is_quantized
-from exporters.onnx import PRODUCER, onnx_from_program, save_model
+from exporters.onnx_writer import PRODUCER, onnx_from_program, save_model
+from exporters.precisions import Precision, Quantized, is_quantized
+from exporters.smoothquant import drop_unused, equalise
 from exporters.tracing import DynamicAxes
 
 Batch = Mapping[str, Tensor]

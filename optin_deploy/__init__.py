@@ -25,62 +25,62 @@ if TYPE_CHECKING:
     from optin_deploy.api import profile as profile
     from optin_deploy.api import prune as prune
     from optin_deploy.api import score as score
-    from optin_deploy.calibration import Calibration as Calibration
-    from optin_deploy.calibration import from_batches as from_batches
-    from optin_deploy.calibration import load_calibration as load_calibration
-    from optin_deploy.checkpoint import load as load
-    from optin_deploy.checkpoint import save as save
+    from optin_deploy.api_results import Compared as Compared
+    from optin_deploy.api_results import EngineFile as EngineFile
+    from optin_deploy.api_results import OnnxFile as OnnxFile
+    from optin_deploy.api_results import Scores as Scores
+    from optin_deploy.config.recipe import Recipe as Recipe
+    from optin_deploy.criteria.scoring import Scoring as Scoring
+    from optin_deploy.data.calibration import Calibration as Calibration
+    from optin_deploy.data.calibration import from_batches as from_batches
+    from optin_deploy.data.calibration import load_calibration as load_calibration
+    from optin_deploy.data.preprocessing import ImagePreprocessing as ImagePreprocessing
+    from optin_deploy.data.preprocessing import TextPreprocessing as TextPreprocessing
     from optin_deploy.errors import GateError as GateError
     from optin_deploy.errors import UserError as UserError
-    from optin_deploy.models import load_network as load_network
+    from optin_deploy.models.checkpoint import load as load
+    from optin_deploy.models.checkpoint import save as save
+    from optin_deploy.models.custom import custom_network as custom_network
+    from optin_deploy.models.load import load_network as load_network
     from optin_deploy.network import Network as Network
-    from optin_deploy.network import custom_network as custom_network
-    from optin_deploy.pipeline import prune_export as prune_export
-    from optin_deploy.plans import Plan as Plan
-    from optin_deploy.preprocessing import ImagePreprocessing as ImagePreprocessing
-    from optin_deploy.preprocessing import TextPreprocessing as TextPreprocessing
-    from optin_deploy.pruning import Pruned as Pruned
-    from optin_deploy.recipe import Recipe as Recipe
+    from optin_deploy.pruning.pruner import Pruned as Pruned
     from optin_deploy.report import Report as Report
-    from optin_deploy.results import Compared as Compared
-    from optin_deploy.results import EngineFile as EngineFile
-    from optin_deploy.results import OnnxFile as OnnxFile
-    from optin_deploy.results import Scores as Scores
-    from optin_deploy.scoring import Scoring as Scoring
+    from optin_deploy.run.pipeline import prune_export as prune_export
+    from optin_deploy.structure.plan import Plan as Plan
     from optin_deploy.sweeps.run import sweep as sweep
     from optin_deploy.sweeps.schema import SweepReport as SweepReport
 
 _HOMES = {
-    "Calibration": "calibration",
-    "Compared": "results",
+    "Calibration": "data.calibration",
+    "Compared": "api_results",
     "EngineConfig": "api",
-    "EngineFile": "results",
+    "EngineFile": "api_results",
     "GateError": "errors",
-    "ImagePreprocessing": "preprocessing",
+    "ImagePreprocessing": "data.preprocessing",
     "Network": "network",
-    "OnnxFile": "results",
-    "Plan": "plans",
-    "Pruned": "pruning",
-    "Recipe": "recipe",
+    "OnnxFile": "api_results",
+    "Plan": "structure.plan",
+    "Pruned": "pruning.pruner",
+    "Recipe": "config.recipe",
     "Report": "report",
-    "Scores": "results",
-    "Scoring": "scoring",
+    "Scores": "api_results",
+    "Scoring": "criteria.scoring",
     "SweepReport": "sweeps.schema",
-    "TextPreprocessing": "preprocessing",
+    "TextPreprocessing": "data.preprocessing",
     "UserError": "errors",
     "build_engine": "api",
     "compare": "api",
-    "custom_network": "network",
+    "custom_network": "models.custom",
     "export_onnx": "api",
-    "from_batches": "calibration",
-    "load": "checkpoint",
-    "load_calibration": "calibration",
-    "load_network": "models",
+    "from_batches": "data.calibration",
+    "load": "models.checkpoint",
+    "load_calibration": "data.calibration",
+    "load_network": "models.load",
     "plan": "api",
     "profile": "api",
     "prune": "api",
-    "prune_export": "pipeline",
-    "save": "checkpoint",
+    "prune_export": "run.pipeline",
+    "save": "models.checkpoint",
     "score": "api",
     "sweep": "sweeps.run",
 }

@@ -1,5 +1,5 @@
 """``python -m optin_deploy``."""
 
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 
 main()

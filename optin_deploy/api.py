@@ -16,25 +16,28 @@ from torch import Tensor, nn
 from exporters import EngineConfig, Precision, input_ranges, is_quantized
 from exporters import build_engine as build_engine_file
 from exporters.files import staged
-from optin_deploy import pruning
-from optin_deploy import scoring as scorers
-from optin_deploy.calibration import Calibration
-from optin_deploy.costs import count_flops
-from optin_deploy.engines import build_engines, timing_cache, wanted_engines
+from optin_deploy.api_results import Compared, EngineFile, OnnxFile, Scores
+from optin_deploy.config.recipe import Recipe, make_recipe
+from optin_deploy.criteria import scoring as scorers
+from optin_deploy.criteria.scoring import Scoring
+from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
-from optin_deploy.exporting import write_onnx
-from optin_deploy.job import check_measurable, check_runtimes, target_of
-from optin_deploy.measuring import export_files
-from optin_deploy.network import Network, custom_network
-from optin_deploy.plans import Plan
-from optin_deploy.profiling import NetworkProfile, profile_network, profile_onnx
-from optin_deploy.progress import Stages, as_steps
-from optin_deploy.pruning import Batches, Pruned, Ridge, Tokens, examine, examine_as
-from optin_deploy.recipe import Recipe, make_recipe
-from optin_deploy.results import Compared, EngineFile, OnnxFile, Scores
-from optin_deploy.rotation import in_principal_bases
-from optin_deploy.scoring import Scoring
-from optin_deploy.search import search
+from optin_deploy.export.engines import build_engines, timing_cache, wanted_engines
+from optin_deploy.export.onnx_file import export_files, write_onnx
+from optin_deploy.export.requirements import check_measurable, check_runtimes
+from optin_deploy.latency.tables import target_of
+from optin_deploy.models.custom import custom_network
+from optin_deploy.models.intake import validate
+from optin_deploy.network import Network
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.pruning import pruner
+from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.pruner import Batches, Pruned, Ridge, Tokens, examine, examine_as
+from optin_deploy.report.profile_view import NetworkProfile
+from optin_deploy.run.network_profile import profile_network, profile_onnx
+from optin_deploy.search.knapsack import search
+from optin_deploy.structure.plan import Plan
+from optin_deploy.utils.progress import Stages, report_progress, track
 from profilers import RUNTIMES, ProfileConfig, Variant
 from profilers import compare as compare_files
 
@@ -84,7 +87,7 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
-    network = pruning.ready(network, batches)
+    network = pruner.ready(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     dense = in_principal_bases(network, anatomy.structure, batches)
     found = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
@@ -112,8 +115,8 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
         >>> optin_deploy.plan(network, scores, flops=0.5)
         Plan(blocks.0.attn: ..., blocks.0.mlp: ..., ...)
     """
-    pruning.check_share(flops)
-    anatomy = examine_as(network.checked(), scores)
+    pruner.check_share(flops)
+    anatomy = examine_as(validate(network), scores)
     for group in anatomy.structure.groups:
         if group.name not in scores or len(scores[group.name]) != group.units:
             raise UserError(f"the scores are of another network: they have none for the {group.units} of {group.name}")
@@ -180,10 +183,10 @@ def prune(
         raise UserError("prune takes flops=0.5, say, or plan=a plan: give one of the two")
     if plan is None:
         assert flops is not None
-        return pruning.prune(network, batches, flops, ridge=ridge, **options)
+        return pruner.prune(network, batches, flops, ridge=ridge, **options)
     if options:
         raise UserError(f"prune with a plan neither scores nor searches: leave out {', '.join(options)}")
-    return pruning.prune_to(network, batches, plan, ridge)
+    return pruner.prune_to(network, batches, plan, ridge)
 
 
 def export_onnx(
@@ -323,14 +326,14 @@ def profile(
     recipe = _recipe(network or file, **options)
     check_runtimes(recipe)
     check_measurable(runtime)
-    with Stages(Console(stderr=True), quiet=quiet) as stages, stages.stage("measure") as advance:
+    with Stages(Console(stderr=True), quiet=quiet) as stages, stages.stage("measure"):
         if network is not None:
-            return profile_network(network, target_of(recipe), seconds, as_steps(advance))
+            return profile_network(network, target_of(recipe), seconds)
         assert file is not None
         if inputs is None or RUNTIMES[runtime] != "onnx":
             raise UserError(f"{file}: a file is profiled with inputs=, a sample batch, and a runtime of ONNX Runtime")
         sample = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
-        return profile_onnx(file, sample, target_of(recipe), seconds, as_steps(advance))
+        return profile_onnx(file, sample, target_of(recipe), seconds)
 
 
 def compare(
@@ -371,7 +374,7 @@ def compare(
         ONNX Runtime, batch 1: ...× [...–...]..., p50 ... -> ... ms, A/A noise ±... %, realised ...
     """
     variants = {
-        name: each.checked() if isinstance(each, Network) else each
+        name: validate(each) if isinstance(each, Network) else each
         for name, each in {"dense": dense, "pruned": pruned}.items()
     }
     networks = {name: each for name, each in variants.items() if isinstance(each, Network)}
@@ -395,9 +398,10 @@ def compare(
     sample = {name: tensor[:1].numpy() for name, tensor in known.items()}
     with Stages(Console(stderr=True), quiet=quiet) as stages, TemporaryDirectory(prefix="optin-compare-") as folder:
         files = _variants(variants, recipe, Path(folder), stages)
-        with stages.stage("measure") as advance:
-            tell = as_steps(advance)
-            measured = compare_files(files["dense"], files["pruned"], sample, config, lambda done, _: tell(done))
+        with stages.stage("measure"):
+            measured = compare_files(
+                files["dense"], files["pruned"], sample, config, lambda done, _: report_progress(done)
+            )
     flops = [count_flops(network.module, network.inputs) for network in networks.values()]
     return Compared(measured, flops[0] / flops[1] if len(flops) == 2 and flops[1] < flops[0] else None)
 
@@ -408,17 +412,16 @@ def _variants(
     """The files to be measured: those given, and what is exported of networks."""
     found: dict[str, Variant] = {}
     networks = {name: each for name, each in given.items() if isinstance(each, Network)}
-    with stages.stage("export", len(networks)) as advance:
-        for name, each in given.items():
+    with stages.stage("export"):
+        for name, each in track(given.items()):
             if isinstance(each, Network):
                 found[name] = Variant(folder / f"{name}.onnx", folder / f"{name}.pt2")
                 export_files(each, folder / f"{name}.onnx", folder / f"{name}.pt2", recipe, (dict(each.inputs),))
-                advance(1)
             else:
                 found[name] = Variant(each.path if isinstance(each, OnnxFile) else Path(each))
     if wanted_engines(recipe):
-        with stages.stage("build engines", len(networks) * len(wanted_engines(recipe))) as advance:
-            engines = build_engines(recipe, networks, folder, advance)
+        with stages.stage("build engines"):
+            engines = build_engines(recipe, networks, folder)
         found = {n: Variant(v.onnx, v.program, engines[n]) for n, v in found.items()}
     return found
 
@@ -428,7 +431,7 @@ def _network(given: Network | nn.Module, inputs: Mapping[str, Tensor] | None) ->
     if isinstance(given, Network):
         if inputs is not None:
             raise UserError("inputs= is for a module: a network has its own")
-        return given.checked()
+        return validate(given)
     if inputs is None:
         raise UserError(f"a {type(given).__name__} is no network of optin_deploy: give inputs=, a sample batch by name")
     return custom_network(given, inputs)

@@ -5,14 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.intake import check_network, take_in
-from optin_deploy.outputs import named_outputs as named_outputs
-from optin_deploy.sentences import EMBEDDING, FEATURES, SentenceHead, Sentences
-from optin_deploy.task_head import HeadKind, head_of
+from optin_deploy.nn.outputs import named_outputs
+from optin_deploy.nn.sentence_embeddings import EMBEDDING, FEATURES, SentenceHead, Sentences
+from optin_deploy.nn.task_head import HeadKind
 
 Library = Literal["timm", "transformers", "custom"]
 
@@ -87,13 +85,6 @@ class Network:
             f"<Network {self.source.name} ({self.source.library}, weights: {self.weights}): {given} -> "
             f"{', '.join(self.outputs)}; {parameters:,} parameters>"
         )
-
-    def checked(self) -> "Network":
-        """The same network, with what `intake.check_network` puts right; UserError where it cannot be pruned."""
-        # Sentence embeddings are made of token features, behind the module.
-        outputs = {FEATURES: FEATURES} if self.pools else self.outputs
-        module = check_network(self.module, self.inputs, outputs, self.notes)
-        return self if module is self.module else self.with_module(module)
 
     def with_module(self, module: nn.Module) -> "Network":
         """The same network around another (pruned) module."""
@@ -185,50 +176,3 @@ def _of_keys(output: Any, keys: Iterable[str]) -> tuple[Tensor, ...]:
         return tuple(given[key] for key in keys)
     except KeyError as error:
         raise UserError(f"the network gives no {error.args[0]} for this batch, as it did for the sample") from error
-
-
-def custom_network(
-    module: nn.Module,
-    inputs: Mapping[str, Tensor],
-    *,
-    logits: str | None = None,
-    head: HeadKind | None = None,
-    preprocessing: Any = None,
-) -> Network:
-    """A `Network` around the user's own module, which is put in eval mode; all else is put right in a copy.
-
-    Outputs are named as in `outputs.named_outputs`. What cannot be one is left out, and told in ``notes`` and the log.
-
-    Args:
-        inputs: a sample batch by forward's argument names, first axis the batch.
-        logits: name of the output with the task head's logits ("output" when the module gives one tensor), if there
-            is one.
-        head: what these mean: "classes" (one of several), "binary" (a yes or no for every number: one logit, or
-            several labels) or "regression" (plain numbers). None takes "binary" for a single class, else "classes".
-        preprocessing: an ``ImagePreprocessing`` or ``TextPreprocessing`` to calibrate and evaluate on files.
-
-    Raises:
-        UserError: the module cannot be pruned or exported as it is, see ``intake``; or there is no such output.
-    """
-    taken = take_in(module, inputs)
-    names = {key: name for name, key in taken.outputs.items()}
-    if logits is not None and logits not in (*taken.outputs, *names):
-        raise UserError(f"there is no output {logits!r}; the network gives {', '.join(taken.outputs)}")
-    if logits is None and head is not None:
-        raise UserError(f"head={head!r} says what logits mean: name that output with logits=")
-    source = Source("custom", f"{type(taken.module).__module__}.{type(taken.module).__qualname__}")
-    network = Network(
-        taken.module,
-        taken.inputs,
-        taken.outputs,
-        source,
-        "user",
-        logits=names.get(logits, logits) if logits is not None else None,
-        preprocessing=preprocessing,
-        notes=taken.notes,
-    )
-    if network.logits is None:
-        return network
-    with torch.no_grad():
-        given = network.forward(network.inputs)[network.logits]
-    return replace(network, head=head_of(given, head))

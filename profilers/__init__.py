@@ -4,17 +4,17 @@ Knows nothing of pruning: `dense` and `pruned` are two files with the same input
 neither torch nor onnxruntime.
 """
 
-from .compare import ProfileConfig, Variant, compare
-from .environment import environment, usable_cores
-from .errors import MissingPackageError, ProfilingError
-from .gpu import GpuWatch
-from .inference import infer_file
-from .isolated import Case, loads_for, measure_each, measure_files
-from .layers import LAYER_RUNTIMES, LayerProfile, layer_profile
-from .results import Comparison, Measurement
-from .runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, lacking_device, lacking_precision, open_runner
-from .runners.onnxruntime import check_provider
-from .statistics import Interval, Summary
+from profilers.compare import ProfileConfig, Variant, compare
+from profilers.environment import environment, usable_cores
+from profilers.errors import MissingPackageError, ProfilingError
+from profilers.gpu_watch import GpuWatch
+from profilers.inference import infer_file
+from profilers.isolated import Case, loads_for, measure_each, measure_files
+from profilers.layer_times import LAYER_RUNTIMES, LayerProfile, layer_profile
+from profilers.results import Comparison, Measurement
+from profilers.runners import GPU_RUNTIMES, ORT_PROVIDERS, RUNTIMES, lacking_device, lacking_precision, open_runner
+from profilers.runners.ort import check_provider
+from profilers.stats import Interval, Summary
 
 __all__ = [
     "GPU_RUNTIMES",

@@ -8,15 +8,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import interleave
-from .environment import environment, usable_cores
-from .errors import ProfilingError
-from .gpu import GpuWatch
-from .isolated import MOST_LOADS, Case, check_sample, loads_for, measure_files
-from .results import Comparison, Measurement
-from .runners import RUNTIMES
-from .runners.base import Feeds
-from .statistics import STABLE_ROUNDS, TOLERANCE
+from profilers import interleave
+from profilers.environment import environment, usable_cores
+from profilers.errors import ProfilingError
+from profilers.gpu_watch import GpuWatch
+from profilers.isolated import MOST_LOADS, Case, check_sample, loads_for, measure_files
+from profilers.results import Comparison, Measurement
+from profilers.runners import RUNTIMES
+from profilers.runners.base import Feeds
+from profilers.stats import STABLE_ROUNDS, TOLERANCE
 
 Progress = Callable[[float, str], None]
 logger = logging.getLogger(__name__)

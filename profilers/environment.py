@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from .gpu import cuda_uuid, gpu_settings, installed_nvml
+from profilers.gpu_watch import cuda_uuid, gpu_settings, installed_nvml
 
 PACKAGES = (
     "numpy",
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
     Keys: `date` (UTC, ISO 8601), `cpu`, `physical_cores` and `logical_cores` (usable ones), `memory_gib`, `os`,
     `python`, `versions` (package name to version, None when absent), `cuda_devices` (a list of `name`,
     `memory_gib`, `compute_capability`; empty without a GPU), of which the first, on which all runs are, has what
-    `profilers.gpu.gpu_settings` tells too.
+    `profilers.gpu_watch.gpu_settings` tells too.
     """
     cores = usable_cores()
     return {

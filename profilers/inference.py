@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from .environment import usable_cores
-from .errors import ProfilingError
-from .isolated import check_onnx, run_worker
-from .runners import RUNTIMES
-from .runners.base import Feeds
+from profilers.environment import usable_cores
+from profilers.errors import ProfilingError
+from profilers.isolated import check_onnx, run_worker
+from profilers.runners import RUNTIMES
+from profilers.runners.base import Feeds
 
 
 def infer_file(runtime: str, file: Path, batches: Sequence[Feeds], threads: int | None = None) -> list[Feeds]:
@@ -42,7 +42,7 @@ def infer_file(runtime: str, file: Path, batches: Sequence[Feeds], threads: int 
             told.append({"feeds": str(feeds), "inputs": list(batch), "outputs": str(folder / f"{number}.out.npz")})
         # The worker may stand in another folder.
         spec = {"runtime": runtime, "file": str(file.resolve()), "threads": threads, "batches": told}
-        result = run_worker("profilers.infer_worker", spec, threads, f"running {file.name}", lambda _: None)
+        result = run_worker("profilers.workers.inference", spec, threads, f"running {file.name}", lambda _: None)
         return [_outputs(Path(each["outputs"]), names) for each, names in zip(told, result["outputs"], strict=True)]
 
 

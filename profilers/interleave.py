@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .runners.base import Run
+from profilers.runners.base import Run
 
 WARM_UP_RUNS = 3
 WARM_UP_SECONDS = 0.3

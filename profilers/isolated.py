@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import ProfilingError
-from .gpu import cuda_uuid
-from .interleave import Samples
-from .onnx_data import reading_elsewhere
-from .runners import GPU_RUNTIMES, RUNTIMES
-from .runners.base import Feeds
-from .statistics import TOLERANCE
+from profilers.errors import ProfilingError
+from profilers.external_data import reading_elsewhere
+from profilers.gpu_watch import cuda_uuid
+from profilers.interleave import Samples
+from profilers.runners import GPU_RUNTIMES, RUNTIMES
+from profilers.runners.base import Feeds
+from profilers.stats import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ def measure_each(
         # Found here, since loading torch would add to the memory of a worker that runs something else.
         uuid = cuda_uuid() if case.runtime in GPU_RUNTIMES else None
         spec = {**asdict(case), "gpu_uuid": uuid, "variants": variants, "pairs": list(pairs)}
-        return Measured(**run_worker("profilers.worker", spec, case.threads, f"measuring {case.name}", progress))
+        return Measured(
+            **run_worker("profilers.workers.latency", spec, case.threads, f"measuring {case.name}", progress)
+        )
 
 
 def _builds(files: Path | Sequence[Path]) -> Sequence[Path]:

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from math import log
 from typing import Any, Self
 
-from .gpu import GpuWatch
-from .interleave import Samples
-from .statistics import Interval, Summary, ratio_interval, summarise
+from profilers.gpu_watch import GpuWatch
+from profilers.interleave import Samples
+from profilers.stats import Interval, Summary, ratio_interval, summarise
 
 
 @dataclass(frozen=True)

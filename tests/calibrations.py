@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optin_deploy.calibration import Calibration, load_calibration
+from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 

@@ -36,7 +36,7 @@ def garbage_is_collected_seldom() -> Iterator[None]:
 @pytest.fixture
 def without_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs give no account of where the time goes, which takes seconds and has tests of its own."""
-    monkeypatch.setattr("optin_deploy.measuring.LAYER_RUNTIMES", ())
+    monkeypatch.setattr("optin_deploy.run.measure_stages.LAYER_RUNTIMES", ())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

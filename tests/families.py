@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from optin_deploy.libraries import transformers as library
+from optin_deploy.models import transformers_models as library
 from optin_deploy.network import Network, Source
 
 WIDTH, HEADS, LAYERS, NEURONS, VOCABULARY, POSITIONS = 32, 4, 2, 64, 50, 40

@@ -14,10 +14,10 @@ import torch
 from bad_input import Material, Row
 from tiny_models import save_bert, save_images, save_shallow
 
-from optin_deploy import cli
-from optin_deploy.models import load_network
-from optin_deploy.pipeline import prune_export
-from optin_deploy.recipe import Recipe
+from optin_deploy.cli.main import main
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.models.load import load_network
+from optin_deploy.run.pipeline import prune_export
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def run(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         monkeypatch.setattr(sys, "argv", ["optin-deploy", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            main()
         return int(caught.value.code or 0), *capsys.readouterr()
 
     return call

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from tiny_models import WORDS, classifier, save_bert, save_images, save_lines, save_shallow, texts
 
-from optin_deploy import cli, job, measuring
-from optin_deploy.latency import stage
-from optin_deploy.models import load_network
+from optin_deploy.cli.main import app, main
+from optin_deploy.cli.options import RUN_OPTIONS
+from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.options import RUN_OPTIONS
+from optin_deploy.run import job, latency_stage, measure_stages
 from profilers import Comparison, Measurement, environment
 
 pytestmark = pytest.mark.slow
@@ -130,9 +130,9 @@ def reached(*_: object, **__: object) -> None:
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(world)
     monkeypatch.setattr(job, "load_network", stand_in)
-    monkeypatch.setattr(measuring, "compare", instantly)
-    monkeypatch.setattr(measuring, "_layers", lambda *_: [])
-    monkeypatch.setattr(stage, "measure_network", reached)
+    monkeypatch.setattr(measure_stages, "compare", instantly)
+    monkeypatch.setattr(measure_stages, "_layers", lambda *_: [])
+    monkeypatch.setattr(latency_stage, "measure_network", reached)
     yield world
 
 
@@ -158,7 +158,7 @@ def test_a_command_of_ours_runs(
     monkeypatch.setattr(sys, "argv", ["optin-deploy", *arguments(command)])
     try:
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
     except Reached:
         assert "--latency" in command
         return
@@ -175,7 +175,7 @@ def a_run() -> Path:
     folder = Path("runs") / "made"
     if not folder.exists():
         given = ["prune-export", "--model", "path/or/name", "--flops", "0.5", "--output", str(folder), *SHORT, *FINE]
-        cli.app(given, standalone_mode=False)
+        app(given, standalone_mode=False)
     return folder
 
 

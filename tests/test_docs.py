@@ -11,8 +11,8 @@ import timm
 import torch
 from tiny_models import save_bert, save_images, save_lines, texts
 
-from optin_deploy.cli import app
-from optin_deploy.options import RUN_OPTIONS
+from optin_deploy.cli.main import app
+from optin_deploy.cli.options import RUN_OPTIONS
 
 pytestmark = pytest.mark.slow
 

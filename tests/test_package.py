@@ -24,7 +24,7 @@ def test_help_does_without_torch(arguments: list[str]) -> None:
     code = f"""
 import sys
 sys.argv = ["optin-deploy", *{arguments!r}]
-from optin_deploy.cli import main
+from optin_deploy.cli.main import main
 try:
     main()
 except SystemExit as ended:
@@ -38,7 +38,7 @@ def test_files_that_are_no_modules_come_along() -> None:
         ("optin_deploy", "py.typed"),
         ("exporters", "py.typed"),
         ("profilers", "py.typed"),
-        ("optin_deploy.data", "sentences.txt"),
+        ("optin_deploy.data", "builtin_sentences.txt"),
         ("optin_deploy.report", "template.html.j2"),
         ("optin_deploy.report", "style.css"),
         ("optin_deploy.sweeps", "template.html.j2"),
@@ -47,4 +47,4 @@ def test_files_that_are_no_modules_come_along() -> None:
 
 
 def test_wrong_options_are_told_without_torch() -> None:
-    assert not loaded("import optin_deploy.cli, optin_deploy.recipe")
+    assert not loaded("import optin_deploy.cli.main, optin_deploy.config.recipe")

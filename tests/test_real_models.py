@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from optin_deploy import load_calibration, load_network, prune
-from optin_deploy.agreement import agreement
-from optin_deploy.evaluation import load_dataset
-from optin_deploy.masking import masked
+from optin_deploy.criteria.scoring import Scoring, score
+from optin_deploy.evaluation.agreement import agreement
+from optin_deploy.evaluation.images import load_dataset
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine
-from optin_deploy.scoring import Scoring, score
-from optin_deploy.slicing import sliced
+from optin_deploy.pruning.pruner import examine
+from optin_deploy.structure.masking import masked
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 DATA = Path(os.environ.get("OPTIN_DATA_ROOT", "../shared/data")).resolve()
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
@@ -54,10 +54,10 @@ def test_minilm_keeps_its_sts_b_figure(minilm: Network, tmp_path: Path) -> None:
     (tmp_path / "some.csv").write_text("\n".join(rows), encoding="utf-8")
     dataset = load_dataset(minilm, tmp_path / "some.csv")
     batches = load_calibration(minilm, DATA / "stsb" / "train.csv", column="1,2", samples=128).batches
-    dense = dataset.measure(minilm.module, lambda _: None)
+    dense = dataset.measure(minilm.module)
     pruned = prune(minilm, batches, 0.6)
     assert dense > 80
-    assert dataset.measure(pruned.network.module, lambda _: None) > dense - 2.5
+    assert dataset.measure(pruned.network.module) > dense - 2.5
 
 
 @needs_data
@@ -106,7 +106,7 @@ def test_one_logit_is_pruned_as_well_as_two() -> None:
     for network in (two, _one_logit(two)):
         dataset = load_dataset(network, DATA / "sst2" / "dev.tsv")
         small = prune(network, calibration.batches, 0.5).network.module
-        accuracies.append(dataset.measure(small, lambda _: None))
+        accuracies.append(dataset.measure(small))
     assert accuracies[1] > accuracies[0] - 1.5
 
 

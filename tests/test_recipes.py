@@ -13,9 +13,9 @@ from test_docs import DOCS, examples
 from tiny_models import POSITIONS, WORDS, save_bert, save_images, save_lines, save_shallow, texts
 from transformers import SegformerImageProcessor
 
-from optin_deploy.pipeline import prune_export
-from optin_deploy.recipe import make_recipe
+from optin_deploy.config.recipe import make_recipe
 from optin_deploy.report import Report
+from optin_deploy.run.pipeline import prune_export
 
 pytestmark = pytest.mark.slow
 

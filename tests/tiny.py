@@ -18,10 +18,11 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from optin_deploy.network import Network, Source, named_outputs
-from optin_deploy.plans import Plan
+from optin_deploy.network import Network, Source
+from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
 
 WIDTH, HEADS, LAYERS, NEURONS = 16, 4, 2, 24
 VOCABULARY = 50

@@ -16,11 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from optin_deploy import checkpoint
-from optin_deploy.libraries import timm as timm_models
-from optin_deploy.models import load_network
-from optin_deploy.network import Network, Source, custom_network
-from optin_deploy.plans import Plan
+from optin_deploy.models import checkpoint, timm_models
+from optin_deploy.models.custom import custom_network
+from optin_deploy.models.load import load_network
+from optin_deploy.network import Network, Source
+from optin_deploy.structure.plan import Plan
 
 VISION = {"model": "test_vit", "weights": "random", "image_size": 32}
 POSITIONS = 24

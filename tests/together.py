@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from optin_deploy.distributed import Ranks
+from optin_deploy.distributed.ranks import Ranks
 
 Work = Callable[[Ranks], dict[str, Tensor]]
 

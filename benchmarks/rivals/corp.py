@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import Anatomy
-from optin_deploy.search import BUDGET_WINDOW, candidate_sizes, check_budget
-from optin_deploy.slicing import features_of, sliced
+from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.search.knapsack import BUDGET_WINDOW, candidate_sizes, check_budget
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import features_of, sliced
 
 from .shared import Batch, add_to_bias, check_met, projection_inputs, transformer_part
 

@@ -29,16 +29,16 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.costs import Costs
 from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.projections import valid_rows
-from optin_deploy.pruning import Anatomy
-from optin_deploy.replay import recorded_inputs
-from optin_deploy.search import check_budget, search
-from optin_deploy.slicing import sliced
+from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.nn.unfold import valid_rows
+from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.search.costs import Costs
+from optin_deploy.search.knapsack import check_budget, search
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 from .shared import Batch, check_met, transformer_part
 

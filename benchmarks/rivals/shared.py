@@ -6,16 +6,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.costs import Costs
 from optin_deploy.criteria.fisher import ends_linear
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.projections import valid_rows
-from optin_deploy.pruning import Anatomy
-from optin_deploy.replay import recorded_inputs
-from optin_deploy.search import BUDGET_WINDOW
+from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.nn.unfold import valid_rows
+from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.search.costs import Costs
+from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
 
 Batch = Mapping[str, Tensor]
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import Anatomy
-from optin_deploy.search import search
-from optin_deploy.slicing import sliced
+from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.search.knapsack import search
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 from .shared import Batch, add_to_bias, check_met, part, projection_inputs, transformer_part
 

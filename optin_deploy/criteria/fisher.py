@@ -20,21 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.distributed import own_indices
+from optin_deploy.distributed.ranks import own_indices
 from optin_deploy.errors import UserError
-from optin_deploy.masking import frozen, masked
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.projections import valid_rows
-from optin_deploy.replay import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.freezing import frozen
+from optin_deploy.nn.partial_forward import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.task_head import is_single
+from optin_deploy.nn.unfold import valid_rows
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.task_head import is_single
+from optin_deploy.structure.masking import masked
+from optin_deploy.structure.plan import Plan
+from optin_deploy.utils.progress import track
 
 # Label of positions that do not count, as in torch and transformers.
 IGNORED = -100
 
 Batch = Mapping[str, Tensor]
-Advance = Callable[[int], None]
 
 
 def mask_gradients(
@@ -42,7 +43,6 @@ def mask_gradients(
     structure: Structure,
     batches: Sequence[Batch],
     labels: Sequence[Tensor],
-    advance: Advance = lambda _: None,
 ) -> dict[str, Tensor]:
     """Gradient of each sample's cross entropy for the mask of every unit: name -> float64 ``(samples, units)``, CPU.
 
@@ -53,7 +53,6 @@ def mask_gradients(
         labels: for each batch the int64 classes, ``(batch,)``, or ``(batch, tokens)`` (any number of axes) where the
             network gives logits for every position; positions of -100 do not count. Where logits are a yes or no each,
             1 or 0 for each of them; the axis of a single logit may be left out.
-        advance: called with 1 after every batch.
 
     Raises:
         UserError: the network has no class logits, or the labels do not fit them.
@@ -63,11 +62,10 @@ def mask_gradients(
         raise UserError(f"fisher needs labels for every batch: {len(labels)} given for {len(batches)} batches")
     gradients: dict[str, list[Tensor]] = {g.name: [] for g in structure.groups}
     entropy = _binary_cross_entropy if network.head == "binary" else _cross_entropy
-    for index in own_indices(batches):
+    for index in track(own_indices(batches)):
         found = sample_gradients(network, structure, batches[index], partial(entropy, labels[index]))
         for name, gradient in found.items():
             gradients[name].append(gradient)
-        advance(1)
     return {name: torch.cat(parts) for name, parts in gradients.items()}
 
 
@@ -190,7 +188,6 @@ def rescale(
     structure: Structure,
     plan: Plan,
     batches: Sequence[Batch],
-    advance: Advance = lambda _: None,
     *,
     damp: float = 1.0,
     limit: float = 10.0,
@@ -214,7 +211,6 @@ def rescale(
     Args:
         structure: of the dense network, without widths of heads.
         damp: in units of the residual stream.
-        advance: called with 1 after every block.
 
     Returns:
         group name -> factors ``(units kept,)``, float64, of the groups that were changed.
@@ -240,7 +236,6 @@ def rescale(
                     output = run_until(module, batch, block)
                     hollow_out(earlier)
                     earlier[block] = output
-        advance(1)
     return factors
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.projections import feature_dim
+from optin_deploy.nn.unfold import feature_dim
 from optin_deploy.structure.groups import Group, Side, Structure
 
 

@@ -13,18 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from optin_deploy.criteria.loss import Batch, Trajectory, differentiable, gradients, probe_losses
-from optin_deploy.distributed import ranks_of
-from optin_deploy.masking import masked
+from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, differentiable, gradients, probe_losses
+from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure, channels_last
+from optin_deploy.structure.masking import masked
 from optin_deploy.structure.residual import first_tensor
+from optin_deploy.utils.progress import track
 
 # The exact scorer stacks copies of a batch, one mask each, up to about this many tokens.
 STACKED_TOKENS = 16_384
 _FACTOR_PROBES = 8
-
-Advance = Callable[[int], None]
 
 
 def sketch_scores(
@@ -36,7 +35,6 @@ def sketch_scores(
     factors: Mapping[str, float],
     seed: int,
     manifold: float = 1.0,
-    advance: Advance = lambda _: None,
 ) -> dict[str, Tensor]:
     """Scores of all units at once, to second order: group name -> float64 ``(units,)``.
 
@@ -51,14 +49,13 @@ def sketch_scores(
         probes: random draws per batch; the error of a score falls with the root of probes times samples.
         factors: weights of the outputs' task terms, by output name.
         manifold: weight of the manifold part.
-        advance: called with 1 after every probe.
     """
     device = next(network.module.parameters()).device
     joint = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}
     single = {name: zeros.clone() for name, zeros in joint.items()}
     ranks = ranks_of(batches)
     own = ranks.share(len(batches) * probes)
-    for index in range(own.start // probes, -(-own.stop // probes)):
+    for index in track(range(own.start // probes, -(-own.stop // probes))):
         trajectory = Trajectory(network, structure, batches[index], seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
         masks = [torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in structure.groups]
@@ -66,7 +63,7 @@ def sketch_scores(
         with differentiable(network), masked(network.module, structure, named):
             blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
-            for probe in range(probes):
+            for probe in track(range(probes)):
                 loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
                 if index * probes + probe not in own:
                     # Drawn all the same, so that a probe is the same whoever takes it.
@@ -74,7 +71,6 @@ def sketch_scores(
                 for name, gradient in zip(joint, gradients(loss, masks, keep=True), strict=True):
                     joint[name] += gradient.double().sum(0).square() / probes
                     single[name] += gradient.double().square().sum(0) / probes
-                advance(1)
     joint, single = ranks.total(joint), ranks.total(single)
     return {n: (s * (joint[n].sum() / s.sum().clamp_min(1e-300))).cpu() for n, s in single.items()}
 
@@ -118,26 +114,23 @@ def exact_scores(
     *,
     factors: Mapping[str, float],
     seed: int,
-    advance: Advance = lambda _: None,
     only: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Scores of the units of ``groups`` by masking each one and running the network on from its block.
 
     Args:
         factors: weights of the outputs' task terms, see `task_factors`.
-        advance: called with the number of units done, ``units × batches`` in all.
         only: group name -> the units to score, where not all of the group are wanted; the others get 0.
     """
     scores = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
-    for index, inputs in enumerate(batches):
+    for index, inputs in enumerate(track(batches)):
         trajectory = Trajectory(network, structure, inputs, seed + index)
         blocks, outputs = trajectory.run()
         dense = trajectory.grams(blocks)
-        for group in groups:
+        for group in track(groups, [group.units for group in groups]):
             wanted = torch.tensor((only or {}).get(group.name, range(group.units)), dtype=torch.long)
             for units, moved in _masked_runs(trajectory, group, wanted, blocks, dense, outputs, factors):
                 scores[group.name][units] += moved
-                advance(len(units))
     return scores
 
 
@@ -155,7 +148,7 @@ def _masked_runs(
     some = first_tensor(blocks[trajectory.structure.blocks[group.layer]])
     assert some is not None
     tokens = channels_last(some, group.axis).shape[:-1].numel()
-    for units in wanted.split(max(1, STACKED_TOKENS // max(1, tokens))):
+    for units in track(wanted.split(max(1, STACKED_TOKENS // max(1, tokens)))):
         copies = len(units)
         masks = 1 - F.one_hot(units.to(some.device), group.units).to(some.dtype)
         given = {b: repeated(blocks[b], copies, trajectory.size) for b in earlier}

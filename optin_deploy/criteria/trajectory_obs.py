@@ -25,7 +25,7 @@ what the attention's logits lose: the squared derivative of a probe for a mask o
 over samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -33,12 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.criteria import symmetric
-from optin_deploy.criteria.loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
-from optin_deploy.distributed import Ranks, own_indices, ranks_of
-from optin_deploy.masking import masked_queries
+from optin_deploy.criteria import packed_symmetric
+from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
+from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
-from optin_deploy.projections import (
+from optin_deploy.nn.unfold import (
     columns_of,
     columns_per_unit,
     design,
@@ -48,8 +47,9 @@ from optin_deploy.projections import (
     weight_matrix,
 )
 from optin_deploy.structure.groups import Group, Structure, channels_last
+from optin_deploy.structure.masking import masked_queries
+from optin_deploy.utils.progress import track
 
-Advance = Callable[[int], None]
 _Runs = dict[str, list[Tensor]]
 
 # Added to the covariance's diagonal, relative to its mean: units that never differ must not divide by zero.
@@ -89,7 +89,7 @@ class Moments:
 
     def covariance(self, features: int) -> Tensor:
         """Weighted covariance of the activations, ``(features, features)``, float64."""
-        second = symmetric.unpacked(self.second, features + 1)
+        second = packed_symmetric.unpacked(self.second, features + 1)
         weight = second[-1, -1].clamp_min(1e-300)
         mean = second[:-1, -1] / weight
         return second[:-1, :-1].div_(weight).sub_(torch.outer(mean, mean))
@@ -105,7 +105,6 @@ def probe_moments(
     seed: int,
     manifold: float = 1.0,
     samples_at_once: int | None = None,
-    advance: Advance = lambda _: None,
 ) -> dict[str, Moments]:
     """`Moments` of every group from backward passes of random probes; widths share those of their heads.
 
@@ -115,14 +114,13 @@ def probe_moments(
         manifold: weight of the manifold part.
         samples_at_once: how much of a batch one backward pass takes; all of it when None. It keeps the activations
             of every layer, so this bounds memory.
-        advance: called with the number of samples done, ``probes × samples`` in all.
     """
     device = next(network.module.parameters()).device
     moments: dict[str, Moments] = {}
     groups = [g for g in structure.groups if g.kind != "width"]
     widths = [g for g in structure.groups if g.kind == "width"]
     pieces = batches if samples_at_once is None else chunks(batches, samples_at_once)
-    for index in own_indices(pieces):
+    for index in track(own_indices(pieces)):
         trajectory = Trajectory(network, structure, pieces[index], seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
         with differentiable(network):
@@ -134,7 +132,7 @@ def probe_moments(
             grams = trajectory.grams(blocks) if manifold else {}
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
             leaves = [tap for g in groups for tap in taps[g.name]]
-            for probe in range(probes):
+            for probe in track(range(probes)):
                 loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
                 found = gradients(loss, [*leaves, *masks.values()], keep=probe + 1 < probes)
                 for name, gradient in zip(masks, found[len(leaves) :], strict=True):
@@ -149,7 +147,6 @@ def probe_moments(
                         whole, apart = _effects(network.module, group, torch.cat(given[group.name]), g)
                         _add(moments, group.name, "whole", whole)
                         _add(moments, group.name, "apart", apart)
-                advance(trajectory.size)
         with torch.no_grad():
             for group in groups:
                 weight = torch.as_tensor(weights[group.name])
@@ -205,19 +202,18 @@ def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> N
 
 def _add_second(moments: dict[str, Moments], name: str, x: Tensor, weights: Tensor) -> None:
     if not moments[name].second.dim():
-        moments[name].second = symmetric.nothing(x.shape[1], x.device)
-    symmetric.add_gram(moments[name].second, x, weights)
+        moments[name].second = packed_symmetric.nothing(x.shape[1], x.device)
+    packed_symmetric.add_gram(moments[name].second, x, weights)
 
 
 def obs_scores(
     module: nn.Module,
     structure: Structure,
     moments: Mapping[str, Moments],
-    advance: Advance = lambda _: None,
 ) -> dict[str, Tensor]:
-    """Scores from `probe_moments`: group name -> float64 ``(units,)`` on the CPU; ``advance`` is called per group."""
+    """Scores from `probe_moments`: group name -> float64 ``(units,)`` on the CPU."""
     scores = {}
-    for group in structure.groups:
+    for group in track(structure.groups):
         projection = module.get_submodule(group.output)
         weight = weight_matrix(projection).detach().double()
         found = moments[(group.outer if group.kind == "width" else None) or group.name]
@@ -237,7 +233,6 @@ def obs_scores(
             # Units that leave together share what that costs.
             score[torch.tensor(group.tuples)[order]] = ranked[:, None] / group.step
         scores[group.name] = score
-        advance(1)
     return scores
 
 

@@ -1,0 +1,1 @@
+"""From files of images, texts and tensors to calibration batches."""

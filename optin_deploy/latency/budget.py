@@ -9,12 +9,11 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
-from optin_deploy.costs import CostModel, Costs
 from optin_deploy.latency.costs import LatencyCosts
-from optin_deploy.latency.measure import Measured, Target, export_network
+from optin_deploy.latency.tables import Measured, Target, export_network
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.search import (
+from optin_deploy.search.costs import CostModel, Costs
+from optin_deploy.search.knapsack import (
     BUDGET_WINDOW,
     Budget,
     candidate_sizes,
@@ -23,12 +22,14 @@ from optin_deploy.search import (
     lowest,
     search_all,
 )
-from optin_deploy.slicing import sliced
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.merging_blocks import with_merging
-from optin_deploy.token_costs import TokenCosts
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+from optin_deploy.tokens.costs import TokenCosts
+from optin_deploy.tokens.merging import with_merging
+from optin_deploy.utils.progress import track
 from profilers import measure_files
-from profilers.statistics import paired_ratio
+from profilers.stats import paired_ratio
 
 logger = logging.getLogger(__name__)
 MOST_ROUNDS = 3
@@ -143,7 +144,6 @@ def meet(
     flops: float | None = None,
     align: int | None = None,
     tokens: TokenCosts | None = None,
-    progress: Callable[[float], None] = lambda _: None,
 ) -> Met:
     """Find the plan whose network takes at most ``fraction`` of the dense latency, and hardly less.
 
@@ -179,7 +179,7 @@ def meet(
             first = _merging(first, dense, structure, dense_file, target, tokens)
             check_budget(structure, first, fraction, "latency")
         costs: dict[Way, LatencyCosts] = dict.fromkeys(ways, first)
-        for number in range(MOST_ROUNDS):
+        for _ in track(range(MOST_ROUNDS)):
             plans = {way: search(costs[way]) for way, search in ways.items()}
             plans = {way: plan for way, plan in plans.items() if plan not in [p for p, _ in tried]}
             if plans.get("FLOPs") == plans.get("latency"):
@@ -197,7 +197,6 @@ def meet(
                 if LOWEST <= relative <= 1.0 or (relative < LOWEST and held_down):
                     del ways[way]
                 costs[way] = costs[way].corrected(plan, on_scale)
-            progress((number + 1) / MOST_ROUNDS)
             if not ways:
                 break
     taken = _best([r for _, r in tried], fraction * measured.costs.total)

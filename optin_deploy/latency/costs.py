@@ -7,11 +7,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from optin_deploy.costs import kept_size
-from optin_deploy.latency.stacks import BlockType, part_name
-from optin_deploy.plans import Plan
+from optin_deploy.latency.block_stacks import BlockType, part_name
+from optin_deploy.search.costs import kept_size
 from optin_deploy.structure.groups import Structure
-from profilers.tables import LatencyTable
+from optin_deploy.structure.plan import Plan
+from profilers.latency_table import LatencyTable
 
 # Part of a network's latency that removing every unit saves, at most.
 _MOST_SAVED = 0.99

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from optin_deploy.errors import UserError
-from optin_deploy.files import PARTIAL, tell_written
 from optin_deploy.report.schema import Report
+from optin_deploy.utils.atomic_files import PARTIAL, tell_written
 
 __all__ = ["Report", "read_report", "write_report"]
 
@@ -20,7 +20,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
     Returns the paths of the first two.
     """
     from optin_deploy.report import markdown
-    from optin_deploy.report.html import render
+    from optin_deploy.report.web_page import render
 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

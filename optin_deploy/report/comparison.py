@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from optin_deploy.report import markdown, numbers, wording
+from optin_deploy.report import markdown, wording
 from optin_deploy.report.schema import Report
+from optin_deploy.utils import formatting
 
 HEADING = ("run", "FLOPs", "parameters", "measured with", "p50 ms", "speed-up", "realised", "outputs", "gates")
 
@@ -90,8 +91,8 @@ def _speed_cells(speed: Speed) -> tuple[str, str, str, str]:
     low, high = speed.speedup_interval
     return (
         f"{wording.runtime_name(speed.runtime)}, batch {speed.batch_size}",
-        f"{numbers.milliseconds(speed.dense_p50_ms)} → {numbers.milliseconds(speed.pruned_p50_ms)}",
-        f"{numbers.times(speed.speedup)} [{low:.2f}–{high:.2f}]{'' if speed.significant else ' ~noise'}",
+        f"{formatting.milliseconds(speed.dense_p50_ms)} → {formatting.milliseconds(speed.pruned_p50_ms)}",
+        f"{formatting.times(speed.speedup)} [{low:.2f}–{high:.2f}]{'' if speed.significant else ' ~noise'}",
         "—" if speed.realised_ratio is None else f"{speed.realised_ratio:.2f}",
     )
 

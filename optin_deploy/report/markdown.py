@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optin_deploy.report import numbers, wording
+from optin_deploy.report import wording
 from optin_deploy.report.schema import Measurement, Report
+from optin_deploy.utils import formatting
 
 _CAUSES = 5
 _LEFT_DENSE = 5
@@ -72,7 +73,7 @@ def fenced(text: str, language: str = "") -> str:
 def _sizes(report: Report) -> list[list[str]]:
     dense, pruned = report.dense, report.pruned
     rows = [
-        [name, numbers.scaled(v.flops), numbers.scaled(v.parameters), f"{numbers.significant(v.onnx_mib)} MiB"]
+        [name, formatting.scaled(v.flops), formatting.scaled(v.parameters), f"{formatting.significant(v.onnx_mib)} MiB"]
         for name, v in (("dense", dense), ("pruned", pruned))
     ]
     pairs = (
@@ -80,7 +81,7 @@ def _sizes(report: Report) -> list[list[str]]:
         (dense.parameters, pruned.parameters),
         (dense.onnx_mib, pruned.onnx_mib),
     )
-    return [*rows, ["change", *(numbers.change(before, after) for before, after in pairs)]]
+    return [*rows, ["change", *(formatting.change(before, after) for before, after in pairs)]]
 
 
 _SPEED = ["runtime", "batch", "", "p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up", "realised"]
@@ -91,17 +92,17 @@ def _speed(report: Report, item: Measurement) -> list[list[str]]:
     first, last = [wording.runtime_name(item.runtime), str(item.batch_size)], ["", ""]
     for name in wording.VARIANTS:
         figures, rate = getattr(item.summary, name), getattr(item.throughput_per_s, name)
-        latencies = [numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
+        latencies = [formatting.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
         if name == "pruned":
             first, last = ["", ""], [speedup(item), realised(report, item)]
-        rows.append([*first, name, *latencies, numbers.per_second(rate), *last])
+        rows.append([*first, name, *latencies, formatting.per_second(rate), *last])
     return rows
 
 
 def speedup(item: Measurement) -> str:
     """A speed-up with its interval, and whether it is noise."""
     noise = "" if item.significant else ", not significant"
-    return f"{numbers.times(item.speedup.value)} [{numbers.bounds(item.speedup)}]{noise}"
+    return f"{formatting.times(item.speedup.value)} [{formatting.bounds(item.speedup)}]{noise}"
 
 
 def realised(report: Report, item: Measurement) -> str:
@@ -124,9 +125,11 @@ def _outputs(report: Report) -> list[list[str]]:
 
 def _left_dense(report: Report) -> list[list[str]]:
     shown, rest = report.left_dense[:_LEFT_DENSE], report.left_dense[_LEFT_DENSE:]
-    rows = [[wording.left_dense(each), numbers.percent(each.flops_share), each.reason] for each in shown]
+    rows = [[wording.left_dense(each), formatting.percent(each.flops_share), each.reason] for each in shown]
     if rest:
-        rows.append([f"{len(rest)} more", numbers.percent(sum(each.flops_share for each in rest)), "see report.html"])
+        rows.append(
+            [f"{len(rest)} more", formatting.percent(sum(each.flops_share for each in rest)), "see report.html"]
+        )
     return rows
 
 

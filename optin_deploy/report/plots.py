@@ -13,10 +13,10 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from optin_deploy.report import numbers
-from optin_deploy.report.drawing import INK, STYLE, panel, svg
 from optin_deploy.report.schema import LayerAccount, Measurement, PlanEntry
+from optin_deploy.report.svg import INK, STYLE, panel, svg
 from optin_deploy.report.wording import runtime_name
+from optin_deploy.utils import formatting
 
 # Blue and vermilion are told apart with every common colour blindness, and both have a contrast of 3:1 or more on
 # white and on near-black. The stylesheet's legend uses the same two.
@@ -63,7 +63,7 @@ def throughput(measurements: Sequence[Measurement]) -> str:
             (+0.19, PRUNED, [item.throughput_per_s.pruned for item in ordered]),
         ):
             bars = axes.bar(positions + offset, values, width=0.34, color=color)
-            axes.bar_label(bars, [numbers.per_second(value) for value in values], padding=2, fontsize=8.5)
+            axes.bar_label(bars, [formatting.per_second(value) for value in values], padding=2, fontsize=8.5)
         axes.set_xticks(positions, [f"batch {item.batch_size}" for item in ordered])
         axes.set_xlim(-0.6, max(len(ordered), 2) - 0.4)
         axes.tick_params(axis="x", length=0)
@@ -86,7 +86,7 @@ def parts(account: LayerAccount) -> str:
             (+0.19, PRUNED, [row.pruned_ms for row in rows]),
         ):
             bars = axes.barh(positions + offset, values, height=0.34, color=color)
-            axes.bar_label(bars, [numbers.milliseconds(value) for value in values], padding=2, fontsize=8)
+            axes.bar_label(bars, [formatting.milliseconds(value) for value in values], padding=2, fontsize=8)
         axes.set_yticks(positions, [row.name for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()

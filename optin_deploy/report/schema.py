@@ -98,7 +98,7 @@ class Builds(_Value):
 class Measurement(_Value):
     """One runtime at one batch size, in the layout of `profilers.Measurement.to_dict()`.
 
-    `speedup` is dense ÷ pruned, see `profilers.statistics`, `noise` dense ÷ dense again, and `significant` whether
+    `speedup` is dense ÷ pruned, see `profilers.stats`, `noise` dense ÷ dense again, and `significant` whether
     the speed-up, or slow-down, stands out of that noise. `device_ms`, `cuda_graph` and `gpu` are there on a GPU only;
     `builds` has those variants that were built several times.
     """
@@ -204,7 +204,7 @@ class PlanEntry(_Value):
 
 
 class LeftDense(_Value):
-    """What was not pruned, why, and its share of the dense network's FLOPs, 0 to 1: see `optin_deploy.unpruned`."""
+    """What was not pruned, why, and its share of the dense network's FLOPs, 0 to 1; see `structure.unpruned`."""
 
     module: str
     reason: str
@@ -213,7 +213,7 @@ class LeftDense(_Value):
 
 
 class Sparsity(_Value):
-    """What `optin_deploy.sparsity.Sparsity` tells of the pruned network; ``pattern`` is what was asked for."""
+    """The weights of the pruned network that are zero by 2:4 sparsity; ``pattern`` is what was asked for."""
 
     pattern: Literal["2:4"]
     maps: int
@@ -223,7 +223,7 @@ class Sparsity(_Value):
 
 
 class Agreement(_Value):
-    """How alike the dense and pruned networks' values of one output are; see `optin_deploy.agreement.Agreement`.
+    """How alike the dense and pruned networks' values of one output are; see `evaluation.agreement`.
 
     Figures that mean nothing for an output are None; top1_agreement and sign_agreement are 0 to 1.
     """
@@ -350,7 +350,7 @@ class Cause(_Value):
 
 
 class LayerAccount(_Value):
-    """Where the time goes at one runtime and batch size; see `optin_deploy.account.Account`.
+    """Where the time goes at one runtime and batch size; see `optin_deploy.analysis.breakdown.Account`.
 
     `parts`, `blocks` and `kinds` (of operators) each sum, with `between`, to `measured`: the medians of unprofiled
     runs, to which the profile was scaled from what it summed to by itself, `profiled`. `lost_ms` is what the pruned
@@ -422,8 +422,8 @@ class Report(_Value):
         return repr(self)
 
     def _repr_html_(self) -> str:
-        from optin_deploy.report.html import render
-        from optin_deploy.report.notebook import framed
+        from optin_deploy.report.web_page import render
+        from optin_deploy.utils.display import framed
 
         return framed(render(self))
 

@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from exporters import OutputParity
-from optin_deploy.exporting import Exported
-from optin_deploy.report import numbers, wording
+from optin_deploy.export.command import Exported
+from optin_deploy.report import wording
 from optin_deploy.report.schema import Measurement, Report
+from optin_deploy.utils import formatting
 
 _WIDTH = 100
 _CAUSES = 3
@@ -55,7 +56,7 @@ def exported_view(exported: Exported) -> Group:
     table.add_column("", justify="right")
     table.show_header = False
     for file, size in exported.files.items():
-        table.add_row(Text(file), f"{numbers.significant(size / 2**20)} MiB" if size >= 2**20 else f"{size} bytes")
+        table.add_row(Text(file), f"{formatting.significant(size / 2**20)} MiB" if size >= 2**20 else f"{size} bytes")
     lines = [f"\nlargest error of ONNX Runtime against PyTorch: {_errors(exported.parity)}"]
     lines += [f"largest error of {name} against PyTorch: {_errors(found)}" for name, found in exported.engines.items()]
     return Group(table, Text("\n".join([*lines, *filter(None, [exported.unchecked])])))
@@ -84,13 +85,13 @@ def _size(report: Report) -> Table:
     for column in ("FLOPs", "parameters", "ONNX"):
         table.add_column(column, justify="right")
     for name, variant in (("dense", report.dense), ("pruned", report.pruned)):
-        mib = f"{numbers.significant(variant.onnx_mib)} MiB"
-        table.add_row(name, numbers.scaled(variant.flops), numbers.scaled(variant.parameters), mib)
+        mib = f"{formatting.significant(variant.onnx_mib)} MiB"
+        table.add_row(name, formatting.scaled(variant.flops), formatting.scaled(variant.parameters), mib)
     table.add_row(
         "change",
-        numbers.change(report.dense.flops, report.pruned.flops),
-        numbers.change(report.dense.parameters, report.pruned.parameters),
-        numbers.change(report.dense.onnx_mib, report.pruned.onnx_mib),
+        formatting.change(report.dense.flops, report.pruned.flops),
+        formatting.change(report.dense.parameters, report.pruned.parameters),
+        formatting.change(report.dense.onnx_mib, report.pruned.onnx_mib),
     )
     return table
 
@@ -98,16 +99,18 @@ def _size(report: Report) -> Table:
 def _left_dense(report: Report) -> Table:
     """What takes most of the FLOPs that could not be pruned."""
     share = sum(each.flops_share for each in report.left_dense)
-    table = _table(f"\nleft dense, {numbers.percent(share)} of the dense FLOPs")
+    table = _table(f"\nleft dense, {formatting.percent(share)} of the dense FLOPs")
     table.show_header = False
     table.add_column("", max_width=34, overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", max_width=_WIDTH - 46)
     for each in report.left_dense[:_LEFT_DENSE]:
-        table.add_row(Text(wording.left_dense(each)), numbers.percent(each.flops_share), Text(each.reason))
+        table.add_row(Text(wording.left_dense(each)), formatting.percent(each.flops_share), Text(each.reason))
     rest = report.left_dense[_LEFT_DENSE:]
     if rest:
-        table.add_row(f"{len(rest)} more", numbers.percent(sum(each.flops_share for each in rest)), "see report.html")
+        table.add_row(
+            f"{len(rest)} more", formatting.percent(sum(each.flops_share for each in rest)), "see report.html"
+        )
     return table
 
 
@@ -126,8 +129,8 @@ def _speed(report: Report) -> Table:
             ("dense", dense, throughput.dense, (runtime, batch), ("", "")),
             ("pruned", pruned, throughput.pruned, ("", ""), (_speedup(item), _realised(report, item))),
         ):
-            latencies = (numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms))
-            table.add_row(*map(Text, first), name, *latencies, numbers.per_second(rate), *last)
+            latencies = (formatting.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms))
+            table.add_row(*map(Text, first), name, *latencies, formatting.per_second(rate), *last)
     return table
 
 
@@ -142,12 +145,12 @@ def _engines(report: Report) -> Table:
         table.add_column(column)
     table.add_column("size", justify="right")
     for engine in report.engines:
-        table.add_row(Text(engine.file), Text(engine.builder), f"{numbers.significant(engine.mib)} MiB")
+        table.add_row(Text(engine.file), Text(engine.builder), f"{formatting.significant(engine.mib)} MiB")
     return table
 
 
 def _speedup(item: Measurement) -> Text:
-    text = Text(f"{numbers.times(item.speedup.value)} [{numbers.bounds(item.speedup)}]")
+    text = Text(f"{formatting.times(item.speedup.value)} [{formatting.bounds(item.speedup)}]")
     if item.significant:
         text.stylize("bold green" if wording.faster(item) else "bold red")
     else:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from optin_deploy.report import numbers, wording
+from optin_deploy.report import wording
+from optin_deploy.utils import formatting
+from optin_deploy.utils.display import table
 from profilers import Interval, Measurement
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Row = Sequence[str]
 
 
 def scores_view(title: str, scores: Mapping[str, Tensor]) -> RenderableType:
@@ -24,13 +23,7 @@ def scores_view(title: str, scores: Mapping[str, Tensor]) -> RenderableType:
         (name, str(len(t)), *(f"{float(figure):.3g}" for figure in (t.min(), t.median(), t.max())))
         for name, t in scores.items()
     ]
-    return Group(Text(title, style="bold"), _table(("group", "units", "least", "median", "most"), rows))
-
-
-def kept_view(title: str, rows: Iterable[tuple[str, str, int, int]]) -> RenderableType:
-    """A line for each group, given as name, kind, units and units kept."""
-    told = [(name, kind, str(units), str(kept)) for name, kind, units, kept in rows]
-    return Group(Text(title, style="bold"), _table(("group", "kind", "units", "kept"), told))
+    return Group(Text(title, style="bold"), table(("group", "units", "least", "median", "most"), rows))
 
 
 def comparison_view(measurements: Sequence[Measurement], flops_reduction: float | None) -> RenderableType:
@@ -39,7 +32,7 @@ def comparison_view(measurements: Sequence[Measurement], flops_reduction: float 
     for item in measurements:
         for name in wording.VARIANTS:
             figures = item.summary[name]
-            latencies = [numbers.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
+            latencies = [formatting.milliseconds(ms) for ms in (figures.p50_ms, figures.p90_ms, figures.p99_ms)]
             first = (wording.runtime_name(item.runtime), str(item.batch_size)) if name == "dense" else ("", "")
             last = (
                 ("", "", "")
@@ -48,13 +41,13 @@ def comparison_view(measurements: Sequence[Measurement], flops_reduction: float 
             )
             rows.append((*first, name, *latencies, *last))
     heading = ("runtime", "batch", "", "p50 ms", "p90 ms", "p99 ms", "speed-up", "A/A noise", "realised")
-    return Group(_table(heading, rows), *(Text(note, style="dim") for note in wording.speed_notes(measurements)))
+    return Group(table(heading, rows), *(Text(note, style="dim") for note in wording.speed_notes(measurements)))
 
 
 def speedup(item: Measurement) -> str:
     """A speed-up with its interval, and whether it is noise."""
     noise = "" if item.significant else " ~noise"
-    return f"{numbers.times(item.speedup.value)} [{item.speedup.low:.2f}–{item.speedup.high:.2f}]{noise}"
+    return f"{formatting.times(item.speedup.value)} [{item.speedup.low:.2f}–{item.speedup.high:.2f}]{noise}"
 
 
 def comparison_lines(measurements: Sequence[Measurement], flops_reduction: float | None) -> str:
@@ -67,7 +60,7 @@ def comparison_lines(measurements: Sequence[Measurement], flops_reduction: float
 
 
 def _medians(item: Measurement) -> str:
-    dense, pruned = (numbers.milliseconds(item.summary[name].p50_ms) for name in wording.VARIANTS)
+    dense, pruned = (formatting.milliseconds(item.summary[name].p50_ms) for name in wording.VARIANTS)
     return f"p50 {dense} -> {pruned} ms"
 
 
@@ -77,12 +70,3 @@ def _realised(item: Measurement, flops_reduction: float | None) -> str:
 
 def _noise(interval: Interval) -> str:
     return f"±{100 * max(abs(interval.low - 1), abs(interval.high - 1)):.1f} %"
-
-
-def _table(heading: Row, rows: Iterable[Row]) -> Table:
-    table = Table(header_style="dim", box=None, pad_edge=False)
-    for index, column in enumerate(heading):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from optin_deploy.report import numbers
 from optin_deploy.report.schema import Agreement, LayerAccount, LeftDense, Measurement, Report, Unmeasured, VariantName
+from optin_deploy.utils import formatting
 from profilers import GPU_RUNTIMES
 from profilers import Measurement as Measured
-from profilers.gpu import SLOWDOWNS
+from profilers.gpu_watch import SLOWDOWNS
 
 RANDOM_WEIGHTS = (
     "Random weights: the latency figures are real, the accuracy and agreement figures mean nothing. "
@@ -76,11 +76,11 @@ def left_dense(each: LeftDense) -> str:
 
 def agreement(entry: Agreement) -> str:
     """How alike one output of both networks is, and on how many samples: they are not those of the evaluation."""
-    told = f"cosine {entry.cosine:.4f}, relative error {numbers.percent(entry.relative_error)}"
+    told = f"cosine {entry.cosine:.4f}, relative error {formatting.percent(entry.relative_error)}"
     if entry.top1_agreement is not None:
-        told += f", same top answer on {numbers.percent(entry.top1_agreement)}"
+        told += f", same top answer on {formatting.percent(entry.top1_agreement)}"
     if entry.sign_agreement is not None:
-        told += f", same yes or no on {numbers.percent(entry.sign_agreement)}"
+        told += f", same yes or no on {formatting.percent(entry.sign_agreement)}"
     if entry.rank_correlation is not None:
         told += f", rank correlation {entry.rank_correlation:.3f}"
     if entry.correlation is not None:
@@ -107,7 +107,7 @@ def on_gpu(report: Report) -> list[str]:
 def _gpu_figures(item: Measurement) -> list[str]:
     found = []
     if item.device_ms:
-        dense, pruned = (numbers.milliseconds(item.device_ms[name]) for name in ("dense", "pruned"))
+        dense, pruned = (formatting.milliseconds(item.device_ms[name]) for name in ("dense", "pruned"))
         found.append(f"on the device {dense} → {pruned} ms")
     if item.cuda_graph:
         without = [name for name, used in item.cuda_graph.items() if not used]
@@ -147,8 +147,8 @@ def changed_pace(case: str, dense_ms: float, pruned_ms: float, low: float, high:
     if round(low, 2) <= ratio <= round(high, 2):
         return None
     return (
-        f"The machine's pace changed between rounds: the ratio of the p50s, {numbers.times(ratio)}, lies outside the "
-        f"interval of the speed-up ({case})."
+        f"The machine's pace changed between rounds: the ratio of the p50s, {formatting.times(ratio)}, lies outside "
+        f"the interval of the speed-up ({case})."
     )
 
 
@@ -188,7 +188,7 @@ def change_of_flops(report: Report) -> str:
     if report.pruned.flops == report.dense.flops:
         told = "as many FLOPs"
     else:
-        told = f"FLOPs {numbers.change(report.dense.flops, report.pruned.flops)}"
+        told = f"FLOPs {formatting.change(report.dense.flops, report.pruned.flops)}"
     return told if report.sparsity is None else f"{told}, weights {report.sparsity.pattern} sparse"
 
 
@@ -220,7 +220,7 @@ def verdict(report: Report) -> str:
 
 def fewer_flops(report: Report) -> str:
     """By what factor there are fewer FLOPs, and that weights are zero."""
-    fewer = f"{numbers.times(report.flops_reduction)} fewer FLOPs"
+    fewer = f"{formatting.times(report.flops_reduction)} fewer FLOPs"
     if report.sparsity is None:
         return fewer
     sparse = f"weights {report.sparsity.pattern} sparse"
@@ -234,9 +234,9 @@ def sparsity(report: Report) -> str | None:
         return None
     maps = f"{found.maps} linear map{'' if found.maps == 1 else 's'}"
     told = (
-        f"{found.pattern} in {maps} with {numbers.percent(found.flops_share)} of the FLOPs: "
-        f"{numbers.percent(found.zeros)} of their weights are zero. FLOPs count zeros as any weight; they are skipped "
-        "only on GPUs with sparse tensor cores, through TensorRT."
+        f"{found.pattern} in {maps} with {formatting.percent(found.flops_share)} of the FLOPs: "
+        f"{formatting.percent(found.zeros)} of their weights are zero. FLOPs count zeros as any weight; they are "
+        "skipped only on GPUs with sparse tensor cores, through TensorRT."
     )
     if found.left_dense:
         more = f" and {len(found.left_dense) - 3} more" if len(found.left_dense) > 3 else ""
@@ -269,9 +269,9 @@ def latency_budget(report: Report) -> str | None:
     best = met.rounds[met.taken]
     built = f"{len(met.rounds)} network{'s' if len(met.rounds) > 1 else ''} built and measured"
     return (
-        f"Asked for {asked}: {built}; the one taken needs {numbers.milliseconds(best.measured_ms)} ms of "
-        f"{numbers.milliseconds(met.limit_ms)} ms ({best.measured_ms / met.limit_ms:.3f} of the budget), predicted "
-        f"{numbers.milliseconds(best.predicted_ms)} ms."
+        f"Asked for {asked}: {built}; the one taken needs {formatting.milliseconds(best.measured_ms)} ms of "
+        f"{formatting.milliseconds(met.limit_ms)} ms ({best.measured_ms / met.limit_ms:.3f} of the budget), predicted "
+        f"{formatting.milliseconds(best.predicted_ms)} ms."
     )
 
 
@@ -289,7 +289,7 @@ def headline_layers(report: Report) -> LayerAccount | None:
 def profiled_share(entry: LayerAccount) -> str:
     """How far the profiles alone are from the measured latencies, dense and pruned."""
     dense, pruned = (
-        numbers.percent(own / whole)
+        formatting.percent(own / whole)
         for own, whole in (
             (entry.profiled.dense_ms, entry.measured.dense_ms),
             (entry.profiled.pruned_ms, entry.measured.pruned_ms),
@@ -303,7 +303,7 @@ def builds(report: Report) -> str | None:
     told = [
         f"{runtime_name(item.runtime)} at batch {item.batch_size}: "
         + ", ".join(
-            f"{len(item.builds[name].p50_ms)} of {name} within {numbers.percent(item.builds[name].spread)}"
+            f"{len(item.builds[name].p50_ms)} of {name} within {formatting.percent(item.builds[name].spread)}"
             for name in VARIANTS
             if name in item.builds
         )
@@ -320,15 +320,15 @@ def faster(item: Measurement) -> bool:
 
 def _speed(item: Measurement, where: str) -> str:
     if faster(item):
-        return f"{numbers.times(item.speedup.value)} faster {where}"
+        return f"{formatting.times(item.speedup.value)} faster {where}"
     if item.significant:
-        return f"{numbers.times(1 / item.speedup.value)} slower {where}"
-    found = numbers.times(item.speedup.value)
+        return f"{formatting.times(1 / item.speedup.value)} slower {where}"
+    found = formatting.times(item.speedup.value)
     inside = item.noise.low <= item.speedup.value <= item.noise.high
     if inside:
-        reason = f"{found} is inside the A/A noise of {numbers.noise(item.noise)}"
+        reason = f"{found} is inside the A/A noise of {formatting.noise(item.noise)}"
     else:
-        reason = f"{found} [{numbers.bounds(item.speedup)}] does not stand out of the A/A noise"
+        reason = f"{found} [{formatting.bounds(item.speedup)}] does not stand out of the A/A noise"
     return f"No measurable speed-up {where}: {reason}"
 
 
@@ -355,11 +355,11 @@ def _quality(report: Report) -> str:
 def likeness(entry: Agreement) -> str:
     """How alike one output of both networks is, by the one figure that says most of it."""
     if entry.sign_agreement is not None:
-        return f"same yes or no on {numbers.percent(entry.sign_agreement)}"
+        return f"same yes or no on {formatting.percent(entry.sign_agreement)}"
     if entry.correlation is not None:
         return f"correlation of the maps {entry.correlation:.3f}"
     if entry.top1_agreement is not None:
-        return f"same top answer on {numbers.percent(entry.top1_agreement)}"
+        return f"same top answer on {formatting.percent(entry.top1_agreement)}"
     if entry.rank_correlation is not None:
         return f"rank correlation {entry.rank_correlation:.3f}"
     return f"cosine of the outputs {entry.cosine:.3f}"

@@ -7,22 +7,28 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
+from optin_deploy.nn.plain_layers import computes_with_its_weights
+
 # Importing an adapter file registers its adapters.
-from optin_deploy.structure import feed_forward, timm, torch, transformers  # noqa: F401
-from optin_deploy.structure.conv import LEAKING, channel_groups
+from optin_deploy.structure.adapters import (  # noqa: F401
+    feed_forward,
+    timm_attention,
+    torch_attention,
+    transformers_attention,
+)
+from optin_deploy.structure.adapters.conv_channels import LEAKING, channel_groups
+from optin_deploy.structure.adapters.registry import ADAPTERS, supported
+from optin_deploy.structure.batch_axis import not_batch_first, of_several_shapes
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
-from optin_deploy.structure.plain import computes_with_its_weights
-from optin_deploy.structure.registry import ADAPTERS, supported
+from optin_deploy.structure.head_width import narrowable, width_group
 from optin_deploy.structure.residual import Call, residual_stream, trial_forward
-from optin_deploy.structure.samples import not_batch_first, of_several_shapes
-from optin_deploy.structure.trial import (
+from optin_deploy.structure.verify import (
     broadcast_where_it_works,
     in_another_way,
     tied,
     uncuttable,
     with_working_stand_ins,
 )
-from optin_deploy.structure.width import narrowable, width_group
 
 _LISTS = nn.ModuleList | nn.Sequential
 

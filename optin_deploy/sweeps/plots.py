@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import matplotlib
 
-from optin_deploy.report.drawing import INK, STYLE, panel, svg
 from optin_deploy.report.plots import DENSE, PRUNED
+from optin_deploy.report.svg import INK, STYLE, panel, svg
 from optin_deploy.sweeps import schema, wording
 
 

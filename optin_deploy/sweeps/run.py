@@ -7,21 +7,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from optin_deploy import rundir
-from optin_deploy.calibration import Calibration
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.config.sweep_plan import Budgets, Planned, as_yaml, plan
+from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import UserError
-from optin_deploy.files import link_or_copy, write_text
-from optin_deploy.job import VERSION, Job, check_measurable, prepare
-from optin_deploy.latency.stage import check_latency, latency_tables
+from optin_deploy.export.requirements import check_measurable
 from optin_deploy.network import Network
-from optin_deploy.pipeline import prune_export
-from optin_deploy.progress import Stages
-from optin_deploy.recipe import Recipe
 from optin_deploy.report import Report, read_report
-from optin_deploy.sweeps.assembly import assemble
-from optin_deploy.sweeps.html import render
-from optin_deploy.sweeps.plan import Budgets, Planned, as_yaml, plan
+from optin_deploy.run import run_directory
+from optin_deploy.run.job import VERSION, Job, prepare
+from optin_deploy.run.latency_stage import check_latency, latency_tables
+from optin_deploy.run.pipeline import prune_export
+from optin_deploy.sweeps.report_builder import assemble
 from optin_deploy.sweeps.schema import SweepReport
+from optin_deploy.sweeps.web_page import render
+from optin_deploy.utils.atomic_files import link_or_copy, write_text
+from optin_deploy.utils.progress import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def sweep(
     console = console or Console(stderr=True)
     with Stages(console, quiet=quiet) as stages:
         checked = _check(recipe, plan(recipe, budgets), output, network, calibration, stages)
-    with rundir.held(checked.directory, checked.fingerprint, recipe):
+    with run_directory.held(checked.directory, checked.fingerprint, recipe):
         # With its budgets, it makes the sweep again.
         write_text(checked.directory / "recipe.yaml", as_yaml(recipe, [run for run, _ in checked.runs]))
         reports: dict[str, Report] = {}
@@ -92,7 +93,7 @@ def sweep(
             if console.is_terminal and not quiet:
                 console.print(standing, style="bold")
             if report is None:
-                with rundir.held(place, fingerprint, run.recipe):
+                with run_directory.held(place, fingerprint, run.recipe):
                     _share(checked, place)
                 report = prune_export(
                     run.recipe, output=place, network=network, calibration=calibration, console=console, quiet=quiet
@@ -121,7 +122,7 @@ def _check(
         job = prepare(min(runs, key=lambda run: run.recipe.flops or 1.0).recipe, network, calibration)
 
         def fingerprint(of: Recipe) -> str:
-            return rundir.fingerprint(of, job.network.module, job.calibration.digest, VERSION)
+            return run_directory.fingerprint(of, job.network.module, job.calibration.digest, VERSION)
 
         own = fingerprint(recipe)
         name = Path(recipe.model).name or "model"
@@ -130,9 +131,9 @@ def _check(
             own,
             tuple((run, fingerprint(run.recipe)) for run in runs),
         )
-        rundir.check(checked.directory, own)
+        run_directory.check(checked.directory, own)
         for run, expected in checked.runs:
-            rundir.check(checked.place(run), expected)
+            run_directory.check(checked.place(run), expected)
     _check_latencies(job, checked, stages)
     return checked
 
@@ -177,5 +178,5 @@ def _link(source: Path, target: Path) -> None:
     files = [*sorted(source.glob("dense.onnx?*")), dense] if dense.is_file() else []
     scores = [source / name for name in ("scoring.json", "scores.safetensors", "merging.json")]
     for file in [*files, *(each for each in scores if each.is_file())]:
-        with rundir.recorded(target / file.name):
+        with run_directory.recorded(target / file.name):
             link_or_copy(file, target / file.name)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from optin_deploy.report import numbers
 from optin_deploy.report.wording import BUILTIN_CALIBRATION, RANDOM_WEIGHTS, Banner, runtime_name
 from optin_deploy.sweeps.schema import Front, Point, Quality, SweepReport
+from optin_deploy.utils import formatting
 
 RULE = (
     "A network is dominated when another costs no more, is no worse, and is better on one of the two. Latencies are "
@@ -49,7 +49,7 @@ def judged_by(quality: Quality) -> str:
 def worth(value: float, quality: Quality) -> str:
     """A figure of quality as it is written."""
     if quality.kind in ("top1", "sign"):
-        return numbers.percent(value)
+        return formatting.percent(value)
     return f"{value:.2f}" if quality.kind == "evaluation" else f"{value:.4f}"
 
 
@@ -58,7 +58,7 @@ def cost(point: Point, front: Front) -> str:
     value = f"{point.cost.value:.3f}" if front.cost == "flops" else f"{point.cost.value:.2f}"
     if point.cost.low == point.cost.high:
         return value
-    return f"{value} [{numbers.bounds(point.cost)}]" + ("" if point.significant else " ~noise")
+    return f"{value} [{formatting.bounds(point.cost)}]" + ("" if point.significant else " ~noise")
 
 
 def standing(point: Point) -> str:

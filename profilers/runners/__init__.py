@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from .base import Runner
-from .cuda import check_tf32
+from profilers.runners.base import Runner
+from profilers.runners.cuda import check_tf32
 
 RUNTIMES: dict[str, Literal["onnx", "program", "engine"]] = {
     "ort-cpu": "onnx",
@@ -97,14 +97,14 @@ def open_runner(runtime: str, path: Path, threads: int, *, tf32: bool = False, c
     if runtime in GPU_RUNTIMES:
         check_tf32(tf32)
     if runtime in ORT_PROVIDERS:
-        from .onnxruntime import OnnxRuntimeRunner
+        from profilers.runners.ort import OnnxRuntimeRunner
 
         return OnnxRuntimeRunner(path, ORT_PROVIDERS[runtime], threads, tf32=tf32)
     if RUNTIMES[runtime] == "engine":
-        from .tensorrt import TensorRTRunner
+        from profilers.runners.trt import TensorRTRunner
 
         return TensorRTRunner(path, runtime, cuda_graphs=cuda_graphs)
-    from .torch import TorchRunner
+    from profilers.runners.pyt import TorchRunner
 
     device = "cuda" if runtime.endswith("-cuda") else "cpu"
     compiled, graph = runtime.startswith("torch-compile"), runtime == "torch-graph-cuda"

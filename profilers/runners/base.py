@@ -7,7 +7,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ProfilingError
+from profilers.errors import ProfilingError
 
 Feeds = dict[str, NDArray[Any]]
 """Input or output name to array, batch first."""

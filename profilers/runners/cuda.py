@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ProfilingError
-from .base import Run
+from profilers.errors import ProfilingError
+from profilers.runners.base import Run
 
 # What is set up lazily (cuBLAS, kernels) cannot be while a graph is captured.
 _RUNS_BEFORE_CAPTURE = 2

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from optin_deploy import checkpoint
+from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
+from optin_deploy.structure.plan import Plan
 
 LONG = "n" * 300
 """Longer than the name of a file may be."""

@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from bad_input.common import LONG, Material, Row, pipe, pruning
-from optin_deploy.job import target_of
-from optin_deploy.latency.measure import _setting
-from optin_deploy.latency.stacks import block_types
-from optin_deploy.models import load_network
-from optin_deploy.pruning import examine
-from optin_deploy.recipe import Recipe
-from profilers.tables import table_file
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.latency.block_stacks import block_types
+from optin_deploy.latency.tables import _setting, target_of
+from optin_deploy.models.load import load_network
+from optin_deploy.pruning.pruner import examine
+from profilers.latency_table import table_file
 
 AGAIN = [*pruning("shallow", "--calibration", "images"), "--output", "run"]
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals import corp
-from optin_deploy.costs import count_flops
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import examine
-from optin_deploy.replay import recorded_inputs
-from optin_deploy.slicing import output_bias, sliced
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.groups import Group
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import output_bias, sliced
 
 pytestmark = pytest.mark.slow
 

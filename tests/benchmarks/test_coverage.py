@@ -13,7 +13,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.structure.registry import ADAPTERS
+from optin_deploy.structure.adapters.registry import ADAPTERS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 _KNOWN = list(ADAPTERS)

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from equal_latency import Row, at_equal_time, verdict
 
-from profilers.statistics import Interval
+from profilers.stats import Interval
 
 pytestmark = pytest.mark.slow
 

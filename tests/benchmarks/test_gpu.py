@@ -11,20 +11,15 @@ import torch
 # The benchmarks are scripts: they import each other by name.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import gpu
-import gpu_cases
-import gpu_networks
-import gpu_table
-import gpu_worker
-from gpu_cases import FULL, TINY, Case
+from gpu import cases, main, networks, table, worker
+from gpu.cases import FULL, TINY, Case
 
 from exporters import onnx_from_program, trace
 from profilers import GPU_RUNTIMES, RUNTIMES
 
 pytestmark = pytest.mark.slow
 
-
-SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
+SCRIPT = Path(main.__file__).parents[1] / "gpu.sh"
 NEEDED = ["scoring/tiny_vit/trajectory-obs", "pruning/tiny_vit", "latency/tiny_vit/fp16/torch/1"]
 
 
@@ -65,7 +60,7 @@ def test_from_one_command_to_the_table_and_on(tmp_path: Path, capsys: pytest.Cap
         assert row["noise"]["low"] <= row["noise"]["value"] <= row["noise"]["high"]
         assert f"| tiny_vit | fp16 | {runtime} | 1 |" in first.stdout
 
-    assert gpu.main(["--results", str(tmp_path), *options, "--minutes", "0"]) == 0
+    assert main.main(["--results", str(tmp_path), *options, "--minutes", "0"]) == 0
     told = capsys.readouterr().out
     later = figures(tmp_path)
     assert later["rows"] == found["rows"]
@@ -76,7 +71,7 @@ def test_from_one_command_to_the_table_and_on(tmp_path: Path, capsys: pytest.Cap
 def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
-        gpu.main([])
+        main.main([])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "torch sees no CUDA device: run this on a machine with one, or --tiny for a trial on the CPU"
@@ -95,54 +90,54 @@ def test_a_wrong_option_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], line: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        gpu.main(options if options == ["--tiny"] else ["--tiny", "--results", str(tmp_path), *options])
+        main.main(options if options == ["--tiny"] else ["--tiny", "--results", str(tmp_path), *options])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines() == [line]
 
 
 def test_where_nothing_was_measured_the_call_fails(tmp_path: Path) -> None:
-    assert gpu.main(["--tiny", "--results", str(tmp_path), "--minutes", "0"]) == 1
-    assert list(figures(tmp_path)["not_measured"]) == gpu_cases.planned(TINY)
+    assert main.main(["--tiny", "--results", str(tmp_path), "--minutes", "0"]) == 1
+    assert list(figures(tmp_path)["not_measured"]) == cases.planned(TINY)
 
 
 def test_without_results_the_table_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--table", "--results", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == gpu_table.NOTHING
+    assert main.main(["--table", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == table.NOTHING
 
 
 def test_what_matters_comes_first_and_nothing_twice() -> None:
-    keys = gpu_cases.planned(FULL)
+    keys = cases.planned(FULL)
     assert len(set(keys)) == len(keys)
     assert keys[0].startswith("scoring/deit_small")
-    assert {case.runtime for case in gpu_cases.cases(FULL)} == set(GPU_RUNTIMES)
-    first, last = gpu_cases.cases(FULL)[0], gpu_cases.cases(FULL)[-1]
+    assert {case.runtime for case in cases.cases(FULL)} == set(GPU_RUNTIMES)
+    first, last = cases.cases(FULL)[0], cases.cases(FULL)[-1]
     assert (first.network, first.precision, first.batch_sizes[:3]) == ("deit_small", "fp16", (1, 32, 256))
     assert last.runtime == "torch-compile-cuda"
-    assert {name for case in gpu_cases.cases(FULL) for name in [case.network]} <= set(gpu_networks.NETWORKS)
+    assert {name for case in cases.cases(FULL) for name in [case.network]} <= set(networks.NETWORKS)
 
 
 def test_runtimes_that_are_not_there_are_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    setup, lacking = gpu_cases.available(FULL)
+    setup, lacking = cases.available(FULL)
     assert "tensorrt" in lacking and "ort-cuda" in lacking
     assert not {way.runtime for way in (*setup.ways, *setup.last)} & set(lacking)
-    assert gpu_cases.available(TINY) == (TINY, {})
+    assert cases.available(TINY) == (TINY, {})
 
 
 def test_every_unit_on_every_batch_is_not_extrapolated() -> None:
-    row = gpu_networks.scoring_row("tiny_bert", "trajectory-exact", "cpu", 4, 4, 100)
+    row = networks.scoring_row("tiny_bert", "trajectory-exact", "cpu", 4, 4, 100)
     assert row["measured_units"] == row["units"] == 4 + 64
-    assert gpu_table.in_a_line(row).endswith(" s")
-    assert gpu_table.in_a_line({**row, "measured_units": 2}).endswith("(extrapolated)")
+    assert table.in_a_line(row).endswith(" s")
+    assert table.in_a_line({**row, "measured_units": 2}).endswith("(extrapolated)")
 
 
 def test_a_text_network_is_pruned_to_half_on_random_words() -> None:
-    network = gpu_networks.NETWORKS["tiny_bert"]()
-    batches = gpu_networks.random_batches(network, 8, 4)
+    network = networks.NETWORKS["tiny_bert"]()
+    batches = networks.random_batches(network, 8, 4)
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(4, 16)] * 2
     assert len(batches[0]["input_ids"].unique()) > 10 and not torch.equal(*(b["input_ids"] for b in batches))
     assert all(bool(batch["attention_mask"].all()) for batch in batches)
-    pair, row = gpu_networks.pruned_pair("tiny_bert", "cpu", 8, 4, 8)
+    pair, row = networks.pruned_pair("tiny_bert", "cpu", 8, 4, 8)
     assert 0.49 < row["flops"] == pair.flops <= 0.5
     assert (row["samples"], pair.pruned.inputs.keys()) == (8, network.inputs.keys())
 
@@ -174,7 +169,7 @@ def spec(folder: Path, sizes: list[int], stop_after_s: float = 60) -> dict[str, 
 def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = gpu_worker.load_feeds
+    load = worker.load_feeds
 
     def short_of_memory(path: Path, inputs: list[str], size: int) -> Any:
         if size == 3:
@@ -183,8 +178,8 @@ def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
         assert feeds["input"].shape == (size, 8)
         return feeds
 
-    monkeypatch.setattr(gpu_worker, "load_feeds", short_of_memory)
-    found = gpu_worker.measure(spec(tmp_path, [2, 3, 1]))
+    monkeypatch.setattr(worker, "load_feeds", short_of_memory)
+    found = worker.measure(spec(tmp_path, [2, 3, 1]))
     assert list(found) == ["2", "3", "1"]
     assert found["3"] == {"failed": "RuntimeError: CUDA out of memory"}
     assert set(found["1"]["samples_ms"]) == {"dense", "dense_again", "pruned"}
@@ -192,12 +187,12 @@ def test_one_process_measures_all_sizes_and_outlives_one_that_fails(
 
 
 def test_sizes_that_there_is_no_time_for_are_not_begun(tmp_path: Path) -> None:
-    assert gpu_worker.measure(spec(tmp_path, [1, 2], stop_after_s=0)) == {}
+    assert worker.measure(spec(tmp_path, [1, 2], stop_after_s=0)) == {}
 
 
 def test_a_case_names_its_measurements() -> None:
     case = Case("deit_small", "fp16", "ort-cuda", (1, 32))
     assert case.sizes == {"latency/deit_small/fp16/ort-cuda/1": 1, "latency/deit_small/fp16/ort-cuda/32": 32}
     assert case.runtime in RUNTIMES
-    fewer = gpu_cases.narrowed(FULL, {"runtimes": "ort-cuda", "batch_sizes": "32,1", "precisions": "fp16"})
-    assert [c for c in gpu_cases.cases(fewer) if c.network == "deit_small"] == [case]
+    fewer = cases.narrowed(FULL, {"runtimes": "ort-cuda", "batch_sizes": "32,1", "precisions": "fp16"})
+    assert [c for c in cases.cases(fewer) if c.network == "deit_small"] == [case]

@@ -10,8 +10,8 @@ import pytest
 # The benchmarks are scripts: they import each other by name.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import gpu_table
-from gpu_record import Record, attempt, opened
+from gpu import table
+from gpu.record import Record, attempt, opened
 
 BASIS = {"device": "cpu", "torch": "2", "tiny": True}
 KEYS = ["scoring/a/trajectory", "latency/a/fp16/torch/1", "latency/a/fp16/torch/2"]
@@ -76,7 +76,7 @@ def test_the_table_lists_what_is_missing(tmp_path: Path) -> None:
     path = kept.save().rename(tmp_path / "gpu.json")
     (tmp_path / "h100").mkdir()
     path.rename(tmp_path / "h100" / "gpu.json")
-    lines = gpu_table.of_folder(tmp_path).splitlines()
+    lines = table.of_folder(tmp_path).splitlines()
     assert lines[0].startswith("h100, torch 2")
     assert "| a | trajectory, exact | 1,000 | 128 | 12.3 | 20 units on one batch |" in lines
     assert "- Not available, it is not installed: rtx" in lines

@@ -1,5 +1,5 @@
+import importlib
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 # The benchmarks are scripts: they import each other by name.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import common
 import realised_ratio
 import torch_pruned
 from realised_ratio import OURS, THEIRS, Row
 
 from exporters import onnx_from_program, trace
-from optin_deploy.calibration import from_batches
-from optin_deploy.costs import count_flops
+from optin_deploy.data.calibration import from_batches
 from optin_deploy.network import Network, TensorOutputs
-from profilers.statistics import Interval
+from optin_deploy.nn.flops import count_flops
+from profilers.stats import Interval
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +122,7 @@ def test_ours_is_pruned_to_the_same_flops() -> None:
 def test_a_case_measured_again_replaces_its_rows() -> None:
     old = [row(), row(THEIRS), row(batch_size=8)]
     new = [row(speedup=1.9)]
-    assert realised_ratio.merged(old, new) == [row(batch_size=8), row(speedup=1.9)]
+    assert realised_ratio.RESULT.merge(old, new) == [row(batch_size=8), row(speedup=1.9)]
 
 
 def test_table_has_a_line_a_case_and_columns_for_each_method() -> None:
@@ -136,5 +137,16 @@ def test_table_has_a_line_a_case_and_columns_for_each_method() -> None:
     assert "[1.70–1.90]" in written[2]
 
 
-def test_a_row_comes_back_from_json() -> None:
-    assert Row.from_dict(asdict(row())) == row()
+def test_rows_come_back_from_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert realised_ratio.RESULT.read() == []
+    realised_ratio.RESULT.write([row(), row(THEIRS)], threads=1)
+    assert (
+        realised_ratio.RESULT.add([row(speedup=1.9)], threads=1) == realised_ratio.RESULT.read() == [row(speedup=1.9)]
+    )
+
+
+def test_every_result_file_is_read_by_its_script() -> None:
+    for name in ("alignment", "equal_latency", "latency_budget", "noise", "realised_ratio", "precision", "tokens"):
+        script = importlib.import_module(name)
+        assert script.table(script.RESULT.read()).row_count > 0, name

@@ -16,8 +16,8 @@ import families
 from tiny_models import POSITIONS, save_bert, save_images, save_lines, texts
 from transformers import SegformerImageProcessor
 
-from optin_deploy.pipeline import prune_export
-from optin_deploy.recipe import Recipe
+from optin_deploy.config.recipe import Recipe
+from optin_deploy.run.pipeline import prune_export
 from optin_deploy.sweeps.run import sweep
 
 SHORT: dict[str, Any] = {"profile_seconds": 0.5, "threads": 1, "calibration_samples": 32}

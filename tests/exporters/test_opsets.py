@@ -20,7 +20,7 @@ from exporters import (
     runnable_on_cpu,
     trace,
 )
-from exporters.onnx import save_model
+from exporters.onnx_writer import save_model
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +104,7 @@ def test_what_opset_17_cannot_express_is_named(tmp_path: Path) -> None:
 def test_weights_beside_the_file(vit_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx_ir as ir
 
-    monkeypatch.setattr("exporters.onnx._SINGLE_FILE_BYTES", 100)
+    monkeypatch.setattr("exporters.onnx_writer._SINGLE_FILE_BYTES", 100)
     path = tmp_path / "large.onnx"
     save_model(ir.load(vit_onnx), path)
     assert (tmp_path / "large.onnx.data").is_file()

@@ -23,11 +23,11 @@ from exporters import (
     onnx_in_precision,
     trace,
 )
-from exporters.equalising import equalise
-from exporters.onnx import save_model
+from exporters.onnx_writer import save_model
 from exporters.quantization import Quantized, quantize
+from exporters.smoothquant import equalise
 
-from .test_precision import AXES, Net, batch
+from .test_mixed_precision import AXES, Net, batch
 
 pytestmark = pytest.mark.slow
 

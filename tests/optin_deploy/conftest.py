@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from tiny_models import save_shallow
 
-from optin_deploy.latency import measure
+from optin_deploy.latency import tables
 
 settings.register_profile(
     "repeatable",
@@ -42,5 +42,5 @@ def quick_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pytest.Mo
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         few = {"_DEPTH": 2, "_ANCHOR_SECONDS": 0.2, "_MOST_SIZES": 2, "_WITHIN": (), "_HEAD_SIZES": 1, "_WIDTHS": 2}
         for name, value in few.items():
-            patch.setattr(measure, name, value)
+            patch.setattr(tables, name, value)
         yield patch

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import optin_deploy
 from exporters import ExportError
-from optin_deploy import api, pruning
-from optin_deploy.calibration import from_batches
+from optin_deploy import api
+from optin_deploy.criteria.scoring import Scoring
+from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
-from optin_deploy.models import load_network
+from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.scoring import Scoring
+from optin_deploy.pruning import pruner
+from optin_deploy.structure.plan import Plan
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def dense() -> Network:
 
 
 @pytest.fixture(scope="module")
-def pruned(dense: Network) -> pruning.Pruned:
+def pruned(dense: Network) -> pruner.Pruned:
     return api.prune(dense, batches(dense), 0.5)
 
 
@@ -66,7 +67,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # Steps
 
 
-def test_steps_are_what_one_call_does(dense: Network, pruned: pruning.Pruned) -> None:
+def test_steps_are_what_one_call_does(dense: Network, pruned: pruner.Pruned) -> None:
     scores = api.score(dense, batches(dense))
     assert {name: t.tolist() for name, t in scores.items()} == {n: t.tolist() for n, t in pruned.scores.items()}
     plan = api.plan(dense, scores, flops=0.5)
@@ -125,7 +126,7 @@ def test_wrong_arguments_are_told_in_one_line(
 # Files
 
 
-def test_an_exported_file_computes_what_torch_does(pruned: pruning.Pruned, tmp_path: Path) -> None:
+def test_an_exported_file_computes_what_torch_does(pruned: pruner.Pruned, tmp_path: Path) -> None:
     made = api.export_onnx(pruned.network, tmp_path / "half.onnx")
     assert made.inputs == {"x": ("batch", 3, 32, 32)} and made.sizes == {"batch": 2}
     batch = batches(pruned.network)[0]
@@ -169,7 +170,7 @@ def test_what_cannot_be_exported_is_not_written(tmp_path: Path) -> None:
 # Measuring, and what is shown
 
 
-def test_files_are_profiled_by_operator_and_compared(dense: Network, pruned: pruning.Pruned, tmp_path: Path) -> None:
+def test_files_are_profiled_by_operator_and_compared(dense: Network, pruned: pruner.Pruned, tmp_path: Path) -> None:
     first = api.export_onnx(dense, tmp_path / "dense.onnx")
     second = api.export_onnx(pruned.network, tmp_path / "pruned.onnx")
     profile = api.profile(first, dense.inputs, **QUICK)
@@ -181,7 +182,7 @@ def test_files_are_profiled_by_operator_and_compared(dense: Network, pruned: pru
     assert "realised —" in repr(found) and "<pre" in found._repr_html_() and "p99 ms" in found._repr_html_()
 
 
-def test_values_show_themselves_in_short(dense: Network, pruned: pruning.Pruned) -> None:
+def test_values_show_themselves_in_short(dense: Network, pruned: pruner.Pruned) -> None:
     scores = api.Scores(pruned.scores, Scoring(), 8)
     calibration = from_batches(batches(dense))
     for value in (dense, pruned, pruned.plan, scores, calibration):

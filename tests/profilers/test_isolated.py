@@ -16,7 +16,7 @@ from profilers import (
     compare,
     isolated,
     layer_profile,
-    layers,
+    layer_times,
     loads_for,
     measure_files,
 )
@@ -57,13 +57,13 @@ def test_tf32_reaches_the_workers(tf32: bool, tmp_path: Path, monkeypatch: pytes
 
     def run_worker(module: str, spec: dict[str, Any], *_: object) -> dict[str, Any]:
         specs.append(spec)
-        if module == "profilers.layer_worker":
+        if module == "profilers.workers.layers":
             return {"rows": [], "total_ms": 1.0, "profiled_ms": 1.0}
         turns = {name: [[1.0, 1.1], [1.0, 1.2]] for name in spec["variants"]}
         return {"samples_ms": turns, "converged": True, "peak_rss_mib": 1.0, "loads": 1}
 
     monkeypatch.setattr(isolated, "run_worker", run_worker)
-    monkeypatch.setattr(layers, "run_worker", run_worker)
+    monkeypatch.setattr(layer_times, "run_worker", run_worker)
     config = ProfileConfig(runtimes=("ort-cuda",), batch_sizes=(1,), tf32=tf32)
     found = compare(Variant(file), Variant(file), sample, config)
     layer_profile("ort-cuda", file, sample, [], batch_size=1, tf32=tf32)

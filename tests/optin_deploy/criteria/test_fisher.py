@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.replay import recorded_inputs, recorded_outputs
-from optin_deploy.slicing import sliced
+from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
 
 pytestmark = pytest.mark.slow
 
@@ -99,12 +99,10 @@ def test_gradients_are_those_of_each_sample(name: str) -> None:
     network, structure = in_double(tiny.network(name)), tiny.structure(name)
     batches = doubles(tiny.batches(network, 2, size=2))
     labels = [torch.tensor([0, 2]), torch.tensor([1, 1])]
-    steps: list[int] = []
-    given = mask_gradients(network, structure, batches, labels, steps.append)
+    given = mask_gradients(network, structure, batches, labels)
     flat = torch.cat(labels)
     expected = differences(network, structure, batches, lambda i, z: F.cross_entropy(z, flat[i : i + 1]))
     assert_gradients_close(given, expected)
-    assert steps == [1, 1]
 
 
 def in_maps(network: Network) -> Network:
@@ -294,10 +292,8 @@ def test_tuning_starts_at_the_first_pruned_group_and_stops_beyond_the_limit() ->
 
 def test_with_nothing_pruned_nothing_is_tuned() -> None:
     network, structure = tiny.network("bert"), tiny.structure("bert").without_widths()
-    steps: list[int] = []
     small = sliced(network.module, structure, Plan({}))
-    assert rescale(network, small, structure, Plan({}), tiny.batches(network, 1), steps.append) == {}
-    assert steps == [1] * tiny.LAYERS
+    assert rescale(network, small, structure, Plan({}), tiny.batches(network, 1)) == {}
     assert all(torch.equal(small.state_dict()[k], v) for k, v in network.module.state_dict().items())
     for module in (network.module, small):
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())

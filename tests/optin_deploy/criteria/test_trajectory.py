@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.criteria import loss, trajectory
-from optin_deploy.criteria.loss import sample_tokens
+from optin_deploy.criteria import trajectory, trajectory_loss
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_loss import sample_tokens
 from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
@@ -137,7 +137,6 @@ def test_stacks_of_any_size_give_the_same_scores(name: str, tokens: int, monkeyp
     batches = tiny.batches(network, 1, size=4)
     whole = exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, FACTOR), seed=0)
     monkeypatch.setattr(trajectory, "STACKED_TOKENS", tokens)
-    steps: list[int] = []
     parts = exact_scores(
         network,
         structure,
@@ -145,11 +144,8 @@ def test_stacks_of_any_size_give_the_same_scores(name: str, tokens: int, monkeyp
         batches,
         factors=same_factors(network, FACTOR),
         seed=0,
-        advance=steps.append,
     )
     assert_scores_close(parts, whole)
-    assert sum(steps) == sum(g.units for g in structure.groups)
-    assert len(steps) > len(structure.groups)
 
 
 def test_only_the_groups_asked_for_are_scored() -> None:
@@ -277,13 +273,9 @@ def test_batches_have_probes_of_their_own() -> None:
 def test_scoring_leaves_the_network_as_it_was() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     before = {k: v.clone() for k, v in network.module.state_dict().items()}
-    steps: list[int] = []
     batches = tiny.batches(network, 2)
-    sketch_scores(
-        network, structure, batches, probes=3, factors=same_factors(network, 1.0), seed=0, advance=steps.append
-    )
+    sketch_scores(network, structure, batches, probes=3, factors=same_factors(network, 1.0), seed=0)
     exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, 1.0), seed=0)
-    assert steps == [1] * 6
     assert all(torch.equal(before[k], v) for k, v in network.module.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in network.module.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
@@ -332,7 +324,7 @@ def test_outputs_share_the_task_weight() -> None:
 
 
 def test_scores_are_of_the_sampled_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "GRAM_TOKENS", 4)
+    monkeypatch.setattr(trajectory_loss, "GRAM_TOKENS", 4)
     network, structure = tiny.network("bert"), structure_of("bert")
     batch = tiny.batches(network, 1)[0]
     chosen = sample_tokens(batch["attention_mask"].numel(), batch["attention_mask"].bool(), seed=7)
@@ -369,7 +361,6 @@ def test_only_the_units_asked_for_are_scored() -> None:
     batches = tiny.batches(network, 2)
     every = exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, 1.0), seed=0)
     only = {"blocks.0.mlp": (3, 20), "blocks.1.attn": (1,)}
-    steps: list[int] = []
     given = exact_scores(
         network,
         structure,
@@ -378,10 +369,8 @@ def test_only_the_units_asked_for_are_scored() -> None:
         factors=same_factors(network, 1.0),
         seed=0,
         only=only,
-        advance=steps.append,
     )
     for name, units in only.items():
         others = [u for u in range(len(every[name])) if u not in units]
         every[name][others] = 0.0
     assert_scores_close(given, every)
-    assert sum(steps) == 2 * (4 + 2 + 1 + 24)

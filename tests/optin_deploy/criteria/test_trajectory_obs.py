@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optin_deploy.criteria import symmetric, trajectory_obs
-from optin_deploy.criteria.loss import Trajectory, differentiable, probe_losses
+from optin_deploy.criteria import packed_symmetric, trajectory_obs
+from optin_deploy.criteria.trajectory_loss import Trajectory, differentiable, probe_losses
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
-from optin_deploy.projections import weight_matrix
+from optin_deploy.nn.unfold import weight_matrix
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
@@ -110,7 +110,7 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
                 apart = apart + effect.square().sum()
         assert float(metric.trace()) > 0
         torch.testing.assert_close(given[group.name].metric, metric, rtol=1e-9, atol=1e-9 * float(metric.abs().max()))
-        found = symmetric.unpacked(given[group.name].second, len(second))
+        found = packed_symmetric.unpacked(given[group.name].second, len(second))
         torch.testing.assert_close(found, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
         whole = sum(effect.square().sum() for effect in effects.values())
         coherence = float(whole / apart) if group.kind == "channel" else 1.0
@@ -142,10 +142,9 @@ def test_outputs_may_be_changed_in_place() -> None:
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
 def test_batches_in_chunks_sum(name: str) -> None:
     network, structure = in_float64(name)
-    batch, steps = doubled(tiny.batches(network, 1, size=3)[0]), []
+    batch = doubled(tiny.batches(network, 1, size=3)[0])
     arguments = {"probes": 2, "factors": {}}
-    given = probe_moments(network, structure, [batch], seed=SEED, samples_at_once=2, advance=steps.append, **arguments)
-    assert steps == [2, 2, 1, 1]
+    given = probe_moments(network, structure, [batch], seed=SEED, samples_at_once=2, **arguments)
     pieces = [{n: t[:2] for n, t in batch.items()}, {n: t[2:] for n, t in batch.items()}]
     parts = [probe_moments(network, structure, [p], seed=SEED + i, **arguments) for i, p in enumerate(pieces)]
     for name_, moments in given.items():
@@ -163,8 +162,8 @@ def test_probing_leaves_the_network_as_it_was() -> None:
 
 
 def second_moments(rows: np.ndarray, weights: np.ndarray) -> Tensor:
-    strips = symmetric.nothing(rows.shape[1], torch.device("cpu"))
-    symmetric.add_gram(strips, torch.tensor(rows), torch.tensor(weights))
+    strips = packed_symmetric.nothing(rows.shape[1], torch.device("cpu"))
+    packed_symmetric.add_gram(strips, torch.tensor(rows), torch.tensor(weights))
     return strips
 
 
@@ -317,9 +316,8 @@ def test_scores_of_any_network(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     factors = dict.fromkeys(network.outputs, 1.0)
     moments = probe_moments(network, structure, tiny.batches(network, 2), probes=2, factors=factors, seed=0)
-    steps: list[int] = []
-    scores = obs_scores(network.module, structure, moments, steps.append)
-    assert len(steps) == len(structure.groups) == len(scores)
+    scores = obs_scores(network.module, structure, moments)
+    assert len(scores) == len(structure.groups)
     for group in structure.groups:
         assert bool((scores[group.name] > 0).all())
         if group.kind == "width":

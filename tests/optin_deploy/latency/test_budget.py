@@ -9,18 +9,18 @@ import tiny
 import torch
 from torch import Tensor
 
-from optin_deploy.costs import flop_costs
 from optin_deploy.errors import UserError
 from optin_deploy.latency import budget
 from optin_deploy.latency.budget import AIM, LOWEST, Met, Round, edges_of, meet
 from optin_deploy.latency.costs import Curve, LatencyCosts
-from optin_deploy.latency.measure import Measured, Target
+from optin_deploy.latency.tables import Measured, Target
 from optin_deploy.network import Network
-from optin_deploy.plans import Plan
-from optin_deploy.search import kept_score
-from optin_deploy.slicing import sliced
-from optin_deploy.structure.find_stack import token_stack
-from optin_deploy.token_costs import token_costs
+from optin_deploy.search.costs import flop_costs
+from optin_deploy.search.knapsack import kept_score
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+from optin_deploy.tokens.costs import token_costs
+from optin_deploy.tokens.find_stack import token_stack
 from profilers.isolated import Measured as Sampled
 
 pytestmark = pytest.mark.slow

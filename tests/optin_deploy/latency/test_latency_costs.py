@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optin_deploy.latency.block_stacks import block_types
 from optin_deploy.latency.costs import Curve, LatencyCosts, latency_costs
-from optin_deploy.latency.stacks import block_types
-from optin_deploy.plans import Plan
-from profilers.tables import LatencyTable, Row
+from optin_deploy.structure.plan import Plan
+from profilers.latency_table import LatencyTable, Row
 
 HEADS = Curve((0, 2, 4), (8, 16), np.array([[-2.0, -2.0], [-1.5, -1.0], [-0.5, 0.0]]))
 NEURONS = Curve((0, 64, 128), (None,), np.array([[-3.0], [-1.0], [0.0]]))

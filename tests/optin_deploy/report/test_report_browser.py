@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from optin_deploy.report import Report
-from optin_deploy.report.html import render
+from optin_deploy.report.web_page import render
 
 ROOT = Path(__file__).parents[3]
 MODULES = Path(os.environ.get("OPTIN_BROWSER_MODULES", ROOT / "build" / "browser" / "node_modules"))

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optin_deploy.report import Report, wording
-from optin_deploy.report.card import Facts, render
+from optin_deploy.report.model_card import Facts, render
 
 TEXT = ("config.json", "tokenizer_config.json", "model.safetensors", "optin.json")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from optin_deploy import cli
+from optin_deploy.cli.main import main
 from optin_deploy.report import Report, wording, write_report
 from optin_deploy.report.comparison import HEADING, Line, as_markdown, lines, notes, view
 
@@ -80,7 +80,7 @@ def runs(report: Report, tmp_path: Path) -> list[str]:
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("sys.argv", ["optin-deploy", "report", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return int(ended.value.code or 0)
 
 

@@ -9,17 +9,26 @@ import pytest
 from renderings import CheckGolden, terminal_text, visible_text
 
 from exporters import OutputParity, Precision
-from optin_deploy.exporting import Exported
-from optin_deploy.profiling import NetworkProfile, PartTable, PartTime, SizeRow, TableView
-from optin_deploy.report import Report, card, markdown, wording
+from optin_deploy.export.command import Exported
+from optin_deploy.report import Report, markdown, model_card, wording
 from optin_deploy.report.comparison import as_markdown, lines, view
-from optin_deploy.report.html import render
-from optin_deploy.report.profile import cache_view, profile_line, profile_view, table_view
+from optin_deploy.report.profile_view import (
+    NetworkProfile,
+    PartTable,
+    PartTime,
+    SizeRow,
+    TableView,
+    cache_view,
+    profile_line,
+    profile_view,
+    table_view,
+)
 from optin_deploy.report.terminal import exported_view, summary
-from optin_deploy.sweeps.assembly import assemble
-from optin_deploy.sweeps.html import render as sweep_page
+from optin_deploy.report.web_page import render
+from optin_deploy.sweeps.report_builder import assemble
 from optin_deploy.sweeps.terminal import summary as sweep_summary
-from profilers.statistics import Summary
+from optin_deploy.sweeps.web_page import render as sweep_page
+from profilers.stats import Summary
 
 
 def _row(name: str, dense_ms: float, pruned_ms: float, flops: int = 0) -> dict[str, Any]:
@@ -113,10 +122,10 @@ def test_page(case: tuple[str, Report], check_golden: CheckGolden) -> None:
 
 
 def test_card(case: tuple[str, Report], check_golden: CheckGolden) -> None:
-    facts = card.Facts(
+    facts = model_card.Facts(
         ("config.json", "model.safetensors", "optin.json"), "someone/dense", "mit", "image-classification"
     )
-    check_golden(f"report/{case[0]}.card.md", card.render(case[1], facts))
+    check_golden(f"report/{case[0]}.card.md", model_card.render(case[1], facts))
 
 
 def test_notebook(report: Report, check_golden: CheckGolden) -> None:

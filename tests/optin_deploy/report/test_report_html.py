@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from renderings import visible_text
 
 from optin_deploy.report import Report, plots
-from optin_deploy.report.html import render
+from optin_deploy.report.web_page import render
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 

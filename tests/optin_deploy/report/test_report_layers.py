@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from optin_deploy.report import Report, markdown, plots, read_report, write_report
-from optin_deploy.report.html import render
 from optin_deploy.report.terminal import summary
+from optin_deploy.report.web_page import render
 from optin_deploy.report.wording import headline_layers, profiled_share
 
 

@@ -1,7 +1,7 @@
 from rich.text import Text
 
 from optin_deploy.report import Report
-from optin_deploy.report.notebook import framed, html_of
+from optin_deploy.utils.display import framed, html_of
 
 
 def test_what_a_terminal_shows_is_a_piece_of_html() -> None:

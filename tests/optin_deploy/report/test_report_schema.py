@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-import optin_deploy.report.html
+import optin_deploy.report.web_page
 from optin_deploy.errors import UserError
 from optin_deploy.report import Report, read_report, write_report
 
@@ -90,7 +90,7 @@ def test_a_failure_leaves_what_was_there(report: Report, tmp_path: Path, monkeyp
     def fails(report: Report) -> str:
         raise RuntimeError
 
-    monkeypatch.setattr(optin_deploy.report.html, "render", fails)
+    monkeypatch.setattr(optin_deploy.report.web_page, "render", fails)
     with pytest.raises(RuntimeError):
         write_report(report, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from optin_deploy.report import Report, numbers
+from optin_deploy.report import Report
 from optin_deploy.report.schema import Interval
 from optin_deploy.report.terminal import summary
+from optin_deploy.utils import formatting
 
 
 def shown(report: Report) -> str:
@@ -69,24 +70,24 @@ def test_markup_in_names_is_shown_and_not_obeyed(data: dict[str, Any]) -> None:
     ("value", "text"), [(9.2e9, "9.20 G"), (22_050_664, "22.1 M"), (999, "999"), (0, "0"), (1.5e12, "1.50 T")]
 )
 def test_counts(value: float, text: str) -> None:
-    assert numbers.scaled(value) == text
+    assert formatting.scaled(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.012345, "0.0123"), (1.2345, "1.23"), (123.45, "123"), (12345.6, "12346"), (0, "0")]
 )
 def test_significant_digits(value: float, text: str) -> None:
-    assert numbers.significant(value) == text
+    assert formatting.significant(value) == text
 
 
 def test_infinite_figures_are_written_as_such() -> None:
-    assert numbers.significant(float("inf")) == numbers.scientific(float("inf")) == "inf"
+    assert formatting.significant(float("inf")) == formatting.scientific(float("inf")) == "inf"
 
 
 def test_changes_and_noise_have_their_sign() -> None:
-    assert numbers.change(2, 1) == "−50.0 %"
-    assert numbers.change(1, 1.5) == "+50.0 %"
-    assert numbers.noise(Interval(value=1.0, low=0.96, high=1.03)) == "±4.0 %"
+    assert formatting.change(2, 1) == "−50.0 %"
+    assert formatting.change(1, 1.5) == "+50.0 %"
+    assert formatting.noise(Interval(value=1.0, low=0.96, high=1.03)) == "±4.0 %"
 
 
 def test_what_was_left_dense_is_named_with_its_share(data: dict[str, Any]) -> None:

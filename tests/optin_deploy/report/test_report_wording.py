@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from exporters import Precision
-from optin_deploy.report import Report, card, markdown, wording
-from optin_deploy.report.html import render
+from optin_deploy.report import Report, markdown, model_card, wording
 from optin_deploy.report.terminal import summary
+from optin_deploy.report.web_page import render
 from optin_deploy.report.wording import banners, on_gpu, sparsity, verdict
 from profilers import GpuWatch
 
@@ -172,7 +172,12 @@ def test_speedups_beside_medians_are_explained_in_every_rendering(data: dict[str
     data["profile"][0]["speedup"] = {"value": 3.0, "low": 2.9, "high": 3.1}
     report = Report.model_validate(data)
     general, pace = wording.speed_notes(report.profile)
-    for text in (render(report), markdown.render(report), card.render(report, card.Facts(())), shown(report)):
+    for text in (
+        render(report),
+        markdown.render(report),
+        model_card.render(report, model_card.Facts(())),
+        shown(report),
+    ):
         flat = " ".join(text.replace("&#39;", "'").split())
         assert general in flat and pace in flat
     assert wording.speed_notes([]) == []
@@ -182,7 +187,7 @@ def test_titles_read_as_the_tables(data: dict[str, Any]) -> None:
     report = Report.model_validate(data)
     assert wording.change_of_flops(report) == "FLOPs −50.2 %"
     assert "<title>deit_small_patch16_224, pruned: FLOPs −50.2 %</title>" in render(report)
-    assert "# deit\\_small\\_patch16\\_224, pruned: FLOPs −50.2 %" in card.render(report, card.Facts(()))
+    assert "# deit\\_small\\_patch16\\_224, pruned: FLOPs −50.2 %" in model_card.render(report, model_card.Facts(()))
     whole = Report.model_validate(sparse(data)).model_copy(update={"pruned": report.dense})
     assert wording.change_of_flops(whole) == "as many FLOPs, weights 2:4 sparse"
 

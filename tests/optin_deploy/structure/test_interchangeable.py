@@ -14,21 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optin_deploy import checkpoint, export_onnx
-from optin_deploy.costs import flop_costs
+from optin_deploy import export_onnx
+from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.errors import UserError
-from optin_deploy.latency.measure import _points
-from optin_deploy.latency.stacks import block_types, stack
-from optin_deploy.masking import masked
-from optin_deploy.network import Network, custom_network
-from optin_deploy.plans import Plan
-from optin_deploy.pruning import prune
-from optin_deploy.scoring import Criterion, Scoring, score
-from optin_deploy.search import candidate_sizes
-from optin_deploy.slicing import sliced
+from optin_deploy.latency.block_stacks import block_types, stack
+from optin_deploy.latency.tables import _points
+from optin_deploy.models import checkpoint
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.search.costs import flop_costs
+from optin_deploy.search.knapsack import candidate_sizes
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure, Together
-from optin_deploy.structure.trial import mostly_first, mostly_last
+from optin_deploy.structure.masking import masked
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.verify import mostly_first, mostly_last
 
 pytestmark = pytest.mark.slow
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from exporters import onnx_from_program, trace
-from optin_deploy import checkpoint
-from optin_deploy.costs import count_flops
 from optin_deploy.errors import UserError
-from optin_deploy.network import Network, TensorOutputs, custom_network
-from optin_deploy.pruning import Pruned, examine, prune
-from optin_deploy.search import BUDGET_WINDOW
-from optin_deploy.structure import registry
+from optin_deploy.models import checkpoint
+from optin_deploy.models.custom import custom_network
+from optin_deploy.network import Network, TensorOutputs
+from optin_deploy.nn.flops import count_flops
+from optin_deploy.pruning.pruner import Pruned, examine, prune
+from optin_deploy.search.knapsack import BUDGET_WINDOW
+from optin_deploy.structure.adapters import registry
+from optin_deploy.structure.canonicalize import prunable_form
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.intake import prunable_form
 
 pytestmark = pytest.mark.slow
 

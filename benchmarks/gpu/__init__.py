@@ -1,0 +1,1 @@
+"""Every GPU figure in calls of under ten minutes: see ``benchmarks/gpu.sh``."""

@@ -1,0 +1,5 @@
+"""``python -m gpu``."""
+
+from gpu.main import main
+
+main()

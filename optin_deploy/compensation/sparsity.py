@@ -1,0 +1,228 @@
+"""2:4 sparsity: of every four consecutive weights along the input two are zero, as sparse tensor cores want it.
+
+With H the second moment of what a linear map is given, damped by the ridge, and w* a row of the ridge solution that
+`compensation` would write, a row w loses (w − w*)ᵀ H (w − w*), whatever metric the map's outputs are judged by. So what
+leaves a group of four is chosen by optimal brain surgeon. Columns are decided from left to right; with R those that are
+not decided yet, removing the pair p and letting the rest of R take over costs
+
+    w_pᵀ ([H_R⁻¹]_pp)⁻¹ w_p,        and the rest moves by  − [H_R⁻¹]_Rp ([H_R⁻¹]_pp)⁻¹ w_p
+
+and all six pairs of a group are compared. With U the upper triangular matrix for which H⁻¹ = Uᵀ U, that of H_R⁻¹ is the
+part of U in R, so one factorisation serves all rows and columns (Frantar & Alistarh, Optimal Brain Compression, 2022,
+and SparseGPT, 2023). When all pairs are chosen, every row is solved anew for the weights that stay.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.compensation.classifier import logits_map
+from optin_deploy.compensation.linear_layers import is_inside
+from optin_deploy.compensation.refit import refit_maps
+from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
+from optin_deploy.network import Network
+from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.structure.groups import Structure
+from optin_deploy.structure.plan import Plan
+
+GROUP, KEPT = 4, 2
+PATTERN = f"{KEPT}:{GROUP}"
+_PAIRS = tuple(combinations(range(GROUP), GROUP - KEPT))
+# Numbers in the systems of equations that are solved at once.
+_MOST_NUMBERS = 2**25
+# Damping where no ridge is asked for, relative to the mean squared feature.
+_DAMPING = 0.01
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How sparse the linear layers and convolutions in the blocks of a network are.
+
+    Attributes:
+        maps: how many have the pattern.
+        zeros: share of zeros among their weights.
+        flops_share: their share of the network's FLOPs, zeros counted as any other weight.
+        left_dense: names of the others.
+    """
+
+    maps: int
+    zeros: float
+    flops_share: float
+    left_dense: tuple[str, ...]
+
+
+@torch.no_grad()
+def sparsify(
+    network: Network,
+    pruned: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    batches: Sequence[Batch],
+    strengths: Sequence[float],
+) -> None:
+    """Give the maps in the blocks of ``pruned`` (a sliced copy of ``network``) the pattern, in place, one behind the
+    other: each on what it is given behind sparse ones, so that it follows the dense network.
+
+    Maps whose input features or channels are no multiple of four stay dense, and so do those that share their weights,
+    run more than once, or give the class logits. All that stay dense are refitted as by `compensation.compensate`.
+
+    Args:
+        structure: of the dense network.
+        strengths: of the ridge, relative to the mean squared activation; of several, every map gets the one that does
+            best on held-out batches. Without any, weights that stay keep their values.
+    """
+    logits = logits_map(network, pruned, batches[0])
+    layers = {name: layer for name, layer in can_be_sparse(pruned, structure).items() if name != logits}
+    orders = {name: _in_groups(layer) for name, layer in layers.items()}
+
+    def refit(module: str | None, training: Moments, held_out: Moments | None, old: Tensor, *, bias: bool) -> Tensor:
+        if module is None or module not in orders:
+            return fit(training, held_out, old, strengths, bias=bias) if strengths else old
+        order, solution = orders[module], torch.empty_like(old)
+        held_out = held_out and _reordered(held_out, order)
+        solution[order] = sparse_fit(_reordered(training, order), held_out, old[order], strengths, bias=bias)
+        return solution
+
+    several = len(strengths) > 1
+    refit_maps(network, pruned, structure, plan, batches, refit, hold_out=several, everywhere=True)
+
+
+def can_be_sparse(module: nn.Module, structure: Structure) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The linear layers and convolutions in the blocks whose input features or channels make groups of four."""
+    found = _maps_in_blocks(module, structure)
+    return {name: layer for name, layer in found.items() if _grouped_weights(layer).shape[-1] % GROUP == 0}
+
+
+def measure_sparsity(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> Sparsity:
+    """What `Sparsity` tells, read from the weights of ``module``."""
+    maps = _maps_in_blocks(module, structure)
+    sparse = {name: layer.weight for name, layer in maps.items() if has_pattern(_grouped_weights(layer))}
+    zeros = sum(int((weight == 0).sum()) for weight in sparse.values())
+    counts = flops_by_module(module, inputs)
+    total, *own = (
+        sum(counts.get(of, {}).values()) for of in ("Global", *(f"{type(module).__name__}.{n}" for n in sparse))
+    )
+    return Sparsity(
+        maps=len(sparse),
+        zeros=zeros / max(1, sum(weight.numel() for weight in sparse.values())),
+        flops_share=sum(own) / total,
+        left_dense=tuple(name for name in maps if name not in sparse),
+    )
+
+
+def sparse_fit(
+    training: Moments, held_out: Moments | None, old: Tensor, strengths: Sequence[float], *, bias: bool
+) -> Tensor:
+    """Weights ``(features + 1, outputs)`` with the pattern along the features; the last row is the bias.
+
+    Arguments are those of `ridge.fit`; without ``strengths``, weights that stay keep their values in ``old``.
+    """
+    features = len(old) - 1
+    free = slice(None) if bias else slice(features)
+
+    def left(rows: Tensor) -> Tensor:
+        return torch.cat([rows.T, old[len(rows.T) :]])
+
+    def taken_over(strength: float) -> Tensor:
+        optimum, hessian = solve(training, old, strength, bias=bias), penalised(training, strength)[free, free]
+        return left(choose_mask(optimum[free].T, hessian, features)[1])
+
+    if not strengths:
+        mask, _ = choose_mask(old[free].T, penalised(training, _DAMPING)[free, free], features)
+        return left(old[free].T * mask)
+    strength = strengths[len(strengths) // 2]
+    if held_out is not None:
+        errors = [held_out.error(taken_over(strength)) for strength in strengths]
+        strength = strengths[min(range(len(errors)), key=errors.__getitem__)]
+    moments = training if held_out is None else training + held_out
+    optimum, hessian = solve(moments, old, strength, bias=bias), penalised(moments, strength)[free, free]
+    mask, _ = choose_mask(optimum[free].T, hessian, features)
+    return left(solve_masked(hessian, optimum[free].T @ hessian, mask))
+
+
+def has_pattern(weights: Tensor) -> bool:
+    """Whether of every four consecutive ones along the last axis two at least are zero."""
+    if weights.shape[-1] % GROUP:
+        return False
+    return bool(((weights.unflatten(-1, (-1, GROUP)) != 0).sum(-1) <= KEPT).all())
+
+
+def choose_mask(weights: Tensor, hessian: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Which weights stay, and the weights after the others have left, the rest having taken over.
+
+    Args:
+        weights: ``(rows, n)``, the minimum of the quadratic loss.
+        hessian: of the loss in each row, ``(n, n)``, positive definite.
+        columns: how many, a multiple of four, are to be pruned; those behind stay.
+
+    Returns:
+        a bool mask ``(rows, n)`` and weights ``(rows, n)``.
+    """
+    # H = R Rᵀ with R upper triangular, so H⁻¹ = Uᵀ U with U = R⁻¹.
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    factor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    pairs = torch.tensor(_PAIRS, device=weights.device)
+    weights, mask = weights.clone(), torch.ones_like(weights, dtype=torch.bool)
+    for first in range(0, columns, GROUP):
+        group = slice(first, first + GROUP)
+        inverse = factor[group, group].T @ factor[group, first:]
+        blocks = inverse[pairs[:, :, None], pairs[:, None, :]]
+        given = weights[:, group][:, pairs]
+        taken = torch.linalg.solve(blocks, given[..., None]).squeeze(-1)
+        best = (given * taken).sum(-1).argmin(1)
+        removed = torch.zeros_like(weights[:, group])
+        removed.scatter_(1, pairs[best], taken[torch.arange(len(best), device=best.device), best])
+        weights[:, first:] -= removed @ inverse
+        mask[:, group].scatter_(1, pairs[best], False)
+    return mask, weights * mask
+
+
+def solve_masked(hessian: Tensor, cross: Tensor, mask: Tensor) -> Tensor:
+    """The minimum of the quadratic loss in every row over the weights that stay, the others being zero.
+
+    Args:
+        hessian: ``(n, n)``, positive definite.
+        cross: ``(rows, n)``; without a mask the minimum is ``cross @ hessian⁻¹``.
+        mask: bool ``(rows, n)``, as many True in every row.
+    """
+    places = mask.nonzero()[:, 1].reshape(len(mask), -1)
+    solution = torch.zeros_like(cross)
+    at_once = max(1, _MOST_NUMBERS // max(1, places.shape[1] ** 2))
+    for some in torch.arange(len(mask), device=mask.device).split(at_once):
+        where = places[some]
+        systems = hessian[where[:, :, None], where[:, None, :]]
+        asked = cross[some].gather(1, where)[..., None]
+        found = torch.cholesky_solve(asked, torch.linalg.cholesky(systems)).squeeze(-1)
+        solution[some] = solution[some].scatter(1, where, found)
+    return solution
+
+
+def _maps_in_blocks(module: nn.Module, structure: Structure) -> dict[str, nn.Linear | nn.Conv2d]:
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and any(is_inside(name, block) for block in structure.blocks)
+    }
+
+
+def _grouped_weights(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """The weights with the input features or channels last, along which groups of four run."""
+    return layer.weight.movedim(1, -1)
+
+
+def _in_groups(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """The rows of a solution, the bias last, in such an order that groups of four are consecutive: those of
+    `projections.design` are ordered channel, kernel row, kernel column."""
+    rows = layer.weight[0].numel()
+    inside = torch.arange(rows, device=layer.weight.device).reshape(layer.weight.shape[1], -1).T.reshape(-1)
+    return torch.cat([inside, inside.new_tensor([rows])])
+
+
+def _reordered(moments: Moments, order: Tensor) -> Moments:
+    return Moments(moments.gram[order][:, order], moments.cross[order], moments.targets)

@@ -1,0 +1,1 @@
+"""The options of a run and of a sweep, validated, and reading them from YAML."""

@@ -1,0 +1,1 @@
+"""Scores of heads, neurons and channels: one file for each criterion."""

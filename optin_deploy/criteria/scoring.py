@@ -1,0 +1,364 @@
+"""Scores of every unit by the chosen criterion. A higher score matters more."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
+from optin_deploy.criteria.gradient_reach import Reach, find_forward_reach, find_reach
+from optin_deploy.criteria.magnitude import magnitude_scores
+from optin_deploy.criteria.random_baseline import random_scores
+from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored
+from optin_deploy.criteria.score_signal import check_signal, named
+from optin_deploy.criteria.trajectory import exact_scores, masked_totals, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_forward import forward_scores, forward_steps
+from optin_deploy.criteria.trajectory_loss import chunks, is_saturated
+from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
+from optin_deploy.distributed.ranks import ranks_of, shared_like
+from optin_deploy.errors import UserError
+from optin_deploy.network import Network
+from optin_deploy.nn.copies import copyable
+from optin_deploy.search.costs import Costs
+from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.utils.atomic_files import write_tensors
+from optin_deploy.utils.progress import part
+
+Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
+Scorer = Literal["sketch", "exact", "forward"]
+Batches = Sequence[Mapping[str, Tensor]]
+logger = logging.getLogger(__name__)
+
+_WITH_DERIVATIVES = ("trajectory-obs", "trajectory", "fisher")
+# Beside a sketch, heads are scored exactly on the first batches that hold this many tokens together.
+_EXACT_TOKENS = 3_000
+# A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
+_CHUNKS = 4
+_CHUNK_TOKENS = 512
+_LONG, _LONG_TOKENS = 128, 256
+# Passes without derivatives are many: the weight of the task part is found on fewer samples.
+_FACTOR_SAMPLES = 2
+# Parts of the time of scoring, for its progress: the backward passes of trajectory-obs, and the masking of heads of
+# trajectory by sketch.
+_PROBING, _MASKING = 0.9, 0.7
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored.
+
+    Attributes:
+        criterion: "trajectory-obs" (see ``criteria.trajectory_obs``), "trajectory" (OPTIN's own), "fisher" (needs
+            labels), "magnitude" or "random".
+        scorer: of "trajectory": "sketch" scores neurons by random probes, and heads exactly on as many batches as hold
+            3,000 tokens; "exact" masks each unit on all batches; "forward" estimates what the sketch does, and heads
+            too, without a backward pass, for networks whose activations are too large to be kept.
+        probes: random draws per batch; None takes 4 for "trajectory", and 1 for "trajectory-obs", which draws anew for
+            each quarter of a batch.
+        task_weight: weight of the task part relative to the manifold part (see ``criteria.loss``); None takes 1, but
+            the task part alone for "trajectory-obs" where the network has class logits, since a classifier uses only
+            some of what its tokens have in common, and where all blocks give maps, of which single pixels say little.
+        seed: the same seed gives the same scores, bit for bit, on the same machine.
+    """
+
+    criterion: Criterion = "trajectory-obs"
+    scorer: Scorer = "sketch"
+    probes: int | None = None
+    task_weight: float | None = None
+    seed: int = 0
+
+    @property
+    def draws(self) -> int:
+        """Random draws per batch."""
+        return self.probes or (4 if self.criterion == "trajectory" else 1)
+
+    def weights(self, network: Network, structure: Structure) -> tuple[float, float]:
+        """Weights of the manifold part and of the task part."""
+        if self.task_weight is not None:
+            return 1.0, self.task_weight
+        alone = network.logits is not None or all(group.axis == 1 for group in structure.groups)
+        return (0.0 if alone and self.criterion == "trajectory-obs" else 1.0), 1.0
+
+    @property
+    def narrows_heads(self) -> bool:
+        """Whether heads may get narrower where nothing else is said: where what is lost there can be compared."""
+        return self.criterion == "trajectory-obs"
+
+
+def save_scores(scores: Mapping[str, Tensor], path: Path) -> None:
+    """Write as safetensors; the file appears whole or not at all."""
+    write_tensors(path, scores)
+
+
+def score(
+    network: Network,
+    structure: Structure,
+    costs: Costs,
+    batches: Batches,
+    scoring: Scoring | None = None,
+    *,
+    labels: Sequence[Tensor] | None = None,
+    tell: Callable[[str], None] = logger.warning,
+) -> dict[str, Tensor]:
+    """Scores on ``batches``, which lie on the network's device.
+
+    Args:
+        costs: of ``structure``; random scores are in proportion to them.
+        labels: class numbers for each batch, for the criterion "fisher".
+        tell: called with a sentence where scores are not found just as ``scoring`` says.
+
+    Returns:
+        group name -> float64 ``(units,)`` on the CPU; a higher score matters more.
+
+    Raises:
+        UserError: the network gives NaN or infinity on the calibration data; labels are missing; no derivative reaches
+            some units; scores say nothing of them.
+    """
+    scoring = scoring or Scoring()
+    with plain_checkpoints(), _with_derivatives(network, structure, batches, scoring, tell) as (ready, gradients):
+        scores = _scores(ready, structure, costs, batches, scoring, labels, gradients)
+    bad = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
+    if bad:
+        raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
+    if scoring.criterion != "random":
+        first = batches[0] if len(batches) else network.inputs
+        arbitrary = ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
+        if arbitrary is not None:
+            tell(arbitrary)
+    return scores
+
+
+def _scores(
+    network: Network,
+    structure: Structure,
+    costs: Costs,
+    batches: Batches,
+    scoring: Scoring,
+    labels: Sequence[Tensor] | None,
+    gradients: bool,
+) -> dict[str, Tensor]:
+    if scoring.criterion == "trajectory-obs":
+        return _obs(network, structure, batches, scoring)
+    if scoring.criterion == "trajectory":
+        return _trajectory(network, structure, batches, scoring, gradients)
+    if scoring.criterion == "fisher":
+        if labels is None:
+            raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
+        return _fisher(network, structure, batches, labels)
+    if scoring.criterion == "magnitude":
+        return magnitude_scores(network.module, structure)
+    return random_scores(structure, costs, scoring.seed)
+
+
+@contextmanager
+def _with_derivatives(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring, tell: Callable[[str], None]
+) -> Iterator[tuple[Network, bool]]:
+    """The network with a loss that its outputs do not saturate, its derivatives brought back where it cuts them off,
+    and whether there are any: masking units one by one needs none.
+
+    Raises:
+        UserError: the scorer needs derivatives that the network does not give.
+    """
+    if scoring.criterion not in _WITH_DERIVATIVES:
+        yield network, False
+        return
+    if scoring.criterion != "fisher" and ranks_of(batches).told(lambda: is_saturated(network, batches)):
+        tell(
+            f"{network.logits} is saturated: probabilities are 0 or 1 on all calibration data, where small changes of "
+            "the logits change none; units are scored by the squared change of the logits"
+        )
+        network = replace(network, head="regression")
+    reach = _reach(network, structure, batches, scoring)
+    if reach.wrong:
+        tell(
+            f"derivatives for {named(reach.wrong)} are far from what the outputs do, as behind coarse rounding or "
+            "where a part of the graph is missing: scores there may be poor"
+        )
+    if reach.restoring:
+        tell(
+            "the network cuts its own derivatives off (no_grad, inference_mode or detach): they are "
+            "brought back while units are scored"
+        )
+    with restored(network.module) if reach.restoring else nullcontext():
+        yield network, not reach.cut and reach.reason is None
+
+
+def check_reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> None:
+    """Raise UserError where `score` would, since no derivative reaches some units: in little time, on two samples."""
+    if scoring.criterion in _WITH_DERIVATIVES:
+        with plain_checkpoints():
+            _reach(network, structure, batches, scoring)
+
+
+def _reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> Reach:
+    forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
+    find = find_forward_reach if forth else find_reach
+    reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
+    # Passes with gradients may leave on a module what passes without do not.
+    copyable(network.module)
+    masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
+    if masking or (not reach.cut and reach.reason is None):
+        return reach
+    what = f"no derivative can be taken ({reach.reason})" if reach.reason else "no derivative reaches its units"
+    raise UserError(
+        f"{named(reach.cut) if reach.cut else network.source.name}: {what}, so they cannot be scored this way; give "
+        "--criterion trajectory --scorer exact, which masks each unit and needs none"
+    )
+
+
+def output_factors(
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring
+) -> tuple[Network, Mapping[str, float]]:
+    """Return the network as its derivatives are taken, and the factor of each output in its trajectory loss."""
+    samples = _samples_at_once(network, structure, batches)
+    # `score` has logged all that is to be logged.
+    backward = replace(scoring, criterion="trajectory-obs")
+    with plain_checkpoints(), _with_derivatives(network, structure, batches, backward, _nothing) as (ready, _):
+        return ready, _factors(ready, structure, batches, chunks(batches[:1], samples)[0], scoring)
+
+
+def _nothing(_: str) -> None:
+    pass
+
+
+def _obs(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> dict[str, Tensor]:
+    samples = _samples_at_once(network, structure, batches)
+    factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
+    with part(_PROBING):
+        moments = probe_moments(
+            network,
+            structure,
+            batches,
+            probes=scoring.draws,
+            factors=factors,
+            manifold=scoring.weights(network, structure)[0],
+            seed=scoring.seed,
+            samples_at_once=samples,
+        )
+    own = _own_groups(batches, structure.groups, lambda g: (g.units * g.width) ** 3)
+    scores = obs_scores(network.module, replace(structure, groups=own), moments)
+    return _together(batches, structure.groups, scores)
+
+
+def _fisher(
+    network: Network,
+    structure: Structure,
+    batches: Batches,
+    labels: Sequence[Tensor],
+) -> dict[str, Tensor]:
+    gradients = mask_gradients(network, structure, batches, labels)
+    sums = {name: len(gradients[name]) * score for name, score in fisher_scores(gradients).items()}
+    return _per_sample(ranks_of(batches).total(sums), batches)
+
+
+def _samples_at_once(network: Network, structure: Structure, batches: Batches) -> int:
+    """How much of a batch a backward pass takes: a quarter, but not so little that matrices get thin; and of samples
+    that are long themselves as many as hold 256 tokens."""
+    mask = network.token_mask
+    tokens = max(batch[mask].shape[1] for batch in batches) if mask else structure.tokens
+    if tokens >= _LONG and structure.groups[0].axis != 1:
+        return max(1, _LONG_TOKENS // tokens)
+    return max(-(-_size(batches[0]) // _CHUNKS), -(-_CHUNK_TOKENS // max(1, tokens)))
+
+
+def _trajectory(
+    network: Network,
+    structure: Structure,
+    batches: Batches,
+    scoring: Scoring,
+    gradients: bool,
+) -> dict[str, Tensor]:
+    if scoring.scorer == "forward":
+        return _forward(network, structure, batches, scoring)
+    exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
+    some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
+    if gradients:
+        factors = _factors(network, structure, batches, batches[0], scoring)
+    else:
+        first = chunks(batches[:1], _FACTOR_SAMPLES)[0]
+        factors = _factors(network, structure, batches, first, scoring, masked_totals)
+    own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
+    with part(1.0 if scoring.scorer == "exact" else _MASKING):
+        found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed)
+    scores = _per_sample(_together(batches, exactly, found), some)
+    if scoring.scorer == "sketch":
+        sketched = sketch_scores(network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed)
+        scores = {**_per_sample(sketched, batches), **scores}
+    return scores
+
+
+def _forward(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> dict[str, Tensor]:
+    if scoring.draws < 2:
+        raise UserError("the scorer forward compares draws: it needs 2 probes at least")
+    some = chunks(batches[:1], _FACTOR_SAMPLES)[0]
+    factors = _factors(network, structure, batches, some, scoring, forward_scores)
+
+    def cost(group: Group) -> float:
+        return forward_steps([group], scoring.draws) * (len(structure.blocks) - group.layer)
+
+    found = forward_scores(
+        network,
+        structure,
+        batches,
+        probes=scoring.draws,
+        factors=factors,
+        seed=scoring.seed,
+        groups=_own_groups(batches, structure.groups, cost),
+    )
+    return _per_sample(_together(batches, structure.groups, found), batches)
+
+
+def _own_groups(batches: Batches, groups: Sequence[Group], cost: Callable[[Group], float]) -> tuple[Group, ...]:
+    """Those of ``groups``, scored one by one at such a cost, that are this process's."""
+    return tuple(groups[index] for index in ranks_of(batches).weighed([cost(group) for group in groups]))
+
+
+def _together(batches: Batches, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of all ``groups`` out of those that each process has found."""
+    nothing = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
+    return ranks_of(batches).total(nothing | dict(scores))
+
+
+def _factors(
+    network: Network,
+    structure: Structure,
+    batches: Batches,
+    batch: Mapping[str, Tensor],
+    scoring: Scoring,
+    sketch: Callable[..., dict[str, Tensor]] = sketch_scores,
+) -> Mapping[str, float]:
+    weight = scoring.weights(network, structure)[1]
+    if not weight:
+        return {}
+
+    def shared(*given: Any, **options: Any) -> dict[str, Tensor]:
+        *first, some = given
+        return sketch(*first, shared_like(batches, some), **options)
+
+    return task_factors(network, structure.without_widths(), batch, weight, scoring.seed, shared)
+
+
+def _exact_batches(network: Network, structure: Structure, batches: Batches) -> int:
+    """How many of the first batches hold enough tokens."""
+    tokens = 0
+    for index, batch in enumerate(batches):
+        valid = network.valid_tokens(batch)
+        tokens += int(valid.sum()) if valid is not None else structure.tokens * _size(batch)
+        if tokens >= _EXACT_TOKENS:
+            return index + 1
+    return len(batches)
+
+
+def _per_sample(scores: Mapping[str, Tensor], batches: Batches) -> dict[str, Tensor]:
+    samples = sum(_size(batch) for batch in batches)
+    return {name: values / samples for name, values in scores.items()}
+
+
+def _size(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))

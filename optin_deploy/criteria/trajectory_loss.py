@@ -1,0 +1,306 @@
+"""The trajectory loss on one calibration batch: what is compared, and random probes of it.
+
+manifold  Σ_l w_l ‖G(F_l) − G(F̃_l)‖²_F: F_l are the token features that block l gives, G(F) is the Gram matrix of the
+L2-normalised features of a fixed sample of tokens, w is 1, and 0.5 for the last block (Khaki & Plataniotis, ICLR 2024).
+What a convolution in a row of convolutions gives is compared only where the network has no other blocks.
+
+task  a sum over the network's outputs. For the logits of a task head (see ``task_head``), each sample, token or pixel:
+T² Σ KL(p ‖ p̃), with p the softmax at temperature T, where they tell classes; the same with p the sigmoid of every
+number, Bernoulli distributions, where each is a yes or no; Σ (y − ỹ)² where they are plain numbers, one of which may be
+near 0 for some samples: factors set its unit (`criteria.trajectory.task_factors`). For any other output (a map, an
+embedding, boxes) Σ ‖y − ỹ‖² / ‖y‖² over samples.
+
+To second order each part is a quadratic form in the change that it is given. With E a random sign matrix shaped like a
+Gram matrix, the squared derivative of ⟨E, G⟩ is an unbiased estimate of the manifold's; the Hessian of KL is the Fisher
+information of the softmax, diag(p) − ppᵀ, or of the sigmoids, p(1 − p), whose root makes a probe of random signs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from optin_deploy.distributed.ranks import shared_like
+from optin_deploy.network import Network
+from optin_deploy.nn.freezing import frozen
+from optin_deploy.nn.partial_forward import recorded_outputs, resumed
+from optin_deploy.nn.task_head import HeadKind, class_axis
+from optin_deploy.structure.groups import Structure, channels_last
+from optin_deploy.structure.residual import first_tensor
+
+TEMPERATURE = 4.0
+GRAM_TOKENS = 768
+LAST_BLOCK_WEIGHT = 0.5
+# Probabilities below come to nothing in the squares of float32.
+_SATURATED = 1e-30
+
+Batch = Mapping[str, Tensor]
+
+
+def gram(features: Tensor, tokens: Tensor, copies: int = 1) -> Tensor:
+    """Gram matrices ``(copies, K, K)`` of the normalised features of K tokens.
+
+    Args:
+        features: ``(copies * batch, …, width)``.
+        tokens: ``(K,)`` indices into one copy's tokens, flattened over batch and positions.
+    """
+    normalised = directions(features, tokens, copies)
+    return normalised @ normalised.transpose(-1, -2)
+
+
+def directions(features: Tensor, tokens: Tensor, copies: int = 1) -> Tensor:
+    """The normalised features ``(copies, K, width)`` of K tokens; arguments as for `gram`."""
+    return F.normalize(features.reshape(copies, -1, features.shape[-1])[:, tokens], dim=-1)
+
+
+def sample_tokens(count: int, valid: Tensor | None, seed: int) -> Tensor:
+    """Indices of at most 768 tokens out of ``count``, padding left out; the same for the same arguments."""
+    usable = torch.arange(count)
+    if valid is not None and valid.numel() == count:
+        usable = usable[valid.flatten().cpu()]
+    generator = torch.Generator().manual_seed(seed)
+    return usable[torch.randperm(len(usable), generator=generator)[:GRAM_TOKENS]].sort().values
+
+
+def signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs, shaped like ``like``."""
+    bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
+    return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+class Trajectory:
+    """One calibration batch with what comparisons on it need: its token sample, and how blocks and outputs count."""
+
+    def __init__(self, network: Network, structure: Structure, inputs: Batch, seed: int) -> None:
+        self.network, self.structure, self.inputs, self.seed = network, structure, inputs, seed
+        self.valid = network.valid_tokens(inputs)
+        self.size = next(iter(inputs.values())).shape[0]
+
+    def run(
+        self, copies: int = 1, outputs: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Outputs of the blocks, and of the network, for stacked copies of the batch; blocks in ``outputs`` are
+        skipped."""
+        module, blocks = self.network.module, self.structure.blocks
+        given = {n: t.repeat(copies, *[1] * (t.dim() - 1)) for n, t in self.inputs.items()}
+        ran = tuple(b for b in blocks if b not in (outputs or {}))
+        with recorded_outputs(module, ran) as seen, resumed(module, outputs or {}):
+            task = self.network.forward(given)
+        return seen, {name: y for name, y in task.items() if y.is_floating_point()}
+
+    def grams(self, outputs: Mapping[str, Any], copies: int = 1) -> dict[str, Tensor]:
+        """Gram matrix of every block's output that is compared, times the root of the block's weight."""
+        return {block: self.gram(block, output, copies) for block, output in self.compared(outputs).items()}
+
+    def compared(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the blocks' ``outputs`` whose Gram matrices count."""
+        compared = self.structure.compared
+        return {block: output for block, output in outputs.items() if block in compared}
+
+    def gram(self, block: str, output: Any, copies: int = 1) -> Tensor:
+        """Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""
+        features, tokens = self.tokens(block, output, copies)
+        return self.weight(block) ** 0.5 * gram(features, tokens, copies)
+
+    def weight(self, block: str) -> float:
+        """How much the Gram matrix of a block counts."""
+        return LAST_BLOCK_WEIGHT if block == self.structure.compared[-1] else 1.0
+
+    def tokens(self, block: str, output: Any, copies: int = 1) -> tuple[Tensor, Tensor]:
+        """Features of a block's output along the last axis, and the indices ``(K,)`` of one copy's sampled tokens."""
+        found = first_tensor(output)
+        assert found is not None
+        features = channels_last(found, self.structure.feature_axis(block))
+        count = features.shape[:-1].numel() // copies
+        return features, sample_tokens(count, self.valid, self.seed).to(features.device)
+
+    def padded(self, output: Tensor) -> bool:
+        """Whether ``output`` is ``(batch, tokens, features)``, so that rows of padding do not count."""
+        return self.valid is not None and output.dim() == 3 and output.shape[:2] == self.valid.shape
+
+    def counted(self, output: Tensor) -> Tensor:
+        """1 where an output counts and 0 at padding, to be multiplied with the output."""
+        if self.valid is None or not self.padded(output):
+            return output.new_ones((1,) * output.dim())
+        return self.valid.to(output.dtype)[:, :, None]
+
+    def task_probe(self, name: str, output: Tensor, generator: torch.Generator) -> Tensor:
+        """A random tensor v, shaped like the output, with E[⟨v, δ⟩²] the output's task term for a small change δ."""
+        with torch.no_grad():
+            rows = output[self.valid] if self.valid is not None and self.padded(output) else output
+            probe = self._head_probe(name, rows, generator)
+            if self.valid is not None and self.padded(output):
+                # Drawn for what counts only, so that more padding gives the same draws.
+                probe = torch.zeros_like(output).masked_scatter(self.valid[:, :, None], probe)
+            return probe / self.norm(output) if self.head(name) is None else probe
+
+    def head(self, name: str) -> HeadKind | None:
+        """What the numbers of an output mean, if it is that of a task head."""
+        return self.network.head if name == self.network.logits else None
+
+    def _head_probe(self, name: str, rows: Tensor, generator: torch.Generator) -> Tensor:
+        if self.head(name) == "classes":
+            return softmax_probe(rows, generator)
+        if self.head(name) == "binary":
+            return sigmoid_root(rows) * signs(rows, generator)
+        return signs(rows, generator)
+
+    def task_root(self, name: str, dense: Tensor, change: Tensor) -> Tensor:
+        """What squares and sums to the output's task term for small changes: ``(copies, *output's shape)``.
+
+        Args:
+            change: of stacked copies of the batch, ``(copies * batch, …)``.
+        """
+        given = change.reshape(-1, *dense.shape)
+        if self.head(name) == "binary":
+            return self.counted(dense) * sigmoid_root(dense) * given
+        if self.head(name) == "regression":
+            return self.counted(dense) * given
+        if self.head(name) == "classes":
+            axis = class_axis(dense)
+            p = torch.softmax(dense / TEMPERATURE, dim=axis)
+            mean = (p * given).sum(axis + 1 if axis >= 0 else axis, keepdim=True)
+            return self.counted(dense) * (p / 2).sqrt() * (given - mean)
+        return given * self.counted(dense) / self.norm(dense)
+
+    def norm(self, output: Tensor) -> Tensor:
+        """The norm of what counts of each sample's output, to be divided by: ``(batch, 1, …)``."""
+        norm = (output * self.counted(output)).reshape(len(output), -1).norm(dim=1).clamp_min(1e-12)
+        return norm.reshape(-1, *[1] * (output.dim() - 1))
+
+    def task_change(self, name: str, dense: Tensor, changed: Tensor, copies: int) -> Tensor:
+        """The output's task term for each of the stacked ``copies``: float64 ``(copies,)`` on the CPU."""
+        # In float64: the terms cancel, and what is left of a small change in float32 is noise of either sign.
+        y, moved = dense.double(), changed.double().reshape(copies, *dense.shape)
+        counted = self.counted(dense).double()
+        if self.head(name) == "binary":
+            return TEMPERATURE**2 * (counted * bernoulli_divergence(y, moved)).reshape(copies, -1).sum(1).cpu()
+        if self.head(name) == "regression":
+            return ((moved - y) * counted).square().reshape(copies, -1).sum(1).cpu()
+        if self.head(name) == "classes":
+            axis = class_axis(y)
+            log_p = torch.log_softmax(y / TEMPERATURE, dim=axis)
+            log_q = torch.log_softmax(moved / TEMPERATURE, dim=axis + 1 if axis >= 0 else axis)
+            return TEMPERATURE**2 * (counted * log_p.exp() * (log_p - log_q)).flatten(1).sum(1).cpu()
+        relative = (moved - y) * counted / self.norm(y)
+        return relative.square().reshape(copies, -1).sum(1).cpu()
+
+
+def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """v with E[v vᵀ] = ½ (diag(p) − p pᵀ): T² KL to second order is then E[(v·δ)²], δ the change of the logits."""
+    axis = class_axis(logits)
+    p = torch.softmax(logits.detach() / TEMPERATURE, dim=axis)
+    noise = p.sqrt() * signs(p, generator)
+    return (noise - p * noise.sum(axis, keepdim=True)) / 2**0.5
+
+
+def sigmoid_root(logits: Tensor) -> Tensor:
+    """r with T² KL of the Bernoulli distributions at temperature T, to second order, (r · δ)² for changes δ."""
+    scaled = logits.detach() / TEMPERATURE
+    # 1 − p by itself: near 1, p has no digits left for it.
+    return (torch.sigmoid(scaled) * torch.sigmoid(-scaled) / 2).sqrt()
+
+
+@torch.no_grad()
+def is_saturated(network: Network, batches: Sequence[Batch]) -> bool:
+    """Whether the probabilities that the logits give are so near 0 or 1 for every sample of all ``batches`` that no
+    small change of the logits changes any. One sample that is not is enough; the first mostly is."""
+    if network.logits is None or network.head == "regression":
+        return False
+    for batch in batches:
+        for size in (2, None):
+            logits = network.forward({name: t[:size] for name, t in batch.items()})[network.logits].float()
+            if bool((_spread(network.head, logits) > _SATURATED).any()):
+                return False
+    return True
+
+
+def _spread(head: HeadKind, logits: Tensor) -> Tensor:
+    """What the divergence of a small change is in proportion to, at temperature T."""
+    if head == "binary":
+        return sigmoid_root(logits).square()
+    axis = class_axis(logits)
+    top = (logits / TEMPERATURE).topk(2, dim=axis).values
+    return (top.select(axis, 1) - top.select(axis, 0)).exp()
+
+
+def bernoulli_divergence(dense: Tensor, changed: Tensor) -> Tensor:
+    """KL of the yes and no of every logit at temperature T: Σ over both of p (log p − log p̃), elementwise."""
+    y, moved = dense / TEMPERATURE, changed / TEMPERATURE
+    yes = y.sigmoid() * (F.logsigmoid(y) - F.logsigmoid(moved))
+    return yes + (-y).sigmoid() * (F.logsigmoid(-y) - F.logsigmoid(-moved))
+
+
+def probe_losses(
+    trajectory: Trajectory,
+    grams: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    manifold: float,
+    factors: Mapping[str, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """A scalar whose squared derivative for any change is, in the mean, the loss of that change to second order.
+
+    Args:
+        grams, outputs: of the run whose graph is kept, see `Trajectory`.
+        manifold: weight of the manifold part.
+        factors: output name -> weight of its task term; outputs that are not named do not count.
+    """
+    parts = []
+    if manifold:
+        parts.append(manifold**0.5 * torch.stack([torch.sum(signs(g, generator) * g) for g in grams.values()]).sum())
+    for name, factor in factors.items():
+        if factor:
+            probe = trajectory.task_probe(name, outputs[name], generator)
+            parts.append(factor**0.5 * torch.sum(probe * outputs[name]))
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
+    """Derivatives of a probe, 0 where it does not depend on a leaf; ``keep`` the graph for the next probe."""
+    if not loss.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(loss, leaves, retain_graph=keep, materialize_grads=True)
+
+
+@contextmanager
+def differentiable(network: Network) -> Iterator[None]:
+    """Gradients flow through the network and to no parameter while the context lasts."""
+    with frozen(network.module), torch.enable_grad():
+        yield
+
+
+def chunks(batches: Sequence[Batch], samples: int) -> Sequence[Batch]:
+    """The batches cut into pieces of at most ``samples``: a backward pass keeps the activations of all layers. Those
+    who share the batches share the pieces."""
+    sizes = (next(iter(batch.values())).shape[0] for batch in batches)
+    places = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, samples)]
+    return shared_like(batches, _Pieces(batches, places, samples))
+
+
+@dataclass(frozen=True)
+class _Pieces(Sequence[Batch]):
+    """Parts of batches, cut out when they are asked for; ``places`` are batches and first samples."""
+
+    batches: Sequence[Batch]
+    places: Sequence[tuple[int, int]]
+    samples: int
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "_Pieces": ...
+
+    def __getitem__(self, index: int | slice) -> "Batch | _Pieces":
+        if isinstance(index, slice):
+            return replace(self, places=self.places[index])
+        batch, start = self.places[index]
+        return {name: t[start : start + self.samples] for name, t in self.batches[batch].items()}

@@ -1,0 +1,1 @@
+"""ONNX files and engines of a run, and whether they compute what torch does."""

@@ -1,0 +1,1 @@
+"""Helpers on torch modules. They know nothing of pruning."""

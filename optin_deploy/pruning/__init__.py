@@ -1,0 +1,1 @@
+"""From a network and calibration batches to a smaller network, in memory."""

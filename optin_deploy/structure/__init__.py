@@ -1,0 +1,1 @@
+"""The prunable groups of a module: found, masked, sliced and verified."""

@@ -1,0 +1,1 @@
+"""Adapters: each recognises one type of module and describes its units."""

@@ -1,0 +1,165 @@
+"""Feed-forward networks: neurons between linear maps that one module holds, whatever the library and the names.
+
+Linear maps are linear layers and 1×1 convolutions. One or two of them (a gate beside the other) take the module's
+input, one takes the neurons; depthwise convolutions, batch norms and one norm over all neurons may stand between. A
+map may sit in a module of its own, alone or with a norm. That the forward pass really runs them this way is tried later
+(see ``trial``).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from optin_deploy.structure.adapters.registry import general_adapter
+from optin_deploy.structure.groups import Group, LeftDense, Side, StandIn, join
+from optin_deploy.structure.partial_norms import can_shrink
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+_MOST_MAPS = 3
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A submodule with parameters of its own: its name within the holder, and the direct child that it sits in."""
+
+    name: str
+    child: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The maps into the neurons, the map out of them, and what stands between with a feature for each neuron."""
+
+    ups: tuple[_Part, ...]
+    between: tuple[_Part, ...]
+    down: _Part
+
+
+@general_adapter
+def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
+    """Neurons between linear layers or 1×1 convolutions in one module, gated or not, also with depthwise ones there."""
+    if any(isinstance(getattr(module, heads, None), int) for heads in _HEADS):
+        return None
+    parts = list(_parts(module))
+    maps = _feed_forward_maps(parts)
+    if maps is None or _is_gate(module, maps):
+        return None
+    neurons = map_sizes(maps.down.module)[0]
+    others = [p for p in _between(parts, maps) if p not in maps.between and not _has_scalars(p.module)]
+    mixing = [p for p in others if all(t.numel() == neurons for t in p.module.parameters())]
+    if len(mixing) < len(others):
+        return None
+    if len(mixing) > 1 or (mixing and not can_shrink(mixing[0].module)):
+        return LeftDense(name, f"{mixing[0].name}, which sees all neurons, stands before {maps.down.name}")
+    belonging = (*maps.ups, *maps.between, *mixing, maps.down)
+    beside = [p.module for p in parts if p not in belonging]
+    alone = all(_is_norm(m) or _has_scalars(m) for m in beside) and not list(module.parameters(recurse=False))
+    output = join(name, maps.down.name)
+    inner = [_place(p, parts, belonging) for p in maps.ups]
+    inner += [p.name for p in (*maps.between, *mixing) if p.child not in inner]
+    places = [join(name, place) for place in inner]
+    passes: list[tuple[str, StandIn]] = [(place, "pass") for place in places]
+    return Group(
+        name=name if alone else places[0],
+        kind="neuron",
+        units=neurons,
+        width=1,
+        output=output,
+        sides=(*(Side(join(name, p.name), "out") for p in (*maps.ups, *maps.between)), Side(output, "in")),
+        owners=(name,) if alone else (*places, output),
+        stand_ins=(*passes, (output, "constant")),
+        axis=1 if isinstance(maps.down.module, nn.Conv2d) else -1,
+        mixing=join(name, mixing[0].name) if mixing else None,
+    )
+
+
+def _parts(module: nn.Module) -> Iterator[_Part]:
+    """What holds parameters, in the order of registration.
+
+    A child that holds more than a map with what may stand beside it is one part, because it is something of its own.
+    """
+    for child_name, child in module.named_children():
+        inside = [(n, m) for n, m in child.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        if sum(is_map(m) for _, m in inside) > 1 or any(_holds_others(m) for _, m in inside):
+            inside = [("", child)]
+        yield from (_Part(join(child_name, n), child_name, m) for n, m in inside)
+
+
+def _holds_others(module: nn.Module) -> bool:
+    """Whether modules inside it have parameters beside its own."""
+    return any(True for child in module.children() for _ in child.parameters())
+
+
+def is_map(layer: nn.Module) -> bool:
+    """Whether it is a linear layer or a 1×1 convolution."""
+    if isinstance(layer, nn.Linear):
+        return True
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) == layer.stride and layer.groups == 1
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return "norm" in type(layer).__name__.lower()
+
+
+def map_sizes(layer: nn.Module) -> tuple[int, int]:
+    """How many features a map takes, and how many it gives."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    assert isinstance(layer, nn.Conv2d)
+    return layer.in_channels, layer.out_channels
+
+
+def _feed_forward_maps(parts: Sequence[_Part]) -> _Maps | None:
+    """The maps as their sizes tell, the last possible one taken for the map out of the neurons; None if none fits."""
+    maps = [p for p in parts if is_map(p.module)]
+    if not 2 <= len(maps) <= _MOST_MAPS:
+        return None
+    for down in reversed(maps[1:]):
+        ups = tuple(p for p in maps if p is not down)
+        sizes = {map_sizes(p.module) for p in ups}
+        (taken, given), (neurons, returned) = next(iter(sizes)), map_sizes(down.module)
+        # One map may give neurons and their gates one behind the other.
+        if len(sizes) == 1 and returned == taken and given in ((neurons, 2 * neurons) if len(ups) == 1 else (neurons,)):
+            found = _Maps(ups, (), down)
+            between = [p for p in _between(parts, found) if _keeps_apart(p.module, (neurons, given))]
+            return _Maps(ups, tuple(between), down)
+    return None
+
+
+def _between(parts: Sequence[_Part], maps: _Maps) -> list[_Part]:
+    """Other parts that are registered between the maps."""
+    own = (*maps.ups, maps.down)
+    places = sorted(parts.index(p) for p in own)
+    return [p for p in parts[places[0] : places[-1]] if p not in own]
+
+
+def _has_scalars(layer: nn.Module) -> bool:
+    """Whether it is an activation with numbers for all features alike."""
+    return all(t.numel() == 1 for t in layer.parameters())
+
+
+def _keeps_apart(layer: nn.Module, features: tuple[int, int]) -> bool:
+    """Whether ``layer`` is one that gives each of so many features by itself."""
+    if isinstance(layer, _BatchNorm):
+        return layer.num_features in features
+    return isinstance(layer, nn.Conv2d) and _is_depthwise(layer) and layer.out_channels in features
+
+
+def _is_gate(module: nn.Module, maps: _Maps) -> bool:
+    """Whether the module gives factors for what it takes, as squeeze-and-excitation does."""
+    gated = len(maps.ups) > 1 or map_sizes(maps.ups[0].module)[1] > map_sizes(maps.down.module)[0]
+    sigmoid = any("sigmoid" in type(m).__name__.lower() for m in module.children())
+    return sigmoid and not gated and isinstance(maps.down.module, nn.Conv2d)
+
+
+def _place(part: _Part, parts: Sequence[_Part], belonging: Sequence[_Part]) -> str:
+    """What passes its input on when no neuron is left: the child that holds nothing else, or the map itself."""
+    siblings = [p for p in parts if p.child == part.child]
+    return part.child if all(p in belonging for p in siblings) and belonging[-1] not in siblings else part.name

@@ -1,0 +1,188 @@
+"""What stands between two layers where channels cannot be followed from one to the other: found in forward passes.
+
+Every second channel that a convolution gives is changed. Behind each function of torch that runs then, the others must
+be as they were; the first one behind which they are not, or that changes the form of the tensor for good, is named.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from optin_deploy.nn.plain_layers import base_of, has_own_forward
+from optin_deploy.nn.unfold import Conv
+from optin_deploy.structure.residual import first_tensor
+
+_MAPS = nn.Linear | Conv | nn.Bilinear | nn.RNNBase | nn.RNNCellBase
+# Relative to the largest value of a tensor.
+_TOLERANCE = 1e-5
+
+
+@torch.no_grad()
+def obstacle(module: nn.Module, inputs: Mapping[str, Tensor], first: str) -> str | None:
+    """One phrase that names what keeps the channels of the convolution ``first`` from being pruned, None where nothing
+    is found: they are those of a residual stream, or go to several places.
+
+    Args:
+        inputs: of which the first sample is run twice.
+    """
+    conv = module.get_submodule(first)
+    if has_own_forward(conv):
+        base = base_of(conv)
+        assert base is not None
+        return f"{first} is of the class {type(conv).__name__}, a {base.__name__} with a forward of its own"
+    sample = {name: t[:1] for name, t in inputs.items()}
+    dense = _Trace(module, first, None)
+    changed = _Trace(module, first, dense.outputs)
+    try:
+        for trace in (dense, changed):
+            with trace.running():
+                module(**sample)
+    except _Different:
+        return None
+    return changed.found()
+
+
+class _Different(Exception):  # noqa: N818 - not an error
+    """The forward pass runs otherwise when channels change."""
+
+
+class _Trace(TorchFunctionMode):
+    """Outputs of the functions that run behind ``first``; with those of another pass, which of them are changed."""
+
+    def __init__(self, module: nn.Module, first: str, outputs: list[Tensor | None] | None) -> None:
+        super().__init__()
+        self.module, self.first, self.before = module, first, outputs
+        self.outputs: list[Tensor | None] = []
+        self.stack: list[str] = []
+        self.begun = False  # behind ``first``
+        self.shape: torch.Size | None = None
+        # Tensors that the changed channels reach. They are held, so that no other gets the id of one.
+        self.reached: dict[int, Tensor] = {}
+        self.mixing: str | None = None
+        self.reforming: str | None = None
+        # What the tensor's form changed with first, and how many channels it has had since it changed last.
+        self.start: str | None = None
+        self.channels: int | None = None
+        self.resizing: str | None = None
+        self.second: str | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Follow what runs while the context lasts."""
+        with ExitStack() as stack:
+            for name, submodule in self.module.named_modules():
+                before, after = self._entering(name, submodule), self._leaving(name)
+                stack.callback(submodule.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(submodule.register_forward_hook(after).remove)
+            stack.enter_context(self)
+            yield
+
+    def _entering(self, name: str, submodule: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.stack.append(name)
+            given = first_tensor(args if args else list(kwargs.values()))
+            if isinstance(submodule, _MAPS) and self.second is None and given is not None and id(given) in self.reached:
+                through = isinstance(submodule, Conv) and submodule.groups > 1 and not has_own_forward(submodule)
+                through = through and submodule.in_channels == submodule.out_channels
+                through = through and self.mixing is None and self.reforming is None
+                self.second = None if through else name
+
+        return hook
+
+    def _leaving(self, name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            self.stack.pop()
+            if name != self.first or self.begun or not isinstance(output, Tensor):
+                return None
+            self.begun, self.shape = True, output.shape
+            if self.before is None:
+                return None
+            with torch._C.DisableTorchFunction():
+                given = output.clone()
+                given[:, 1::2] = 1 - given[:, 1::2]
+            self.reached[id(given)] = given
+            return given
+
+        return hook
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        output = first_tensor(given)
+        if not self.begun or self.second is not None or output is None or not output.is_floating_point():
+            return given
+        with torch._C.DisableTorchFunction():
+            if self.before is None:
+                self.outputs.append(output.detach().clone())
+            else:
+                self._compare(func, output)
+                self.outputs.append(None)
+        return given
+
+    def _compare(self, func: Any, output: Tensor) -> None:
+        assert self.before is not None and self.shape is not None
+        number = len(self.outputs)
+        expected = self.before[number] if number < len(self.before) else None
+        if expected is None or expected.shape != output.shape:
+            raise _Different
+        moved = (output - expected).abs() > _TOLERANCE * expected.abs().max()
+        if not bool(moved.any()):
+            return
+        self.reached[id(output)] = output
+        if self.mixing is not None:
+            return
+        name, axis = self._named(func), self._axis(output.shape)
+        if axis is None:
+            channels = output.shape[1] if output.dim() > 1 else None
+            if self.reforming is None or channels != self.channels:
+                self.reforming, self.channels, self.start = name, channels, self.start or name
+        # A local response norm mixes so little of small values that it is told by its name.
+        elif bool(moved.movedim(axis, 1)[:, ::2].any()) or getattr(func, "__name__", "") == "local_response_norm":
+            self.mixing = name if self.start in (None, name) else f"{self.start} to {name}"
+        else:
+            self.reforming = self.start = self.channels = None
+            if output.dim() == len(self.shape) and axis == 1 and output.shape != self.shape:
+                self.resizing = self.resizing or name
+
+    def _axis(self, shape: torch.Size) -> int | None:
+        """Along which axis a tensor of this shape has the channels, if it has: maps, channels last, or tokens."""
+        assert self.shape is not None
+        if len(shape) > 1 and shape[1] == self.shape[1] and len(shape) <= len(self.shape):
+            return 1
+        last = len(shape) in (3, len(self.shape)) and shape[-1] == self.shape[1]
+        return -1 if last and shape[1:-1].numel() == self.shape[2:].numel() else None
+
+    def _named(self, func: Any) -> str:
+        """The module that runs, by its class and name, where it is one operator; else the function."""
+        name = self.stack[-1] if self.stack else ""
+        running = self.module.get_submodule(name)
+        alone = name and not any(isinstance(m, _MAPS) for m in running.modules())
+        if alone and not isinstance(running, nn.Sequential):
+            return f"{type(running).__name__} {name}"
+        return f"{getattr(func, '__name__', str(func)).strip('_')}()"
+
+    def found(self) -> str | None:
+        """See `obstacle`."""
+        end = f"{self.first} and {self.second or 'the end of the network'}"
+        if self.mixing is not None:
+            return f"{self.mixing} stands between {end} and mixes their channels"
+        if self.reforming is not None:
+            return f"{self.reforming} stands between {end} and changes where their channels are"
+        if self.second is None:
+            return None
+        second = self.module.get_submodule(self.second)
+        if has_own_forward(second):
+            base = base_of(second)
+            assert base is not None
+            kind = f"{type(second).__name__}, a {base.__name__} with a forward of its own"
+            return f"{self.second}, behind {self.first}, is of the class {kind}"
+        if isinstance(second, Conv) and second.groups > 1:
+            return f"{self.second}, behind {self.first}, takes their channels in {second.groups} groups"
+        if self.resizing is not None:
+            return f"{self.resizing} stands between {end} and changes the size of the picture"
+        if not isinstance(second, Conv):
+            return f"{type(second).__name__} {self.second} takes the channels of {self.first}, and no convolution does"
+        return None

@@ -1,0 +1,67 @@
+"""What is done to a module before it is described: it computes the same, with parts that can be pruned."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from optin_deploy.errors import UserError
+from optin_deploy.nn.copies import copied
+from optin_deploy.structure.adapters.torch_attention import through_modules
+from optin_deploy.structure.parametrizations import baked
+
+
+def prunable_form(module: nn.Module) -> nn.Module:
+    """``module`` unwrapped, with peft's adapters merged, computed weights baked in and torch's attentions in modules;
+    itself where it has none of these.
+
+    ``module`` is not changed; where nothing is merged, the copy shares its tensors.
+
+    Raises:
+        UserError: adapters cannot be merged, or weights cannot be baked in (see `baked`).
+    """
+    return through_modules(_merged(baked(module)))
+
+
+def _merged(module: nn.Module) -> nn.Module:
+    """The module without peft: every adapter is merged into what it adapts."""
+    if not any(type(m).__module__.startswith("peft.") for m in module.modules()):
+        return module
+    from peft import PeftModel, PromptLearningConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    whole = copied(module)
+    for name, child in list(whole.named_modules()):
+        if isinstance(child, PeftModel) and isinstance(child.active_peft_config, PromptLearningConfig):
+            kind = child.active_peft_config.peft_type
+            raise UserError(f"{kind} adds tokens and not weights: it cannot be merged; prune the network without it")
+        if isinstance(child, PeftModel):
+            return _merged(_replaced(whole, name, _tried(child, child.merge_and_unload)))
+    # Adapters that were put into a network of another class.
+    layers = [(name, child) for name, child in whole.named_modules() if isinstance(child, BaseTunerLayer)]
+    for name, child in layers:
+        if hasattr(child, "unload_and_optionally_merge_module"):
+            unload = partial(child.unload_and_optionally_merge_module, merge=True, safe_merge=False, adapter_names=None)
+            whole = _replaced(whole, name, _tried(child, unload))
+        else:
+            _tried(child, child.merge)
+            whole = _replaced(whole, name, child.get_base_layer())
+    return whole
+
+
+def _tried(adapters: object, merge: Callable[[], Any]) -> Any:
+    try:
+        return merge()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise UserError(
+            f"the adapters in {type(adapters).__name__} cannot be merged ({' '.join(str(error).split())[:120]}): merge "
+            "or remove them first"
+        ) from error
+
+
+def _replaced(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    if not name:
+        return child
+    module.set_submodule(name, child)
+    return module

@@ -1,0 +1,265 @@
+"""Cutting units out of a network: smaller parameters, no masks, no hooks."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from optin_deploy.nn.copies import copied
+from optin_deploy.nn.unfold import Conv, Geometry, feature_dim
+from optin_deploy.structure.groups import Entries, Group, Side, StandIn, Structure
+from optin_deploy.structure.partial_norms import shrunk
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.residual import is_batch_norm
+
+
+@runtime_checkable
+class Selecting(Protocol):
+    """A slim module that has to know which units are left of it."""
+
+    def keep_units(self, units: Tensor) -> None:
+        """Keep these of the present units."""
+
+
+class Constant(nn.Module):
+    """Stands in for a projection without inputs: gives its bias, of as many dimensions as the input.
+
+    The axes before the last have size 1, which a residual stream broadcasts, or with ``whole`` the input's sizes.
+    """
+
+    def __init__(self, bias: Tensor, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+    @property
+    def weight(self) -> Tensor:
+        """What tells a module around it, like T5's feed-forward network, of which type its parameters are."""
+        return self.bias
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        # A copy, because the network may change it in place.
+        if self.whole:
+            return self.bias.expand(*x.shape[:-1], -1).clone()
+        return self.bias.reshape((1,) * (x.dim() - 1) + (-1,))
+
+
+class ConstantTuple(Constant):
+    """`Constant` for an attention that returns its output and its weights."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(hidden_states), None
+
+
+class ConstantMap(Constant):
+    """`Constant` for a convolution: its bias as ``(1, C, 1, …)``, or with ``whole`` of the size that it would give."""
+
+    def __init__(self, conv: Conv, bias: Tensor, whole: bool) -> None:
+        super().__init__(bias, whole)
+        self.geometry = Geometry.of(conv)
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        bias = self.bias.reshape(1, -1, *(1 for _ in x.shape[2:]))
+        return bias.expand(x.shape[0], -1, *self.geometry.output_size(x.shape[2:])).clone() if self.whole else bias
+
+
+class NoChannels(nn.Module):
+    """Stands in for a convolution of which no channel is left: ``(batch, 0, …)``, of its size."""
+
+    def __init__(self, conv: Conv) -> None:
+        super().__init__()
+        self.geometry = Geometry.of(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A new tensor, because the network may change it in place.
+        return x.new_zeros((x.shape[0], 0, *self.geometry.output_size(x.shape[2:])))
+
+
+class PassTuple(nn.Module):
+    """Gives its first input back as an attention would: output and no weights."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
+    """A copy of ``module`` that has only the units of ``plan``.
+
+    It equals the masked ``module``. Raises UserError when the plan does not fit the structure.
+    """
+    plan.check(structure)
+    small = copied(module)
+    # In this order: heads leave before those that stay get narrower.
+    for group in structure.groups:
+        kept = plan.kept.get(group.name, range(group.units))
+        if len(kept) == group.units or not plan.kept.get(group.outer or "", (0,)):
+            continue
+        if len(kept) == 0:
+            _stand_in(small, group)
+        else:
+            _slice(small, group, torch.tensor(kept))
+    return small
+
+
+def features_of(units: Tensor, group: Group, features: int, widths: Sequence[int] = ()) -> Tensor:
+    """Indices of those of ``features`` that belong to ``units``, in order; ``widths`` as for `Side`."""
+    found, start = [], 0
+    for width in widths or (group.width,) * (features // (group.units * group.width)):
+        found.append(start + (units[:, None] * width + torch.arange(width)).reshape(-1))
+        start += group.units * width
+    return torch.cat(found)
+
+
+def query_gain(group: Group, kept: int) -> float:
+    """What queries are multiplied by where ``kept`` dimensions are left and the softmax's scale follows the width."""
+    return (kept / group.units) ** 0.5 if group.qkv is not None and group.qkv.scale is not None else 1.0
+
+
+def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
+    if group.kind == "width":
+        _rescale_queries(module, group, len(kept))
+    if group.slim is not None:
+        slim = slimmed(module.get_submodule(group.name), group.slim)
+        if isinstance(slim, Selecting):
+            slim.keep_units(kept)
+        replace_submodule(module, group.name, slim)
+    for side in group.sides:
+        layer = module.get_submodule(side.module)
+        features = features_of(kept, group, layer_size(layer, side), side.widths)
+        if is_batch_norm(layer):
+            _slice_norm(layer, features)
+        else:
+            _slice_layer(layer, side, features)
+    if group.mixing is not None:
+        features = features_of(kept, group, group.units * group.width)
+        replace_submodule(module, group.mixing, shrunk(module.get_submodule(group.mixing), features, group.axis))
+    for entries in group.entries:
+        _slice_entries(module, entries, group, kept)
+    for name, attribute in group.attributes:
+        owner = module.get_submodule(name)
+        setattr(owner, attribute, _scaled(getattr(owner, attribute), len(kept), group.units))
+
+
+def _scaled(value: int | tuple[int, ...], kept: int, units: int) -> int | tuple[int, ...]:
+    """An attribute's value when ``kept`` of so many units are left; of a shape, the last axis of that size shrinks."""
+    if isinstance(value, int):
+        return value * kept // units
+    axis = len(value) - 1 - value[::-1].index(units)
+    return (*value[:axis], kept, *value[axis + 1 :])
+
+
+def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """``module``, with all it holds, as one of the class ``cls``, a subclass of its own with another forward."""
+    assert issubclass(cls, type(module))
+    slim = cls.__new__(cls)
+    slim.__dict__.update(module.__dict__)
+    return slim
+
+
+def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the submodule ``name``, under all its names."""
+    old = module.get_submodule(name)
+    for parent in list(module.modules()):
+        for child, held in list(parent._modules.items()):
+            if held is old:
+                parent._modules[child] = new
+
+
+def layer_size(layer: nn.Module, side: Side) -> int:
+    """How many features or channels a layer has on a side."""
+    if is_batch_norm(layer):
+        return len(layer.get_buffer("running_mean"))
+    return layer.get_parameter("weight").shape[feature_dim(layer, side.axis)]
+
+
+@torch.no_grad()
+def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
+    assert group.qkv is not None
+    if group.qkv.scale is None:
+        return
+    gain = query_gain(group, kept)
+    layer = module.get_submodule(group.qkv.queries.module)
+    for parameter in (layer.get_parameter("weight"), layer.bias):
+        if isinstance(parameter, Tensor):
+            parameter[group.qkv.queries.of(len(parameter))] *= gain
+    owner, attribute = module.get_submodule(group.qkv.scale[0]), group.qkv.scale[1]
+    setattr(owner, attribute, getattr(owner, attribute) / gain)
+
+
+def _slice_layer(layer: nn.Module, side: Side, features: Tensor) -> None:
+    """Keep these outputs or inputs of a linear layer or a convolution."""
+    assert isinstance(layer, nn.Linear | Conv)
+    before = layer_size(layer, side)
+    layer.weight = _selected(layer.get_parameter("weight"), feature_dim(layer, side.axis), features)
+    unit = "features" if isinstance(layer, nn.Linear) else "channels"
+    setattr(layer, f"{side.axis}_{unit}", len(features))
+    if isinstance(layer, Conv) and layer.groups > 1:
+        layer.groups = layer.groups * len(features) // before
+        layer.in_channels = layer.in_channels * len(features) // before
+    if side.axis == "out" and layer.bias is not None:
+        layer.bias = _selected(layer.get_parameter("bias"), 0, features)
+
+
+def _slice_entries(module: nn.Module, entries: Entries, group: Group, kept: Tensor) -> None:
+    owner, _, name = entries.tensor.rpartition(".")
+    holder = module.get_submodule(owner)
+    tensor = getattr(holder, name)
+    index = features_of(kept, group, tensor.shape[entries.dim], entries.widths)
+    if isinstance(tensor, nn.Parameter):
+        setattr(holder, name, _selected(tensor, entries.dim, index))
+        # What the module has made of the parameter and keeps is no longer right; some drop it on either change of mode,
+        # some when training begins.
+        training = holder.training
+        holder.train(True)
+        holder.train(training)
+    else:
+        setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
+
+
+def _slice_norm(norm: Any, features: Tensor) -> None:
+    if hasattr(norm, "num_features"):
+        norm.num_features = len(features)
+    for name, parameter in list(norm.named_parameters(recurse=False)):
+        setattr(norm, name, _selected(parameter, 0, features))
+    for name, buffer in list(norm.named_buffers(recurse=False)):
+        if buffer.dim():
+            setattr(norm, name, buffer.index_select(0, features.to(buffer.device)).contiguous())
+
+
+def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
+    data = parameter.detach().index_select(dim, index.to(parameter.device)).contiguous()
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _stand_in(module: nn.Module, group: Group) -> None:
+    output = module.get_submodule(group.output)
+    whole = group.in_place or not group.has_stream
+    for name, kind in group.stand_ins:
+        replace_submodule(module, name, _replacement(kind, module.get_submodule(name), output, whole))
+
+
+def _replacement(kind: StandIn, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
+    """What stands in for ``replaced`` when the projection ``output`` has no inputs left."""
+    if kind == "no_channels":
+        assert isinstance(replaced, Conv)
+        return NoChannels(replaced)
+    if kind in ("pass", "pass_tuple"):
+        return nn.Identity() if kind == "pass" else PassTuple()
+    assert isinstance(output, nn.Linear | Conv)
+    bias = output.bias
+    if bias is None:
+        features = output.weight.shape[feature_dim(output, "out")]
+        bias = nn.Parameter(output.weight.new_zeros(features), requires_grad=output.weight.requires_grad)
+    if isinstance(output, Conv):
+        return ConstantMap(output, bias, whole)
+    return ConstantTuple(bias, whole) if kind == "constant_tuple" else Constant(bias, whole)
+
+
+def output_bias(module: nn.Module, group: Group) -> nn.Parameter | None:
+    """The bias added behind the units of ``group``, also when no unit is left."""
+    for name, kind in group.stand_ins:
+        stand_in = module.get_submodule(name)
+        if kind.startswith("constant") and isinstance(stand_in, Constant):
+            return stand_in.bias
+    return module.get_submodule(group.output).bias  # type: ignore[return-value]

@@ -1,0 +1,155 @@
+"""What of a network pruning leaves alone, why, and how many of the FLOPs it takes."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from optin_deploy.nn.flops import flops_by_module
+from optin_deploy.nn.unfold import Conv
+from optin_deploy.structure.adapters.conv_channels import LEAKING
+from optin_deploy.structure.between_layers import obstacle
+from optin_deploy.structure.groups import Structure
+
+# What no adapter has anything to say about is told where all that is like it takes this part of the FLOPs.
+_TOLD_SHARE = 0.01
+# Layers that are not pruned, and of whose FLOPs torch's counter may know nothing.
+UNCOUNTED = nn.RNNBase | nn.RNNCellBase | nn.Bilinear
+# Of so many kinds of modules, the largest, it is found out what stands between their convolutions; of so many each.
+_EXPLAINED, _TRIED = 4, 3
+
+
+@dataclass(frozen=True)
+class Unpruned:
+    """Modules that stay dense for one reason.
+
+    Attributes:
+        module: the name, with ``*`` in place of the numbers in it where there are several.
+        reason: why they stay.
+        flops_share: what all of them take of the network's FLOPs, 0 to 1, without the groups inside them.
+        count: how many there are.
+    """
+
+    module: str
+    reason: str
+    flops_share: float
+    count: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    module: str
+    reason: str
+    flops: int
+    refused: bool
+
+
+def unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> tuple[Unpruned, ...]:
+    """What is outside all groups of ``structure``, the largest part of the FLOPs first.
+
+    Modules that an adapter refused are told with their reason whatever they take; all others, by the outermost modules
+    that hold no group, where modules of like names take 1 % of the FLOPs or more.
+    """
+    counts = flops_by_module(module, inputs)
+    total = sum(counts.get("Global", {}).values())
+    alike: dict[tuple[str, str], list[_Found]] = {}
+    for found in _Walk(module, structure, counts).all():
+        alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", found.module), found.reason), []).append(found)
+    told = []
+    for (pattern, reason), together in alike.items():
+        share = sum(found.flops for found in together) / total if total else 0.0
+        if share >= _TOLD_SHARE or any(found.refused for found in together):
+            name = pattern if len(together) > 1 else together[0].module
+            told.append((Unpruned(name, reason, share, len(together)), together[0]))
+    told.sort(key=lambda each: -each[0].flops_share)
+    explained = [_explained(module, inputs, each, found) for each, found in told[:_EXPLAINED]]
+    return (*explained, *(each for each, _ in told[_EXPLAINED:]))
+
+
+def _explained(module: nn.Module, inputs: Mapping[str, Tensor], told: Unpruned, found: _Found) -> Unpruned:
+    """``told``, with what stands between convolutions where that is the reason."""
+    if found.module not in dict(module.named_modules()) or (found.refused and LEAKING not in found.reason):
+        return told
+    inside = module.get_submodule(found.module)
+    convolutions = [
+        n for n, m in inside.named_modules() if isinstance(m, Conv) and m.groups == 1 and m.out_channels > 1
+    ]
+    for name in convolutions[:_TRIED]:
+        reason = obstacle(module, inputs, f"{found.module}.{name}" if name else found.module)
+        if reason is not None:
+            return replace(told, reason=f"{told.reason}: {reason}" if found.refused else reason)
+    return told
+
+
+def never_pruned(module: nn.Module) -> str:
+    """What is said of one of `UNCOUNTED`."""
+    kind = "bilinear" if isinstance(module, nn.Bilinear) else "recurrent"
+    return f"{type(module).__name__}: {kind} layers are not pruned"
+
+
+class _Walk:
+    """From the root down to modules that a group owns, that an adapter refused, or that hold neither."""
+
+    def __init__(self, module: nn.Module, structure: Structure, counts: Mapping[str, Mapping[object, int]]) -> None:
+        self.module, self.counts = module, counts
+        self.owners = {owner for group in structure.groups for owner in group.owners}
+        self.refused: dict[str, str] = {}
+        for left in structure.left_dense:
+            known = self.refused.get(left.module)
+            self.refused[left.module] = left.reason if known in (None, left.reason) else f"{known}; {left.reason}"
+
+    def all(self) -> Iterator[_Found]:
+        found = list(self._below("", self.module))
+        seen = {each.module for each in found}
+        yield from found
+        # Those inside what a group owns, like the norm between its projections.
+        for name in self.refused.keys() - seen:
+            yield _Found(name, self.refused[name], self._flops(name, self.module.get_submodule(name)), True)
+
+    def _below(self, name: str, module: nn.Module) -> Iterator[_Found]:
+        if name in self.owners:
+            return
+        if name in self.refused:
+            yield _Found(name, self.refused[name], self._flops(name, module) - self._owned(name, module), True)
+            return
+        if name and not any(_is_inside(other, name) for other in (*self.owners, *self.refused)):
+            yield _Found(name, _unknown(module), self._flops(name, module), False)
+            return
+        own = self._flops(name, module)
+        for child, submodule in module.named_children():
+            inside = f"{name}.{child}" if name else child
+            own -= self._flops(inside, submodule)
+            yield from self._below(inside, submodule)
+        yield _Found(name or "(the network itself)", "computed in its own forward, by no layer", max(own, 0), False)
+
+    def _owned(self, name: str, module: nn.Module) -> int:
+        """FLOPs of the groups inside."""
+        if name in self.owners:
+            return self._flops(name, module)
+        return sum(self._owned(f"{name}.{child}", submodule) for child, submodule in module.named_children())
+
+    def _flops(self, name: str, module: nn.Module) -> int:
+        """FLOPs of a module; of one that is never called itself, like a list, those of what it holds."""
+        key = f"{type(self.module).__name__}.{name}" if name else "Global"
+        if key in self.counts:
+            return sum(self.counts[key].values())
+        return sum(
+            self._flops(f"{name}.{child}" if name else child, submodule) for child, submodule in module.named_children()
+        )
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _unknown(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, UNCOUNTED):
+        return never_pruned(module)
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if own and not list(module.children()) and not type(module).__module__.startswith("torch.nn."):
+        return f"a {kind}, which computes with parameters of its own ({', '.join(own)}) and not with layers"
+    if not list(module.children()) or type(module).__module__.startswith("torch.nn."):
+        return f"a {kind} in no prunable group"
+    return f"a {kind}, which no adapter knows as a whole or in parts"

@@ -1,0 +1,1 @@
+"""Merge tokens between blocks: which ones, how many, and what that costs."""

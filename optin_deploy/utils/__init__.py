@@ -1,0 +1,1 @@
+"""Files, paths, progress, signals and number formatting."""

@@ -1,0 +1,1 @@
+"""Isolated processes that measure one case each."""

@@ -1,0 +1,159 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import tiny
+import torch
+from together import together
+from torch import Tensor
+
+from optin_deploy.criteria import scoring
+from optin_deploy.criteria.scoring import Criterion, Scoring, score
+from optin_deploy.distributed.ranks import ALONE, Ranks, Shared, own_indices, ranks_of
+from optin_deploy.errors import UserError
+from optin_deploy.pruning.pruner import make_sparse, prune
+from optin_deploy.search.costs import flop_costs
+from optin_deploy.tokens.damage import token_damages
+from optin_deploy.tokens.find_stack import token_stack
+
+pytestmark = pytest.mark.slow
+
+
+WAYS = [
+    *((criterion, "sketch") for criterion in get_args(Criterion)),
+    *(("trajectory", scorer) for scorer in get_args(scoring.Scorer) if scorer != "sketch"),
+]
+
+
+def some_batches(name: str) -> list[tiny.Batch]:
+    """Five, so that neither two nor three processes get equal shares."""
+    return [tiny.batches(tiny.network(name), 1, size=3 + i % 2)[0] for i in range(5)]
+
+
+def all_scores(name: str, ranks: Ranks) -> dict[str, Tensor]:
+    network, structure = tiny.network(name), tiny.structure(name)
+    batches = Shared(some_batches(name), ranks)
+    costs = flop_costs(network.module, structure, network.inputs)
+    labels = [torch.arange(len(next(iter(batch.values())))) % 3 for batch in batches]
+    found = {}
+    for criterion, scorer in WAYS:
+        if criterion == "fisher" and network.logits is None:
+            continue
+        given = Scoring(criterion, scorer, probes=3, task_weight=0.5, seed=2)
+        scores = score(network, structure, costs, batches, given, labels=labels)
+        found |= {f"{criterion} {scorer} {group}": values for group, values in scores.items()}
+    return found
+
+
+@pytest.mark.parametrize(("name", "world"), [("vit", 2), ("vit", 3), ("bert", 3), ("plain_resnet", 2)])
+def test_scores_are_those_of_one_process(name: str, world: int, tmp_path: Path) -> None:
+    expected = all_scores(name, ALONE)
+    for found in together(lambda ranks: all_scores(name, ranks), world, tmp_path):
+        assert found.keys() == expected.keys()
+        for key, values in expected.items():
+            torch.testing.assert_close(found[key], values, rtol=1e-6, atol=0, msg=key)
+
+
+def pruned(name: str, ranks: Ranks, **options: Any) -> dict[str, Tensor]:
+    network = tiny.network(name)
+    small = prune(network, Shared(some_batches(name), ranks), 0.6, align=2, **options).network.module
+    return dict(small.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit", {}),
+        ("vit", {"rounds": 2, "narrow": True}),
+        ("vit", {"tokens": "auto"}),
+        ("bert", {}),
+        ("plain_resnet", {"ridge": None}),
+    ],
+    ids=str,
+)
+def test_weights_are_those_of_one_process(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    expected = pruned(name, ALONE, **options)
+    for found in together(lambda ranks: pruned(name, ranks, **options), 3, tmp_path):
+        for key, weights in expected.items():
+            torch.testing.assert_close(found[key], weights, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_merging_costs_what_it_costs_one_process(tmp_path: Path) -> None:
+    network, structure = tiny.network("vit"), tiny.structure("vit")
+    stack = token_stack(network.module, network.inputs, structure)
+
+    def measured(ranks: Ranks) -> dict[str, Tensor]:
+        batches = Shared(some_batches("vit"), ranks)
+        return {"loss": torch.from_numpy(token_damages(network, structure, stack, batches, Scoring()).loss)}
+
+    for found in together(measured, 2, tmp_path):
+        torch.testing.assert_close(found["loss"], measured(ALONE)["loss"], rtol=1e-6, atol=0)
+
+
+def exchanged(ranks: Ranks) -> dict[str, Tensor]:
+    """What the main process makes reaches all, and so do errors, whoever has them."""
+
+    def refused(message: str) -> str:
+        raise UserError(message)
+
+    told = ranks.told(lambda: {"rank": ranks.rank})
+    assert told == {"rank": 0}
+    assert ranks.agreed(lambda: "same") == "same"
+    with pytest.raises(UserError, match=r"^from the main one$"):
+        ranks.told(lambda: refused("from the main one"))
+    with pytest.raises(UserError, match=r"^rank 1: no file$"):
+        ranks.agreed(lambda: refused("no file") if ranks.rank == 1 else "fine")
+    with pytest.raises(UserError, match=r"^no model$"):
+        ranks.agreed(lambda: refused("no model"))
+    with pytest.raises(UserError, match=r"^rank 1 .*weights"):
+        ranks.agreed(lambda: f"mine {ranks.rank}" * (1 + ranks.rank))
+    own = torch.full((2, 3), float(ranks.rank + 1))
+    return {
+        "given": ranks.given(lambda: own, own),
+        **ranks.total({"sum": own, "count": torch.tensor(ranks.rank)}),
+    }
+
+
+def test_processes_exchange(tmp_path: Path) -> None:
+    for found in together(exchanged, 2, tmp_path):
+        assert torch.equal(found["given"], torch.ones(2, 3))
+        assert torch.equal(found["sum"], torch.full((2, 3), 3.0, dtype=torch.float64))
+        assert float(found["count"]) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 30])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_piece_of_work_is_done_once(count: int, world: int) -> None:
+    everyone = [Ranks(rank, world) for rank in range(world)]
+    shares = [ranks.share(count) for ranks in everyone]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    costs = [float((7 * i) % 5 + 1) for i in range(count)]
+    weighed = [ranks.weighed(costs) for ranks in everyone]
+    assert sorted(i for share in weighed for i in share) == list(range(count))
+    loads = [sum(costs[i] for i in share) for share in weighed]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def test_batches_of_nobody_else() -> None:
+    batches: Sequence[tiny.Batch] = [{"x": torch.zeros(1)}] * 3
+    assert ranks_of(batches) == ALONE and own_indices(batches) == range(3)
+    shared = Shared(batches, Ranks(1, 2))
+    assert own_indices(shared) == range(1, 3)
+    assert ranks_of(shared[:2]) == Ranks(1, 2) and len(shared[:2]) == 2
+
+
+def sparse(ranks: Ranks) -> dict[str, Tensor]:
+    network, structure = tiny.network("vit"), tiny.structure("vit")
+    batches = Shared(some_batches("vit"), ranks)
+    found = prune(network, batches, 0.7, align=4)
+    make_sparse(network, found.network.module, structure, found.plan, batches, "auto")
+    return dict(found.network.module.state_dict())
+
+
+def test_sparse_weights_are_those_of_one_process(tmp_path: Path) -> None:
+    expected = sparse(ALONE)
+    for found in together(sparse, 2, tmp_path):
+        for key, weights in expected.items():
+            torch.testing.assert_close(found[key], weights, rtol=1e-5, atol=1e-5, msg=key)

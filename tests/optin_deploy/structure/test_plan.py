@@ -1,0 +1,67 @@
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optin_deploy.errors import UserError
+from optin_deploy.structure.describe import describe
+from optin_deploy.structure.plan import Plan
+from optin_deploy.structure.slicing import sliced
+
+
+def test_after_in_the_dense_networks_indices() -> None:
+    first = Plan({"a": (1, 3, 5), "b": (0,)})
+    second = Plan({"a": (0, 2), "c": (7,)})
+    assert second.after(first) == Plan({"a": (1, 5), "b": (0,), "c": (7,)})
+
+
+def test_after_a_group_that_vanished() -> None:
+    assert Plan({"a": ()}).after(Plan({"a": (2,)})) == Plan({"a": ()})
+    assert Plan({}).after(Plan({"a": ()})) == Plan({"a": ()})
+
+
+@pytest.mark.parametrize("name", ["vit_gated", "deit_distilled", "hf_vit", "bert", "distilbert"])
+@given(data=st.data())
+def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
+    network, structure = tiny.network(name), tiny.structure(name)
+    first = data.draw(tiny.plans(structure))
+    once = sliced(network.module, structure, first)
+    left = describe(once, network.inputs)
+    assert {g.name: g.units for g in left.groups} == {
+        g.name: n
+        for g in structure.groups
+        if (n := len(first.kept.get(g.name, range(g.units)))) and first.kept.get(g.outer or "", (0,))
+    }
+    second = data.draw(tiny.plans(left))
+
+    twice = sliced(once, left, second).state_dict()
+    directly = sliced(network.module, structure, second.after(first)).state_dict()
+    assert twice.keys() == directly.keys()
+    for k in twice:
+        # Where timm's scale follows the width, queries are rescaled, with a rounding in each step.
+        torch.testing.assert_close(twice[k], directly[k], rtol=1e-6 if k.startswith("blocks") else 0, atol=0)
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (3, 2), (24,), (-1,)])
+def test_check_refuses_bad_indices(kept: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp"):
+        Plan({"blocks.0.mlp": kept}).check(tiny.structure("vit"))
+
+
+def test_check_refuses_unknown_groups_and_takes_the_rest() -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        Plan({"nowhere": ()}).check(tiny.structure("vit"))
+    Plan({"blocks.0.mlp": (0, 23), "blocks.1.mlp": ()}).check(tiny.structure("vit"))
+
+
+def test_check_refuses_heads_without_width() -> None:
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.width.*last unit") as caught:
+        Plan({"blocks.0.attn.width": ()}).check(tiny.structure("vit"))
+    assert "\n" not in str(caught.value)
+    Plan({"blocks.0.attn.width": (3,), "blocks.1.attn": (), "blocks.1.attn.width": (0,)}).check(tiny.structure("vit"))
+
+
+def test_a_plan_for_widths_needs_a_structure_with_widths() -> None:
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.width"):
+        Plan({"blocks.0.attn.width": (0,)}).check(tiny.structure("vit").without_widths())
