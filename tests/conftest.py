@@ -3,8 +3,12 @@
 import gc
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
+from renderings import CheckGolden
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +37,26 @@ def garbage_is_collected_seldom() -> Iterator[None]:
 def without_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs give no account of where the time goes, which takes seconds and has tests of its own."""
     monkeypatch.setattr("optin_deploy.run.measure_stages.LAYER_RUNTIMES", ())
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the files of tests/golden anew")
+
+
+@pytest.fixture
+def check_golden(request: pytest.FixtureRequest) -> CheckGolden:
+    """Compare a whole rendering with a file of ``tests/golden``, or write the file with ``--update-golden``.
+
+    Ends of lines are stripped and figures that differ from run to run must be replaced before.
+    """
+
+    def check(name: str, text: str) -> None:
+        lines = [line.rstrip() for line in text.strip("\n").splitlines()]
+        path = GOLDEN / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        assert path.is_file(), f"{path} is missing: write it with pytest --update-golden"
+        assert lines == path.read_text(encoding="utf-8").splitlines(), f"{name}: if it is meant, pytest --update-golden"
+
+    return check

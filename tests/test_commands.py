@@ -28,6 +28,9 @@ from optin_deploy.network import Network
 from optin_deploy.run import latency_stage, measure_stages
 from profilers import Comparison, Measurement, RawSamples, environment
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("optin-deploy", "python", "python3", "pip", "make", "sh", "docker", "torchrun", "mkdocs", "npm")

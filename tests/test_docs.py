@@ -14,6 +14,9 @@ from tiny_models import save_bert, save_images, save_lines, texts
 from optin_deploy.cli.main import app
 from optin_deploy.config.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_models import save_bert, save_images, save_lines, save_shallow, texts
 
+pytestmark = pytest.mark.slow
+
+
 # Every interpreter that finds this on its path reports what it is about to connect to, and is kept from it.
 GUARD = """
 import os, sys

@@ -6,6 +6,9 @@ from importlib import resources
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
+
 HEAVY = ("torch", "timm", "transformers", "onnx", "onnxruntime", "matplotlib")
 
 

@@ -22,7 +22,7 @@ from optin_deploy.structure.slicing import sliced
 
 DATA = Path(os.environ.get("OPTIN_DATA_ROOT", "../shared/data")).resolve()
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
-pytestmark = pytest.mark.data
+pytestmark = [pytest.mark.data, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

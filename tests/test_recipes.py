@@ -17,6 +17,9 @@ from optin_deploy.config.recipe import make_recipe
 from optin_deploy.report import Report
 from optin_deploy.run.pipeline import prune_export
 
+pytestmark = pytest.mark.slow
+
+
 RECIPES = DOCS / "recipes"
 SHORT: dict[str, Any] = {"batch_sizes": (1,), "runtimes": ("ort-cpu",), "profile_seconds": 0.2, "threads": 1}
 

@@ -39,12 +39,10 @@ ROWS = (
     Row("recipe-python-object", _written(CODE), UNREADABLE + ".*python/object/apply", runs_code=True),
     Row("recipe-python-name", _written(GOOD + "seed: !!python/name:os.system\n"), UNREADABLE + ".*python/name"),
     Row("recipe-unknown-tag", _written("model: !secret key\n"), UNREADABLE + ".*!secret"),
-    Row(
-        "recipe-twice", _written(GOOD + "flops: 0.6\n"), r"r\.yaml, line 3: flops is given twice, first in r\.yaml, li"
-    ),
+    Row("recipe-twice", _written(GOOD + "flops: 0.6\n"), r"r\.yaml, line 3: flops .*twice"),
     Row("recipe-alias-bomb", _written(BOMB), r"r\.yaml, line 2: an alias \(\*a\)"),
     Row("recipe-merge-key", _written("a: &a {flops: 0.5}\n<<: *a\n"), r"r\.yaml, line 2: an alias"),
-    Row("recipe-near-miss", _written(GOOD + "calibration_sample: 8\n"), "did you mean 'calibration_samples'"),
+    Row("recipe-near-miss", _written(GOOD + "calibration_sample: 8\n"), "'calibration_sample'.*'calibration_samples'"),
     Row("recipe-wrong-type", _written("model: test_vit\nflops: [0.5]\n"), r"r\.yaml, line 2: --flops \[0\.5\]"),
     Row("recipe-mapping-for-a-number", _written(GOOD + "seed: {a: 1}\n"), r"r\.yaml, line 3: --seed"),
     Row("recipe-nan", _written("model: test_vit\nflops: .nan\n"), r"r\.yaml, line 2: --flops nan"),
@@ -53,11 +51,11 @@ ROWS = (
     Row("recipe-not-utf8", _written(b"model: \xff\n"), UNREADABLE),
     Row("recipe-utf16", _written(GOOD.encode("utf-16")), UNREADABLE),
     Row("recipe-nul", _written("model: a\0b\nflops: 0.5\n"), UNREADABLE),
-    Row("recipe-list", _written("- model\n"), r"recipe r\.yaml must be a mapping"),
-    Row("recipe-empty", _written(""), r"recipe r\.yaml must be a mapping"),
+    Row("recipe-list", _written("- model\n"), r"recipe r\.yaml .*mapping"),
+    Row("recipe-empty", _written(""), r"recipe r\.yaml .*mapping"),
     Row("recipe-nested", _written("a: " + "[" * 50_000), UNREADABLE),
     Row("recipe-key-no-text", _written(GOOD + "[1, 2]: 3\n"), r"r\.yaml"),
-    Row("recipe-large", _written(GOOD + "#" * (1 << 21)), UNREADABLE + "it is larger than 1 MiB"),
+    Row("recipe-large", _written(GOOD + "#" * (1 << 21)), UNREADABLE + ".*1 MiB"),
     Row("recipe-directory", _directory, UNREADABLE),
     Row("recipe-pipe", _pipe, UNREADABLE + "it is not a file"),
     Row(
@@ -66,7 +64,7 @@ ROWS = (
     Row("recipe-seed-in-floating-point", _written(GOOD + "seed: 1.0e+30\n"), r"r\.yaml, line 3: --seed 1e\+30: "),
     Row("batch-size-of-a-billion", _option("--batch-sizes", "1,1000000000"), "--batch-sizes 1000000000: .* 65536"),
     Row("batch-size-of-400-digits", _option("--batch-sizes", str(10**400)), "--batch-sizes 10{79}…: .* 65536"),
-    Row("batch-sizes-none", _option("--batch-sizes", ""), "--batch-sizes: nothing is listed; give one value at least"),
+    Row("batch-sizes-none", _option("--batch-sizes", ""), "--batch-sizes: .*one value"),
     Row(
         "batch-size-of-a-repository",
         lambda _: ["export", "--model", "test_vit", "--layout", "triton", "--batch-sizes", str(10**30)],

@@ -141,7 +141,7 @@ def _nothing(*place: str | int) -> Callable[[bytes], bytes]:
     return change
 
 
-DAMAGED, NOT_A_REPORT = r"--output run: {} is not what the run wrote", r"report\.json is not a report of this version"
+DAMAGED, NOT_A_REPORT = r"--output run: {} .*what the run wrote", r"report\.json .*not a report.*"
 NESTED = b'{"a":' * 100_000
 ROWS = (
     Row("report-truncated", _report(lambda whole: whole[: len(whole) // 2]), NOT_A_REPORT),
@@ -153,7 +153,7 @@ ROWS = (
     Row("report-no-flops", _report(_nothing("pruned", "flops")), NOT_A_REPORT + r": pruned\.flops"),
     Row("report-no-speed", _report(_nothing("profile", 0, "speedup", "value")), NOT_A_REPORT + r": .*speedup\.value"),
     Row("report-no-time", _report(_nothing("layers", 0, "measured", "dense_ms")), NOT_A_REPORT + r": .*measured"),
-    Row("report-missing", lambda _: ["report", "none"], "cannot read the report none"),
+    Row("report-missing", lambda _: ["report", "none"], "cannot read .*none"),
     Row("report-endless", lambda _: ["report", "/dev/zero"], "/dev/zero"),
     Row("run-json-truncated", _continued(_written("run.json", lambda _: b'{"fing')), "--output run .*holds no run"),
     Row("run-json-nested", _continued(_written("run.json", lambda _: NESTED)), "--output run .*holds no run"),
@@ -185,56 +185,52 @@ ROWS = (
         _continued(lambda: Path("run", "checkpoint", "model.safetensors").unlink()),
         DAMAGED.format("checkpoint"),
     ),
-    Row("output-holds-something-else", _foreign, "--output run is not empty and holds no run"),
+    Row("output-holds-something-else", _foreign, "--output run .*holds no run"),
     Row("output-is-a-file", _into_a_file, "--output run is a file"),
-    Row("output-long-name", _pruning_to(LONG), f"--output {LONG} cannot be made: File name too long"),
-    Row("output-long-name-below", _pruning_to(f"runs/{LONG}"), "--output runs/n+ cannot be made: File name too long"),
-    Row(
-        "output-below-a-file", _pruning_to("f/x", lambda: Path("f").touch()), "--output f/x cannot be made: .*f is a fi"
-    ),
+    Row("output-long-name", _pruning_to(LONG), f"--output {LONG} .*File name too long"),
+    Row("output-long-name-below", _pruning_to(f"runs/{LONG}"), "--output runs/n+ .*File name too long"),
+    Row("output-below-a-file", _pruning_to("f/x", lambda: Path("f").touch()), "--output f/x .*f is a file"),
     Row(
         "output-link-to-nothing",
         _pruning_to("d", lambda: Path("d").symlink_to("gone")),
         "--output d .* link to nothing",
     ),
     Row("output-link-to-itself", _pruning_to("d", lambda: Path("d").symlink_to("d")), "--output d .* link to nothing"),
-    Row("export-long-name", _exporting(output=LONG), f"{LONG} cannot be made: File name too long"),
+    Row("export-long-name", _exporting(output=LONG), f"{LONG} .*File name too long"),
     Row(
         "export-below-a-file",
         _exporting(output="f/x", prepare=lambda: Path("f").touch()),
-        "f/x cannot be made: .*f is a",
+        "f/x .*f is a",
     ),
     Row(
         "export-link-to-nothing",
         _exporting(output="d", prepare=lambda: Path("d").symlink_to("gone")),
-        "d exists already: choose another",
+        "d exists already",
     ),
     Row(
         "export-below-a-link-to-itself",
         _exporting(output="d/x", prepare=lambda: Path("d").symlink_to("d")),
-        "d/x cannot be made: .*d is a link to nothing",
+        "d/x .*d is a link to nothing",
     ),
     Row("export-name-of-dots", _exporting("--layout", "triton", "--name", ".."), r"--name \.\.: only letters"),
     Row("export-name-of-a-dash", _exporting("--layout", "triton", "--name=-"), "--name -: only letters"),
-    Row(
-        "export-name-long", _exporting("--layout", "triton", "--name", LONG), "o/n+_onnx cannot be made: File name too"
-    ),
+    Row("export-name-long", _exporting("--layout", "triton", "--name", LONG), "o/n+_onnx .*File name too long"),
     Row("report-long-name", lambda _: ["report", LONG], f"{LONG}.*File name too long"),
     Row(
         "run-checkpoint-link-to-nothing",
         _continued(_in_place("checkpoint", lambda p: p.symlink_to("gone"))),
-        "--output run: checkpoint is no directory",
+        "--output run: checkpoint .*no directory",
     ),
     Row("run-report-directory", _continued(_in_place("report.json", Path.mkdir)), r"run: report\.json is no file"),
     Row("run-recipe-directory", _continued(_in_place("recipe.yaml", Path.mkdir)), r"run: recipe\.yaml is no file"),
     Row("run-plan-pipe", _continued(_in_place("plan.json", pipe)), r"--output run: plan\.json is no file"),
     Row("run-json-pipe", _continued(_in_place("run.json", pipe)), "--output run .*holds no run"),
-    Row("latency-table-truncated", _latency_table('{"rows": ['), "the latency table .* remove it to measure again"),
-    Row("latency-table-nested", _latency_table(NESTED.decode()), "the latency table .* remove it to measure again"),
+    Row("latency-table-truncated", _latency_table('{"rows": ['), "latency table .* remove it"),
+    Row("latency-table-nested", _latency_table(NESTED.decode()), "latency table .* remove it"),
     Row(
         "latency-table-types",
         _latency_table('{"setting": {}, "depth": 3, "depths": {}, "rows": [], "loads": 1}'),
-        "the latency table .* remove it to measure again",
+        "latency table .* remove it",
     ),
     Row("name-of-a-model-not-utf8", lambda _: pruning(LATIN), r"caf\\xe9.* is not UTF-8"),
     Row("name-of-data-not-utf8", lambda _: pruning("test_vit", "--calibration", LATIN), r"caf\\xe9.* is not UTF-8"),
@@ -244,7 +240,7 @@ ROWS = (
 
 UNNOTED = (
     Row("scores-truncated", _continued(_unnoted(_written("scores.safetensors", lambda t: t[:-5]))), r"scores\.safet"),
-    Row("scores-of-other-units", _continued(_unnoted(_other_scores)), r"scores\.safetensors is damaged or of another"),
+    Row("scores-of-other-units", _continued(_unnoted(_other_scores)), r"scores\.safetensors .*damaged"),
     Row("plan-truncated", _continued(_unnoted(_written("plan.json", lambda t: t[:-5]))), r"plan\.json is damaged"),
     Row(
         "plan-types", _continued(_unnoted(_written("plan.json", lambda _: b'{"kept": [1]}'))), r"plan\.json is damaged"

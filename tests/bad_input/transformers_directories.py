@@ -125,12 +125,12 @@ def _random(material: Material) -> Sequence[str]:
 
 
 ROWS = (
-    Row("random-network", _random, "gives another logits when it is run again on the same inputs: it draws random"),
-    Row("config-pipe", _made(lambda: pipe(BERT / "config.json")), r"bert/config\.json is no regular file"),
-    Row("card-pipe", _made(lambda: pipe(BERT / "README.md")), r"bert/README\.md is no regular file"),
-    Row("card-endless", _made(lambda: endless(BERT / "README.md")), r"bert/README\.md is no regular file"),
-    Row("tokenizer-pipe", _made(lambda: pipe(BERT / "tokenizer.json")), r"bert/tokenizer\.json is no regular file"),
-    Row("transformers-weights-pipe", _made(lambda: pipe(WEIGHTS)), r"bert/model\.safetensors is no regular file"),
+    Row("random-network", _random, "logits .*random numbers"),
+    Row("config-pipe", _made(lambda: pipe(BERT / "config.json")), r"bert/config\.json .*no regular file"),
+    Row("card-pipe", _made(lambda: pipe(BERT / "README.md")), r"bert/README\.md .*no regular file"),
+    Row("card-endless", _made(lambda: endless(BERT / "README.md")), r"bert/README\.md .*no regular file"),
+    Row("tokenizer-pipe", _made(lambda: pipe(BERT / "tokenizer.json")), r"bert/tokenizer\.json .*no regular file"),
+    Row("transformers-weights-pipe", _made(lambda: pipe(WEIGHTS)), r"bert/model\.safetensors .*no regular file"),
     Row("config-truncated", _made(_written("config.json", lambda t: t[: len(t) // 2])), CONFIG),
     Row("config-empty", _made(_written("config.json", lambda _: b"")), CONFIG),
     Row("config-list", _made(_written("config.json", lambda _: b"[]")), CONFIG),
@@ -147,8 +147,8 @@ ROWS = (
     Row("config-heads", _made(_edited("config.json", num_attention_heads=5)), "bert"),
     Row("config-negative-layers", _made(_edited("config.json", num_hidden_layers=-1)), "bert"),
     Row("config-text-for-a-number", _made(_edited("config.json", hidden_size="many")), "bert"),
-    Row("config-other-width", _made(_edited("config.json", intermediate_size=128)), "bert: .* its configuration says"),
-    Row("config-more-layers", _made(_edited("config.json", num_hidden_layers=3)), "bert has no weights for"),
+    Row("config-other-width", _made(_edited("config.json", intermediate_size=128)), "bert: .*configuration"),
+    Row("config-more-layers", _made(_edited("config.json", num_hidden_layers=3)), "bert .*no weights for"),
     Row(
         "config-endless-layers", _made(_edited("config.json", num_hidden_layers=10**9)), "num_hidden_layers 1000000000"
     ),
@@ -161,7 +161,7 @@ ROWS = (
         for name, value in {"number": [3], "null": [None], "mapping": {"a": 1}, "word": "BertModel"}.items()
     ),
     Row("config-quantized", _made(_edited("config.json", quantization_config={"quant_method": "awq"})), "bert"),
-    Row("directory-empty", _made(_emptied), "bert is an empty directory, without config.json"),
+    Row("directory-empty", _made(_emptied), r"bert .*empty directory.*config\.json"),
     Row("config-of-diffusers", _made(_edited("config.json", _class_name="UNet", model_type=None)), CONFIG),
     Row("config-pointer", _made(lambda: (BERT / "config.json").write_text(POINTER)), r"bert/config\.json is a pointer"),
     Row("directory-weights-pointer", _made(lambda: WEIGHTS.write_text(POINTER)), r"safetensors is a pointer"),
@@ -171,15 +171,15 @@ ROWS = (
     Row(
         "weights-by-another-name",
         _made(lambda: WEIGHTS.rename(BERT / "mine.safetensors")),
-        r"bert holds mine\.safetensors and no model\.safetensors: give --weights bert/mine\.safetensors",
+        r"bert .*mine\.safetensors.*--weights bert/mine\.safetensors",
     ),
     Row("config-fewer-layers", _made(_edited("config.json", num_hidden_layers=1)), r"bert has weights for .*layer\.1"),
     Row("weights-in-a-pickle", _made(_in_pickle), "the weights of bert", runs_code=True),
     Row("weights-outside-the-directory", _made(_elsewhere), r"index\.json names \.\./outside\.safetensors"),
-    Row("weights-index-no-json", _made(_index("{")), r"index\.json cannot be read as an index of weights"),
+    Row("weights-index-no-json", _made(_index("{")), r"index\.json .*index"),
     Row("weights-index-list", _made(_index('{"weight_map": [1]}')), r"index\.json cannot be read as an index"),
     Row("transformers-weights-truncated", _made(_written("model.safetensors", lambda t: t[:-99])), "bert"),
-    Row("transformers-weights-nan", _made(_nan), "hold NaN or infinity in bert.embeddings.word_embeddings"),
+    Row("transformers-weights-nan", _made(_nan), r"NaN or infinity .*bert\.embeddings\.word_embeddings"),
     Row(
         "adapter-of-a-model-elsewhere",
         _made(_adapter),

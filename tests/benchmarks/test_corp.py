@@ -15,6 +15,9 @@ from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import output_bias, sliced
 
+pytestmark = pytest.mark.slow
+
+
 RIDGE = 0.02
 BATCHES = 5
 

@@ -22,6 +22,9 @@ import coverage_cases as cases  # noqa: E402
 import coverage_worker as worker  # noqa: E402
 from coverage_table import page, passed  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
+
 _OWN = [adapter for adapter in ADAPTERS if adapter not in _KNOWN]
 for _adapter in _OWN:
     ADAPTERS.remove(_adapter)
@@ -116,7 +119,7 @@ def test_a_cut_that_is_not_the_mask_fails_its_column(monkeypatch: pytest.MonkeyP
     plan = worker.Plan({"mlp": tuple(range(10))})
     worker._check_sliced(network, anatomy, plan)
     monkeypatch.setattr(worker, "sliced", Wrong)
-    with pytest.raises(Exception, match="of the largest value off masked"):
+    with pytest.raises(Exception, match="off masked"):
         worker._check_sliced(network, anatomy, plan)
 
 

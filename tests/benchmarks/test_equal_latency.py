@@ -10,6 +10,8 @@ from equal_latency import Row, at_equal_time, verdict
 
 from profilers.stats import Interval
 
+pytestmark = pytest.mark.slow
+
 
 def row(seed: int, latency: tuple[float, float], spearman: tuple[float, float]) -> Row:
     return Row(8, seed, 0.5, latency, Interval(1.0, 0.9, 1.1), latency, spearman, spearman)

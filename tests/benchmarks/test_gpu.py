@@ -20,6 +20,8 @@ from profilers import Case as MeasureCase
 from profilers.measure import LatencySpec, NetworkFiles
 from profilers.worker_process import SavedFeeds
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(main.__file__).parents[1] / "gpu.sh"
 NEEDED = ["scoring/tiny_vit/trajectory-obs", "pruning/tiny_vit", "latency/tiny_vit/fp16/torch/1"]
 

@@ -16,6 +16,9 @@ from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 BATCHES = 5
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from exporters import onnx_from_program, trace
 
+pytestmark = pytest.mark.slow
+
 
 class Tokens(nn.Module):
     """Batch norm of the features of tokens, in place of a layer norm."""

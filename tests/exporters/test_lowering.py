@@ -21,6 +21,9 @@ from exporters import (
     trace,
 )
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, TOKENS, HEADS = 16, 6, 2
 AXES = {"x": {0: "batch"}, "mask": {0: "batch"}}
 Forward = Callable[["Net", Tensor, Tensor], Tensor]

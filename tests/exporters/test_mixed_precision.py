@@ -20,6 +20,9 @@ from exporters import (
     trace,
 )
 
+pytestmark = pytest.mark.slow
+
+
 LOW = {"fp16": (torch.float16, TensorProto.FLOAT16), "bf16": (torch.bfloat16, TensorProto.BFLOAT16)}
 AXES = {"x": {0: "batch"}}
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import exporters.onnx_writer
 from exporters import ExportError, check_parity, onnx_from_program, trace
 
+pytestmark = pytest.mark.slow
+
 
 class Causal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:

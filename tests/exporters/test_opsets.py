@@ -23,6 +23,9 @@ from exporters import (
 )
 from exporters.onnx_writer import save_model
 
+pytestmark = pytest.mark.slow
+
+
 VERSIONS = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 AXES = {"x": {0: "batch"}}
 

@@ -30,6 +30,9 @@ from exporters.smoothquant import equalise
 
 from .test_mixed_precision import AXES, Net, batch
 
+pytestmark = pytest.mark.slow
+
+
 KINDS = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 MOST = {"int8": 127.0, "fp8": 448.0}
 

@@ -10,6 +10,9 @@ from onnx import TensorProto, helper
 from exporters import ExportError
 from exporters.triton_repository import Engine, model_file, triton_config
 
+pytestmark = pytest.mark.slow
+
+
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 

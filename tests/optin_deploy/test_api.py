@@ -22,6 +22,9 @@ from optin_deploy.network import Network
 from optin_deploy.pruning import pruner
 from optin_deploy.structure.plan import Plan
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {"seconds": 0.2, "threads": 1}
 HANDFUL = ("score", "plan", "prune", "export_onnx", "build_engine", "profile", "compare")
 
@@ -143,13 +146,13 @@ def test_a_module_and_a_text_network_export(tmp_path: Path) -> None:
     save_bert(tmp_path / "bert", num_hidden_layers=1)
     texts = api.export_onnx(load_network(str(tmp_path / "bert"), sequence_length=12), tmp_path / "bert.onnx")
     assert texts.inputs["input_ids"] == ("batch", "sequence") and texts.sizes == {"batch": 2, "sequence": 12}
-    with pytest.raises(UserError, match="how large may sequence be"):
+    with pytest.raises(UserError, match="sequence"):
         api.build_engine(texts.path, tmp_path / "bert.engine")
 
 
 def test_what_does_not_compute_the_same_is_not_written(dense: Network, tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_text("before")
-    with pytest.raises(optin_deploy.GateError, match="nothing is written"):
+    with pytest.raises(optin_deploy.GateError, match=r"^parity"):
         api.export_onnx(dense, tmp_path / "a.onnx", precision="fp16", tolerance=1e-9)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.onnx", "before")]
 

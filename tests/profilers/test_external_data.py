@@ -16,6 +16,9 @@ from exporters.trt_engine import check_engine
 from profilers import Case, ProfilingError, infer_file, layer_profile, measure_files, open_runner
 from profilers.external_data import reading_elsewhere
 
+pytestmark = pytest.mark.slow
+
+
 INSIDE = ("w.data", "sub/w.data", "./w.data")
 OUTSIDE = ("../secret", "sub/../../secret", "..\\secret", "C:\\secret", "link", "sub-link/secret", "missing", ".", "")
 

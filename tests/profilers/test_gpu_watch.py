@@ -1,6 +1,6 @@
 """Watching a GPU: what is made of NVML's answers, with a pretended NVML, and with the real one where there is a GPU."""
 
-import time
+from threading import Condition, active_count
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +34,12 @@ class Nvml:
     def __init__(self, **told: list[float]) -> None:
         self.told = told
         self.asked = self.users = 0
+        self.change = Condition()
+
+    def answered(self, times: int) -> bool:
+        """Wait until it was asked so often, which happens in a thread of its own."""
+        with self.change:
+            return self.change.wait_for(lambda: self.asked >= times, timeout=60)
 
     def nvmlInit(self) -> None:  # noqa: N802
         self.users += 1
@@ -53,7 +59,9 @@ class Nvml:
         return values.pop(0) if len(values) > 1 else values[0]
 
     def nvmlDeviceGetPowerUsage(self, device: str) -> Any:  # noqa: N802
-        self.asked += 1
+        with self.change:
+            self.asked += 1
+            self.change.notify_all()
         return self._next("milliwatts")
 
     def nvmlDeviceGetClockInfo(self, device: str, kind: int) -> Any:  # noqa: N802
@@ -111,9 +119,7 @@ def test_without_reasons_it_is_unknown_whether_clocks_were_held() -> None:
 def watched(nvml: Nvml, times: int) -> GpuWatch:
     """What is seen when NVML is asked at least so often."""
     with Watch("GPU-1", nvml, interval_s=0.001) as watch:
-        end = time.monotonic() + 10
-        while nvml.asked < times and time.monotonic() < end:
-            time.sleep(0.001)
+        assert nvml.answered(times)
     return watch.result()
 
 
@@ -155,12 +161,11 @@ def test_what_the_device_does_not_tell_is_none() -> None:
 
 
 def test_an_error_inside_the_block_ends_the_watch() -> None:
-    nvml = Nvml(mhz=[1000])
+    nvml, threads = Nvml(mhz=[1000]), active_count()
     with pytest.raises(KeyError), Watch("GPU-1", nvml):
+        assert active_count() == threads + 1
         raise KeyError
-    asked = nvml.asked
-    time.sleep(0.15)
-    assert (nvml.asked, nvml.users) == (asked, 0)
+    assert (active_count(), nvml.users) == (threads, 0)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +194,7 @@ def test_the_real_device_is_watched() -> None:
         pytest.skip("nvidia-ml-py is not installed")
     values = torch.randn(2048, 2048, device="cuda")
     with Watch(cuda_uuid(), installed_nvml()) as watch:
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
+        for _ in range(500):
             values = torch.tanh(values @ values)
         torch.cuda.synchronize()
     seen = watch.result()

@@ -19,10 +19,10 @@ def test_outputs_are_those_of_the_runtime_itself(mlp_onnx: Callable[[int], Path]
 
 
 def test_what_cannot_be_run_is_one_line(mlp_onnx: Callable[[int], Path], sample: Feeds, tmp_path: Path) -> None:
-    with pytest.raises(ProfilingError, match="unknown runtime 'abacus': choose from ort-cpu"):
+    with pytest.raises(ProfilingError, match=r"'abacus'.*ort-cpu"):
         infer_file("abacus", mlp_onnx(32), [sample])
     with pytest.raises(ProfilingError, match=r"none\.onnx does not exist"):
         infer_file("ort-cpu", tmp_path / "none.onnx", [sample])
-    with pytest.raises(ProfilingError, match=r"^running mlp32\.onnx failed: the model's inputs are \['x'\]") as caught:
+    with pytest.raises(ProfilingError, match=r"mlp32\.onnx.*\['x'\]") as caught:
         infer_file("ort-cpu", mlp_onnx(32), [{"z": sample["x"]}], threads=1)
     assert "\n" not in str(caught.value)

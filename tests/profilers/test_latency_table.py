@@ -95,7 +95,7 @@ def test_the_order_of_a_setting_does_not_matter() -> None:
 def test_a_damaged_table_is_told(damage: str) -> None:
     path = save_table(table(MLP, ATTENTION))
     path.write_text(damage)
-    with pytest.raises(ProfilingError, match="remove it to measure again"):
+    with pytest.raises(ProfilingError, match="remove it"):
         read_table(SETTING)
 
 
@@ -183,5 +183,5 @@ def test_the_cache_is_where_it_has_always_been(cache: Path, tmp_path: Path, monk
 def test_a_cache_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(ProfilingError, match=r"cannot be kept in .*: Not a directory; name another folder by XDG_CACH"):
+    with pytest.raises(ProfilingError, match=r"Not a directory.*XDG_CACHE_HOME"):
         check_cache()

@@ -7,6 +7,8 @@ import pytest
 
 from optin_deploy.cli.streams import prepare_streams, write_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_what_an_encoding_lacks_is_written_all_the_same(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:

@@ -20,6 +20,9 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import first_tensor
 from optin_deploy.structure.slicing import output_bias, sliced
 
+pytestmark = pytest.mark.slow
+
+
 RIDGE = 0.01
 BATCHES = 6
 

@@ -21,6 +21,9 @@ from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import output_bias, sliced
 
+pytestmark = pytest.mark.slow
+
+
 RIDGE = 0.01
 BATCHES = 6
 # Of six batches, these are held out.

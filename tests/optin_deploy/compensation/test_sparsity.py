@@ -26,6 +26,9 @@ from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 STRENGTHS = (0.01, 0.1, 1.0)
 seeds = st.integers(0, 2**31)
 

@@ -51,12 +51,12 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"flops": 0}, "--flops 0: give the part"),
-        ({"flops": 1}, "--flops 1: give the part"),
+        ({"flops": 0}, "--flops 0: "),
+        ({"flops": 1}, "--flops 1: "),
         ({"flops": -0.5}, "--flops -0.5"),
         ({"flops": float("nan")}, "--flops nan"),
         ({"flops": "half"}, "--flops half"),
-        ({"latency": 1.5}, "--latency 1.5: give the part of the dense latency to keep, above 0 and below 1"),
+        ({"latency": 1.5}, "--latency 1.5: "),
         ({"latency_ms": 0}, "--latency-ms 0"),
         ({"runtime": "tpu"}, "--runtime tpu"),
         ({"align": "edges"}, "--align edges"),
@@ -64,8 +64,8 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ({"image_size": 0}, "--image-size 0"),
         ({"sequence_length": 3}, "--sequence-length 3"),
         ({"calibration_samples": 0}, "--calibration-samples 0"),
-        ({"criterion": "foo"}, "'trajectory-obs', 'trajectory', 'fisher', 'magnitude' or 'random'"),
-        ({"scorer": "foo"}, "'sketch', 'exact' or 'forward'"),
+        ({"criterion": "foo"}, "--criterion foo"),
+        ({"scorer": "foo"}, "--scorer foo"),
         ({"probes": 0}, "--probes 0"),
         ({"task_weight": -1}, "--task-weight -1"),
         ({"align": 0}, "--align 0"),
@@ -74,7 +74,7 @@ def test_command_line_wins_over_file(tmp_path: Path) -> None:
         ({"ridge": "some"}, "--ridge some"),
         ({"ridge": None}, "--ridge None"),
         ({"rounds": 0}, "--rounds 0"),
-        ({"sparsity": "4:8"}, "--sparsity 4:8: input should be '2:4'"),
+        ({"sparsity": "4:8"}, "--sparsity 4:8: "),
         ({"rounds": 17}, "--rounds 17"),
         ({"rounds": 1.5}, "--rounds 1.5"),
         ({"narrow_heads": "some"}, "--narrow-heads some"),
@@ -127,27 +127,27 @@ def test_sparsity_is_read_with_and_without_quotes(tmp_path: Path) -> None:
 def test_sparsity_alone_needs_no_budget_and_takes_no_option_of_one(options: dict[str, object], told: str) -> None:
     check_options(make_recipe({"model": "m", "sparsity": "2:4", "compensate": False}))
     check_options(make_recipe({"model": "m", "sparsity": "2:4", "flops": 0.5, "narrow_heads": False}))
-    with pytest.raises(UserError, match=f"^{told}: it has an effect only with --flops, --latency or --latency-ms$"):
+    with pytest.raises(UserError, match=f"^{told}: .*only with --flops, --latency or --latency-ms$"):
         check_options(make_recipe({"model": "m", "sparsity": "2:4", **options}))
 
 
 def test_a_model_is_needed() -> None:
-    assert message({"flops": 0.5}) == "--model is needed"
+    assert message({"flops": 0.5}).startswith("--model ")
 
 
 def test_a_budget_is_needed() -> None:
-    with pytest.raises(UserError, match=r"^--flops is needed \(or --latency, --latency-ms\)"):
+    with pytest.raises(UserError, match=r"^--flops .*--latency, --latency-ms"):
         check_options(make_recipe({"model": "deit_small"}))
 
 
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
-        (["model: deit_tiny", "flop: 0.5"], "unknown option 'flop': did you mean 'flops'?"),
+        (["model: deit_tiny", "flop: 0.5"], "'flop'"),
         (["flops: 0.5", "model: a", "zzzz: 1"], "unknown option 'zzzz'"),
         (["flops: 0.5", "model: a", "1: 1"], "unknown option '1'"),
-        (["- flops"], "must be a mapping of options"),
-        ([], "must be a mapping of options"),
+        (["- flops"], "mapping"),
+        ([], "mapping"),
         (["flops: [0.5", "model: a"], "cannot be read"),
         (["flops: 0.5", "model: [a, b]"], "--model"),
     ],
@@ -177,7 +177,7 @@ def test_yaml_objects_are_never_built(tmp_path: Path) -> None:
         ({"task_weight": 2.0, "criterion": "random"}, "--task-weight 2.0"),
         ({"calibration_labels": "class"}, "--calibration-labels class: .* only with --criterion fisher"),
         ({"ridge": 0.1, "compensate": False}, "--ridge 0.1: .* only with --compensate"),
-        ({"criterion": "trajectory", "scorer": "forward", "probes": 1}, "--probes 1: --scorer forward"),
+        ({"criterion": "trajectory", "scorer": "forward", "probes": 1}, "--probes 1.*--scorer forward"),
         ({"static": True}, "--static: .* only with --runtimes rtx or tensorrt"),
         ({"batch_size": 4}, "--batch-size 4: .* only with --latency"),
         ({"table_seconds": 9}, "--table-seconds 9.0: .* only with --latency"),
@@ -205,7 +205,9 @@ def test_options_without_effect_are_refused(options: dict[str, object], message:
     ],
 )
 def test_options_with_an_effect_are_taken(options: dict[str, object]) -> None:
-    check_options(make_recipe({"model": "m", "flops": 0.5, **options}))
+    recipe = make_recipe({"model": "m", "flops": 0.5, **options})
+    check_options(recipe)
+    assert {name: getattr(recipe, name) for name in options} == options
 
 
 def test_where_a_latency_holds() -> None:
@@ -258,5 +260,5 @@ def test_the_runtimes_taken_by_default_know_it(precision: Precision) -> None:
 
 
 def test_a_wrong_precision_is_told_although_the_runtimes_hang_on_it() -> None:
-    with pytest.raises(UserError, match=r"^--precision fp12: input should be 'fp32'"):
+    with pytest.raises(UserError, match=r"^--precision fp12: .*fp32"):
         make_recipe({"model": "m", "flops": 0.5, "precision": "fp12"})

@@ -59,7 +59,7 @@ def test_an_option_of_the_command_line_stands_in_no_file(tmp_path: Path) -> None
 
 def test_sweeps_name_the_line_as_well(tmp_path: Path) -> None:
     file = written(tmp_path, "model: deit_tiny\nflops: [0.5, 0.6]\nseeds: 1\n")
-    with pytest.raises(UserError, match=r"r\.yaml, line 3: unknown option 'seeds': did you mean 'seed'"):
+    with pytest.raises(UserError, match=r"r\.yaml, line 3.*'seeds'.*'seed'"):
         read_sweep({}, file)
 
 

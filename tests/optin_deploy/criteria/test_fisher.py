@@ -21,6 +21,9 @@ from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 STEP = 1e-4
 
 
@@ -144,7 +147,7 @@ def test_networks_and_labels_that_do_not_suit_are_told() -> None:
     with pytest.raises(UserError, match="class logits"):
         mask_gradients(network, structure, tiny.batches(network, 1), [torch.zeros(3).long()])
     network, structure = tiny.network("vit"), tiny.structure("vit")
-    with pytest.raises(UserError, match="0 given for 1"):
+    with pytest.raises(UserError, match=r"0 .* 1"):
         mask_gradients(network, structure, tiny.batches(network, 1), [])
     with pytest.raises(UserError, match="do not fit"):
         mask_gradients(network, structure, tiny.batches(network, 1), [torch.zeros(2).long()])

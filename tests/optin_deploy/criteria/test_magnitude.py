@@ -6,6 +6,9 @@ from torch import nn
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.structure.groups import Group, LayerAxis, Structure
 
+pytestmark = pytest.mark.slow
+
+
 # Rows before and columns behind each of two units that have four features and one.
 OWN_ROWS = (([0, 1, 2, 3, 8], [0, 1, 2, 3]), ([4, 5, 6, 7, 9], [4, 5, 6, 7]))
 

@@ -1,8 +1,12 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from optin_deploy.criteria import packed_symmetric
+
+pytestmark = pytest.mark.slow
+
 
 sizes = st.integers(1, 5) | st.integers(120, 400)
 

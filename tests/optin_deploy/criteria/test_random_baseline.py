@@ -7,6 +7,8 @@ from optin_deploy.search.costs import Costs, flop_costs
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
 
 def test_scores_are_uniform_draws_times_the_cost_of_a_unit() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")

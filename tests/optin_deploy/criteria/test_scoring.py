@@ -22,6 +22,9 @@ from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
 from optin_deploy.utils.progress import shown_by
 
+pytestmark = pytest.mark.slow
+
+
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 WAYS = [("trajectory-obs", "sketch"), *(("trajectory", scorer) for scorer in get_args(scoring.Scorer))]
 
@@ -196,7 +199,7 @@ def test_a_network_that_gives_nan_is_refused(criterion: Criterion, scorer: scori
 
 def test_one_draw_is_too_few_to_compare() -> None:
     network = tiny.network("vit")
-    with pytest.raises(UserError, match="2 probes at least") as caught:
+    with pytest.raises(UserError, match="2 probes") as caught:
         scored(
             network,
             tiny.structure("vit"),

@@ -14,6 +14,9 @@ from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 FACTOR = 3.0
 MODELS = [
     "vit",

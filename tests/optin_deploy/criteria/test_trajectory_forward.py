@@ -16,6 +16,9 @@ from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.masking import masked
 
+pytestmark = pytest.mark.slow
+
+
 MANIFOLD, FACTOR, SEED = 0.7, 3.0, 5
 STEP = 1e-5
 

@@ -22,6 +22,9 @@ from optin_deploy.criteria.trajectory_loss import (
 )
 from optin_deploy.nn.task_head import HeadKind
 
+pytestmark = pytest.mark.slow
+
+
 # Shape of an output -> what its numbers mean, None where it is not a task head's.
 OUTPUTS = [
     ((3, 4), "classes"),

@@ -22,6 +22,9 @@ from optin_deploy.nn.unfold import weight_matrix
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 
+pytestmark = pytest.mark.slow
+
+
 MANIFOLD, FACTOR, SEED = 0.7, 3.0, 5
 
 

@@ -1,4 +1,5 @@
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -281,7 +282,7 @@ def test_column_of_what_is_no_table(tmp_path: Path, text: Network, vision: Netwo
 
 def test_own_module_needs_tensors(tmp_path: Path, own: Network) -> None:
     assert "needs tensors" in refusal(own, None)
-    with pytest.raises(UserError, match="needs tensors"):
+    with pytest.raises(UserError, match="tensors"):
         load_calibration(own, save_lines(tmp_path / "t.txt", texts(4)))
 
 
@@ -360,4 +361,4 @@ def test_wrong_token_tensors(tmp_path: Path, text: Network) -> None:
 def test_tokenizer_of_another_model(tmp_path: Path) -> None:
     save_bert(tmp_path, vocab_size=20)
     network = load_network(str(tmp_path))
-    assert "the network fails on input_ids" in refusal(network, save_lines(tmp_path / "t.txt", texts(40)))
+    assert re.search(r"fails on input_ids", refusal(network, save_lines(tmp_path / "t.txt", texts(40))))

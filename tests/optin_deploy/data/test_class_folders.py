@@ -117,8 +117,8 @@ def test_folders_that_can_be_read_in_two_ways(
 
 def test_maps_that_contradict_each_other(tmp_path: Path) -> None:
     network = named(["cat", "dog"], 2, {"cat": 1, "dog": 0})
-    assert "'cat' is the name of classes 0, 1" in refusal(network, tmp_path, ["cat", "dog"])
-    with pytest.raises(ValueError, match="'cat' is the name of classes 0 and 1"):
+    assert re.search(r"'cat' .*0, 1", refusal(network, tmp_path, ["cat", "dog"]))
+    with pytest.raises(ValueError, match=r"'cat'.* 0 and 1"):
         class_number(network, "cat", 2)
 
 
@@ -132,7 +132,7 @@ def test_timm_sorts_in_natural_order(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, logger="optin_deploy"):
         assert classes_of_folders(network, tmp_path, sorted(NATURAL)) == {name: int(name) for name in NATURAL}
         (record,) = caplog.records
-        assert "class 2 is '2' in natural order" in record.message
+        assert re.search(r"class 2 .*'2'.*order", record.message)
         assert "'10' in plain order" in record.message
         caplog.clear()
         padded = [f"{i:02}" for i in range(12)]
@@ -165,7 +165,7 @@ def test_folders_named_as_imagenets_classes(tmp_path: Path) -> None:
             "toilet tissue": 999,
             "Tinca tinca": 0,
         }
-        assert "'crane' is the name of classes 134, 517" in refusal(network, tmp_path, ["crane", "tench"])
+        assert re.search(r"'crane' .*134, 517", refusal(network, tmp_path, ["crane", "tench"]))
 
 
 def imagenet() -> list[str]:

@@ -174,7 +174,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_a_folder_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.heic").touch()
-    with pytest.raises(UserError, match=r"holds no images .*, but other files: 1 \.heic"):
+    with pytest.raises(UserError, match=r"no images .*1 \.heic"):
         image_files(tmp_path)
 
 
@@ -247,7 +247,7 @@ def test_a_preprocessing_that_does_not_fit(tmp_path: Path) -> None:
     other = replace(classifier(2, dynamic_img_size=False), preprocessing=ImagePreprocessing("x", (64, 64)))
     with pytest.raises(UserError, match=r"64 x 64 \(height x width\)"):
         load_calibration(other, tmp_path)
-    with pytest.raises(UserError, match="has 4 values in mean and 3 in std"):
+    with pytest.raises(UserError, match=r"4 values in mean.* 3 in std"):
         ImagePreprocessing("x", (32, 32), mean=(0.5,) * 4)
 
 

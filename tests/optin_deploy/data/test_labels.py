@@ -132,13 +132,13 @@ def test_folders_for_every_class_are_numbered_by_name(tmp_path: Path) -> None:
 def test_bad_labels_of_tables(tmp_path: Path, text: Network) -> None:
     path = save_lines(tmp_path / "t.csv", ["text,class,other", *(f"{t},{c},best" for t, c in labelled_rows(9).items())])
     for options, expected in [
-        ({"column": "text", "labels": "other"}, "label 'best' is no class number from 0 to 2 and none of bad, fair"),
+        ({"column": "text", "labels": "other"}, "'best' is no class number from 0 to 2"),
         ({"column": "text", "labels": "kind"}, "no column 'kind'"),
         ({"column": "text", "labels": "3"}, "no column '3'"),
     ]:
         assert expected in refusal(text, path, **options)
     for options in ({"labels": "class"}, {"column": "text,other", "labels": "class"}):
-        with pytest.raises(UserError, match="--calibration-labels class: name the one text column") as caught:
+        with pytest.raises(UserError, match=r"--calibration-labels class.*text column") as caught:
             load_calibration(text, path, **options)
         assert "\n" not in str(caught.value)
     high = save_lines(tmp_path / "high.csv", [f"{t},{c + 1}" for t, c in labelled_rows(9).items()])
@@ -153,10 +153,10 @@ def test_labels_of_what_has_none(tmp_path: Path, text: Network, vision: Network,
     save_bert(tmp_path / "encoder", head=False)
     encoder = load_network(str(tmp_path / "encoder"))
     for network, path, given, expected in [
-        (text, None, "class", "only a table of texts and a folder of class folders"),
-        (text, lines, "class", "only a table of texts and a folder of class folders"),
-        (own, tmp_path / "t.npz", "features", "only a table of texts and a folder of class folders"),
-        (vision, None, "folders", "only a table of texts and a folder of class folders"),
+        (text, None, "class", "table of texts"),
+        (text, lines, "class", "table of texts"),
+        (own, tmp_path / "t.npz", "features", "table of texts"),
+        (vision, None, "folders", "table of texts"),
         (vision, tmp_path / "classes", "class", "say `folders`"),
         (vision, tmp_path / "flat", "folders", "has no class folders"),
         (vision, tmp_path / "classes", "folders", "1 class folders, .* 1000 classes"),
@@ -174,5 +174,5 @@ def test_batches_of_the_callers_own_may_have_labels() -> None:
     assert given.labels is not None
     assert [t.tolist() for t in given.labels] == [[0, 0], [1, 1]]
     assert given.digest != from_batches(own).digest
-    with pytest.raises(UserError, match="labels for 2 batches, 3 batches given"):
+    with pytest.raises(UserError, match=r"2 batches.*3 batches"):
         from_batches(own, labels[:2])

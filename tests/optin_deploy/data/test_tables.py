@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def test_what_is_wrong_is_told(tmp_path: Path, name: str, data: bytes, expected:
 
 def test_numbers_that_are_a_header(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "t.csv").write_text("0,1\nw1,w2\n")
-    assert "first line is 0,1, a header of numbers as pandas writes it" in told(tmp_path / "t.csv", ["1"])
+    assert re.search(r"first line .*0,1", told(tmp_path / "t.csv", ["1"]))
     (tmp_path / "t.csv").write_text("Text,Label\nw1,0\n")
     with caplog.at_level(logging.WARNING):
         assert read_table(tmp_path / "t.csv").select(["1"]) == [["Text"], ["w1"]]
@@ -238,19 +239,19 @@ def test_arrow(tmp_path: Path, name: str) -> None:
     assert found.select(["text", "label"]) == WANTED
     assert found.names_of_classes("label") == ("bad", "fair", "good")
     assert found.names_of_classes("text") is None
-    assert "row 1: column 'tokens' holds a list" in told(path, ["tokens"])
+    assert re.search(r"row 1.*'tokens'.*list", told(path, ["tokens"]))
 
 
 def test_arrow_that_is_not_read(tmp_path: Path) -> None:
     table = arrow_table()
     (tmp_path / "t.parquet").write_bytes(b"PAR1 no parquet")
-    assert "cannot be read as Parquet or Arrow" in told(tmp_path / "t.parquet")
+    assert re.search(r"Parquet or Arrow", told(tmp_path / "t.parquet"))
     save_to_disk(tmp_path / "dict" / "train", table)
     (tmp_path / "dict" / "dataset_dict.json").write_bytes(b'{"splits": ["train"]}')
-    assert "holds the splits train: name one, like" in told(tmp_path / "dict")
+    assert re.search(r"splits train", told(tmp_path / "dict"))
     for name in ("train", "test"):
         write_parquet(tmp_path / "two" / f"{name}-00000-of-00001.parquet", table)
-    assert "holds several data sets (test, train): name one file" in told(tmp_path / "two")
+    assert re.search(r"test, train", told(tmp_path / "two"))
     save_to_disk(tmp_path / "ordered", table, _indices_files=[{"filename": "indices.arrow"}])
     assert "flatten_indices" in told(tmp_path / "ordered")
     save_to_disk(tmp_path / "outside", table)

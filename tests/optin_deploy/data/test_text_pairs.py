@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.nn.task_head import HeadKind
 from optin_deploy.run.prepare import prepare
+
+pytestmark = pytest.mark.slow
+
 
 FIRST, SECOND = texts(60)[:30], texts(60)[30:]
 
@@ -55,7 +59,7 @@ def test_classifier_of_pairs(tmp_path: Path, kind: str, columns: str | None) -> 
     rows = [f"{a},{b},{w}" for a, b, w in zip(FIRST, SECOND, wanted, strict=True)]
     path = save_lines(tmp_path / "t.csv", [*header, *rows])
     if columns == "label":
-        assert "1 columns; name two (text,label) or three" in refusal(network, path, columns)
+        assert re.search(r"1 columns.*text,label", refusal(network, path, columns))
     else:
         assert figure(network, path, columns) == ("accuracy", pytest.approx(80))
 
@@ -124,7 +128,7 @@ def test_heads_that_a_label_says_nothing_of(tmp_path: Path) -> None:
     assert "3 answers for each text" in refusal(replace(network, head="binary"), path)
     assert "3 answers for each text" in refusal(replace(network, head="regression"), path)
     wrong = save_lines(tmp_path / "u.tsv", ["w1\tw2\tgood", "w2\tw1\t0"])
-    assert "label 'good' is no class number from 0 to 2" in refusal(network, wrong)
+    assert re.search(r"'good' .*0 to 2", refusal(network, wrong))
     assert "four" not in refusal(network, save_lines(tmp_path / "v.csv", ["a,b,c,d"]), "a+b+c,d")
 
 
@@ -163,11 +167,11 @@ def test_two_pairs_add_up_and_texts_stay_texts(tmp_path: Path, caplog: pytest.Lo
     assert rows_of(single, "input_ids") == {
         tuple(row) for row in network.preprocessing.tokenizer(FIRST + SECOND)["input_ids"]
     }
-    assert "takes them as one input, which is written a+b" in caplog.text
+    assert re.search(r"one input.*a\+b", caplog.text)
 
 
 @pytest.mark.parametrize(
-    ("column", "expected"), [("a+b,c", "not both"), ("a+b+c", "a pair has two columns"), ("a+d", "no column 'd'")]
+    ("column", "expected"), [("a+b,c", "not both"), ("a+b+c", "two columns"), ("a+d", "no column 'd'")]
 )
 def test_columns_that_are_no_pairs(tmp_path: Path, column: str, expected: str) -> None:
     save_pair_classifier(tmp_path / "m")
@@ -248,7 +252,7 @@ def test_numbers_of_rows_are_no_texts(tmp_path: Path) -> None:
         wanted = [int(module(**network.preprocessing.tokenizer(t, return_tensors="pt")).logits.argmax()) for t in FIRST]
     rows = [{"idx": i, "sentence": t, "label": w} for i, (t, w) in enumerate(zip(FIRST, wanted, strict=True))]
     path = save_lines(tmp_path / "t.jsonl", [json.dumps(row) for row in rows])
-    assert "column 1 holds numbers only, where texts are expected" in refusal(network, path)
+    assert re.search(r"column 1 .*numbers", refusal(network, path))
     assert figure(network, path, "sentence,label") == ("accuracy", 100)
 
 

@@ -18,6 +18,9 @@ from optin_deploy.search.costs import flop_costs
 from optin_deploy.tokens.damage import token_damages
 from optin_deploy.tokens.find_stack import token_stack
 
+pytestmark = pytest.mark.slow
+
+
 WAYS = [
     *((criterion, "sketch") for criterion in get_args(Criterion)),
     *(("trajectory", scorer) for scorer in get_args(scoring.Scorer) if scorer != "sketch"),

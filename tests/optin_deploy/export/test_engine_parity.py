@@ -21,6 +21,8 @@ from optin_deploy.run.report_builder import _parity_gate
 from optin_deploy.utils.progress import Stages
 from profilers import infer_file
 
+pytestmark = pytest.mark.slow
+
 
 def recipe(**options: Any) -> Recipe:
     return Recipe(**{"model": "mine", "flops": 0.6, "runtimes": ("ort-cpu", "rtx"), "threads": 1, **options})

@@ -130,7 +130,7 @@ def test_without_a_gpu_engines_are_built_and_all_else_is_kept(built: Result) -> 
     assert report.warnings == ["Engines were not checked against PyTorch: no GPU is present."]
     assert {row.runtime for row in report.parity} == {"ort-cpu"}
     page = render(report)
-    assert "Not measured with TensorRT for RTX: no GPU is present." in page and "dense.rtx.engine" in page
+    assert re.search(r"TensorRT for RTX.*no GPU", page) and "dense.rtx.engine" in page
 
 
 @NO_GPU
@@ -154,9 +154,8 @@ def test_the_command_line_ends_with_2_and_says_what_is_there(
     told = capsys.readouterr()
     assert ended.value.code == 2
     assert "engines" in told.out and "dense.rtx.engine" in told.out
-    assert told.err.strip() == (
-        f"error: --runtimes rtx: no GPU is present; its engines are in {built.directory}, and all else is done"
-    )
+    (line,) = told.err.splitlines()
+    assert line.startswith("error: --runtimes rtx: no GPU") and str(built.directory) in line
 
 
 def test_measurements_are_made_again_where_a_device_has_come(built: Result, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from optin_deploy.latency.target import Target, write_module
 from optin_deploy.network import Network
 from profilers import open_runner
 
+pytestmark = pytest.mark.slow
+
 
 def types_of(name: str) -> tuple[Network, list[BlockType]]:
     network = tiny.network(name)

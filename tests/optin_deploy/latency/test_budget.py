@@ -32,6 +32,9 @@ from optin_deploy.tokens.costs import token_costs
 from optin_deploy.tokens.find_stack import token_stack
 from profilers import RawSamples
 
+pytestmark = pytest.mark.slow
+
+
 TARGET = Target("ort-cpu", 1, 1)
 DENSE_MS, FIXED = 20.0, 0.2
 

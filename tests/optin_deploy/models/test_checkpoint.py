@@ -21,6 +21,8 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
 
 def bert(path: Path, head: bool = True) -> Network:
     save_bert(path / "bert", head=head)
@@ -124,7 +126,7 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
 
 def test_module_of_the_user_is_needed_and_not_changed(tmp_path: Path) -> None:
     _, path = saved(tmp_path, "custom")
-    with pytest.raises(UserError, match="give the dense module"):
+    with pytest.raises(UserError, match="dense module"):
         checkpoint.load(path)
     module = TinyModule().eval()
     before = {n: t.clone() for n, t in module.state_dict().items()}
@@ -260,7 +262,7 @@ def test_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("options", [{}, {"ignore_mismatched_sizes": True}])
 def test_transformers_refuses_the_weights(tmp_path: Path, cls: Any, options: dict[str, bool]) -> None:
     _, path = saved(tmp_path, "classifier")
-    with pytest.raises(ValueError, match=r"load it with optin_deploy\.load"):
+    with pytest.raises(ValueError, match=r"optin_deploy\.load"):
         cls.from_pretrained(path, **options)
 
 

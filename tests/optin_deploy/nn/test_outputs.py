@@ -1,6 +1,7 @@
 """What a module gives, flattened: names, what is left out, and networks with every shape of output."""
 
 import dataclasses
+import re
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -71,14 +72,14 @@ def test_every_name_stands_for_its_own_tensor() -> None:
 
 @pytest.mark.parametrize("output", [None, 3, "text", {A}, iter([A])])
 def test_what_is_no_container_of_tensors(output: Any) -> None:
-    with pytest.raises(UserError, match=f"gives a {type(output).__name__};"):
+    with pytest.raises(UserError, match=f"a {type(output).__name__}"):
         named_outputs(output)
 
 
 def test_a_list_that_holds_itself() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(UserError, match="deeper than 32 levels"):
+    with pytest.raises(UserError, match="32 levels"):
         named_outputs(endless)
 
 
@@ -92,13 +93,13 @@ def test_a_list_that_holds_itself() -> None:
         (None, None, "is None"),
         (3, 3, "is 3"),
         ("text", "text", "is of type str"),
-        (A.sum(), A.sum(), "one number for the whole batch"),
-        (A.T, A[:1].T, "does not have the batch, and that alone, as its first axis"),
-        (A.T[None], A[:1].T[None], "as its first axis"),
-        (A @ A.T, A[:1] @ A[:1].T, "as its first axis"),
-        (A[0], A[0], "as its first axis"),
+        (A.sum(), A.sum(), "one number"),
+        (A.T, A[:1].T, "first axis"),
+        (A.T[None], A[:1].T[None], "first axis"),
+        (A @ A.T, A[:1] @ A[:1].T, "first axis"),
+        (A[0], A[0], "first axis"),
         (A[:, :0], A[:1, :0], "is empty"),
-        (A, None, "not given for every batch"),
+        (A, None, "every batch"),
         (torch.fft.fft(A), torch.fft.fft(A[:1]), "complex"),
         (A.bfloat16(), A[:1].bfloat16(), "bfloat16"),
         (A.to_sparse(), A[:1].to_sparse(), "sparse"),
@@ -168,7 +169,7 @@ def test_a_network_that_gives_it_is_pruned_compared_saved_and_exported(name: str
 
 def test_answers_alone_cannot_be_scored() -> None:
     network = giving(lambda f, y, x: (f.argmax(1),))
-    told = r"gives no floating-point numbers \(output_0\)"
+    told = r"floating-point.*output_0"
     with pytest.raises(UserError, match=told):
         prune(network, tiny.batches(network, 2, size=4), 0.7, align=1)
 
@@ -176,25 +177,24 @@ def test_answers_alone_cannot_be_scored() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda f, y, x: y.mean(), "output is one number for the whole batch"),
+        (lambda f, y, x: y.mean(), "output is one number"),
         (lambda f, y, x: {}, "it gives nothing"),
         (lambda f, y, x: [{"scores": None}], "output_0_scores is None"),
-        (lambda f, y, x: f.permute(2, 0, 1, 3), "as its first axis"),
+        (lambda f, y, x: f.permute(2, 0, 1, 3), "first axis"),
         (lambda f, y, x: y[:, 0].squeeze(), None),
-        (lambda f, y, x: [{"boxes": each.flatten()} for each in f], "output_0_boxes does not have the batch"),
+        (lambda f, y, x: [{"boxes": each.flatten()} for each in f], "output_0_boxes .*batch"),
         (lambda f, y, x: torch.fft.fft(y), "complex"),
     ],
 )
 def test_no_output_is_an_error(make: Any, reason: str | None) -> None:
-    with pytest.raises(UserError, match=reason or "as its first axis"):
+    with pytest.raises(UserError, match=reason or "first axis"):
         giving(make)
 
 
 def test_what_is_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
     network = giving(lambda f, y, x: {"loss": f.mean(), "logits": y, "cache": object(), "rows": None})
     (note,) = network.notes
-    told = "loss is one number for the whole batch, cache is of type object, rows is None"
-    assert note == f"Left out of the outputs: {told}."
+    assert re.search("loss .*, cache .*object, rows is None", note)
     assert note in caplog.text
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.structure.residual import first_tensor
 
+pytestmark = pytest.mark.slow
+
 
 def hooks(module: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())

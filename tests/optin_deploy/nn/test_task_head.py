@@ -37,6 +37,8 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.sweeps.report_builder import assemble
 from optin_deploy.sweeps.wording import judged_by, worth
 
+pytestmark = pytest.mark.slow
+
 
 class Head(nn.Module):
     """Linear, with an output of some shape."""
@@ -442,7 +444,7 @@ def test_class_folders_say_nothing_of_numbers(tmp_path: Path) -> None:
     ("outputs", "head", "labels", "told"),
     [
         (1, "regression", torch.zeros(8), "numbers, not classes"),
-        (3, "binary", torch.zeros(8, dtype=torch.long), "give 1 or 0 for each"),
+        (3, "binary", torch.zeros(8, dtype=torch.long), "1 or 0"),
         (1, "binary", torch.full((8,), 2), "1 or 0, not"),
     ],
 )

@@ -16,6 +16,9 @@ from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]
 
 

@@ -19,9 +19,13 @@ ROOT = Path(__file__).parents[3]
 MODULES = Path(os.environ.get("OPTIN_BROWSER_MODULES", ROOT / "build" / "browser" / "node_modules"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and shutil.which("node") and (MODULES / "axe-core").is_dir()), reason="needs Chromium and axe-core"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (CHROMIUM and shutil.which("node") and (MODULES / "axe-core").is_dir()),
+        reason="needs Chromium and axe-core",
+    ),
+    pytest.mark.slow,
+]
 
 
 def findings(*pages: Path) -> list[dict[str, str]]:

@@ -76,7 +76,7 @@ def test_every_section_is_there(report: Report) -> None:
         "Settings",
     ]
     assert page.tags["svg"] == 4 + 2 + 2
-    for expected in ("prune-export", "faster at batch 8", "A/A noise", "Realised ratio", "1.32.0", "batch × 3 × 224"):
+    for expected in ("prune-export", "batch 8", "A/A noise", "Realised ratio", "1.32.0", "batch × 3 × 224"):
         assert expected in text
 
 
@@ -84,7 +84,7 @@ def test_lists_are_no_shapes_and_settings_promise_nothing(data: dict[str, Any]) 
     data["settings"] = {"batch_sizes": [1, 8], "runtimes": ["ort-cpu", "torch"], "opset": 20, "threads": None}
     text = render(Report.model_validate(data))
     assert "<td>1, 8</td>" in text and "<td>ort-cpu, torch</td>" in text and "<td>batch × 3 × 224 × 224</td>" in text
-    assert "Defaults included; what is not listed was not set." in text and ">threads</th><td>—" not in text
+    assert ">threads</th><td>—" not in text
 
 
 def test_the_page_asks_for_nothing_outside_itself(report: Report) -> None:
@@ -126,7 +126,7 @@ def test_an_empty_run_still_makes_a_page(data: dict[str, Any]) -> None:
     data |= {"evaluation": None, "protocol": {}, "environment": {}, "settings": {}, "stage_seconds": {}}
     text = render(Report.model_validate(data))
     assert Page(text).tags["svg"] == 0
-    assert "Not measured in this run" in text
+    assert "not measured" in text.lower()
 
 
 def test_modules_left_dense_for_one_reason_share_a_row(data: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_lower_precision_has_its_evaluation_beside(data: dict[str, Any]) -> None
     data["evaluation"]["deployed"] = 76.41
     page = render(Report.model_validate(data))
     assert "<th>Pruned, bf16</th>" in page and "<td>76.41</td>" in page
-    assert "Both networks in bf16, norms in fp32." in page
+    assert re.search(r"bf16[^<]*fp32", page)
 
 
 def test_figures_of_a_gpu_have_a_list(data: dict[str, Any]) -> None:
@@ -165,8 +165,9 @@ def test_random_weights_hide_the_agreement_from_the_tiles(data: dict[str, Any]) 
     data["model"]["weights"] = "random"
     text = render(Report.model_validate(data))
     assert "banner alarm" in text
-    assert "cosine with the dense network" not in text
-    assert text.index("Random weights") < text.index('class="verdict"')
+    tiles = text[text.index('class="verdict"') : text.index("<h2>Size")]
+    assert "cosine" not in tiles.lower() and "top-1" not in tiles
+    assert text.lower().index("random weights") < text.index('class="verdict"')
 
 
 def test_pictures_are_valid_and_the_same_every_time(report: Report) -> None:
@@ -215,7 +216,8 @@ def test_one_sample_is_enough_to_draw(data: dict[str, Any]) -> None:
     item["samples_ms"] = {key: [[5.0]] for key in ("dense", "dense_again", "pruned")}
     same = {"p50_ms": 5.0, "p90_ms": 5.0, "p99_ms": 5.0, "mean_ms": 5.0, "min_ms": 5.0, "count": 1}
     item["summary"] = dict.fromkeys(("dense", "dense_again", "pruned"), same)
-    ET.fromstring(plots.latency(Report.model_validate(data).profile[0]))
+    picture = plots.latency(Report.model_validate(data).profile[0])
+    assert ET.fromstring(picture).tag.endswith("svg") and "nan" not in picture
 
 
 def test_parity_tells_what_ran_the_file(data: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -19,14 +20,15 @@ def cells(text: str) -> list[list[str]]:
 def test_the_verdict_comes_first_and_every_figure_is_that_of_the_report(report: Report) -> None:
     text = render(report)
     lines = text.splitlines()
-    assert lines[0] == "## deit\\_small\\_patch16\\_224: FLOPs −50.2 %"
+    assert lines[0].startswith("## deit\\_small\\_patch16\\_224") and "−50.2 %" in lines[0]
     assert lines[2] == f"**{escaped(wording.verdict(report))}**"
     found = cells(text)
     assert ["dense", "9.20 G", "22.1 M", "84.2 MiB"] in found
     for item, ratio in zip(report.profile, report.realised, strict=True):
         speed = f"{item.speedup.value:.2f}× \\[{item.speedup.low:.2f}–{item.speedup.high:.2f}\\]"
         assert any(row[-2:] == [speed, f"{ratio.ratio.value:.2f}"] for row in found)
-    assert ["top-1 %", "79.84 → 76.92 on ImageNet-1k val (5000 samples)"] in found
+    (evaluation,) = (row for row in found if row[0] == "top-1 %")
+    assert all(fact in evaluation[1] for fact in ("79.84 → 76.92", "ImageNet-1k val", "5000"))
     assert any(row[:2] == ["parity", "passed"] for row in found)
     assert any(row[0] == "patch\\_embed.proj" for row in found)
     assert text.endswith(f"{fenced(report.command)}\n")
@@ -35,14 +37,14 @@ def test_the_verdict_comes_first_and_every_figure_is_that_of_the_report(report: 
 def test_failed_gates_stand_out(data: dict[str, Any]) -> None:
     data["gates"][0]["passed"] = False
     text = render(Report.model_validate(data))
-    assert "> **alarm:** Gate failed: parity." in text
+    assert re.search(r"^> \*\*alarm:\*\* .*parity", text, re.MULTILINE)
     assert any(row[:2] == ["parity", "FAILED"] for row in cells(text))
 
 
 def test_without_measurements(data: dict[str, Any]) -> None:
     text = render(Report.model_validate({**data, "profile": [], "evaluation": None, "agreement": [], "left_dense": []}))
-    assert "Speed not measured" in text
-    assert "Left dense" not in text
+    assert "not measured" in text and "faster" not in text
+    assert "left dense" not in text.lower()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,9 @@ from optin_deploy.report import read_report, wording
 from optin_deploy.report.terminal import summary
 from optin_deploy.run.pipeline import Result, prune_export
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {
     "runtimes": ("ort-cpu",),
     "batch_sizes": (1, 2),
@@ -75,8 +78,8 @@ def test_a_finished_run_is_not_measured_again(run: Result, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"latency": 0.001}, r"0\.001 of the latency cannot be reached: .* are left"),
-        ({"latency_ms": 1e6}, r"--latency-ms 1e\+06: the dense network takes .* ms"),
+        ({"latency": 0.001}, r"0\.001 of the latency cannot be reached"),
+        ({"latency_ms": 1e6}, r"--latency-ms 1e\+06: .* ms"),
     ],
 )
 def test_an_unreachable_latency_leaves_nothing_behind(

@@ -22,6 +22,9 @@ from optin_deploy.report.web_page import render
 from optin_deploy.run import pipeline, prune_stage
 from optin_deploy.run.pipeline import Result, prune_export
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
 
 
@@ -126,7 +129,7 @@ class Odd(nn.Module):
 def test_a_network_without_groups_of_four_is_refused(tmp_path: Path) -> None:
     network = custom_network(Odd(), {"image": torch.randn(2, 3, 9, 9)})
     calibration = from_batches([{"image": torch.randn(4, 3, 9, 9)} for _ in range(2)])
-    with pytest.raises(UserError, match=r"^--sparsity 2:4: no linear layer or convolution .* groups of four"):
+    with pytest.raises(UserError, match=r"^--sparsity 2:4: no linear layer"):
         prune_export(
             Recipe(model="mine", sparsity="2:4", **QUICK),
             output=tmp_path / "run",

@@ -24,6 +24,9 @@ from optin_deploy.run.network_profile import run_profile
 from optin_deploy.run.pipeline import Result, prune_export
 from optin_deploy.tokens.merging import MergingBlocks
 
+pytestmark = pytest.mark.slow
+
+
 QUICK: dict[str, Any] = {"runtimes": ("ort-cpu",), "batch_sizes": (1,), "profile_seconds": 0.2, "threads": 1}
 SCHEDULE = (17, 14, 11)
 
@@ -134,7 +137,7 @@ def test_texts_merge_at_any_length(tmp_path: Path) -> None:
 
 def test_what_merges_is_not_pruned_again(result: Result, tmp_path: Path) -> None:
     recipe = Recipe(model=str(result.directory / "checkpoint"), flops=0.5, **QUICK)
-    with pytest.raises(UserError, match="its tokens merge already; prune the network that it was made of"):
+    with pytest.raises(UserError, match="tokens merge already"):
         prune_export(recipe, output=tmp_path / "run", calibration=from_batches(batches()), quiet=True)
     assert not (tmp_path / "run").exists()
 

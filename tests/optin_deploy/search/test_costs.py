@@ -9,6 +9,9 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, TOKENS, NEURONS, HEAD = tiny.WIDTH, 5, tiny.NEURONS, tiny.WIDTH // tiny.HEADS
 PER_HEAD = 2 * 4 * TOKENS * WIDTH * HEAD + 2 * 2 * TOKENS * TOKENS * HEAD
 PER_NEURON = 2 * 2 * TOKENS * WIDTH

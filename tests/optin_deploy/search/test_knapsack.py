@@ -475,7 +475,7 @@ def test_what_has_no_stream_around_it_keeps_a_unit() -> None:
     assert costs.of(plan) <= 0.7 * costs.total
     # One head of each attention and one neuron of each FFN: 100 + 80 + 2 of 452.
     assert search(row, scores, costs, 0.405, 4).kept.keys() == scores.keys()
-    with pytest.raises(UserError, match=r"a budget of 0.4 of the FLOPs cannot be reached: .* 0.403 are left"):
+    with pytest.raises(UserError, match=r"0\.4 of the FLOPs.* 0\.403"):
         search(row, scores, costs, 0.4, 4)
-    with pytest.raises(UserError, match=r"0.403 are left"):
+    with pytest.raises(UserError, match=r"0\.403"):
         check_budget(row, costs, 0.4)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure
 
+pytestmark = pytest.mark.slow
+
 
 def summary(structure: Structure, prefix: str) -> list[tuple[object, ...]]:
     """Name, kind, units, width, projection, stream and LayerScale of the groups under ``prefix``."""

@@ -17,6 +17,9 @@ from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, OutputSlice, Structure
 from optin_deploy.structure.head_width import change_basis, narrowable, width_group
 
+pytestmark = pytest.mark.slow
+
+
 NARROWABLE = [name for name in tiny.NAMES if name not in ("vit_qk_norm", "vit_gated")]
 
 

@@ -61,7 +61,7 @@ def test_check_refuses_unknown_groups_and_takes_the_rest() -> None:
 
 
 def test_check_refuses_heads_without_width() -> None:
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.width.*goes with the last unit of") as caught:
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.width.*last unit") as caught:
         Plan({"blocks.0.attn.width": ()}).check(tiny.structure("vit"))
     assert "\n" not in str(caught.value)
     Plan({"blocks.0.attn.width": (3,), "blocks.1.attn": (), "blocks.1.attn.width": (0,)}).check(tiny.structure("vit"))

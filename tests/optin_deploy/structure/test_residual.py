@@ -17,6 +17,8 @@ from optin_deploy.structure.residual import (
     trial_forward,
 )
 
+pytestmark = pytest.mark.slow
+
 
 class PreNorm(nn.Module):
     def __init__(self, scale: nn.Module) -> None:

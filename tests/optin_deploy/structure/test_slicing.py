@@ -16,6 +16,9 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import features_of, output_bias, query_gain, sliced
 
+pytestmark = pytest.mark.slow
+
+
 FIXED_PLANS = {
     "no attention": lambda s: tiny.empty_plan(s, "head"),
     "no feed-forward": lambda s: tiny.empty_plan(s, "neuron", "channel"),

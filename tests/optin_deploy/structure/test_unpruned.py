@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm.layers
 import tiny
@@ -67,7 +69,7 @@ def test_unknown_modules_are_named_with_their_share() -> None:
     assert list(found) == ["blocks.*.mixer", "(the network itself)"]
     assert found["blocks.*.mixer"].count == 2
     assert found["blocks.*.mixer"].flops_share == pytest.approx(2 * mixer / total)
-    assert found["blocks.*.mixer"].reason == "a Mixer, which no adapter knows as a whole or in parts"
+    assert "Mixer" in found["blocks.*.mixer"].reason
     assert found["(the network itself)"].flops_share == pytest.approx(own / total)
 
 
@@ -100,6 +102,6 @@ def test_nothing_prunable_says_what_was_looked_for_and_where_the_flops_are() -> 
         examine(network)
     message = str(raised.value)
     assert "\n" not in message
-    assert "nothing prunable found in Sequential" in message
+    assert re.search(r"nothing prunable .*Sequential", message)
     assert all(line in message for line in prunable())
-    assert "its FLOPs are in 0 (60.0 %: a Mixer, which no adapter knows as a whole or in parts), 1 (40.0 %" in message
+    assert re.search(r" 0 \(60\.0 %: a Mixer.*\), 1 \(40\.0 %", message)

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.structure.verify import keep_working_placeholders, uncuttable
+
+pytestmark = pytest.mark.slow
 
 
 class Mixing(nn.Module):
@@ -44,13 +47,13 @@ def test_only_the_group_whose_cut_differs_from_its_mask_is_named() -> None:
     module = tiny.randomised(Mixing())
     found = uncuttable(module, {"x": torch.randn(2, 4)}, [pair("up1", "down1"), pair("up2", "down2")])
     assert found.keys() == {"up2"}
-    assert found["up2"].startswith("its units are not interchangeable: with 3 of 6 left, it is ")
+    assert re.search("not interchangeable.*3 of 6", found["up2"])
 
 
 def test_a_forward_pass_that_breaks_when_cut_is_told() -> None:
     group = replace(pair("up1", "down1"), sides=(LayerAxis("up1", "out"),))
     reason = uncuttable(tiny.randomised(Mixing()), {"x": torch.randn(2, 4)}, [group])["up1"]
-    assert reason.startswith("its units are not interchangeable: with 3 of 6 left, the network cannot be run (")
+    assert re.search("not interchangeable.*3 of 6.*cannot be run", reason)
     assert "mat1 and mat2 shapes" in reason
 
 

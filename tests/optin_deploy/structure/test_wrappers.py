@@ -24,6 +24,9 @@ from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 
+pytestmark = pytest.mark.slow
+
+
 DOCS = Path(__file__).parents[3] / "docs"
 
 

@@ -22,6 +22,9 @@ from optin_deploy.tokens.choices import Choice, chosen, regret
 from optin_deploy.tokens.decisions import decision_names
 from optin_deploy.tokens.merging import with_merging
 
+pytestmark = pytest.mark.slow
+
+
 LOW: tuple[Precision, ...] = ("fp16", "bf16", "int8")
 
 

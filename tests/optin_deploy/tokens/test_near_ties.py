@@ -19,6 +19,9 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.near_ties import NudgedBlocks, alternatives
 
+pytestmark = pytest.mark.slow
+
+
 RECIPE = Recipe(model="mine", flops=0.5, runtimes=("ort-cpu",), threads=1)
 
 

@@ -31,12 +31,12 @@ def test_a_place_is_checked_before_anything_is_made(tmp_path: Path) -> None:
 
 def test_a_place_that_may_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="no permission to write in"):
+    with pytest.raises(UserError, match="permission"):
         check_place(tmp_path / "new")
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     check_there(tmp_path, "data")
     check_there(None, "data")
-    with pytest.raises(UserError, match=r"data .*none does not exist"):
+    with pytest.raises(UserError, match=r"none does not exist"):
         check_there(tmp_path / "none", "data")

@@ -22,6 +22,9 @@ from profilers.runners.base import RunSettings
 from profilers.runners.trt import TensorRTRunner
 from profilers.workers.layers import innermost
 
+pytestmark = pytest.mark.slow
+
+
 MODULES = ("stem", "blocks.0", "blocks.0.attn", "blocks.0.mlp")
 OWNER = partial(innermost, modules=MODULES)
 NODES = {

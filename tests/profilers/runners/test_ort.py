@@ -37,7 +37,7 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
         pytest.skip(f"this onnxruntime has {ORT_PROVIDERS[runtime]}")
     # The runner changes it, for this process.
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
-    with pytest.raises(ProfilingError, match=r"fell back to CPUExecutionProvider") as caught:
+    with pytest.raises(ProfilingError, match="CPUExecutionProvider") as caught:
         open_runner(runtime, mlp_onnx(32), threads=1)
     assert "\n" not in str(caught.value)
     assert f"'optin-deploy[{extras}]'" in str(caught.value)
@@ -55,7 +55,7 @@ def test_cuda_is_told_whether_tf32_is_allowed(tf32: bool) -> None:
 def test_wrong_input_names_are_told(mlp_onnx: Callable[[int], Path], sample: Feeds) -> None:
     with (
         open_runner("ort-cpu", mlp_onnx(32), threads=1) as runner,
-        pytest.raises(ProfilingError, match=r"inputs are \['x'\], but the sample holds \['z'\]"),
+        pytest.raises(ProfilingError, match=r"\['x'\].*\['z'\]"),
     ):
         runner.prepare({"z": sample["x"]})
 
@@ -77,7 +77,7 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, runt
 
 
 def test_unknown_runtime() -> None:
-    with pytest.raises(ValueError, match="unknown runtime 'abacus': choose from ort-cpu"):
+    with pytest.raises(ValueError, match=r"'abacus'.*ort-cpu"):
         open_runner("abacus", Path("any"), threads=1)
 
 
@@ -96,7 +96,7 @@ def test_a_provider_is_tried_before_it_is_relied_on(monkeypatch: pytest.MonkeyPa
         check_provider("CUDAExecutionProvider")
     everything = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: everything)
-    with pytest.raises(ProfilingError, match="TensorrtExecutionProvider was asked for but onnxruntime fell back to"):
+    with pytest.raises(ProfilingError, match=r"TensorrtExecutionProvider.*fell back"):
         check_provider("TensorrtExecutionProvider")
 
 

@@ -25,7 +25,7 @@ def test_without_a_gpu_nothing_is_constructed(tmp_path: Path, monkeypatch: pytes
     # Constructing these without a device can end the process.
     for name in ("Logger", "Runtime"):
         monkeypatch.setattr(trt, name, None)
-    with pytest.raises(ProfilingError, match=r"^net\.engine cannot run: no GPU is present$"):
+    with pytest.raises(ProfilingError, match=r"net\.engine.*no GPU"):
         open_runner("rtx", tmp_path / "net.engine", threads=1)
 
 
@@ -34,7 +34,7 @@ def test_a_missing_product_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackageError, match=rf"^{package} is not installed: .*optin-deploy\[{runtime}\]"):
+    with pytest.raises(MissingPackageError, match=rf"{package}.*optin-deploy\[{runtime}\]"):
         open_runner(runtime, tmp_path / "net.engine", threads=1)
 
 
@@ -95,7 +95,7 @@ def test_outputs_are_those_of_onnx_runtime(
         device_ms = runner.prepare(feeds)()
         assert device_ms is not None
         assert device_ms > 0
-        with pytest.raises(ProfilingError, match="does not take x of shape"):
+        with pytest.raises(ProfilingError, match="x of shape"):
             runner.prepare({"x": np.repeat(sample["x"], 5, axis=0)})
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure, channels_last
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     """A block that can be pruned; the classes below each spoil it in one way."""

@@ -28,6 +28,8 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
 
 def _resnet(block: Any, **arguments: Any) -> nn.Module:
     sizes = {"layers": (1, 2, 1, 1), "channels": (16, 16, 24, 24), "stem_width": 8, "num_classes": 3}

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, LayerAxis, Structure
 
+pytestmark = pytest.mark.slow
+
 
 class Row(nn.Module):
     """Convolutions that run one after the other; the classes below each change what is between the first two."""

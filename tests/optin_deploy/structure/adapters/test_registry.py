@@ -10,6 +10,8 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
 
 class Gated(nn.Module):
     """A feed-forward network that no adapter of ours knows."""

@@ -26,6 +26,9 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 _VIT = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 4}
 _WINDOWS = {"img_size": 32, "depths": (2, 2), "window_size": 4}
 _STAGES = {"depths": (1, 1, 1, 1)}

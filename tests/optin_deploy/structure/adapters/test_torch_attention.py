@@ -23,6 +23,9 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH, HEADS, NEURONS = 16, 4, 24
 
 

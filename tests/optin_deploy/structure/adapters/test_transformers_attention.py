@@ -8,6 +8,8 @@ from torch import nn
 from optin_deploy.structure.adapters.transformers_attention import attention
 from optin_deploy.structure.groups import Group, LeftDense
 
+pytestmark = pytest.mark.slow
+
 
 def bert_layer() -> nn.Module:
     return tiny.network("bert").module.encoder.layer[0]
@@ -53,7 +55,7 @@ def test_without_number_and_width_of_heads_an_attention_is_left_dense() -> None:
     del module.attention_head_size
     given = adapted_attention(module, bert_layer().attention)
     assert isinstance(given, LeftDense)
-    assert "neither the number of its heads nor the width of one" in given.reason
+    assert re.search(r"number of its heads", given.reason)
 
 
 def test_query_heads_that_share_a_key_leave_together() -> None:

@@ -22,6 +22,9 @@ from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
+pytestmark = pytest.mark.slow
+
+
 # What is left dense in them, besides what nothing is known of.
 _DENSE = {
     "mask2former": ("sequences first", "cannot be run", "mask_embedder: runs several times"),
