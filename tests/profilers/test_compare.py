@@ -1,3 +1,4 @@
+import re
 import sys
 import tempfile
 from collections.abc import Callable

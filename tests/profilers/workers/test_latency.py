@@ -103,44 +103,6 @@ def test_variants_are_measured_with_graphs_or_all_without(
     assert OnDevice.opened == [True] * opened
 
 
-class Slow:
-    """A pretended runner whose runs take, by a pretended clock, as many milliseconds as its file's name says."""
-
-    now_ns: ClassVar[int] = 0
-
-    def __init__(self, runtime: str, path: Path, threads: int, *, tf32: bool, cuda_graphs: bool) -> None:
-        self.ms, self.cuda_graph = int(path.stem), None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def prepare(self, feeds: Feeds) -> Run:
-        return self.run
-
-    def run(self) -> None:
-        Slow.now_ns += self.ms * 1_000_000
-
-
-@pytest.mark.parametrize("loads", [1, 2])
-def test_builds_take_turns_round_by_round(
-    loads: int, tmp_path: Path, sample: Feeds, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(latency, "open_runner", Slow)
-    monkeypatch.setattr(latency, "interleave", partial(interleave, clock_ns=lambda: Slow.now_ns))
-    monkeypatch.setattr(latency, "_has_room", lambda *_: True)
-    spec = spec_file(tmp_path, Path("1.onnx"), sample, loads=loads, pairs=[])
-    content = json.loads(spec.read_text())
-    several = {**content["variants"]["dense"], "files": ["30.onnx", "10.onnx"]}
-    spec.write_text(json.dumps({**content, "variants": {"one": content["variants"]["dense"], "several": several}}))
-    assert latency.main([str(spec)]) == 0
-    samples = json.loads((tmp_path / "result.json").read_text())["samples_ms"]
-    assert [set(turn) for turn in samples["several"][:4]] == [{30.0}, {10.0}, {30.0}, {10.0}]
-    assert {ms for turn in samples["one"] for ms in turn} == {1.0}
-
-
 def test_an_unforeseen_error_ends_in_one_line(
     tmp_path: Path, mlp_onnx: Callable[[int], Path], sample: Feeds, capsys: pytest.CaptureFixture[str]
 ) -> None:
