@@ -87,7 +87,7 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
-    network = pruner.ready(network, batches)
+    network = pruner.validate_on(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     dense = in_principal_bases(network, anatomy.structure, batches)
     found = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)

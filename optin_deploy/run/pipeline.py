@@ -30,7 +30,15 @@ from optin_deploy.models.hub import CARD_NAME
 from optin_deploy.models.libraries import task
 from optin_deploy.network import Network
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Ridge, make_sparse, remove, remove_in_rounds, token_schedule, told_plan
+from optin_deploy.pruning.pruner import (
+    PruneSettings,
+    Ridge,
+    make_sparse,
+    remove,
+    remove_in_rounds,
+    token_schedule,
+    told_plan,
+)
 from optin_deploy.report import Report, write_report
 from optin_deploy.report.model_card import Facts
 from optin_deploy.report.model_card import render as render_card
@@ -298,20 +306,9 @@ def _pruned(
                     plan, module = met, remove(dense, structure, met, batches, ridge, job.anatomy.stack)
                 else:
                     assert recipe.flops is not None
-                    plan, module = remove_in_rounds(
-                        dense,
-                        job.anatomy,
-                        scores,
-                        batches,
-                        recipe.flops,
-                        scoring=scoring_of(recipe),
-                        labels=job.calibration.labels,
-                        align=recipe.alignment or 64,
-                        ridge=ridge,
-                        rounds=recipe.rounds,
-                        edges=edges_of(structure, measured) if measured else None,
-                        schedule=schedule,
-                    )
+                    edges = edges_of(structure, measured) if measured else None
+                    settings = replace(_settings(recipe, recipe.flops), labels=job.calibration.labels, edges=edges)
+                    plan, module = remove_in_rounds(dense, job.anatomy, scores, batches, settings, schedule)
             if recipe.sparsity is not None:
                 make_sparse(dense, module, structure, plan, batches, ridge)
             small = module
@@ -339,6 +336,19 @@ def _kept(structure: Structure, plan: Plan) -> list[str]:
     ]
 
 
+def _settings(recipe: Recipe, flops: float) -> PruneSettings:
+    """Return how units are removed down to ``flops`` of the dense FLOPs."""
+    return PruneSettings(
+        flops,
+        scoring_of(recipe),
+        align=recipe.alignment or 64,
+        ridge=recipe.ridge if recipe.compensate else None,
+        rounds=recipe.rounds,
+        tokens=recipe.tokens,
+        tokens_share=recipe.tokens_share,
+    )
+
+
 def _schedule(
     job: Job,
     dense: Network,
@@ -354,14 +364,13 @@ def _schedule(
     if anatomy.stack is None:
         return ()
     damage = _damages(job, dense, anatomy.stack, batches, directory, stages) if recipe.tokens == "auto" else None
-    align = recipe.alignment or 64
 
     def find() -> tuple[int, ...]:
         flops = recipe.flops
         if flops is None:
             assert measured is not None
             flops = latency_fraction(recipe, measured)
-        return token_schedule(dense, anatomy, scores, flops, align, recipe.tokens, recipe.tokens_share, damage)
+        return token_schedule(dense, anatomy, scores, _settings(recipe, flops), damage)
 
     return tuple(batches.ranks.told(find))
 
