@@ -49,7 +49,7 @@ from optin_deploy.pruning.pruner import PruneSettings, examine, remove_in_rounds
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs
 from optin_deploy.tokens.damage import token_damages
-from optin_deploy.tokens.matching import Matching, merged
+from optin_deploy.tokens.matching import Matching, merge_tokens
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
@@ -67,7 +67,7 @@ class LeavingOut(MergingBlocks):
     """What would merge into another token is left out."""
 
     def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
-        return merged(x, sizes, replace(match, joining=torch.zeros_like(match.joining)))
+        return merge_tokens(x, sizes, replace(match, joining=torch.zeros_like(match.joining)))
 
 
 class DroppingBlocks(MergingBlocks):

@@ -22,7 +22,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import GateError
 from optin_deploy.network import Network
-from optin_deploy.tokens.decisions import WithDecisions, as_decided, decision_names
+from optin_deploy.tokens.decisions import WithDecisions, decision_names, follow_decisions
 from optin_deploy.tokens.near_ties import alternatives
 from optin_deploy.utils.atomic_files import tell_written
 from optin_deploy.utils.progress import Stages
@@ -76,7 +76,7 @@ def checked(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) -> 
     batches = parity_batches(network, held_out, recipe.precision)
     with runnable_on_cpu(onnx, recipe.precision) as file:
         decisions = decision_names(network, recipe.precision)
-        others = as_decided(network, tolerance) if decisions else alternatives(network)
+        others = follow_decisions(network, tolerance) if decisions else alternatives(network)
         return check_parity(module, file, batches, names, tolerance, recipe.threads, others, decisions)
 
 
