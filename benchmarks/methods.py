@@ -12,7 +12,7 @@ from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearrang
 from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Anatomy, Ridge, examine, remove, remove_in_rounds
+from optin_deploy.pruning.pruner import Anatomy, PruneSettings, Ridge, examine, remove, remove_in_rounds
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -77,9 +77,8 @@ def by_rounds(rounds: int) -> Method:
         for budget in budgets:
             start = perf_counter()
             plan, module = remove_in_rounds(
-                dense, anatomy, scores, case.batches, budget,
-                scoring=scoring, labels=None, align=align, ridge="auto", rounds=rounds,
-            )  # fmt: skip
+                dense, anatomy, scores, case.batches, PruneSettings(budget, scoring, align=align, rounds=rounds)
+            )
             seconds = scored + perf_counter() - start
             yield Outcome(f"{scoring.criterion}, {rounds} rounds", "ridge", budget, plan, module, seconds)
 

@@ -45,11 +45,11 @@ from optin_deploy import Network
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import examine, remove_in_rounds
+from optin_deploy.pruning.pruner import PruneSettings, examine, remove_in_rounds
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs
 from optin_deploy.tokens.damage import token_damages
-from optin_deploy.tokens.matching import Matching, merged
+from optin_deploy.tokens.matching import Matching, merge_tokens
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
@@ -67,7 +67,7 @@ class LeavingOut(MergingBlocks):
     """What would merge into another token is left out."""
 
     def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
-        return merged(x, sizes, replace(match, joining=torch.zeros_like(match.joining)))
+        return merge_tokens(x, sizes, replace(match, joining=torch.zeros_like(match.joining)))
 
 
 class DroppingBlocks(MergingBlocks):
@@ -99,19 +99,8 @@ def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float
                 module = copy.deepcopy(network.module)
                 with_merging(module, structure, stack, Plan({}, schedule))
             else:
-                _, module = remove_in_rounds(
-                    dense,
-                    anatomy,
-                    scores,
-                    batches,
-                    asked,
-                    scoring=scoring,
-                    labels=None,
-                    align=64,
-                    ridge="auto",
-                    rounds=1,
-                    schedule=schedule,
-                )
+                settings = PruneSettings(asked, scoring)
+                _, module = remove_in_rounds(dense, anatomy, scores, batches, settings, schedule)
             flops = count_flops(module, network.inputs) / anatomy.costs.total
             yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
 

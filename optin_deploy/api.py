@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from optin_deploy.nn.batches import Batches, batch_size
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning import pruner
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Pruned, Ridge, Tokens, examine, examine_as
+from optin_deploy.pruning.pruner import Pruned, PruneOptions, Ridge, examine, examine_as
 from optin_deploy.report.profile_view import NetworkProfile
 from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
@@ -62,28 +62,6 @@ __all__ = [
 
 
 Files = OnnxFile | str | Path
-
-
-class PruneOptions(TypedDict, total=False):
-    """Options of `prune` for scoring and search.
-
-    Attributes:
-        scoring: the criterion and its settings; `Scoring()` by default.
-        labels: class numbers ``(samples,)`` for each batch, for the criterion "fisher".
-        align: neurons are kept in multiples of this number, finer in narrow layers; 64 by default.
-        rounds: number of steps to the budget, each scored again; 1 by default.
-        narrow: whether heads may also get narrower; by default the criterion decides.
-        tokens: how many tokens enter each block, "auto" to search for it together with the units, "off" by default.
-        tokens_share: share of the removed FLOPs that merging tokens removes; searched by default.
-    """
-
-    scoring: Scoring | None
-    labels: Sequence[Tensor] | None
-    align: int
-    rounds: int
-    narrow: bool | None
-    tokens: Tokens
-    tokens_share: float | None
 
 
 @torch.inference_mode(False)
@@ -116,7 +94,7 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
-    network = pruner.ready(network, batches)
+    network = pruner.validate_on(network, batches)
     anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     dense = in_principal_bases(network, anatomy.structure, batches)
     scores = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)

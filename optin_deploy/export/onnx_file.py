@@ -23,7 +23,7 @@ from optin_deploy.data.calibration import Calibration
 from optin_deploy.errors import GateError
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
-from optin_deploy.tokens.decisions import WithDecisions, as_decided, decision_names
+from optin_deploy.tokens.decisions import WithDecisions, decision_names, follow_decisions
 from optin_deploy.tokens.near_ties import alternatives
 from optin_deploy.utils.atomic_files import tell_written
 from optin_deploy.utils.progress import Stages
@@ -71,7 +71,7 @@ def check_onnx(network: Network, onnx: Path, held_out: Batches, recipe: Recipe) 
     # GPUs may compute a float32 file in TF32, but a CPU computes it exactly.
     tolerance = parity_tolerance(recipe) if recipe.precision != "tf32" else PARITY_TOLERANCES["fp32"]
     decisions, names = decision_names(network, recipe.precision), tuple(network.outputs)
-    others = as_decided(network, tolerance) if decisions else alternatives(network)
+    others = follow_decisions(network, tolerance) if decisions else alternatives(network)
     batches = parity_batches(network, held_out, recipe.precision)
     with runnable_on_cpu(onnx, recipe.precision) as file:
         outputs = run_onnx(file, batches, names, decisions, recipe.threads)

@@ -1,8 +1,8 @@
-"""The pruning stage: from a network and calibration data to a smaller network, in memory."""
+"""From a network and calibration batches to a smaller network, in memory."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models.validation.adopt import validate
 from optin_deploy.models.validation.inputs import check_batches
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import Batches
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.verify_plan import check_cut
@@ -37,19 +38,17 @@ from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.display import html_of, render_kept
 from optin_deploy.utils.progress import part, track
 
-Batches = Sequence[Mapping[str, Tensor]]
-# Strength of the ridge: chosen on held-out batches, fixed, or None for no repair.
+# Strength of the ridge: chosen on held-out batches, fixed, or None for no compensation.
 Ridge = float | Literal["auto"] | None
-# Tokens that enter each block: as the search finds it, all of them, or so many.
+# Tokens that enter each block: found by the search, all of them, or these numbers.
 Tokens = Literal["auto", "off"] | Sequence[int]
-# Modules that are named where nothing is prunable.
+# How many modules the message names when nothing is prunable.
 _LARGEST = 3
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What can be removed from a network and what it costs, in FLOPs; the blocks between which tokens may merge, where
-    they may."""
+    """The prunable groups of a network and their FLOPs; ``stack`` is the blocks between which tokens may merge."""
 
     structure: Structure
     costs: Costs
@@ -57,10 +56,70 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """A smaller network, and how it came about.
+class PruneSettings:
+    """How units are removed.
 
-    ``plan`` counts units of the network that was pruned, ``scores`` is empty where the plan was given.
+    Attributes:
+        flops: part of the network's FLOPs to keep, above 0 and below 1.
+        scoring: how units are scored; by the default criterion when None.
+        labels: class numbers for each batch, for the criterion "fisher".
+        align: neurons are kept in multiples of this number (see `search.knapsack.search`).
+        ridge: strength of the ridge, "auto" to choose it on held-out batches. None turns compensation off; batch norms
+            get new statistics instead.
+        rounds: number of steps to the budget. Each scores the network that the last one left.
+        narrow: whether heads may also get narrower; None leaves it to the criterion.
+        tokens: how many tokens enter each block; "auto" finds it together with the units.
+        tokens_share: part of the removed FLOPs that merging tokens removes, in place of the one that "auto" finds.
+        edges: numbers of units worth keeping, by group (see `search.knapsack.search_all`).
+    """
+
+    flops: float
+    scoring: Scoring | None = None
+    labels: Sequence[Tensor] | None = None
+    align: int = 64
+    ridge: Ridge = "auto"
+    rounds: int = 1
+    narrow: bool | None = None
+    tokens: Tokens = "off"
+    tokens_share: float | None = None
+    edges: Mapping[str, Sequence[int]] | None = None
+
+    def check(self) -> None:
+        """Raise UserError for values out of their range."""
+        check_share(self.flops)
+        if self.rounds < 1:
+            raise UserError(f"rounds={self.rounds}: at least 1 is needed")
+        if self.rounds > 1 and self.tokens != "off":
+            raise UserError(f"rounds={self.rounds}: tokens merge in one round")
+
+
+class PruneOptions(TypedDict, total=False):
+    """Options of `prune` for scoring and search.
+
+    Attributes:
+        scoring: the criterion and its settings; `Scoring()` by default.
+        labels: class numbers ``(samples,)`` for each batch, for the criterion "fisher".
+        align: neurons are kept in multiples of this number, finer in narrow layers; 64 by default.
+        rounds: number of steps to the budget, each scored again; 1 by default.
+        narrow: whether heads may also get narrower; by default the criterion decides.
+        tokens: how many tokens enter each block, "auto" to search for it together with the units, "off" by default.
+        tokens_share: share of the removed FLOPs that merging tokens removes; searched by default.
+    """
+
+    scoring: Scoring | None
+    labels: Sequence[Tensor] | None
+    align: int
+    rounds: int
+    narrow: bool | None
+    tokens: Tokens
+    tokens_share: float | None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A smaller network, and how it was made.
+
+    ``plan`` counts units of the network that was pruned. ``scores`` is empty where the plan was given.
     """
 
     network: Network
@@ -83,11 +142,14 @@ class Pruned:
 
 
 def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> Anatomy:
-    """Find and count the prunable groups; UserError when there are none.
+    """Find the prunable groups and count their FLOPs.
 
     Args:
         narrow: whether heads may also get narrower.
-        tokens: whether tokens are to merge; UserError where they cannot.
+        tokens: whether tokens are to merge.
+
+    Raises:
+        UserError: nothing is prunable, or tokens cannot merge.
     """
     structure = describe(network.module, network.inputs)
     if not narrow:
@@ -98,21 +160,21 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
     return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
 
 
-def ready(network: Network, batches: Batches) -> Network:
-    """The network as `Network.checked` puts it right; UserError where it cannot be pruned, or not on ``batches``."""
-    found = validate(network)
-    check_batches(found.module, found.inputs, batches)
+def validate_on(network: Network, batches: Batches) -> Network:
+    """Return the network as `validate` does; UserError if it cannot be pruned, or not on ``batches``."""
+    network = validate(network)
+    check_batches(network.module, network.inputs, batches)
     if len(batches):
         with torch.no_grad():
-            outputs = found.forward({name: tensor[:1].clone() for name, tensor in batches[0].items()})
+            outputs = network.forward({name: tensor[:1].clone() for name, tensor in batches[0].items()})
         bad = next((name for name, output in outputs.items() if not output.isfinite().all()), None)
         if bad is not None:
             raise UserError(f"the network gives NaN or infinity in {bad} on the first sample of batch 0")
-    return found
+    return network
 
 
 def examine_as(network: Network, groups: Collection[str], *, tokens: bool = False) -> Anatomy:
-    """`examine`, narrow where ``groups``, by their names, are those of a network whose heads may get narrower."""
+    """Return `examine` with narrower heads exactly if ``groups``, names of groups, include widths of heads."""
     anatomy = examine(network, tokens=tokens)
     if any(group.kind == "width" and group.name in groups for group in anatomy.structure.groups):
         return anatomy
@@ -121,17 +183,17 @@ def examine_as(network: Network, groups: Collection[str], *, tokens: bool = Fals
 
 
 def check_share(flops: float) -> None:
-    """Raise UserError unless ``flops`` is a part of the FLOPs."""
+    """Raise UserError unless ``flops`` is above 0 and below 1."""
     if not 0 < flops < 1:
         raise UserError(f"flops={flops:g}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5")
 
 
 def _nothing_prunable(network: Network, structure: Structure) -> str:
-    """What was looked for, and where the FLOPs are."""
+    """Return the message that says where the FLOPs are and which modules could be pruned."""
     largest = unpruned(network.module, structure, network.inputs)[:_LARGEST]
-    parts = [f"{each.module} ({100 * each.flops_share:.1f} %: {each.reason})" for each in largest]
-    told = {each.module for each in largest}
-    uncounted = [(n, m) for n, m in network.module.named_modules() if isinstance(m, UNCOUNTED) and n not in told]
+    parts = [f"{left.module} ({100 * left.flops_share:.1f} %: {left.reason})" for left in largest]
+    named = {left.module for left in largest}
+    uncounted = [(n, m) for n, m in network.module.named_modules() if isinstance(m, UNCOUNTED) and n not in named]
     parts += [f"{name or 'the network'} (not counted: {never_pruned(m)})" for name, m in uncounted[:_LARGEST]]
     return (
         f"nothing prunable found in {network.source.name}; its FLOPs are in {', '.join(parts) or 'no layer'}; "
@@ -141,79 +203,45 @@ def _nothing_prunable(network: Network, structure: Structure) -> str:
 
 @torch.inference_mode(False)
 def prune(
-    network: Network,
-    batches: Batches,
-    flops: float,
-    *,
-    scoring: Scoring | None = None,
-    labels: Sequence[Tensor] | None = None,
-    align: int = 64,
-    ridge: Ridge = "auto",
-    rounds: int = 1,
-    narrow: bool | None = None,
-    tokens: Tokens = "off",
-    tokens_share: float | None = None,
+    network: Network, batches: Batches, flops: float, *, ridge: Ridge = "auto", **options: Unpack[PruneOptions]
 ) -> Pruned:
-    """Score, search, slice and repair in one call.
+    """Score, search, slice and compensate in one call.
 
     Args:
         batches: calibration inputs on the network's device.
         flops: part of the network's FLOPs to keep, above 0 and below 1.
-        scoring: how units are scored.
-        labels: class numbers for each batch, for the criterion "fisher".
-        align: see `search.search`.
-        ridge: strength of the repair's ridge (see ``compensation``), "auto" to choose it on held-out batches, None for
-            no repair but new statistics of batch norms.
-        rounds: in how many steps the budget is approached; each scores what the one before has left.
-        narrow: whether heads may also get narrower; None leaves it to the criterion.
-        tokens: how many tokens enter each block; "auto" finds it together with the units.
-        tokens_share: the part of the FLOPs removed that merging tokens is to remove alone, in place of what "auto"
-            finds.
+        ridge, options: see `PruneSettings` and `PruneOptions`.
 
     Raises:
         UserError: nothing is prunable, tokens cannot merge, or the budget is out of range or below the floor.
-        GateError: what the plan leaves computes something else than the masked network.
+        GateError: the sliced network does not compute what the masked one does.
     """
-    check_share(flops)
-    if rounds < 1:
-        raise UserError(f"rounds={rounds}: at least 1 is needed")
-    scoring = scoring or Scoring()
-    if rounds > 1 and tokens != "off":
-        raise UserError(f"rounds={rounds}: tokens merge in one round")
-    network = ready(network, batches)
-    anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow, tokens=tokens != "off")
+    settings = PruneSettings(flops, ridge=ridge, **options)
+    settings.check()
+    scoring, tokens = settings.scoring or Scoring(), settings.tokens
+    network = validate_on(network, batches)
+    narrow = scoring.narrows_heads if settings.narrow is None else settings.narrow
+    anatomy = examine(network, narrow=narrow, tokens=tokens != "off")
     check_budget(anatomy.structure, anatomy.costs, flops)
     dense = in_principal_bases(network, anatomy.structure, batches)
-    scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
+    scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=settings.labels)
     damage = None
     if anatomy.stack is not None and tokens == "auto":
         damage = token_damages(dense, anatomy.structure, anatomy.stack, batches, scoring)
-    schedule = token_schedule(dense, anatomy, scores, flops, align, tokens, tokens_share, damage)
-    plan, small = remove_in_rounds(
-        dense,
-        anatomy,
-        scores,
-        batches,
-        flops,
-        scoring=scoring,
-        labels=labels,
-        align=align,
-        ridge=ridge,
-        rounds=rounds,
-        schedule=schedule,
-    )
+    schedule = token_schedule(dense, anatomy, scores, settings, damage)
+    plan, small = remove_in_rounds(dense, anatomy, scores, batches, settings, schedule)
     return Pruned(network.with_module(small), plan, scores, anatomy)
 
 
 @torch.inference_mode(False)
 def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "auto") -> Pruned:
-    """Slice by ``plan`` and repair, as `prune` does once there is one; there are no scores then.
+    """Slice by ``plan`` and compensate; the result has no scores.
 
     Raises:
         UserError: the plan does not fit the network.
-        GateError: what the plan leaves computes something else than the masked network.
+        GateError: the sliced network does not compute what the masked one does.
     """
-    network = ready(network, batches)
+    network = validate_on(network, batches)
     anatomy = examine_as(network, plan.kept, tokens=bool(plan.tokens))
     plan.check(anatomy.structure)
     if anatomy.stack is not None:
@@ -227,28 +255,26 @@ def token_schedule(
     dense: Network,
     anatomy: Anatomy,
     scores: Mapping[str, Tensor],
-    flops: float,
-    align: int,
-    tokens: Tokens,
-    share: float | None = None,
+    settings: PruneSettings,
     damage: Damages | None = None,
 ) -> tuple[int, ...]:
-    """How many tokens enter each block, for `remove_in_rounds`; empty where none merge.
+    """Return how many tokens enter each block; empty if none merge.
 
-    Arguments are those of `prune`; ``damage`` is what `scoring.token_damages` gives, needed where tokens are "auto".
+    Args:
+        damage: the cost of merging, by `token_damages`; needed if ``settings.tokens`` is "auto".
     """
     stack, structure = anatomy.stack, anatomy.structure
-    if tokens == "off" or stack is None:
+    if settings.tokens == "off" or stack is None:
         return ()
-    if tokens != "auto":
-        schedule = tuple(int(n) for n in tokens)
+    if settings.tokens != "auto":
+        schedule = tuple(int(n) for n in settings.tokens)
         stack.check(schedule)
         return schedule
     assert damage is not None
     costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
-    if share is not None:
-        return share_schedule(structure, costs, 1 - share * (1 - flops), damage)
-    return best_schedule(structure, scores, costs, flops, align, damage)
+    if settings.tokens_share is not None:
+        return share_schedule(structure, costs, 1 - settings.tokens_share * (1 - settings.flops), damage)
+    return best_schedule(structure, scores, costs, settings.flops, settings.align, damage)
 
 
 def remove_in_rounds(
@@ -256,66 +282,54 @@ def remove_in_rounds(
     anatomy: Anatomy,
     scores: Mapping[str, Tensor],
     batches: Batches,
-    flops: float,
-    *,
-    scoring: Scoring,
-    labels: Sequence[Tensor] | None,
-    align: int,
-    ridge: Ridge,
-    rounds: int,
-    edges: Mapping[str, Sequence[int]] | None = None,
+    settings: PruneSettings,
     schedule: tuple[int, ...] = (),
 ) -> tuple[Plan, nn.Module]:
-    """Search, slice and repair, as `prune` does once there are ``scores``.
+    """Search, slice and compensate, in as many rounds as ``settings`` say.
 
     Args:
-        edges: numbers of units worth keeping, see `search.search_all`.
-        schedule: tokens that enter each block, in one round only; empty where all do.
+        schedule: tokens that enter each block, in one round only; empty if all do.
 
     Returns:
-        the plan, in the dense network's units, and the module.
+        the plan, in units of the dense network, and the pruned module.
     """
     costs: CostModel = anatomy.costs
     if schedule and anatomy.stack is not None:
         costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
-    budget = Budget(costs, flops ** (1 / rounds))
-    plan = told_plan(batches, lambda: search_all(anatomy.structure, scores, [budget], align, edges))
+    rounds, structure = settings.rounds, anatomy.structure
+    budget = Budget(costs, settings.flops ** (1 / rounds))
+    plan = told_plan(batches, lambda: search_all(structure, scores, [budget], settings.align, settings.edges))
     plan = replace(plan, tokens=schedule)
     with part(1 / rounds):
-        small = remove(dense, anatomy.structure, plan, batches, ridge, anatomy.stack)
+        small = remove(dense, structure, plan, batches, settings.ridge, anatomy.stack)
     for number in track(range(2, rounds + 1)):
-        left = flops ** (number / rounds)
-        step = next_step(dense.with_module(small), anatomy, left, batches, scoring, labels, align)
-        plan, small = remove_more(dense, anatomy, plan, small, step, batches, ridge)
+        flops = settings.flops ** (number / rounds)
+        step = next_step(dense.with_module(small), anatomy, batches, replace(settings, flops=flops))
+        plan, small = remove_more(dense, anatomy, (plan, small), step, batches, settings.ridge)
     return plan, small
 
 
-def next_step(
-    small: Network,
-    anatomy: Anatomy,
-    flops: float,
-    batches: Batches,
-    scoring: Scoring,
-    labels: Sequence[Tensor] | None,
-    align: int,
-) -> tuple[Structure, Plan]:
-    """What leaves a pruned network next, so that ``flops`` of the dense one's are left: its structure, and the plan in
-    its units.
+def next_step(small: Network, anatomy: Anatomy, batches: Batches, settings: PruneSettings) -> tuple[Structure, Plan]:
+    """Score a pruned network again and search what it loses next.
 
     Args:
-        anatomy: of the dense network.
+        anatomy: of the dense network, of whose FLOPs ``settings.flops`` are to be left.
+
+    Returns:
+        the structure of ``small``, and the plan in its units.
     """
     narrow = any(g.kind == "width" for g in anatomy.structure.groups)
     rest = examine(small, narrow=narrow)
-    scores = score(small, rest.structure, rest.costs, batches, scoring, labels=labels)
-    part = flops * anatomy.costs.total / rest.costs.total
-    return rest.structure, told_plan(batches, lambda: search(rest.structure, scores, rest.costs, part, align))
+    structure = rest.structure
+    scores = score(small, structure, rest.costs, batches, settings.scoring, labels=settings.labels)
+    flops = settings.flops * anatomy.costs.total / rest.costs.total
+    return structure, told_plan(batches, lambda: search(structure, scores, rest.costs, flops, settings.align))
 
 
 def told_plan(batches: Batches, make: Callable[[], Plan]) -> Plan:
-    """The plan that the main one of those who share ``batches`` makes, so that all have the same."""
-    found = ranks_of(batches).told(lambda: asdict(make()))
-    return Plan({name: tuple(units) for name, units in found["kept"].items()}, tuple(found["tokens"]))
+    """Return the plan that the main process makes, on all processes that share ``batches``."""
+    plan = ranks_of(batches).told(lambda: asdict(make()))
+    return Plan({name: tuple(units) for name, units in plan["kept"].items()}, tuple(plan["tokens"]))
 
 
 def remove(
@@ -326,19 +340,21 @@ def remove(
     ridge: Ridge,
     stack: TokenStack | None = None,
 ) -> nn.Module:
-    """Slice by ``plan`` and repair. With ``ridge`` None, statistics of batch
-    norms are taken anew instead.
+    """Slice by ``plan``, compensate, and merge tokens if the plan says so.
 
-    Tokens merge from then on, where the plan says so: what they are merged into has no counterpart in the dense
-    network that it could be refitted to. Class logits have, and the map that gives them is fitted behind merging.
+    Merged tokens have no counterpart in the dense network, so linear layers are refitted before tokens merge. Class
+    logits have one: the classifier is refitted after.
+
+    Args:
+        ridge: None re-estimates batch norms instead of compensating.
 
     Raises:
-        GateError: what is sliced is not what is masked, see `cut_check.check_cut`. Not checked without ``batches``.
+        GateError: the sliced network does not compute what the masked one does. Not checked without ``batches``.
     """
     small = sliced(dense.module, structure, plan)
     if batches:
         check_cut(dense, small, structure, plan, batches)
-    _repair(dense, small, structure, plan, batches, ridge)
+    _compensate(dense, small, structure, plan, batches, ridge)
     if plan.tokens and stack is not None:
         with_merging(small, structure, stack, plan)
     _refit_classifier(dense, small, batches, ridge)
@@ -348,24 +364,24 @@ def remove(
 def remove_more(
     dense: Network,
     anatomy: Anatomy,
-    plan: Plan,
-    small: nn.Module,
+    before: tuple[Plan, nn.Module],
     step: tuple[Structure, Plan],
     batches: Batches,
     ridge: Ridge,
 ) -> tuple[Plan, nn.Module]:
-    """Slice ``small``, which ``plan`` has left of the dense network, by a `next_step`; repair it against the dense one.
+    """Slice the module that the plan ``before`` left by a `next_step`, and compensate towards the dense network.
 
     Returns:
-        the plan of both steps together, in the dense network's units, and the module.
+        the plan of both steps together, in units of the dense network, and the module.
 
     Raises:
-        GateError: what is sliced is not what is masked.
+        GateError: the sliced network does not compute what the masked one does.
     """
+    plan, small = before
     together = step[1].after(plan)
     smaller = sliced(small, *step)
     check_cut(dense.with_module(small), smaller, *step, batches)
-    _repair(dense, smaller, anatomy.structure, together, batches, ridge)
+    _compensate(dense, smaller, anatomy.structure, together, batches, ridge)
     _refit_classifier(dense, smaller, batches, ridge)
     return together, smaller
 
@@ -378,9 +394,11 @@ def make_sparse(
     batches: Batches,
     ridge: Ridge,
 ) -> None:
-    """Give what ``plan`` has left of the dense network, ``small``, the 2:4 pattern in place, following the dense one.
+    """Set half of the weights of ``small`` to zero in the 2:4 pattern, in place, and refit the others.
 
-    With ``ridge`` None, weights that stay keep their values.
+    Args:
+        small: the dense network sliced by ``plan``.
+        ridge: None keeps the values of the remaining weights.
     """
     strengths = STRENGTHS if ridge == "auto" else () if ridge is None else (ridge,)
     sparsify(dense, small, structure, plan, batches, strengths)
@@ -388,7 +406,7 @@ def make_sparse(
     _refit_classifier(dense, small, batches, ridge)
 
 
-def _repair(
+def _compensate(
     dense: Network,
     small: nn.Module,
     structure: Structure,
@@ -396,7 +414,7 @@ def _repair(
     batches: Batches,
     ridge: Ridge,
 ) -> None:
-    """All maps but that which gives class logits, see `_refit_classifier`."""
+    """Refit all linear layers but the classifier, see `_refit_classifier`."""
     if ridge is None:
         reestimate(small, batches)
     elif ridge == "auto":

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from optin_deploy.config.recipe import Recipe
 from optin_deploy.criteria.scoring import save_scores, score
 from optin_deploy.distributed.ranks import Shared
 from optin_deploy.errors import UserError
@@ -19,7 +20,15 @@ from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Ridge, make_sparse, remove, remove_in_rounds, token_schedule, told_plan
+from optin_deploy.pruning.pruner import (
+    PruneSettings,
+    Ridge,
+    make_sparse,
+    remove,
+    remove_in_rounds,
+    token_schedule,
+    told_plan,
+)
 from optin_deploy.run import run_directory
 from optin_deploy.run.context import PrunedRun, RunContext
 from optin_deploy.run.latency_stage import latency_fraction, plan_for_latency
@@ -194,19 +203,24 @@ def _prune_to_flops(
     context: RunContext, scored: _Scored, flops: float, schedule: tuple[int, ...]
 ) -> tuple[Plan, nn.Module]:
     recipe, anatomy = context.recipe, context.anatomy
-    return remove_in_rounds(
-        scored.dense,
-        anatomy,
-        scored.scores,
-        scored.batches,
-        flops,
-        scoring=scoring_of(recipe),
+    settings = replace(
+        _settings(recipe, flops),
         labels=context.prepared.calibration.labels,
+        edges=find_step_sizes(anatomy.structure, scored.tables.costs) if scored.tables else None,
+    )
+    return remove_in_rounds(scored.dense, anatomy, scored.scores, scored.batches, settings, schedule)
+
+
+def _settings(recipe: Recipe, flops: float) -> PruneSettings:
+    """Return how units are removed down to ``flops`` of the dense FLOPs."""
+    return PruneSettings(
+        flops,
+        scoring_of(recipe),
         align=recipe.alignment or 64,
         ridge=recipe.ridge if recipe.compensate else None,
         rounds=recipe.rounds,
-        edges=find_step_sizes(anatomy.structure, scored.tables.costs) if scored.tables else None,
-        schedule=schedule,
+        tokens=recipe.tokens,
+        tokens_share=recipe.tokens_share,
     )
 
 
@@ -229,10 +243,8 @@ def _search_schedule(context: RunContext, scored: _Scored, damages: Damages | No
     """Search the schedule for the FLOPs budget, or under a latency budget alone, for the same fraction of the FLOPs."""
     recipe = context.recipe
     flops = latency_fraction(recipe, scored.measured) if recipe.flops is None else recipe.flops
-    align = recipe.alignment or 64
-    return token_schedule(
-        scored.dense, context.anatomy, scored.scores, flops, align, recipe.tokens, recipe.tokens_share, damages
-    )
+    settings = _settings(recipe, flops)
+    return token_schedule(scored.dense, context.anatomy, scored.scores, settings, damages)
 
 
 def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) -> Damages | None:

@@ -1,41 +1,44 @@
-"""Which tokens merge, as a value of its own: made of similarities, or given by a file that has decided."""
+"""Which tokens merge: chosen by similarity, or read from the outputs of a file that has chosen."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Further than any cosine.
+# Larger than any cosine.
 BEYOND = 2.0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of the tokens that may leave, those that do, and what each of them would merge into.
+    """Which of the candidates merge, and into which token.
 
     Attributes:
         leaves: bool ``(batch, candidates)``.
-        nearest: int64 ``(batch, candidates)``, the column of the similarities.
+        nearest: int64 ``(batch, candidates)``, the partner of each, a column of the similarities.
     """
 
     leaves: Tensor
     nearest: Tensor
 
 
-def chosen(similarity: Tensor, count: int, real: Tensor | None = None) -> Choice:
-    """The ``count`` candidates that are most similar to a partner; among equals the earlier one.
+def choose(similarity: Tensor, count: int, real: Tensor | None = None) -> Choice:
+    """Choose the ``count`` candidates that are most similar to a partner; among equals the earlier one.
 
     Args:
-        similarity: ``(batch, candidates, partners)``, of those that cannot merge below -1.
-        real: bool ``(batch, candidates)``, False at padding, which leaves first.
+        similarity: ``(batch, candidates, partners)``, below -1 for pairs that cannot merge.
+        real: bool ``(batch, candidates)``, False at padding, which is chosen first.
     """
     best, nearest = similarity.max(dim=-1)
     return Choice(ranks(_urgency(best, real)) < count, nearest)
 
 
 def regret(similarity: Tensor, count: int, given: Choice, real: Tensor | None = None) -> Tensor:
-    """By how much a choice is worse than `chosen`'s, ``(batch,)``: the largest difference of two similarities that it
-    decides the other way. Infinite where it is no choice of ``count`` candidates."""
+    """Return how much worse a choice is than that of `choose`, ``(batch,)``.
+
+    That is the largest difference of two similarities that it orders the other way. Infinite if it does not choose
+    ``count`` candidates.
+    """
     best = similarity.max(dim=-1).values
     inside = (given.nearest >= 0) & (given.nearest < similarity.shape[-1])
     taken = similarity.gather(2, given.nearest.clamp(0, similarity.shape[-1] - 1)[:, :, None])[:, :, 0]
@@ -53,7 +56,7 @@ def _urgency(best: Tensor, real: Tensor | None) -> Tensor:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """How many of a row's ``values`` come before each: larger ones, and equal ones that stand before it."""
+    """Return the rank of each value in its row, the largest first; among equals the earlier one first."""
     index = torch.arange(values.shape[1], device=values.device)
     earlier = index[None, :] < index[:, None]
     mine, others = values[:, :, None], values[:, None, :]

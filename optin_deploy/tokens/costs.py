@@ -10,9 +10,9 @@ from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.search.costs import Costs, kept_size
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.tokens.matching import comparing_flops, merging_flops
+from optin_deploy.tokens.matching import matching_flops, merging_flops
 from optin_deploy.tokens.stack import TokenStack
-from optin_deploy.tokens.text_matching import word_comparing_flops, word_merging_flops
+from optin_deploy.tokens.text_matching import text_matching_flops, text_merging_flops
 
 # Products of two activations: in an attention their cost grows with the square of the tokens, that of all else with
 # the tokens.
@@ -86,7 +86,7 @@ class TokenCosts:
         """What merging before a block costs, comparing by keys left out."""
         key, width = self.stack.keys[block], self.stack.width
         if self.stack.text:
-            found = word_merging_flops(before, before - tokens, width)
+            found = text_merging_flops(before, before - tokens, width)
         else:
             found = merging_flops(before, self.stack.prefix, before - tokens, width)
         return found + (self.comparing(block, before, tokens, 0) if key is None else 0.0)
@@ -96,7 +96,7 @@ class TokenCosts:
         if before == tokens:
             return 0.0
         keys = 2.0 * before * self.stack.width * features
-        compared = word_comparing_flops if self.stack.text else comparing_flops
+        compared = text_matching_flops if self.stack.text else matching_flops
         return keys + compared(before, self.stack.prefix, features or self.stack.width)
 
     def _step(self, block: int) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""What a file below float32 decides of which tokens merge, and what the network gives that decides the same.
+"""Parity of files below float32 whose tokens merge: torch merges the tokens that the file merged.
 
-Rounding to half precision or 8 bits changes similarities by more than many of them differ, and with them which tokens
-merge. That is no fault of the file. Its decisions are values of its graph that have names. The parity gate reads them,
-lets torch, in float32, merge the same tokens, and holds the outputs to the tolerance as anywhere else. A decision has
-to be one that rounding can explain: no similarity may be off by more than the tolerance, as no output may.
+Rounding to half precision or 8 bits changes similarities by more than many of them differ, so the file may merge other
+tokens than torch. That is not an error. The file's graph has named outputs for its choices. The parity gate reads them,
+lets torch merge the same tokens in float32, and compares the outputs with the usual tolerance. Rounding must explain a
+choice: no similarity may be off by more than the tolerance.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,14 @@ _EXACT: tuple[Precision, ...] = ("fp32", "tf32")
 
 
 def decision_names(network: Network, precision: Precision) -> tuple[str, ...]:
-    """Of the values that a file in ``precision`` decides by, two for each time that tokens merge; none in float32."""
+    """Return the names of a file's choices in ``precision``, two for each merge; none in float32."""
     if precision in _EXACT:
         return ()
     return tuple(name for step in _steps(network.module) for name in _names(*step))
 
 
 def _steps(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The blocks before which tokens merge, in order: the name of their list, and their index in it."""
+    """Yield the blocks before which tokens merge, in order: the name of their list and the index in it."""
     for name in merging_names(module):
         blocks = module.get_submodule(name)
         assert isinstance(blocks, MergingBlocks)
@@ -40,14 +40,14 @@ def _names(blocks: str, index: int) -> tuple[str, str]:
 
 
 class _Record:
-    """Choices in the order in which they were made. Not a list: torch.export would look for tensors in one."""
+    """Choices in the order they were made. Not a list, in which torch.export would look for tensors."""
 
     def __init__(self) -> None:
         self.choices: list[Choice] = []
 
 
 class RecordingBlocks(MergingBlocks):
-    """Remembers what it chooses."""
+    """Merging blocks that record their choices."""
 
     record: _Record
 
@@ -58,7 +58,7 @@ class RecordingBlocks(MergingBlocks):
 
 
 class WithDecisions(nn.Module):
-    """A network that gives, behind its outputs, the values of `decision_names`."""
+    """A network with the values of `decision_names` after its own outputs."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class WithDecisions(nn.Module):
 
 
 class DictatedBlocks(MergingBlocks):
-    """Merges the tokens of ``given``, choices by index, and notes how much worse than its own these are."""
+    """Merging blocks that follow the choices ``given``, by index; record how much worse these are."""
 
     given: dict[int, Choice]
     regrets: list[float]
@@ -93,23 +93,23 @@ class DictatedBlocks(MergingBlocks):
         return own if worst == torch.inf else given
 
 
-def as_decided(network: Network, tolerance: float) -> Alternatives:
-    """For `exporters.check_parity`: the network's outputs for one sample with the tokens merged that the file merged.
+def follow_decisions(network: Network, tolerance: float) -> Alternatives:
+    """Return alternatives for `exporters.check_parity`: outputs of one sample with the file's choices.
 
-    Where a similarity is off by more than ``tolerance`` for that, what the network itself gives.
+    If a similarity is off by more than ``tolerance``, the outputs with the network's own choices.
     """
     dictated = with_blocks_of(network.module, DictatedBlocks)
     module, plain = network.tensor_outputs(dictated), network.tensor_outputs()
 
-    def found(sample: Mapping[str, Tensor], decided: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def outputs_of(sample: Mapping[str, Tensor], decided: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         regrets: list[float] = []
         for name in merging_names(dictated):
             blocks = dictated.get_submodule(name)
             assert isinstance(blocks, DictatedBlocks)
-            chosen = {index: tuple(decided[n] for n in _names(name, index)) for index in blocks.merging_indices}
-            blocks.given, blocks.regrets = {index: Choice(*values) for index, values in chosen.items()}, regrets
+            choices = {index: tuple(decided[n] for n in _names(name, index)) for index in blocks.merging_indices}
+            blocks.given, blocks.regrets = {index: Choice(*values) for index, values in choices.items()}, regrets
         outputs = module(**sample)
-        # Two similarities are compared, and both may be off.
+        # A choice compares two similarities, and both may be off.
         return outputs if max(regrets) <= 2 * tolerance else plain(**sample)
 
-    return found
+    return outputs_of

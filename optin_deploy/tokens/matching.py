@@ -1,14 +1,13 @@
-"""Merging tokens that are alike, as plain tensor functions that export: no shape depends on data, only on counts.
+"""Token merging as plain tensor functions that export: shapes depend on counts, not on data.
 
-Bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3): the tokens behind
-the protected prefix (class, distillation and register tokens) are dealt in turn into sets A and B; the ``count`` tokens
-of A that are most similar to one of B are merged into it, averages being weighted by how many tokens each one stands
-for. Among equals the earlier token is taken. What is left stands in the order prefix, rest of A, B, each as it stood:
-in an order by similarity, rounding would swap neighbours, and other tokens would be dealt into A the next time.
+Bipartite soft matching (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3). The tokens after the
+protected prefix (class, distillation and register tokens) are dealt in turn into sets A and B. The ``count`` tokens of
+A that are most similar to one of B merge into it; averages are weighted by the number of tokens each one holds. Among
+equals the earlier token merges. The result is ordered prefix, rest of A, B, each in its old order: in an order by
+similarity, rounding would swap neighbours and so change A for the next merge.
 
-Tokens are looked up as rows of a table, added up by products with matrices of zeros and ones, and ranked by comparing
-each with each: every runtime has fast lookups and products, few have a fast scatter or gather whole tokens by elements,
-and sorting leaves the order of equals open.
+Tokens are looked up as rows of a table, added by products with 0-1 matrices, and ranked by comparing all pairs. Every
+runtime has fast lookups and products. Few have a fast scatter, and sorting leaves the order of equals open.
 """
 
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optin_deploy.tokens.choices import Choice, chosen
+from optin_deploy.tokens.choices import Choice, choose
 
 
 @dataclass(frozen=True)
@@ -39,31 +38,31 @@ class Matching:
 
 
 def most_mergeable(tokens: int, prefix: int) -> int:
-    """How many of ``tokens`` can merge at once: those of A."""
+    """Return how many of ``tokens`` can merge at once: the size of A."""
     return (tokens - prefix) // 2
 
 
-def matching(metric: Tensor, prefix: int, count: int) -> Matching:
+def match_tokens(metric: Tensor, prefix: int, count: int) -> Matching:
     """Match ``count`` tokens, at least 1 and at most `most_mergeable`, by the cosine of their ``metric``.
 
     Args:
         metric: ``(batch, tokens, features)``.
-        prefix: so many tokens at the beginning are protected.
+        prefix: number of protected tokens at the beginning.
     """
-    return matched(chosen(similarities(metric, prefix), count), metric.shape[1], prefix, count, metric.dtype)
+    return match_choice(choose(similarities(metric, prefix), count), metric.shape[1], prefix, count, metric.dtype)
 
 
 def similarities(metric: Tensor, prefix: int) -> Tensor:
-    """Cosines ``(batch, |A|, |B|)`` of the tokens behind the ``prefix``, dealt into A and B, in float32 at least."""
+    """Return the cosines ``(batch, |A|, |B|)`` of the tokens after the ``prefix``, in float32 at least."""
     # In half precision most similar tokens would tie.
     exact = metric[:, prefix:].to(torch.promote_types(metric.dtype, torch.float32))
     directions = F.normalize(exact, dim=-1)
-    # Of an odd number of tokens B gets the last one, so that every token of A has a neighbour on both sides.
+    # B gets the last of an odd number, so that every token of A has a neighbour on both sides.
     return directions[:, 1::2] @ directions[:, 0::2].transpose(1, 2)
 
 
-def matched(choice: Choice, tokens: int, prefix: int, count: int, dtype: torch.dtype) -> Matching:
-    """The matching of a choice among the tokens of A, ``count`` of ``tokens`` in all; weights are of ``dtype``."""
+def match_choice(choice: Choice, tokens: int, prefix: int, count: int, dtype: torch.dtype) -> Matching:
+    """Return the matching of a choice of ``count`` tokens of A; ``tokens`` counts all, ``dtype`` is that of weights."""
     leaves, nearest = choice.leaves, choice.nearest
     batch, device = leaves.shape[0], leaves.device
     size_a = leaves.shape[1]
@@ -82,8 +81,8 @@ def matched(choice: Choice, tokens: int, prefix: int, count: int, dtype: torch.d
     return Matching(prefix, staying, tokens_a[:, :count], joining.to(dtype), moved)
 
 
-def merged(x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
-    """Tokens ``(batch, tokens - count, width)`` after merging, and how many each stands for.
+def merge_tokens(x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
+    """Merge: return tokens ``(batch, tokens - count, width)`` and the number of tokens that each holds.
 
     Args:
         x: ``(batch, tokens, width)``.
@@ -97,63 +96,62 @@ def merged(x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
     return tokens, torch.cat([_rows(sizes, match.staying), size_joined], dim=1)
 
 
-def placed(places: Tensor, match: Matching) -> Tensor:
-    """What belongs to the places of patches, ``(batch, patches, features)``, after merging: a token is where that of B
-    was that others merged into."""
+def merge_positions(places: Tensor, match: Matching) -> Tensor:
+    """Return per-patch values ``(batch, patches, features)`` after merging; a merged token has the value of its B."""
     p = match.prefix
     return torch.cat([_rows(places, match.staying[:, p:] - p), places[:, 0::2]], dim=1)
 
 
-def places_left(at: Tensor, match: Matching) -> Tensor:
-    """Where the tokens stood in the beginning, int64 ``(batch, tokens)``, after merging, as in `placed`."""
+def merge_original_positions(at: Tensor, match: Matching) -> Tensor:
+    """Return the original positions, int64 ``(batch, tokens)``, of the tokens after merging."""
     return torch.cat([at.gather(1, match.staying), at[:, match.prefix :: 2]], dim=1)
 
 
-def between(biases: Tensor, at: Tensor) -> Tensor:
-    """Biases ``(batch, heads, tokens, tokens)`` between the tokens that are left.
+def biases_between(biases: Tensor, at: Tensor) -> Tensor:
+    """Return attention biases ``(batch, heads, tokens, tokens)`` between the remaining tokens.
 
     Args:
-        biases: ``([1,] heads, places, places)``, of all queries for all keys.
-        at: int64 ``(batch, tokens)``, where each token stood in the beginning.
+        biases: ``([1,] heads, places, places)``, from all queries to all keys.
+        at: int64 ``(batch, tokens)``, the original position of each token.
     """
-    # As a table by pairs of places: runtimes look rows up faster than they index by two tensors.
+    # A table by pairs of positions: runtimes look up rows faster than they index by two tensors.
     pairs = at[:, :, None] * biases.shape[-1] + at[:, None, :]
     return F.embedding(pairs, biases.flatten(-2).flatten(0, -2).t()).permute(0, 3, 1, 2)
 
 
-def unmerged(x: Tensor, where: Tensor) -> Tensor:
-    """Every token of the beginning gets what it was merged into: ``(batch, tokens, width)``.
+def unmerge_tokens(x: Tensor, where: Tensor) -> Tensor:
+    """Return ``(batch, tokens, width)``: for each original token the one it was merged into.
 
     Args:
-        where: int64 ``(batch, tokens)``, the token of ``x`` that each one is in.
+        where: int64 ``(batch, tokens)``, the token of ``x`` that holds each original token.
     """
     return _rows(x, where)
 
 
-def comparing_flops(tokens: int, prefix: int, features: int) -> float:
-    """FLOPs of `matching` for one sample: all similarities."""
+def matching_flops(tokens: int, prefix: int, features: int) -> float:
+    """Return the FLOPs of `match_tokens` for one sample: all similarities."""
     a, b = _sides(tokens, prefix)
     return 2.0 * a * b * features
 
 
 def merging_flops(tokens: int, prefix: int, count: int, width: int) -> float:
-    """FLOPs of `merged` for one sample: those that leave added up, and their sizes."""
+    """Return the FLOPs of `merge_tokens` for one sample."""
     return 2.0 * _sides(tokens, prefix)[1] * count * (width + 1)
 
 
 def _sides(tokens: int, prefix: int) -> tuple[int, int]:
-    """How many tokens are in A and in B."""
+    """Return the sizes of A and B."""
     a = most_mergeable(tokens, prefix)
     return a, tokens - prefix - a
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``(batch, n, width)`` of ``x`` that int64 ``index``, ``(batch, n)``, names in each sample."""
+    """Return the tokens ``(batch, n, width)`` of ``x`` at int64 ``index``, ``(batch, n)``."""
     first = x.shape[1] * torch.arange(x.shape[0], device=x.device)
     return F.embedding(first[:, None] + index, x.flatten(0, 1))
 
 
 def _dealt(a: Tensor, b: Tensor) -> Tensor:
-    """``(batch, tokens)`` of the tokens of A and B, in the order before they were dealt."""
+    """Return values ``(batch, tokens)`` of A and B in the order before they were dealt."""
     pairs = torch.stack([b[:, : a.shape[1]], a], dim=2).flatten(1)
     return torch.cat([pairs, b[:, a.shape[1] :]], dim=1)

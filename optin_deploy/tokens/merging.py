@@ -16,10 +16,19 @@ from optin_deploy.structure.adapters.resizable_attention import PLACED, PlacedBe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slimmed
-from optin_deploy.tokens.choices import Choice, chosen
-from optin_deploy.tokens.matching import Matching, between, matched, merged, placed, places_left, similarities, unmerged
+from optin_deploy.tokens.choices import Choice, choose
+from optin_deploy.tokens.matching import (
+    Matching,
+    biases_between,
+    match_choice,
+    merge_original_positions,
+    merge_positions,
+    merge_tokens,
+    similarities,
+    unmerge_tokens,
+)
 from optin_deploy.tokens.stack import TokenStack, real_tokens
-from optin_deploy.tokens.text_matching import real_words, word_similarities, words_matched, words_merged
+from optin_deploy.tokens.text_matching import match_text_choice, merge_text_tokens, real_text_tokens, text_similarities
 
 
 class MergingBlocks(nn.Sequential):
@@ -66,19 +75,19 @@ class MergingBlocks(nn.Sequential):
                 metric = self._metric(index, block, x)
                 if stack.text:
                     left = x.shape[1] - stack.leaving(before, after, x.shape[1])
-                    real = real_words(sizes, stack.prefix)
-                    choice = self.choose(index, word_similarities(metric, real, stack.prefix), x.shape[1] - left, real)
-                    moved = words_matched(choice, real, stack.prefix)
-                    x, sizes = words_merged(x, sizes, moved, left)
+                    real = real_text_tokens(sizes, stack.prefix)
+                    choice = self.choose(index, text_similarities(metric, real, stack.prefix), x.shape[1] - left, real)
+                    moved = match_text_choice(choice, real, stack.prefix)
+                    x, sizes = merge_text_tokens(x, sizes, moved, left)
                 else:
                     choice = self.choose(index, similarities(metric, stack.prefix), before - after)
-                    match = matched(choice, before, stack.prefix, before - after, metric.dtype)
+                    match = match_choice(choice, before, stack.prefix, before - after, metric.dtype)
                     moved = match.moved
                     x, sizes = self.join(x, sizes, match)
                     for name, _ in stack.places:
                         place = places[name] if name in places else kwargs[name].expand(x.shape[0], -1, -1)
-                        places[name] = placed(place, match)
-                    at = None if at is None else places_left(at, match)
+                        places[name] = merge_positions(place, match)
+                    at = None if at is None else merge_original_positions(at, match)
                 where = moved if where is None else moved.gather(1, where)
             called = inspect.signature(block.forward).bind(x, *args, **{**kwargs, **places})
             if sizes is not None:
@@ -87,22 +96,22 @@ class MergingBlocks(nn.Sequential):
                 given = given if at is None else self._between(block, given, at)
                 called.arguments[stack.mask] = _added(given, _counting(sizes))
             x = block(*called.args, **called.kwargs)
-        return x if where is None else unmerged(x, where)
+        return x if where is None else unmerge_tokens(x, where)
 
     def choose(self, index: int, similarity: Tensor, count: int, real: Tensor | None = None) -> Choice:
         """Which tokens merge before a block, see `chosen`."""
-        return chosen(similarity, count, real)
+        return choose(similarity, count, real)
 
     def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
         """Patches and their sizes after merging."""
-        return merged(x, sizes, match)
+        return merge_tokens(x, sizes, match)
 
     def _between(self, block: nn.Module, shared: Tensor | None, at: Tensor) -> Tensor | None:
         """The biases that the block's attention adds between the tokens left."""
         attention = block.get_submodule(self.stack.biased)
         # Where all heads are gone there is none.
         biases = attention.biases(shared) if isinstance(attention, PlacedBeitAttention) else None
-        return None if biases is None else between(biases, at)
+        return None if biases is None else biases_between(biases, at)
 
     def _sizes(self, block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Of tokens that have not merged yet: 1, and 0 for padding."""

@@ -1,9 +1,8 @@
-"""What a network whose tokens merge may as rightly give as what it gives.
+"""Alternative outputs of a token-merging network whose similarities tie within rounding.
 
-Which tokens merge is decided by comparing similarities. Two of them may differ by less than rounding, and another
-runtime, which rounds otherwise, then merges another token: neither is wrong. Torch is made to take such decisions the
-other way by noise on what tokens are compared by, as small as rounding. An ONNX file has to agree with what torch gives
-for one and the same outcome of all decisions, as exactly as anywhere else.
+Two similarities may differ by less than rounding. Another runtime rounds differently and merges another token: neither
+is wrong. Noise as small as rounding, added to the features that are compared, makes torch take such choices the other
+way. An ONNX file must agree with torch for one outcome of all choices, within the usual tolerance.
 """
 
 from collections.abc import Mapping
@@ -15,13 +14,13 @@ from exporters import Alternatives
 from optin_deploy.network import Network
 from optin_deploy.tokens.merging import MergingBlocks, merging_names, with_blocks_of
 
-# Powers of ten, relative to the length of what is compared. In float32, errors deep in a network are some 1e-6: with
-# noise of several sizes around that and many draws, the decisions of a runtime are among those taken.
+# Sizes of the noise, powers of ten, relative to the features. Errors deep in a float32 network are about 1e-6: many
+# draws of several sizes around that cover the choices of a runtime.
 _LEAST_EXPONENT, _MOST_EXPONENT, _CANDIDATES = -6.5, -4.5, 32
 
 
 class NudgedBlocks(MergingBlocks):
-    """Compares tokens by what is off by noise, another one for each sample of a batch, and larger from one to the next.
+    """Merging blocks that compare features with noise, larger for each further sample of a batch.
 
     The noise is the same in every call.
     """
@@ -36,15 +35,15 @@ class NudgedBlocks(MergingBlocks):
 
 
 def alternatives(network: Network) -> Alternatives | None:
-    """For `exporters.check_parity`: the network's outputs for one sample with near ties decided this way or that.
+    """Return alternatives for `exporters.check_parity`: outputs of one sample with near ties broken in many ways.
 
-    None for a network of which no tokens merge.
+    None if no tokens merge.
     """
     if not merging_names(network.module):
         return None
     nudged = network.tensor_outputs(with_blocks_of(network.module, NudgedBlocks))
 
-    def found(sample: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def outputs_of(sample: Mapping[str, Tensor], _: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         return nudged(**{name: t.expand(_CANDIDATES, *t.shape[1:]) for name, t in sample.items()})
 
-    return found
+    return outputs_of

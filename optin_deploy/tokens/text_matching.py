@@ -1,39 +1,44 @@
-"""Merging the words of texts, of any length and padded: bipartite soft matching (see ``tokens``) that minds padding.
+"""Token merging in padded texts of any length: bipartite soft matching (see ``matching``) that respects padding.
 
-Padding stands for no token: its size is 0, it leaves before any word does, and no word merges with it. The words behind
-the protected prefix are dealt in turn into sets A and B, and those of A that are most similar to a word of B merge into
-it, averages being weighted by how many words each stands for. What is left keeps its order.
+Padding has size 0, leaves before any token does, and no token merges with it. The tokens after the protected prefix are
+dealt in turn into sets A and B. Those of A that are most similar to one of B merge into it; averages are weighted by
+the number of tokens that each one holds. The remaining tokens keep their order.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optin_deploy.tokens.choices import BEYOND, Choice, chosen
+from optin_deploy.tokens.choices import BEYOND, Choice, choose
 
 
-def word_matching(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Tensor:
-    """Where each token is when ``count`` are gone: int64 ``(batch, tokens)``, by the cosine of their ``metric``.
+def match_text_tokens(metric: Tensor, sizes: Tensor, prefix: int, count: int) -> Tensor:
+    """Return the position of each token after ``count`` have merged, by the cosine of their ``metric``.
 
     Args:
-        metric: ``(batch, tokens, features)``; there are two tokens behind the prefix at least.
-        sizes: ``(batch, tokens, 1)``, how many words each token stands for; 0 at padding, which the prefix has none of.
-        prefix: so many tokens at the beginning are protected.
-        count: at most half of those behind the prefix.
+        metric: ``(batch, tokens, features)``, with at least two tokens after the prefix.
+        sizes: ``(batch, tokens, 1)``, the number of original tokens in each; 0 at padding, not in the prefix.
+        prefix: number of protected tokens at the beginning.
+        count: at most half of the tokens after the prefix.
+
+    Returns:
+        int64 ``(batch, tokens)``.
     """
-    real = real_words(sizes, prefix)
-    return words_matched(chosen(word_similarities(metric, real, prefix), count, real), real, prefix)
+    real = real_text_tokens(sizes, prefix)
+    return match_text_choice(choose(text_similarities(metric, real, prefix), count, real), real, prefix)
 
 
-def real_words(sizes: Tensor, prefix: int) -> Tensor:
-    """Bool ``(batch, n)``, of the n tokens behind the prefix those that are no padding."""
+def real_text_tokens(sizes: Tensor, prefix: int) -> Tensor:
+    """Return bool ``(batch, n)``, False at padding, for the n tokens after the prefix."""
     return sizes[:, prefix:, 0] > 0
 
 
-def word_similarities(metric: Tensor, real: Tensor, prefix: int) -> Tensor:
-    """Cosines ``(batch, n, n)`` of the n tokens behind the ``prefix``, in float32 at least; -2 where a token cannot
-    merge into another, that is, from B, into A and into padding."""
-    # In half precision most similar words would tie.
+def text_similarities(metric: Tensor, real: Tensor, prefix: int) -> Tensor:
+    """Return the cosines ``(batch, n, n)`` of the n tokens after the ``prefix``, in float32 at least.
+
+    They are -2 for pairs that cannot merge: from B, into A, and into padding.
+    """
+    # In half precision most similar tokens would tie.
     exact = metric[:, prefix:].to(torch.promote_types(metric.dtype, torch.float32))
     directions = F.normalize(exact, dim=-1)
     index = torch.arange(directions.shape[1], device=metric.device)
@@ -42,36 +47,36 @@ def word_similarities(metric: Tensor, real: Tensor, prefix: int) -> Tensor:
     return (directions @ directions.transpose(1, 2)).masked_fill(~possible, -BEYOND)
 
 
-def words_matched(choice: Choice, real: Tensor, prefix: int) -> Tensor:
-    """What `word_matching` gives, of a choice among the tokens behind the prefix."""
+def match_text_choice(choice: Choice, real: Tensor, prefix: int) -> Tensor:
+    """Return `match_text_tokens` for a choice among the tokens after the prefix."""
     leaves, nearest = choice.leaves, choice.nearest
     index = torch.arange(leaves.shape[1], device=leaves.device)
     staying = (~leaves[:, None, :] & (index < index[:, None])).sum(-1)
     moved = torch.where(leaves, staying.gather(1, nearest), staying)
-    # Padding adds nothing wherever it goes.
+    # Padding has size 0, so its position does not matter.
     moved = torch.where(leaves & ~real, 0, moved + prefix)
     before = torch.arange(prefix, device=leaves.device).expand(moved.shape[0], -1)
     return torch.cat([before, moved], dim=1)
 
 
-def words_merged(x: Tensor, sizes: Tensor, moved: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """Tokens ``(batch, left, width)`` after merging, and how many words each stands for.
+def merge_text_tokens(x: Tensor, sizes: Tensor, moved: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """Merge: return tokens ``(batch, left, width)`` and the number of original tokens in each.
 
     Args:
         x: ``(batch, tokens, width)``.
         sizes: ``(batch, tokens, 1)``.
-        moved: what `word_matching` gave.
+        moved: the result of `match_text_tokens`.
     """
     joining = (moved[:, None, :] == torch.arange(left, device=x.device)[:, None]).to(x.dtype)
     together = joining @ sizes
     return joining @ (x * sizes) / together.clamp_min(1), together
 
 
-def word_comparing_flops(tokens: int, prefix: int, features: int) -> float:
-    """FLOPs of `word_matching` for one sample: all similarities."""
+def text_matching_flops(tokens: int, prefix: int, features: int) -> float:
+    """Return the FLOPs of `match_text_tokens` for one sample: all similarities."""
     return 2.0 * (tokens - prefix) ** 2 * features
 
 
-def word_merging_flops(tokens: int, count: int, width: int) -> float:
-    """FLOPs of `words_merged` for one sample."""
+def text_merging_flops(tokens: int, count: int, width: int) -> float:
+    """Return the FLOPs of `merge_text_tokens` for one sample."""
     return 2.0 * (tokens - count) * tokens * (width + 1) if count else 0.0

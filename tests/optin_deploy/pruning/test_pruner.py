@@ -11,7 +11,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Pruned, examine, next_step, prune, remove, remove_more
+from optin_deploy.pruning.pruner import Pruned, PruneSettings, examine, next_step, prune, remove, remove_more
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.utils.progress import shown_by
@@ -141,11 +141,11 @@ def test_two_rounds_are_their_parts(network: Network, ridge: float | None) -> No
     anatomy = examine(network)
     first = prune(network, batches, 0.5**0.5, scoring=scoring, ridge=ridge, align=8)
     assert 0.5**0.5 - 0.01 <= share(first, network) <= 0.5**0.5
-    rest, plan = next_step(first.network, anatomy, 0.5, batches, scoring, None, 8)
+    rest, plan = next_step(first.network, anatomy, batches, PruneSettings(0.5, scoring, align=8))
     assert rest == examine(first.network).structure
     dense = in_principal_bases(network, anatomy.structure, batches)
     small = first.network.module
-    together, smaller = remove_more(dense, anatomy, first.plan, small, (rest, plan), batches, ridge)
+    together, smaller = remove_more(dense, anatomy, (first.plan, small), (rest, plan), batches, ridge)
     assert pruned.plan == together == plan.after(first.plan)
     assert same(pruned.network.module, smaller)
     for name, kept in together.kept.items():

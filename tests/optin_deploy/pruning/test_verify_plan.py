@@ -77,7 +77,7 @@ ODD = (True, True, True)
 def test_a_plan_that_no_trial_foresaw_is_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     of = network(*ODD)
     assert len(describe(of.module, of.inputs).groups) == 3
-    monkeypatch.setattr(pruner, "_repair", lambda *_: pytest.fail("repaired"))
+    monkeypatch.setattr(pruner, "_compensate", lambda *_: pytest.fail("repaired"))
     with pytest.raises(GateError, match=LINE) as found:
         prune(of, batches(), 0.5, align=8)
     assert "\n" not in str(found.value)

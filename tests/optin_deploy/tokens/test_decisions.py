@@ -18,7 +18,7 @@ from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.plan import Plan
-from optin_deploy.tokens.choices import Choice, chosen, regret
+from optin_deploy.tokens.choices import Choice, choose, regret
 from optin_deploy.tokens.decisions import decision_names
 from optin_deploy.tokens.merging import with_merging
 
@@ -158,7 +158,7 @@ def test_regret_is_the_largest_difference_decided_the_other_way(seed: int) -> No
     given = Choice(leaves, torch.randint(0, 5, (1, 6), generator=made))
     expected = slow_regret(similarity[0], given, real[0])
     assert float(regret(similarity, count, given, real)) == pytest.approx(expected, abs=1e-6)
-    assert float(regret(similarity, count, chosen(similarity, count, real), real)) == 0
+    assert float(regret(similarity, count, choose(similarity, count, real), real)) == 0
 
 
 def test_what_is_no_choice_is_regretted_without_end() -> None:

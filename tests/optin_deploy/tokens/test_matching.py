@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optin_deploy.tokens.matching import (
-    between,
-    comparing_flops,
-    matching,
-    merged,
+    biases_between,
+    match_tokens,
+    matching_flops,
+    merge_original_positions,
+    merge_tokens,
     merging_flops,
     most_mergeable,
-    places_left,
-    unmerged,
+    unmerge_tokens,
 )
 
 COUNTS = st.tuples(st.integers(6, 24), st.integers(0, 3)).flatmap(
@@ -47,8 +47,8 @@ def slowly(metric: Tensor, prefix: int, count: int) -> list[list[int]]:
 def test_the_most_similar_tokens_become_their_weighted_mean(sizes: tuple[int, int, int]) -> None:
     tokens, prefix, count = sizes
     x, metric, weights = drawn(tokens)
-    match = matching(metric, prefix, count)
-    found, left = merged(x, weights, match)
+    match = match_tokens(metric, prefix, count)
+    found, left = merge_tokens(x, weights, match)
     assert found.shape == (3, tokens - count, 6)
     for sample in range(3):
         for row, members in enumerate(slowly(metric[sample], prefix, count)):
@@ -62,9 +62,9 @@ def test_the_most_similar_tokens_become_their_weighted_mean(sizes: tuple[int, in
 def test_every_token_gets_back_what_it_was_merged_into(sizes: tuple[int, int, int]) -> None:
     tokens, prefix, count = sizes
     x, metric, _ = drawn(tokens)
-    match = matching(metric, prefix, count)
-    found, left = merged(x, torch.ones(3, tokens, 1), match)
-    back = unmerged(found, match.moved)
+    match = match_tokens(metric, prefix, count)
+    found, left = merge_tokens(x, torch.ones(3, tokens, 1), match)
+    back = unmerge_tokens(found, match.moved)
     assert back.shape == x.shape
     # Of sizes 1, the mean over all tokens stays what it was.
     torch.testing.assert_close(back.mean(1), x.mean(1), atol=1e-5, rtol=1e-5)
@@ -73,7 +73,7 @@ def test_every_token_gets_back_what_it_was_merged_into(sizes: tuple[int, int, in
 
 
 def test_of_equals_the_earlier_one_leaves_and_takes() -> None:
-    match = matching(torch.ones(1, 9, 2), 1, 2)
+    match = match_tokens(torch.ones(1, 9, 2), 1, 2)
     assert match.staying.tolist() == [[0, 6, 8]]
     assert match.leaving.tolist() == [[2, 4]]
     assert match.joining[0].nonzero().tolist() == [[0, 0], [0, 1]]
@@ -82,7 +82,7 @@ def test_of_equals_the_earlier_one_leaves_and_takes() -> None:
 
 def test_flops_are_those_of_the_products() -> None:
     # 4 tokens a side; similarities of 2 features; 3 added to 4, of 6 features and a size.
-    assert comparing_flops(9, 1, 2) == 2 * 4 * 4 * 2
+    assert matching_flops(9, 1, 2) == 2 * 4 * 4 * 2
     assert merging_flops(9, 1, 3, 6) == 2 * 4 * 3 * 7
     assert merging_flops(9, 1, 0, 6) == 0
 
@@ -99,14 +99,14 @@ def test_biases_follow_the_tokens_that_are_left() -> None:
     x, metric, sizes = drawn(13)
     places = [[i] * 3 for i in range(13)]
     for count in (3, 2):
-        match = matching(metric, 1, count)
+        match = match_tokens(metric, 1, count)
         # The first of a set is what the others merge into.
         groups = [slowly(metric[sample], 1, count) for sample in range(3)]
         places = [[places[group[0]][sample] for sample, group in enumerate(row)] for row in zip(*groups, strict=True)]
-        at, (x, sizes) = places_left(at, match), merged(x, sizes, match)
+        at, (x, sizes) = merge_original_positions(at, match), merge_tokens(x, sizes, match)
         metric = x
     assert at.T.tolist() == places
-    found = between(biases, at)
+    found = biases_between(biases, at)
     assert found.shape == (3, 3, 8, 8)
     for sample, head, i, j in product(range(3), range(3), range(8), range(8)):
         assert found[sample, head, i, j] == biases[0, head, places[i][sample], places[j][sample]]
@@ -117,7 +117,7 @@ def test_in_half_precision_the_same_tokens_match(dtype: torch.dtype) -> None:
     """Those that float32 would match of the same numbers, though most similarities round to the same."""
     _, metric, _ = drawn(64)
     low = (1 + 0.03 * metric).to(dtype)
-    found, expected = matching(low, 1, 12), matching(low.float(), 1, 12)
+    found, expected = match_tokens(low, 1, 12), match_tokens(low.float(), 1, 12)
     assert torch.equal(found.moved, expected.moved) and found.joining.dtype == dtype
     directions = F.normalize(low, dim=-1)
     assert (directions @ directions.transpose(1, 2)).unique().numel() < 30

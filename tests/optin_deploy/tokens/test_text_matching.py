@@ -6,8 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optin_deploy.tokens.matching import unmerged
-from optin_deploy.tokens.text_matching import word_comparing_flops, word_matching, word_merging_flops, words_merged
+from optin_deploy.tokens.matching import unmerge_tokens
+from optin_deploy.tokens.text_matching import (
+    match_text_tokens,
+    merge_text_tokens,
+    text_matching_flops,
+    text_merging_flops,
+)
 
 # Tokens, of which words, prefix, and how many leave.
 CASES = st.tuples(st.integers(6, 20), st.integers(0, 2)).flatmap(
@@ -45,8 +50,8 @@ def slowly(metric: Tensor, words: int, prefix: int, count: int) -> list[list[int
 def test_padding_leaves_first_and_then_the_most_similar_words(case: tuple[int, int, int, int]) -> None:
     tokens, words, prefix, count = case
     x, metric, sizes = drawn(tokens, words)
-    moved = word_matching(metric, sizes, prefix, count)
-    found, left = words_merged(x, sizes, moved, tokens - count)
+    moved = match_text_tokens(metric, sizes, prefix, count)
+    found, left = merge_text_tokens(x, sizes, moved, tokens - count)
     assert found.shape == (3, tokens - count, 6) and found.isfinite().all()
     for sample in range(3):
         expected = slowly(metric[sample], words, prefix, count)
@@ -62,18 +67,18 @@ def test_padding_leaves_first_and_then_the_most_similar_words(case: tuple[int, i
                 assert all(int(moved[sample, i]) == row for i in members)
     # What padding holds is nowhere to be seen.
     others = torch.where(sizes > 0, x, torch.full_like(x, 7.0))
-    again, _ = words_merged(others, sizes, moved, tokens - count)
-    assert torch.equal(unmerged(again, moved)[:, :words], unmerged(found, moved)[:, :words])
+    again, _ = merge_text_tokens(others, sizes, moved, tokens - count)
+    assert torch.equal(unmerge_tokens(again, moved)[:, :words], unmerge_tokens(found, moved)[:, :words])
 
 
 def test_flops_are_those_of_the_products() -> None:
-    assert word_comparing_flops(9, 1, 2) == 2 * 8 * 8 * 2
+    assert text_matching_flops(9, 1, 2) == 2 * 8 * 8 * 2
     # 6 of 9 tokens are left, each a sum over all, of 5 features and a size.
-    assert word_merging_flops(9, 3, 5) == 2 * 6 * 9 * 6
-    assert word_merging_flops(9, 0, 5) == 0
+    assert text_merging_flops(9, 3, 5) == 2 * 6 * 9 * 6
+    assert text_merging_flops(9, 0, 5) == 0
 
 
 def test_in_half_precision_the_same_words_match() -> None:
     _, metric, sizes = drawn(40, 36)
     low = (1 + 0.03 * metric).half()
-    assert torch.equal(word_matching(low, sizes.half(), 1, 12), word_matching(low.float(), sizes, 1, 12))
+    assert torch.equal(match_text_tokens(low, sizes.half(), 1, 12), match_text_tokens(low.float(), sizes, 1, 12))
