@@ -13,7 +13,6 @@ from statistics import NormalDist
 from typing import Annotated
 
 import numpy as np
-from annotated_types import Gt
 from numpy.typing import ArrayLike, NDArray
 
 # With fewer rounds the interval is too rough to end a measurement.
@@ -24,7 +23,16 @@ _STABLE_RESAMPLES = 300
 _LARGEST_AUTOCORRELATION = 0.8
 
 
-Above = Annotated[float, Gt(0)]
+class _AboveZero:
+    """Metadata of a type for pydantic, which need not be installed: the figure is above 0."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> object:
+        from pydantic_core import core_schema
+
+        return core_schema.float_schema(gt=0)
+
+
+Above = Annotated[float, _AboveZero()]
 """A divisor of other figures; whatever reads it from a file checks that it is above 0."""
 
 

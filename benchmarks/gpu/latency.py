@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -150,7 +151,7 @@ def _file(case: Case, pair: Pair, folder: Path, variant: str) -> Path:
 
 def _row(case: Case, pair: Pair, size: int, raw: RawSamples) -> Outcome:
     measured = Measurement.from_samples(case.runtime, size, raw)
-    figures = measured.to_dict()
+    figures = asdict(measured)
     # A hundred numbers for each of a hundred cases, of which everything that is told is worked out above.
     samples = figures.pop("samples_ms")
     realised = measured.speedup.value * pair.flops

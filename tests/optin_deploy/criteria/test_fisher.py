@@ -35,7 +35,7 @@ class Maps(nn.Module):
         self.inner = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.child(x).movedim(-1, 1)
+        return self.inner(x).movedim(-1, 1)
 
 
 def in_double(network: Network) -> Network:

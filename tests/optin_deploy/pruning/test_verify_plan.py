@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.inner = FeedForward(odd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.child(x)
+        return x + self.inner(x)
 
 
 def network(*odd: bool) -> Network:

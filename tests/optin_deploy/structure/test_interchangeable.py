@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.norm, self.inner = nn.LayerNorm(WIDTH), inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.child(self.norm(x))
+        return x + self.inner(self.norm(x))
 
 
 class Bottleneck(nn.Module):

@@ -25,7 +25,7 @@ class Block(nn.Module):
         return self.bn1(self.conv1(x)).relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.bn2(self.conv2(self.child(x)))).relu()
+        return (x + self.bn2(self.conv2(self.inner(x)))).relu()
 
 
 class PreActivation(Block):
@@ -35,35 +35,35 @@ class PreActivation(Block):
 
 class Dense(Block):
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.child(x)
+        inner = self.inner(x)
         return inner + self.bn2(self.conv2(inner))
 
 
 class Concatenating(Block):
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.child(x)
+        inner = self.inner(x)
         return self.bn2(self.conv2(inner)) + torch.cat([inner[:, :3], x[:, 3:]], 1)
 
 
 class Mixing(Block):
     def inner(self, x: Tensor) -> Tensor:
-        return super().child(x).softmax(1)
+        return super().inner(x).softmax(1)
 
 
 class Gated(Block):
     def inner(self, x: Tensor) -> Tensor:
-        inner = super().child(x)
+        inner = super().inner(x)
         return inner * inner.mean(1, keepdim=True).sigmoid()
 
 
 class Extra(Block):
     def inner(self, x: Tensor) -> Tensor:
-        return self.extra(super().child(x))
+        return self.extra(super().inner(x))
 
 
 class Pooled(Block):
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(nn.functional.avg_pool2d(self.child(x), 2))
+        return self.conv2(nn.functional.avg_pool2d(self.inner(x), 2))
 
 
 class Twice(Block):

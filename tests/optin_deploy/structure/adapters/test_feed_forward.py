@@ -79,7 +79,7 @@ class WithSize(nn.Module):
         self.inner, self.size = inner, size
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.child(x, *self.size)
+        return self.inner(x, *self.size)
 
 
 class ChannelsLast(nn.Module):
@@ -88,7 +88,7 @@ class ChannelsLast(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.child(x.movedim(1, -1)).movedim(-1, 1)
+        return self.inner(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _config(cls: Any, **arguments: Any) -> Any:
