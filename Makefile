@@ -12,7 +12,7 @@ MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/models tests/benchm
 # What a fresh environment takes of everything but torch, see there.
 PINNED := .ci/constraints.txt
 
-.PHONY: docker-test install test test-min lint types docs browser package demo kills faults fuzz audit clean
+.PHONY: docker-test install test test-fast test-min lint types docs browser package demo kills faults fuzz audit clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ $(VENV)/.installed: pyproject.toml $(PINNED)
 # process makes what the tests of a file share.
 test: install
 	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n 4 --dist worksteal
+
+# Those that export nothing and start no process.
+test-fast: install
+	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not data"
 
 # The other end of the supported range of timm and transformers, in an environment of its own.
 $(MIN_VENV)/.installed: pyproject.toml

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from optin_deploy.errors import UserError
 from optin_deploy.nn.plain_layers import effective_layer
 
-_WRAPPERS = nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 # timm's averaged weights; its versions differ in which classes there are.
 _WRAPPER_FILE = "timm.utils.model_ema"
 _QUANTIZED = (
