@@ -89,7 +89,7 @@ from pathlib import Path
 from timm.models.vision_transformer import VisionTransformer
 from optin_deploy.utils import spill
 from optin_deploy.data.calibration import load_calibration
-from optin_deploy.network import custom_network
+from optin_deploy.models.custom import custom_network
 from optin_deploy.data.preprocessing import ImagePreprocessing
 from optin_deploy.pruning.pruner import prune
 spill.IN_MEMORY = 2**20
