@@ -49,7 +49,7 @@ def state_of(directory: Path) -> dict[str, torch.Tensor]:
 def run(told: str) -> None:
     """The command at the end of a message."""
     command = told[told.index("python -c ") :].replace("python", shlex.quote(sys.executable), 1)
-    env = {**os.environ, "PYTHONPATH": str(Path(pickles.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(pickles.__file__).parents[2])}
     done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

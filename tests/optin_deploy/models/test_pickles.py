@@ -56,7 +56,7 @@ def model() -> nn.Module:
     return timm.create_model("test_vit", num_classes=3, img_size=32).eval()
 
 
-ROOT = Path(pickles.__file__).parents[1]
+ROOT = Path(pickles.__file__).parents[2]
 STATE = model().state_dict()
 OPTIONS = argparse.Namespace(lr=np.float64(0.1), output=Path("x"), kind=Kind.ONE, device=torch.device("cuda"))
 NESTED = {
