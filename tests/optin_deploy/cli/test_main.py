@@ -20,7 +20,7 @@ from tiny_models import save_bert, save_images, save_lines, save_shallow, texts
 from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.report import read_report
-from optin_deploy.run import pipeline
+from optin_deploy.run import pipeline, prune_stage
 
 MODEL = ["--model", "test_vit", "--weights", "random", "--image-size", "32", "--calibration-samples", "8"]
 QUICK = ["--runtimes", "ort-cpu", "--batch-sizes", "1", "--profile-seconds", "0.2", "--threads", "1"]
@@ -177,7 +177,7 @@ def test_interrupt_names_the_command_that_goes_on(here: Path, run: Run, monkeypa
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_pruned", interrupt)
+    monkeypatch.setattr(prune_stage, "_prune", interrupt)
     outcome = run(*RUN, "--output", "my run")
     assert outcome.code == 130
     line = without_progress(outcome.err)
@@ -229,7 +229,7 @@ def test_what_cannot_be_read_or_written_is_one_line(
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "run/plan.json")
 
-    monkeypatch.setattr(pipeline, "_pruned", fail)
+    monkeypatch.setattr(prune_stage, "_prune", fail)
     outcome = run(*RUN, "--output", "run")
     assert outcome.code == 2
     told = without_progress(outcome.err)
