@@ -8,14 +8,6 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from optin_deploy.nn.plain_layers import computes_with_its_weights
-
-# Importing an adapter file registers its adapters.
-from optin_deploy.structure.adapters import (  # noqa: F401
-    feed_forward,
-    timm_attention,
-    torch_attention,
-    transformers_attention,
-)
 from optin_deploy.structure.adapters.conv_channels import LEAKING, channel_groups
 from optin_deploy.structure.adapters.registry import ADAPTERS, supported
 from optin_deploy.structure.batch_axis import not_batch_first, of_several_shapes

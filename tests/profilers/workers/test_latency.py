@@ -123,6 +123,6 @@ def test_the_sample_is_repeated_to_the_batch(tmp_path: Path) -> None:
 def test_peak_memory_is_not_inherited_from_the_parent() -> None:
     ballast = np.ones(2**26)  # 512 MiB
     code = "from profilers.workers.latency import peak_rss_mib; print(peak_rss_mib())"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert 10 < float(child.stdout) < ballast.nbytes / 2**20
