@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_models import save_shallow
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ["--runtimes", "ort-cpu", "--batch-sizes", "1", "--profile-seconds", "0.2", "--threads", "1", "--quiet"]
 

@@ -22,6 +22,8 @@ from profilers.plain import from_plain, to_json
 from profilers.runners.base import Feeds
 from profilers.workers.layers import innermost, sum_by_module, typical
 
+pytestmark = pytest.mark.slow
+
 CASE = Case("ort-cpu", 1, threads=1, seconds=5.0)
 VIT = ("patch_embed", "blocks.0", "blocks.0.attn", "blocks.0.mlp", "norm", "head")
 BERT = ("embeddings", *(f"encoder.layer.0{name}" for name in ("", ".attention.self", ".intermediate", ".output.dense")))

@@ -32,6 +32,8 @@ from optin_deploy.run import measure_stages, report_builder
 from optin_deploy.run.pipeline import Result, prune_export
 from profilers import Comparison, Measurement, ProfilingError, RawSamples, Variant
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = ("dense", "dense_again", "pruned")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

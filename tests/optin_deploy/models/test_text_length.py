@@ -95,6 +95,7 @@ def save_t5(path: Path, limit: int) -> None:
     save_pair_tokenizer(path, token_types=False, limit=limit)
 
 
+@pytest.mark.slow
 def test_no_limit_at_all_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_t5(tmp_path / "m", int(1e30))
     with caplog.at_level(logging.WARNING):
@@ -166,6 +167,7 @@ def test_long_texts_come_in_smaller_batches(tmp_path: Path) -> None:
     dataset.measure(network.module)
 
 
+@pytest.mark.slow
 def test_a_run_on_long_texts(tmp_path: Path) -> None:
     save_pair_classifier(tmp_path / "m")
     rows = [f"{t}\t{i % 3}" for i, t in enumerate(LONG)]

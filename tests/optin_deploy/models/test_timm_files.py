@@ -140,6 +140,7 @@ def test_a_directory_of_timm(told: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_layers")
+@pytest.mark.slow
 def test_what_is_pruned_of_a_directory_loads_without_it(tmp_path: Path) -> None:
     arguments = {"num_classes": 5, "img_size": SIZE}
     directory = save(trained(**arguments), tmp_path / "mine", **arguments)

@@ -116,6 +116,7 @@ def peak_mib(folder: Path, samples: int) -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_calibration_set(tmp_path: Path) -> None:
     save_images(tmp_path / "images", 32 + 256)
     few, many = (peak_mib(tmp_path / "images", samples) for samples in (32, 256))
