@@ -145,6 +145,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_a_network_that_gives_it_is_pruned_compared_saved_and_exported(name: str, tmp_path: Path) -> None:
     make, names = EVERYTHING[name]

@@ -28,6 +28,7 @@ def test_a_group_that_is_not_named_keeps_all_units() -> None:
     assert [plan.removes(name) for name in (first.name, second.name, None)] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_gated", "deit_distilled", "hf_vit", "bert", "distilbert"])
 @given(data=st.data())
 def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
