@@ -168,7 +168,7 @@ class Recipe(BaseModel):
         "ort-cpu,torch, as far as they compute in --precision",
         commands=RUNS_AND_EXPORT,
         several=True,
-    ).field(default_factory=lambda data: default_runtimes(data["precision"]), min_length=1)
+    ).field(default_factory=lambda data: default_runtimes(data.get("precision", "fp32")), min_length=1)
     batch_sizes: tuple[_BatchSize, ...] = _measure(
         "Batch sizes to measure, comma-separated", commands=RUNS_AND_EXPORT, several=True
     ).field((1, 8), min_length=1)

@@ -93,7 +93,7 @@ def _onnxruntime(spec: RuntimeSpec) -> ModuleType:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingPackageError("onnxruntime", spec.extra) from error
-    if spec.device == "cuda":
+    if spec.device == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
         ort.preload_dlls()
     if spec.uses_tensorrt:
         # Without the Python package, the system may still find TensorRT's libraries.

@@ -64,7 +64,7 @@ def test_image_folder(tmp_path: Path, vision: Network) -> None:
 
 def test_modes_and_suffixes_of_images(tmp_path: Path, vision: Network) -> None:
     for mode, name in [("L", "a.PNG"), ("RGBA", "b.png"), ("CMYK", "c.jpg"), ("P", "d.bmp"), ("1", "e.tiff")]:
-        Image.new(mode, (40, 30)).save(tmp_path / name)
+        Image.new("RGB", (40, 30)).convert(mode).save(tmp_path / name)
     calibration = load_calibration(vision, tmp_path)
     assert calibration.samples + len(calibration.held_out[0]["x"]) == 5
 
