@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import takewhile
 
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
     # Neurons of convolutions are channels: what is followed through a forward pass is known better.
     settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
-    taken = {*(name for g in settled for name in (*g.cost_modules, g.output)), *(left.module for left in left_dense)}
+    taken = {*(name for g in settled for name in (*g.cost.modules, g.output)), *(left.module for left in left_dense)}
     known = {side.module for g in ran for side in g.sides}
     channels, mixed = channel_groups(module, inputs, calls, taken, known=known)
     if not channels and not ran:
@@ -80,7 +80,7 @@ def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
     groups = []
     for group in sorted(ran, key=lambda g: position[g.output]):
         stream = residual_stream(calls, block_of[group.name], group.output, group.axis)
-        groups.append(replace(group, layer=blocks.index(block_of[group.name]), **asdict(stream)))
+        groups.append(replace(group, layer=blocks.index(block_of[group.name]), stream=stream))
     groups = _with_widths(module, inputs, broadcast_where_it_works(module, inputs, groups))
     structure = Structure(blocks, tuple(groups), 0, tuple(left_dense))
     return replace(structure, tokens=_tokens(calls, structure))
@@ -112,8 +112,7 @@ def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[G
         together.append(group)
         width = widths.get(group.name)
         if width is not None and width.name in able:
-            stream = {n: getattr(group, n) for n in ("layer", "residual", "scale", "shortcut", "norm", "in_place")}
-            together.append(replace(width, **stream))
+            together.append(replace(width, layer=group.layer, stream=group.stream))
     return together
 
 

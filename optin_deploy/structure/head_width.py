@@ -32,12 +32,11 @@ def width_group(module: nn.Module, heads: Group) -> Group | None:
         width=1,
         output=heads.output,
         sides=heads.sides,
-        cost_modules=heads.cost_modules,
+        cost=heads.cost,
         placeholders=(),
         attributes=tuple(attributes),
         qkv=heads.qkv,
         parent=heads.name,
-        excluded_modules=heads.excluded_modules,
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.nn.hooks import forward_hooks
-from optin_deploy.structure.groups import Group
+from optin_deploy.structure.groups import Group, Stream
 
 # How far `after - before` may be from the (scaled) output, relative to it, for the two to be the residual stream.
 _RELATIVE_TOLERANCE = 1e-3
@@ -40,17 +40,6 @@ class Call:
     given: Tensor | None
     returned: Tensor | None
     changed: bool
-
-
-@dataclass(frozen=True)
-class Stream:
-    """To what a projection's output is added, and what stands between: the fields of `Group` of the same names."""
-
-    residual: str | None = None
-    shortcut: str | None = None
-    norm: str | None = None
-    scale: str | None = None
-    in_place: bool = False
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -249,10 +238,10 @@ def stream_scale(module: nn.Module, group: Group) -> Tensor | None:
     A batch norm in eval mode gives weight / √(running variance + eps), LayerScale its parameter.
     """
     factor = None
-    if group.norm is not None:
-        factor = _norm_affine(module.get_submodule(group.norm))[0]
-    if group.scale is not None:
-        gamma = module.get_parameter(group.scale).reshape(-1)
+    if group.stream.norm is not None:
+        factor = _norm_affine(module.get_submodule(group.stream.norm))[0]
+    if group.stream.scale is not None:
+        gamma = module.get_parameter(group.stream.scale).reshape(-1)
         factor = gamma if factor is None else factor * gamma
     return factor
 
@@ -262,10 +251,10 @@ def stream_shift(module: nn.Module, group: Group) -> Tensor | None:
 
     None without a batch norm. The update of the stream is ``scale * output + shift``.
     """
-    if group.norm is None:
+    if group.stream.norm is None:
         return None
-    shift = _norm_affine(module.get_submodule(group.norm))[1]
-    return shift * module.get_parameter(group.scale).reshape(-1) if group.scale is not None else shift
+    shift = _norm_affine(module.get_submodule(group.stream.norm))[1]
+    return shift * module.get_parameter(group.stream.scale).reshape(-1) if group.stream.scale is not None else shift
 
 
 def is_batch_norm(norm: nn.Module) -> bool:

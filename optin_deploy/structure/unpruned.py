@@ -77,7 +77,7 @@ class _Walk:
 
     def __init__(self, module: nn.Module, structure: Structure, counts: FlopCounts) -> None:
         self.module, self.counts = module, counts
-        self.cost_modules = {owner for group in structure.groups for owner in group.cost_modules}
+        self.cost_modules = {owner for group in structure.groups for owner in group.cost.modules}
         self.refused: dict[str, str] = {}
         for left in structure.left_dense:
             known = self.refused.get(left.module)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from optin_deploy.nn.plain_layers import has_own_forward
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.channel_independence import Span, leaking
-from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, TensorAxis
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Placeholder, TensorAxis
 from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
 
 LEAKING = "its channels do not stay apart"
@@ -103,7 +103,7 @@ def channel_groups(
         loose: whether pictures may also change their size between two convolutions.
     """
     found = list(_candidates(module, calls, taken, known, loose))
-    spans = [Span(g.name, g.masked or g.output, g.units) for g, _ in found]
+    spans = [Span(g.name, g.mask_at or g.output, g.units) for g, _ in found]
     bad = leaking(module, inputs, calls, spans)
     groups: dict[str, tuple[Group, str]] = {}
     behind: dict[str, Group] = {}
@@ -274,10 +274,10 @@ def _group(path: _Path, second: Call) -> Group | None:
         sides=sides,
         entries=path.entries,
         attributes=path.attributes,
-        cost_modules=(*path.cost_modules, second.name),
+        cost=CostModules((*path.cost_modules, second.name)),
         placeholders=(*path.placeholders, (second.name, "constant")),
         axis=1,
-        masked=path.gate,
+        mask_at=path.gate,
     )
 
 
@@ -302,7 +302,7 @@ def _block(module: nn.Module, group: Group, calls: Sequence[Call]) -> str | None
     runs = name and any(call.name == name and call.returned is not None for call in calls)
     if runs and not isinstance(module.get_submodule(name), nn.Sequential):
         return name
-    return group.output if group.masked is None else None
+    return group.output if group.mask_at is None else None
 
 
 def _has_own(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
+from optin_deploy.structure.groups import Stream
 from optin_deploy.structure.residual import (
-    Stream,
     first_tensor,
     residual_stream,
     stream_scale,
@@ -83,7 +83,7 @@ def test_a_projection_without_a_residual_has_no_stream() -> None:
 def test_a_norm_behind_the_projection_hides_the_stream() -> None:
     network = tiny.vit(block_fn=ResPostBlock)
     groups = describe(network.module, network.inputs).groups
-    assert [(g.residual, g.scale) for g in groups] == [(None, None)] * 6
+    assert [(g.stream.residual, g.stream.scale) for g in groups] == [(None, None)] * 6
 
 
 def test_small_layer_scales_are_found() -> None:
@@ -92,9 +92,9 @@ def test_small_layer_scales_are_found() -> None:
         if name.endswith("gamma"):
             parameter.data.fill_(1e-4)
     groups = describe(network.module, network.inputs).groups
-    assert [g.scale for g in groups[:3]] == ["blocks.0.ls1.gamma"] * 2 + ["blocks.0.ls2.gamma"]
+    assert [g.stream.scale for g in groups[:3]] == ["blocks.0.ls1.gamma"] * 2 + ["blocks.0.ls2.gamma"]
     streams = ["blocks.0", "blocks.0", "blocks.0.norm2", "blocks.1", "blocks.1", "blocks.1.norm2"]
-    assert [g.residual for g in groups] == streams
+    assert [g.stream.residual for g in groups] == streams
 
 
 def test_trial_forward_in_the_order_calls_end() -> None:
@@ -138,10 +138,12 @@ def test_scale_and_shift_give_the_update_of_the_stream(name: str) -> None:
     for group in structure.groups:
         scale, shift = stream_scale(module, group), stream_shift(module, group)
         given = calls[group.output].returned * scale[:, None, None] + shift[:, None, None]
-        torch.testing.assert_close(given, calls[group.norm].returned, rtol=1e-5, atol=1e-5)
-        if group.has_stream:
+        torch.testing.assert_close(given, calls[group.stream.norm].returned, rtol=1e-5, atol=1e-5)
+        if group.stream.known:
             block = structure.blocks[group.layer]
-            before = calls[group.residual].given if group.residual else calls[group.shortcut].returned
+            before = (
+                calls[group.stream.residual].given if group.stream.residual else calls[group.stream.shortcut].returned
+            )
             torch.testing.assert_close((before + given).relu(), calls[block].returned, rtol=1e-5, atol=1e-5)
 
 
@@ -151,14 +153,14 @@ def test_a_norm_of_zeros_hides_the_stream() -> None:
         nn.init.zeros_(module.blocks[index].bn2.weight)
         nn.init.zeros_(module.blocks[index].bn2.bias)
     groups = describe(module, tiny.images("x")).groups
-    assert [g.has_stream for g in groups] == [False, False, True]
-    assert [g.norm for g in groups] == [f"blocks.{i}.bn2" for i in range(3)]
+    assert [g.stream.known for g in groups] == [False, False, True]
+    assert [g.stream.norm for g in groups] == [f"blocks.{i}.bn2" for i in range(3)]
 
 
 def test_scale_and_shift_without_a_batch_norm() -> None:
     module = tiny.network("vit_layer_scale").module
     group = tiny.structure("vit_layer_scale").groups[0]
-    assert torch.equal(stream_scale(module, group), module.get_parameter(group.scale))
+    assert torch.equal(stream_scale(module, group), module.get_parameter(group.stream.scale))
     assert stream_shift(module, group) is None
     assert stream_scale(tiny.network("vit").module, tiny.structure("vit").groups[0]) is None
 
@@ -205,7 +207,7 @@ def test_a_scale_among_the_parameters_of_the_block() -> None:
     module = tiny.randomised(nn.Sequential(OwnScale(), nn.Conv2d(4, 4, 1)))
     calls = trial_forward(module, {"input": torch.randn(2, 4, 4, 3)})
     assert residual_stream(calls, "0", "0.conv", 1) == Stream("0", scale="0.gamma")
-    group = replace(tiny.structure("vit").groups[0], norm=None, scale="0.gamma", axis=1)
+    group = replace(tiny.structure("vit").groups[0], axis=1, stream=Stream("0", scale="0.gamma"))
     assert torch.equal(stream_scale(module, group), module[0].gamma.flatten())
 
 
