@@ -148,17 +148,13 @@ def test_blocks_of_torchvision() -> None:
 
 
 def test_streams_of_the_tiny_networks() -> None:
-    plain = [
-        (g.stream.residual, g.stream.shortcut, g.stream.norm, g.stream.in_place)
-        for g in tiny.structure("plain_resnet").groups
+    assert [g.stream for g in tiny.structure("plain_resnet").groups] == [
+        Stream("blocks.0", norm="blocks.0.bn2"),
+        Stream(shortcut="blocks.1.shortcut", norm="blocks.1.bn2"),
+        Stream("blocks.2", norm="blocks.2.bn2"),
     ]
-    assert plain == [
-        ("blocks.0", None, "blocks.0.bn2", False),
-        (None, "blocks.1.shortcut", "blocks.1.bn2", False),
-        ("blocks.2", None, "blocks.2.bn2", False),
-    ]
-    second = tiny.structure("resnet").groups[2]
-    assert (second.residual, second.norm, second.in_place) == ("layer2.1", "layer2.1.bn2", True)
+    second = tiny.structure("resnet").groups[2].stream
+    assert second == Stream("layer2.1", norm="layer2.1.bn2", in_place=True)
     gated = tiny.structure("resnet_silu_se").groups
     assert {(g.stream.residual, g.stream.shortcut) for g in gated} == {(None, None)}
 
