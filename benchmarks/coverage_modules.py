@@ -12,8 +12,9 @@ from timm.models.vgg import VGG
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.groups import CostModules, Group, LayerAxis, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis
 
 WIDTH, HEADS, NEURONS = 256, 4, 1024
 

@@ -23,10 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.compensation.linear_layers import LinearMap, is_inside, linear_maps
+from optin_deploy.compensation.linear_layers import LinearMap, linear_maps
 from optin_deploy.compensation.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.distributed.ranks import own_indices, ranks_of
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import first_tensor
+from optin_deploy.nn.names import is_inside
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.partial_forward import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.nn.unfold import (
@@ -39,7 +41,7 @@ from optin_deploy.nn.unfold import (
 )
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
+from optin_deploy.structure.residual import stream_scale, stream_shift
 from optin_deploy.structure.slicing import output_bias
 from optin_deploy.utils.progress import track
 from optin_deploy.utils.spill import Shelf

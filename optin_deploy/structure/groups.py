@@ -268,18 +268,3 @@ def channels_last(x: Tensor, axis: int) -> Tensor:
     """``x`` as ``(batch, …, features)``, its features lying along ``axis``: a map ``(batch, C, H, W)`` has H·W tokens
     of width C."""
     return x.movedim(axis, -1)
-
-
-def child(module: nn.Module, name: str) -> nn.Module | None:
-    """The submodule ``name``, dots allowed, or None."""
-    for part in name.split("."):
-        found = getattr(module, part, None)
-        if not isinstance(found, nn.Module):
-            return None
-        module = found
-    return module
-
-
-def join(*parts: str) -> str:
-    """Dotted name of the parts that are not empty."""
-    return ".".join(p for p in parts if p)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
-from optin_deploy.structure.groups import Group, join
+from optin_deploy.nn.names import join
+from optin_deploy.structure.groups import Group
 
 # How far outputs may move, relative to their norm, under a change of basis.
 _RELATIVE_TOLERANCE = 1e-3

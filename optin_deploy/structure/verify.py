@@ -77,7 +77,7 @@ def _some(group: Group, direction: int) -> tuple[int, ...]:
     return tuple(sorted(unit for units in kept for unit in units))
 
 
-def in_another_way(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
+def regroup_in_tuples(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
     """Those of these groups, which cannot be cut as they are, that can be cut in another way.
 
     The features of a unit may lie in a row where the adapter took them to lie part by part. Or units leave together,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import general_adapter
-from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, Placeholder, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, Placeholder
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")

@@ -10,19 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 import timm.layers
 from torch import Tensor, nn
 
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.feed_forward import is_map, map_sizes
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.adapters.resizable_attention import SLIM
-from optin_deploy.structure.groups import (
-    CostModules,
-    Group,
-    LayerAxis,
-    LeftDense,
-    OutputSlice,
-    Projections,
-    TensorAxis,
-    join,
-)
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, OutputSlice, Projections, TensorAxis
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "heads")

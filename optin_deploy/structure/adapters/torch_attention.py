@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied, sharing
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import (
     CostModules,
@@ -20,7 +21,6 @@ from optin_deploy.structure.groups import (
     Placeholder,
     Projections,
     TensorAxis,
-    join,
 )
 from optin_deploy.structure.slicing import slimmed
 

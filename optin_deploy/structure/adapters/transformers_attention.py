@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from optin_deploy.nn.names import child, join
 from optin_deploy.structure.adapters import position_bias
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import (
@@ -19,8 +20,6 @@ from optin_deploy.structure.groups import (
     Placeholder,
     Projections,
     TensorAxis,
-    child,
-    join,
 )
 
 _SEPARATE_NAMES = (

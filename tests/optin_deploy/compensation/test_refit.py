@@ -13,11 +13,11 @@ from torch import nn
 
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Stream, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.residual import first_tensor
 from optin_deploy.structure.slicing import output_bias, sliced
 
 pytestmark = pytest.mark.slow

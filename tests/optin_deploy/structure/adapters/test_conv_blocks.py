@@ -77,12 +77,12 @@ class Unnormalised(Block):
         return self.conv1(x).relu()
 
 
-LEAKING = "its channels do not stay apart"
+COUPLED = "its channels do not stay apart"
 SPOILT: dict[type[nn.Module], str | None] = {
-    Dense: LEAKING,
-    Concatenating: LEAKING,
-    Mixing: LEAKING,
-    Gated: LEAKING,
+    Dense: COUPLED,
+    Concatenating: COUPLED,
+    Mixing: COUPLED,
+    Gated: COUPLED,
     Pooled: None,
     Twice: None,
 }

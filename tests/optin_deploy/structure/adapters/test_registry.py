@@ -3,9 +3,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.nn.names import child, join
 from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, child, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
