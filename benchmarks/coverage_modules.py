@@ -12,8 +12,9 @@ from timm.models.vgg import VGG
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.groups import Group, LayerAxis, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis
 
 WIDTH, HEADS, NEURONS = 256, 4, 1024
 
@@ -136,7 +137,7 @@ def relu_squared(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
         width=1,
         output=down,
         sides=(LayerAxis(up, "out"), LayerAxis(down, "in")),
-        cost_modules=(name,),
+        cost=CostModules((name,)),
         placeholders=((name, "constant"),),
     )
 

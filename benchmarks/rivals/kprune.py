@@ -142,8 +142,8 @@ def representational(
     found = {}
     for group in structure.groups:
         weight = module.get_parameter(f"{group.output}.weight").double()
-        if group.scale:
-            weight = module.get_parameter(group.scale).double()[:, None] * weight
+        if group.stream.scale:
+            weight = module.get_parameter(group.stream.scale).double()[:, None] * weight
         units = weight.T.reshape(group.units, group.width, -1)
         energy = (blocks[group.name] * (units @ units.transpose(1, 2))).sum((1, 2))
         found[group.name] = (energy / (rows[group.name] * len(weight))).cpu()
@@ -174,8 +174,8 @@ def tune(network: Network, module: nn.Module, structure: Structure, group: Group
     gram, cross, _ = sublayer_moments(network, module, structure, group, batches)
     weight = module.get_parameter(f"{group.output}.weight")
     found = (torch.linalg.pinv(gram, rtol=torch.finfo(torch.float32).eps, hermitian=True) @ cross).T
-    if group.scale:
-        scale = module.get_parameter(group.scale).double()[:, None]
+    if group.stream.scale:
+        scale = module.get_parameter(group.stream.scale).double()[:, None]
         # An output that LayerScale turns off can have any weights: it keeps its own.
         found = torch.where(scale == 0, weight.double(), found / scale)
     weight.copy_(found)

@@ -38,7 +38,7 @@ def places(module: nn.Module, structure: Structure) -> dict[str, Place]:
         if block:
             found[left.module] = Place(LEFT_DENSE, block)
     for group in structure.groups:
-        for owner in group.cost_modules:
+        for owner in group.cost.modules:
             found[owner] = Place(_OF_KIND[group.kind], structure.blocks[group.layer])
     return found
 

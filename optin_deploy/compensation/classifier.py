@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from optin_deploy.compensation.ridge import is_held_out
 from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import same_tensor
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
 from optin_deploy.nn.task_head import HeadKind, probabilities
 from optin_deploy.nn.unfold import some_rows, valid_rows
-from optin_deploy.structure.residual import same_tensor
 
 Batch = Mapping[str, Tensor]
 _Loss = Callable[[Tensor, Tensor], tuple[float, Tensor]]

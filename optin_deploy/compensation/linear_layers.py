@@ -73,8 +73,3 @@ def _kept_outputs(dense: nn.Module, name: str, structure: Structure, plan: Plan)
         if group.kind == "width" and group.qkv is not None and group.qkv.queries.module == name:
             factors[group.qkv.queries.of(features)] *= query_gain(group, len(kept))
     return None if bool((factors == 1).all()) else factors
-
-
-def is_inside(name: str, block: str) -> bool:
-    """Whether the module ``name`` is ``block`` or a part of it."""
-    return name == block or name.startswith(f"{block}.")

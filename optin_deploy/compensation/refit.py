@@ -23,10 +23,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.compensation.linear_layers import LinearMap, is_inside, linear_maps
+from optin_deploy.compensation.linear_layers import LinearMap, linear_maps
 from optin_deploy.compensation.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.distributed.ranks import own_indices, ranks_of
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import first_tensor
+from optin_deploy.nn.names import is_inside
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.partial_forward import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
 from optin_deploy.nn.unfold import (
@@ -39,7 +41,7 @@ from optin_deploy.nn.unfold import (
 )
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
+from optin_deploy.structure.residual import stream_scale, stream_shift
 from optin_deploy.structure.slicing import output_bias
 from optin_deploy.utils.progress import track
 from optin_deploy.utils.spill import Shelf
@@ -240,7 +242,7 @@ class _Repair:
         for found in stage:
             axis = _axis(module.get_submodule(found.dense))
             target = channels_last(outputs[found.dense], axis)
-            if found.group is not None and found.group.has_stream:
+            if found.group is not None and found.group.stream.known:
                 scale, shift = stream_scale(module, found.group), stream_shift(module, found.group)
                 target = target if scale is None else target * scale
                 target = target if shift is None else target + shift
@@ -257,7 +259,7 @@ class _Repair:
             module(**batch)
         else:
             # A shortcut may run behind the projection, and so may a map again.
-            whole = any(self.runs[m.module] > 1 or (m.group is not None and m.group.shortcut) for m in stage)
+            whole = any(self.runs[m.module] > 1 or (m.group is not None and m.group.stream.shortcut) for m in stage)
             run_until(module, batch, block if whole else last)
 
     def _refit(self, stage: list[LinearMap], block: str | None, *, closing: bool) -> None:
@@ -292,7 +294,7 @@ class _Repair:
         for each in stage:
             target = targets[each.module]
             valid = of_batch if of_batch is None else of_batch.repeat(self.runs[each.module], 1)
-            if each.group is not None and each.group.has_stream:
+            if each.group is not None and each.group.stream.known:
                 target = self._asked(each, target, streams[each.group.name])
             target = valid_rows(target, valid)
             rows = some_rows(len(target))
@@ -316,8 +318,8 @@ class _Repair:
         module = self.pruned.get_submodule(found.module)
         bias = output_bias(self.pruned, found.group) if found.group is not None else module.bias
         norm_bias = None
-        if bias is None and found.group is not None and found.group.norm is not None:
-            norm_bias = self.pruned.get_submodule(found.group.norm).bias
+        if bias is None and found.group is not None and found.group.stream.norm is not None:
+            norm_bias = self.pruned.get_submodule(found.group.stream.norm).bias
         old = torch.zeros_like(training.cross)
         if not found.vanished:
             old[:-1] = weight_matrix(module).T.double()
@@ -341,7 +343,9 @@ def _shortcuts_first(stages: list[list[LinearMap]]) -> list[list[LinearMap]]:
     """The stages in such an order that maps in a shortcut come before the projection that is added to it."""
     ordered: list[list[LinearMap]] = []
     for stage in stages:
-        shortcuts = [m.group.shortcut for m in stage if m.group is not None and m.group.shortcut is not None]
+        shortcuts = [
+            m.group.stream.shortcut for m in stage if m.group is not None and m.group.stream.shortcut is not None
+        ]
         early = [s for s in stages if any(is_inside(m.module, name) for m in s for name in shortcuts)]
         ordered += [s for s in (*early, stage) if s not in ordered]
     return ordered
@@ -360,16 +364,16 @@ def _axis(module: nn.Module) -> int:
 @contextmanager
 def _streams(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Tensor]]:
     """Collect, by group, the residual streams that projections add to."""
-    inputs = tuple(g.residual for g in groups if g.residual is not None)
-    outputs = tuple(g.shortcut for g in groups if g.shortcut is not None)
+    inputs = tuple(g.stream.residual for g in groups if g.stream.residual is not None)
+    outputs = tuple(g.stream.shortcut for g in groups if g.stream.shortcut is not None)
     found: dict[str, Tensor] = {}
     with recorded_inputs(module, inputs) as given, recorded_outputs(module, outputs) as returned:
         yield found
     for group in groups:
-        if group.residual is not None:
-            found[group.name] = given[group.residual]
-        elif group.shortcut is not None:
-            found[group.name] = returned[group.shortcut]
+        if group.stream.residual is not None:
+            found[group.name] = given[group.stream.residual]
+        elif group.stream.shortcut is not None:
+            found[group.name] = returned[group.stream.shortcut]
 
 
 @contextmanager

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.compensation.classifier import logits_map
-from optin_deploy.compensation.linear_layers import is_inside
 from optin_deploy.compensation.refit import refit_maps
 from optin_deploy.compensation.results import Sparsity
 from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import FlopCounts
+from optin_deploy.nn.names import is_inside
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 

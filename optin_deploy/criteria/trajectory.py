@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, differentiable, gradients, probe_losses
 from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import first_tensor
 from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.masking import masked
-from optin_deploy.structure.residual import first_tensor
 from optin_deploy.utils.progress import track
 
 # The exact scorer stacks copies of a batch, one mask each, up to about this many tokens.

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from optin_deploy.distributed.ranks import shared_like
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.freezing import frozen
 from optin_deploy.nn.partial_forward import recorded_outputs, resumed
 from optin_deploy.nn.task_head import HeadKind, class_axis
 from optin_deploy.structure.groups import Structure, channels_last
-from optin_deploy.structure.residual import first_tensor
 
 TEMPERATURE = 4.0
 GRAM_TOKENS = 768

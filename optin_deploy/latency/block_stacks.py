@@ -99,7 +99,7 @@ def _block_module(module: nn.Module, block: str, groups: Sequence[Group]) -> nn.
     """Return the block; for a pair of convolutions both, with a ReLU for the activation between them."""
     if groups[0].output != block:
         return module.get_submodule(block)
-    *before, last = [module.get_submodule(owner) for owner in groups[0].cost_modules]
+    *before, last = [module.get_submodule(owner) for owner in groups[0].cost.modules]
     return nn.Sequential(*before, nn.ReLU(), last)
 
 

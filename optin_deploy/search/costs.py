@@ -97,12 +97,12 @@ def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Ten
     def cost(modules: Iterable[str]) -> int:
         return sum(counts.of(name) for name in modules)
 
-    per_unit = {g.name: (cost(g.cost_modules) - cost(g.excluded_modules)) / g.units for g in structure.groups}
+    per_unit = {g.name: (cost(g.cost.modules) - cost(g.cost.excluded)) / g.units for g in structure.groups}
     pairs = {g.parent: g for g in structure.groups if g.parent is not None}
     widths = {outer: g.name for outer, g in pairs.items()}
     shared = {
-        outer: float(cost({*g.cost_modules} & {*structure.group(outer).cost_modules}))
+        outer: float(cost({*g.cost.modules} & {*structure.group(outer).cost.modules}))
         for outer, g in pairs.items()
-        if g.cost_modules != structure.group(outer).cost_modules
+        if g.cost.modules != structure.group(outer).cost.modules
     }
     return Costs(counts.total, per_unit, {g.name: g.units for g in structure.groups}, widths, shared)

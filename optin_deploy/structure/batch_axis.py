@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.nn.calls import Call, first_tensor
 from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group
-from optin_deploy.structure.residual import Call, first_tensor
 
 
 def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[str, str]:
@@ -18,8 +18,8 @@ def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[st
     """
     shapes: dict[str, set[torch.Size]] = {}
     for call in calls:
-        if call.given is not None:
-            shapes.setdefault(call.name, set()).add(call.given.shape)
+        if call.input is not None:
+            shapes.setdefault(call.name, set()).add(call.input.shape)
     reason = "its output projection runs several times, on inputs of different shapes"
     return {g.name: reason for g in groups if len(shapes.get(g.output, ())) > 1}
 

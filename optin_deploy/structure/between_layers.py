@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.plain_layers import base_of, has_own_forward
 from optin_deploy.nn.unfold import Conv
-from optin_deploy.structure.residual import first_tensor
 
 _MAPS = nn.Linear | Conv | nn.Bilinear | nn.RNNBase | nn.RNNCellBase
 # Relative to the largest value of a tensor.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.nn.calls import Call, same_tensor
 from optin_deploy.nn.outputs import named_outputs
-from optin_deploy.structure.residual import Call, same_tensor
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def leaking(module: nn.Module, inputs: Mapping[str, Tensor], calls: Sequence[Cal
     """
     if not spans:
         return set()
-    recorded = {call.name: call.given for call in calls}
+    recorded = {call.name: call.input for call in calls}
     return _leaking(module, inputs, named_outputs(module(**inputs)), recorded, spans)
 
 

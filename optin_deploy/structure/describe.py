@@ -1,32 +1,36 @@
-"""From a module to its `Structure`: which groups it has, in which blocks, and how the network runs through them."""
+"""From a module to its `Structure`: its groups, their blocks, and the order in which they run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from torch import Tensor, nn
 
+from optin_deploy.nn.calls import Call, trace_calls
+from optin_deploy.nn.names import contains
 from optin_deploy.nn.plain_layers import computes_with_its_weights
-from optin_deploy.structure.adapters.conv_channels import LEAKING, channel_groups
+from optin_deploy.structure.adapters.conv_channels import COUPLED, channel_groups
 from optin_deploy.structure.adapters.registry import ADAPTERS, supported
 from optin_deploy.structure.batch_axis import not_batch_first, of_several_shapes
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
 from optin_deploy.structure.head_width import narrowable, width_group
-from optin_deploy.structure.residual import Call, residual_stream, trial_forward
+from optin_deploy.structure.residual import residual_stream
 from optin_deploy.structure.verify import (
     broadcast_where_it_works,
-    in_another_way,
     keep_working_placeholders,
+    regroup_in_tuples,
     tied,
     uncuttable,
 )
 
 _LISTS = nn.ModuleList | nn.Sequential
+# A group and the name of its block.
+_GroupInBlock = tuple[Group, str]
 
 
 def prunable() -> list[str]:
-    """What `describe` recognises, a line each."""
+    """Return descriptions of what `describe` recognises, one line each."""
     return [
         *supported(),
         "Channels between two convolutions of one to three axes, plain or transposed, through batch, instance and "
@@ -36,105 +40,183 @@ def prunable() -> list[str]:
 
 
 def describe(module: nn.Module, inputs: Mapping[str, Tensor]) -> Structure:
-    """Find the prunable groups of ``module``; one trial forward on ``inputs`` (the sample batch) gives their order.
+    """Find the prunable groups of ``module``.
 
-    A group's block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses it and its projection
-    and runs once, or what encloses all runs of those that share weights; convolutions in a row outside all blocks are
-    blocks of their own. Channels are tried in further forwards. The structure has no groups when nothing prunable is
-    found.
+    A trial forward on ``inputs`` (the sample batch) gives the order of the groups; more forwards verify them. A group's
+    block is the innermost element of a ``ModuleList`` or ``Sequential`` that encloses the group and its projection and
+    runs once. If weights are shared, it is the module around all their runs. Convolutions in a row outside all blocks
+    are blocks of their own. The structure has no groups if nothing prunable is found.
     """
-    found, left_dense = _match_adapters(module)
-    calls = trial_forward(module, inputs)
-    position = {call.name: i for i, call in reversed(list(enumerate(calls)))}
-    runs = Counter(call.name for call in calls)
-    block_of = {group.name: _enclosing_block(module, group, runs) for group in found}
-    ran = [g for g in found if g.output in position and block_of[g.name] in position]
-    left_dense += [LeftDense(g.name, "does not run in a forward pass") for g in found if g not in ran]
-    # Neurons of convolutions are channels: what is followed through a forward pass is known better.
-    settled = [g for g in ran if g.kind != "neuron" or g.axis != 1]
-    taken = {*(name for g in settled for name in (*g.cost_modules, g.output)), *(left.module for left in left_dense)}
-    known = {side.module for g in ran for side in g.sides}
-    channels, mixed = channel_groups(module, inputs, calls, taken, known=known)
-    if not channels and not ran:
-        channels, mixed = channel_groups(module, inputs, calls, taken, loose=True)
-    found_apart, mixing = _apart_in_tuples(module, inputs, mixed)
-    channels += found_apart
-    left_dense += mixing
-    followed = {side.module for group, _ in channels for side in group.sides}
-    ran = [g for g in ran if not followed & {side.module for side in g.sides}] + [group for group, _ in channels]
-    block_of = _side_by_side(ran, block_of | {group.name: block for group, block in channels}, runs)
-    shared = "runs several times, and so does what holds it: put that into a module of its own that runs once"
-    failed = {g.name: shared for g in ran if runs[block_of[g.name]] > 1}
-    failed |= {**of_several_shapes(calls, ran), **not_batch_first(module, inputs, ran, block_of)}
-    failed |= tied(module, ran)
-    odd = [g for g in ran if not computes_with_its_weights(module.get_submodule(g.output))]
-    failed |= {g.name: f"{g.output} has a forward of its own, which gives more than its weights make" for g in odd}
-    uneven = uncuttable(module, inputs, [g for g in ran if g.name not in failed])
-    changed = {g.name: g for g in in_another_way(module, inputs, [g for g in ran if g.name in uneven])}
-    ran = [changed.get(g.name, g) for g in ran]
-    failed |= {name: reason for name, reason in uneven.items() if name not in changed}
-    left_dense += [LeftDense(name, reason) for name, reason in failed.items()]
-    ran = keep_working_placeholders(module, inputs, [g for g in ran if g.name not in failed])
-    ran = [replace(g, parent=None) if g.parent in failed else g for g in ran]
-    blocks = tuple(sorted({block_of[g.name] for g in ran}, key=position.__getitem__))
-    groups = []
-    for group in sorted(ran, key=lambda g: position[g.output]):
-        stream = residual_stream(calls, block_of[group.name], group.output, group.axis)
-        groups.append(replace(group, layer=blocks.index(block_of[group.name]), **asdict(stream)))
-    groups = _with_widths(module, inputs, broadcast_where_it_works(module, inputs, groups))
-    structure = Structure(blocks, tuple(groups), 0, tuple(left_dense))
-    return replace(structure, tokens=_tokens(calls, structure))
+    trial = _Trial(module, inputs)
+    matches, left_dense = _match_adapters(module)
+    matched, unused = _running(trial, matches)
+    left_dense += unused
+    groups, coupled = _with_channels(trial, matched, {left.module for left in left_dense})
+    left_dense += coupled
+    groups = _with_disjoint_blocks(trial, groups)
+    for step in (_computed_by_their_weights, _interchangeable):
+        groups, refused = step(trial, groups)
+        left_dense += refused
+    return _structure(trial, groups, left_dense)
 
 
-def _apart_in_tuples(
-    module: nn.Module, inputs: Mapping[str, Tensor], mixed: Sequence[tuple[Group, str]]
-) -> tuple[list[tuple[Group, str]], list[LeftDense]]:
-    """Those of these groups of channels, with their blocks, whose tuples stay apart where channels do not, and the
-    others. No two meet in a convolution."""
-    able = {g.name: g for g in in_another_way(module, inputs, [g for g, _ in mixed])}
-    found: list[tuple[Group, str]] = []
-    for group, block in mixed:
-        ends = {end for other, _ in found for end in (other.name, other.output)}
+class _Trial:
+    """A network, its sample inputs and the calls of a forward pass on them."""
+
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        self.module, self.inputs = module, inputs
+        self.calls = trace_calls(module, inputs)
+        self.runs = Counter(call.name for call in self.calls)
+        self.position = {call.name: i for i, call in reversed(list(enumerate(self.calls)))}
+
+
+def _running(trial: _Trial, groups: Sequence[Group]) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+    """Return the groups that run in the trial with their blocks, and the others."""
+    placed = [(group, _enclosing_block(trial.module, group, trial.runs)) for group in groups]
+    kept = [(g, block) for g, block in placed if g.output in trial.position and block in trial.position]
+    running = {g.name for g, _ in kept}
+    return kept, [LeftDense(g.name, "does not run in a forward pass") for g in groups if g.name not in running]
+
+
+def _with_channels(
+    trial: _Trial, matched: Sequence[_GroupInBlock], refused: Collection[str]
+) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+    """Return the groups with those of channels between two convolutions, and channels that depend on each other.
+
+    Neurons of convolutions are channels. Where both are found, the channels are kept, because a forward pass shows more
+    of them than an adapter knows.
+    """
+    groups = [g for g, _ in matched]
+    settled = [g for g in groups if g.kind != "neuron" or g.axis != 1]
+    taken = {*(name for g in settled for name in (*g.cost.modules, g.output)), *refused}
+    known = {side.module for g in groups for side in g.sides}
+    channels, coupled = channel_groups(trial.module, trial.inputs, trial.calls, taken, known=known)
+    if not channels and not groups:
+        channels, coupled = channel_groups(trial.module, trial.inputs, trial.calls, taken, loose=True)
+    in_tuples, mixing = _independent_in_tuples(trial, coupled)
+    channels += in_tuples
+    followed = {side.module for g, _ in channels for side in g.sides}
+    others = [(g, block) for g, block in matched if not followed & {side.module for side in g.sides}]
+    return others + channels, mixing
+
+
+def _independent_in_tuples(
+    trial: _Trial, coupled: Sequence[_GroupInBlock]
+) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+    """Return the groups whose channels are independent in tuples although single ones are not, and the others. No two
+    of those returned meet in a convolution."""
+    able = {g.name: g for g in regroup_in_tuples(trial.module, trial.inputs, [g for g, _ in coupled])}
+    kept: dict[str, _GroupInBlock] = {}
+    ends: set[str] = set()
+    for group, block in coupled:
         if group.name in able and not ends & {group.name, group.output}:
-            found.append((able[group.name], block))
-    names = {group.name for group, _ in found}
-    return found, [LeftDense(g.name, LEAKING) for g, _ in mixed if g.name not in names]
+            kept[group.name] = (able[group.name], block)
+            ends |= {group.name, group.output}
+    return list(kept.values()), [LeftDense(g.name, COUPLED) for g, _ in coupled if g.name not in kept]
+
+
+def _with_disjoint_blocks(trial: _Trial, groups: Sequence[_GroupInBlock]) -> list[_GroupInBlock]:
+    """Return the groups with blocks none of which contains another: groups next to inner blocks get blocks too."""
+    blocks = {block for _, block in groups}
+    outer = {block for block in blocks if any(contains(block, other) for other in blocks)}
+
+    def inner_block(group: Group, block: str) -> str:
+        path = _path(group)
+        if block not in outer or block not in path:
+            return block
+        below = path[path.index(block) :]
+        return next((name for name in below if name not in outer and trial.runs[name] == 1), below[-1])
+
+    return [(group, inner_block(group, block)) for group, block in groups]
+
+
+def _computed_by_their_weights(
+    trial: _Trial, groups: Sequence[_GroupInBlock]
+) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+    """Return the groups whose projection and block run once, with the batch first, on weights of their own."""
+    alone, block_of = [g for g, _ in groups], {g.name: block for g, block in groups}
+    shared = "runs several times, and so does what holds it: put that into a module of its own that runs once"
+    odd = [g for g in alone if not computes_with_its_weights(trial.module.get_submodule(g.output))]
+    reasons = {
+        **{g.name: shared for g, block in groups if trial.runs[block] > 1},
+        **of_several_shapes(trial.calls, alone),
+        **not_batch_first(trial.module, trial.inputs, alone, block_of),
+        **tied(trial.module, alone),
+        **{g.name: f"{g.output} has a forward of its own, which gives more than its weights make" for g in odd},
+    }
+    return _without(groups, reasons)
+
+
+def _interchangeable(trial: _Trial, groups: Sequence[_GroupInBlock]) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+    """Return the groups that can be sliced, some of them only in tuples of units, and the others."""
+    alone = [g for g, _ in groups]
+    reasons = uncuttable(trial.module, trial.inputs, alone)
+    in_tuples = regroup_in_tuples(trial.module, trial.inputs, [g for g in alone if g.name in reasons])
+    changed = {g.name: g for g in in_tuples}
+    still = {name: reason for name, reason in reasons.items() if name not in changed}
+    return _without([(changed.get(g.name, g), block) for g, block in groups], still)
+
+
+def _without(
+    groups: Sequence[_GroupInBlock], reasons: Mapping[str, str]
+) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+    """Return the groups without those that have a reason to be left dense, and these. Children of these stay."""
+    kept = [(g, block) for g, block in groups if g.name not in reasons]
+    kept = [(replace(g, parent=None) if g.parent in reasons else g, block) for g, block in kept]
+    return kept, [LeftDense(name, reason) for name, reason in reasons.items()]
+
+
+def _structure(trial: _Trial, groups: Sequence[_GroupInBlock], left_dense: Sequence[LeftDense]) -> Structure:
+    """Return the structure of verified groups: with placeholders that work, streams, and the widths of heads."""
+    module, inputs, block_of = trial.module, trial.inputs, {g.name: block for g, block in groups}
+    blocks = tuple(sorted(set(block_of.values()), key=trial.position.__getitem__))
+    placed = []
+    working = keep_working_placeholders(module, inputs, [g for g, _ in groups])
+    for group in sorted(working, key=lambda g: trial.position[g.output]):
+        block = block_of[group.name]
+        stream = residual_stream(trial.calls, block, group.output, group.axis)
+        placed.append(replace(group, layer=blocks.index(block), stream=stream))
+    placed = _with_widths(module, inputs, broadcast_where_it_works(module, inputs, placed))
+    structure = Structure(blocks, tuple(placed), 0, tuple(left_dense))
+    return replace(structure, tokens=_tokens(trial.calls, structure))
 
 
 def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[Group]) -> list[Group]:
-    """The groups, and behind heads that can get narrower the group of their width."""
+    """Return the groups, each followed by the group of its width if it is of heads that can get narrower."""
     widths = {g.name: width_group(module, g) for g in groups if g.kind == "head"}
     able = {g.name: g for g in narrowable(module, inputs, [w for w in widths.values() if w is not None])}
     for name in uncuttable(module, inputs, list(able.values())):
         del able[name]
-    together = []
+    with_widths = []
     for group in groups:
-        together.append(group)
+        with_widths.append(group)
         width = widths.get(group.name)
         if width is not None and width.name in able:
-            stream = {n: getattr(group, n) for n in ("layer", "residual", "scale", "shortcut", "norm", "in_place")}
-            together.append(replace(width, **stream))
-    return together
+            with_widths.append(replace(width, layer=group.layer, stream=group.stream))
+    return with_widths
 
 
 def _tokens(calls: list[Call], structure: Structure) -> int:
-    """Tokens that the first block gives for one sample."""
+    """Return how many tokens the first block outputs for one sample."""
     for call in calls:
-        if call.name in structure.blocks[:1] and call.returned is not None:
-            return channels_last(call.returned, structure.feature_axis(call.name)).shape[1:-1].numel()
+        if call.name in structure.blocks[:1] and call.output is not None:
+            return channels_last(call.output, structure.feature_axis(call.name)).shape[1:-1].numel()
     return 0
 
 
 def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
-    """What the adapters say of every submodule; that registered last has the word, and no part is described twice."""
+    """Return the groups that adapters find in every submodule, and the modules that they refuse.
+
+    Adapters registered later come first. A group is dropped if it overlaps with an earlier one.
+    """
     groups: list[Group] = []
     left_dense: list[LeftDense] = []
     taken: set[tuple[str, str]] = set()
     for name, submodule in module.named_modules():
         parent_name = name.rpartition(".")[0]
         parent = module.get_submodule(parent_name)
-        found = [adapt(name, submodule, parent_name, parent) for adapt in reversed(ADAPTERS)] if name else []
-        matches = [match for match in found if match is not None]
+        results = [adapt(name, submodule, parent_name, parent) for adapt in reversed(ADAPTERS)] if name else []
+        matches = [match for match in results if match is not None]
         described = [m for m in matches if isinstance(m, Group)]
         for group in described:
             sides = {(side.module, side.axis) for side in group.sides}
@@ -146,21 +228,8 @@ def _match_adapters(module: nn.Module) -> tuple[list[Group], list[LeftDense]]:
     return groups, left_dense
 
 
-def _side_by_side(groups: Sequence[Group], block_of: Mapping[str, str], runs: Mapping[str, int]) -> dict[str, str]:
-    """The blocks of the groups, none of which holds another: what stands beside blocks in one is one of its own."""
-    blocks = {block_of[group.name] for group in groups}
-    holding = {b for b in blocks if any(other.startswith(f"{b}.") for other in blocks)}
-    found = dict(block_of)
-    for group in groups:
-        path = _path(group)
-        if found[group.name] in holding and found[group.name] in path:
-            below = path[path.index(found[group.name]) :]
-            found[group.name] = next((p for p in below if p not in holding and runs[p] == 1), below[-1])
-    return found
-
-
 def _path(group: Group) -> list[str]:
-    """The modules around a group and its projection, from the outermost on."""
+    """Return the modules around a group and its projection, from the outermost on."""
     name, output = group.name.split("."), group.output.split(".")
     shared = takewhile(lambda pair: pair[0] == pair[1], zip(name, output, strict=False))
     parts = [part for part, _ in shared] or name
@@ -170,6 +239,6 @@ def _path(group: Group) -> list[str]:
 def _enclosing_block(module: nn.Module, group: Group, runs: Mapping[str, int]) -> str:
     enclosing = _path(group)[::-1]
     elements = [e for e in enclosing if isinstance(module.get_submodule(e.rpartition(".")[0]), _LISTS)]
-    # Where weights are shared, the block is what runs all of them.
+    # If weights are shared, the block is the module that runs all of them.
     once = [e for e in (*elements, *enclosing) if runs[e] == 1]
     return (once or elements or enclosing)[0]

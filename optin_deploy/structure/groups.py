@@ -98,8 +98,47 @@ class Together:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The residual stream to which the output of a group is added.
+
+    Attributes:
+        residual: The module whose first input is the stream. None if another operation comes between the output and
+            the addition.
+        shortcut: The module whose output is the stream, if ``residual`` is None.
+        norm: The batch norm between output and addition.
+        scale: The LayerScale parameter between output and addition, after ``norm``.
+        in_place: Whether the network changes the output in place or takes it apart. It then cannot be broadcast.
+    """
+
+    residual: str | None = None
+    shortcut: str | None = None
+    norm: str | None = None
+    scale: str | None = None
+    in_place: bool = False
+
+    @property
+    def known(self) -> bool:
+        """Whether the module that holds the stream is known."""
+        return self.residual is not None or self.shortcut is not None
+
+
+@dataclass(frozen=True)
+class CostModules:
+    """The modules whose FLOPs are proportional to the units that a group keeps.
+
+    ``excluded`` lists modules inside ``modules`` whose FLOPs do not depend on the units.
+    """
+
+    modules: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Group:
     """The interchangeable units of one attention, FFN or convolution.
+
+    An adapter sets the fields up to ``placeholders`` and those of the others that its module needs. `describe` sets
+    ``layer`` and ``stream``.
 
     Attributes:
         name: The module that holds the units.
@@ -108,35 +147,30 @@ class Group:
         output: The projection after the units. Its input has ``units * width`` features along ``axis``. A unit is
             masked by setting its features there to zero.
         sides: The layer axes that are sliced.
-        cost_modules: Modules whose FLOPs are proportional to the units kept.
+        cost: The modules whose FLOPs are proportional to the units.
         placeholders: ``(module, placeholder)``: what replaces the module when no unit is left. If empty, at least one
             unit is kept.
+        entries: Parameters and buffers to slice that no layer of ``sides`` holds.
         attributes: ``(module, attribute)`` whose value is proportional to the units, or is a shape with an axis for
             them.
-        residual: The module whose first input is the residual stream to which the output is added. None if another
-            operation comes between.
-        scale: The LayerScale parameter between output and addition, after ``norm``.
-        layer: Index of the block in `Structure.blocks`.
-        shortcut: The module whose output is the residual stream, where ``residual`` is None.
-        norm: The BatchNorm2d between output and addition.
-        in_place: Whether the network changes the output in place or takes it apart, so that it cannot be broadcast.
+        axis: The axis of the features in the input and output of ``output``: -1 for tokens, 1 for maps.
         qkv: The projections of heads that may also get narrower. Their width is a group of kind "width" whose parent
             are the heads. Its units are the dimensions of queries, keys and values, in order, the same in all heads.
         parent: The group that this one belongs to, such as the heads for their width, or the channels between the last
-            two convolutions of a bottleneck for those between the first two. The FLOPs of modules in the
-            ``cost_modules`` of both are proportional to the product of what both keep. The child keeps at least one
-            unit. When the parent loses its last unit, the parent's placeholders also replace the child.
-        entries: Parameters and buffers that no layer of ``sides`` holds.
-        slim: The class that the sliced module ``name`` gets, for a module whose own forward takes the widths from
-            its input. It is a subclass of the module's class with the same parameters. If it has a method
-            ``keep_units``, slicing calls that with the present units that are kept.
-        masked: The module in whose input a unit's features are set to zero, where a module that combines units
-            (squeeze-and-excitation) comes before ``output``. The features must then be zero before ``output`` too.
-        excluded_modules: Modules inside ``cost_modules`` whose FLOPs are not proportional to the units.
-        norm_over_units: A norm over all units before ``output``. A unit's features are set to zero both before it and
-            before ``output``. The norm still divides by the number of units before pruning.
+            two convolutions of a bottleneck for those between the first two. The FLOPs of modules in the ``cost`` of
+            both are proportional to the product of what both keep. The child keeps at least one unit. When the parent
+            loses its last unit, the parent's placeholders also replace the child.
         together: Which units can only be removed together, for example because the network splits the units into equal
             parts that it treats differently. None if every unit can be removed alone.
+        resizable: The class that the sliced module ``name`` gets, for a module whose own forward does not take the
+            widths from its input. It is a subclass of the module's class with the same parameters. If it has a method
+            ``keep_units``, slicing calls that with the present units that are kept.
+        mask_at: The module in whose input a unit's features are set to zero, if a module that combines units
+            (squeeze-and-excitation) comes before ``output``. The features must then be zero before ``output`` too.
+        norm_over_units: A norm over all units before ``output``. A unit's features are set to zero both before it and
+            before ``output``. The norm still divides by the number of units before pruning.
+        layer: Index of the block in `Structure.blocks`.
+        stream: The residual stream that the output is added to.
     """
 
     name: str
@@ -145,34 +179,24 @@ class Group:
     width: int
     output: str
     sides: tuple[LayerAxis, ...]
-    cost_modules: tuple[str, ...]
-    placeholders: tuple[tuple[str, Placeholder], ...]
+    cost: CostModules
+    placeholders: tuple[tuple[str, Placeholder], ...] = ()
+    entries: tuple[TensorAxis, ...] = ()
     attributes: tuple[tuple[str, str], ...] = ()
-    residual: str | None = None
-    scale: str | None = None
-    layer: int = -1
     axis: int = -1
-    shortcut: str | None = None
-    norm: str | None = None
-    in_place: bool = False
     qkv: Projections | None = None
     parent: str | None = None
-    entries: tuple[TensorAxis, ...] = ()
-    slim: type[nn.Module] | None = None
-    masked: str | None = None
-    excluded_modules: tuple[str, ...] = ()
-    norm_over_units: str | None = None
     together: Together | None = None
-
-    @property
-    def has_stream(self) -> bool:
-        """Whether the residual stream that the output is added to is known."""
-        return self.residual is not None or self.shortcut is not None
+    resizable: type[nn.Module] | None = None
+    mask_at: str | None = None
+    norm_over_units: str | None = None
+    layer: int = -1
+    stream: Stream = Stream()
 
     @property
     def min_units(self) -> int:
         """The fewest units that can be kept: no unit at all would block the signal without a residual stream."""
-        return 0 if self.has_stream and self.placeholders else self.step
+        return 0 if self.stream.known and self.placeholders else self.step
 
     @property
     def step(self) -> int:
@@ -244,18 +268,3 @@ def channels_last(x: Tensor, axis: int) -> Tensor:
     """``x`` as ``(batch, …, features)``, its features lying along ``axis``: a map ``(batch, C, H, W)`` has H·W tokens
     of width C."""
     return x.movedim(axis, -1)
-
-
-def child(module: nn.Module, name: str) -> nn.Module | None:
-    """The submodule ``name``, dots allowed, or None."""
-    for part in name.split("."):
-        found = getattr(module, part, None)
-        if not isinstance(found, nn.Module):
-            return None
-        module = found
-    return module
-
-
-def join(*parts: str) -> str:
-    """Dotted name of the parts that are not empty."""
-    return ".".join(p for p in parts if p)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
-from optin_deploy.structure.groups import Group, join
+from optin_deploy.nn.names import join
+from optin_deploy.structure.groups import Group
 
 # How far outputs may move, relative to their norm, under a change of basis.
 _RELATIVE_TOLERANCE = 1e-3
@@ -32,12 +33,11 @@ def width_group(module: nn.Module, heads: Group) -> Group | None:
         width=1,
         output=heads.output,
         sides=heads.sides,
-        cost_modules=heads.cost_modules,
+        cost=heads.cost,
         placeholders=(),
         attributes=tuple(attributes),
         qkv=heads.qkv,
         parent=heads.name,
-        excluded_modules=heads.excluded_modules,
     )
 
 

@@ -22,7 +22,7 @@ def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor])
     with ExitStack() as stack:
         for name, mask in masks.items():
             group = structure.group(name)
-            place = module.get_submodule(group.masked or group.output)
+            place = module.get_submodule(group.mask_at or group.output)
             stack.callback(place.register_forward_pre_hook(_hook(group, mask)).remove)
             if group.norm_over_units is not None:
                 norm = module.get_submodule(group.norm_over_units)

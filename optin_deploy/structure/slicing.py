@@ -59,8 +59,8 @@ def query_gain(group: Group, kept: int) -> float:
 def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.kind == "width":
         _rescale_queries(module, group, len(kept))
-    if group.slim is not None:
-        slim = slimmed(module.get_submodule(group.name), group.slim)
+    if group.resizable is not None:
+        slim = slimmed(module.get_submodule(group.name), group.resizable)
         if isinstance(slim, KeepsUnits):
             slim.keep_units(kept)
         replace_submodule(module, group.name, slim)
@@ -176,7 +176,7 @@ def _selected(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
 
 def _put_placeholders(module: nn.Module, group: Group) -> None:
     output = module.get_submodule(group.output)
-    whole = group.in_place or not group.has_stream
+    whole = group.stream.in_place or not group.stream.known
     for name, kind in group.placeholders:
         replace_submodule(module, name, _replacement(kind, module.get_submodule(name), output, whole))
 

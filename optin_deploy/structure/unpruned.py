@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.nn.unfold import Conv
-from optin_deploy.structure.adapters.conv_channels import LEAKING
+from optin_deploy.structure.adapters.conv_channels import COUPLED
 from optin_deploy.structure.between_layers import obstacle
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.results import Unpruned
@@ -53,7 +53,7 @@ def unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tenso
 
 def _explained(module: nn.Module, inputs: Mapping[str, Tensor], told: Unpruned, found: _Found) -> Unpruned:
     """``told``, with what stands between convolutions where that is the reason."""
-    if found.module not in dict(module.named_modules()) or (found.refused and LEAKING not in found.reason):
+    if found.module not in dict(module.named_modules()) or (found.refused and COUPLED not in found.reason):
         return told
     inside = module.get_submodule(found.module)
     convolutions = [
@@ -77,7 +77,7 @@ class _Walk:
 
     def __init__(self, module: nn.Module, structure: Structure, counts: FlopCounts) -> None:
         self.module, self.counts = module, counts
-        self.cost_modules = {owner for group in structure.groups for owner in group.cost_modules}
+        self.cost_modules = {owner for group in structure.groups for owner in group.cost.modules}
         self.refused: dict[str, str] = {}
         for left in structure.left_dense:
             known = self.refused.get(left.module)

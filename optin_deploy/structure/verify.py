@@ -77,7 +77,7 @@ def _some(group: Group, direction: int) -> tuple[int, ...]:
     return tuple(sorted(unit for units in kept for unit in units))
 
 
-def in_another_way(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
+def regroup_in_tuples(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
     """Those of these groups, which cannot be cut as they are, that can be cut in another way.
 
     The features of a unit may lie in a row where the adapter took them to lie part by part. Or units leave together,
@@ -119,14 +119,14 @@ def keep_working_placeholders(module: nn.Module, inputs: Inputs, groups: Sequenc
 
 
 def broadcast_where_it_works(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
-    """Return the groups, with `Group.in_place` set for those whose placeholders cannot be broadcast.
+    """Return the groups, with `Stream.in_place` set for those whose placeholders cannot be broadcast.
 
     Args:
         groups: with their residual streams, and placeholders that work at their whole size.
     """
-    free = [g for g in groups if g.min_units == 0 and not g.in_place and g.parent is None]
+    free = [g for g in groups if g.min_units == 0 and not g.stream.in_place and g.parent is None]
     whole = failing(module, inputs, free, _none)
-    return [replace(g, in_place=True) if g.name in whole else g for g in groups]
+    return [replace(g, stream=replace(g.stream, in_place=True)) if g.name in whole else g for g in groups]
 
 
 def _none(_: Group) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def token_costs(
         block = structure.blocks[group.layer]
         if block not in stack.blocks:
             continue
-        whole, products = together(group.cost_modules)
+        whole, products = together(group.cost.modules)
         squared[group.name] = products / whole if whole else 0.0
         block_of[group.name] = stack.blocks.index(block)
         if group.parent is None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.calls import Call, trace_calls
 from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.adapters.resizable_attention import PLACED
 from optin_deploy.structure.groups import OutputSlice, Structure
-from optin_deploy.structure.residual import Call, trial_forward
 from optin_deploy.tokens.matching import most_mergeable
 from optin_deploy.tokens.merging import MergingBlocks
 from optin_deploy.tokens.stack import KeySource, TokenStack, real_tokens
@@ -42,7 +42,7 @@ def token_stack(
     if not isinstance(holder, nn.ModuleList | nn.Sequential):
         raise _refused("its blocks are not those of a list")
     blocks = tuple(f"{name}.{child}" for child, _ in holder.named_children())
-    calls = {call.name: call for call in trial_forward(module, inputs)}
+    calls = {call.name: call for call in trace_calls(module, inputs)}
     if any(block not in calls for block in blocks):
         raise _refused("not every block of its list runs")
     found = [calls[block] for block in blocks]
@@ -93,12 +93,12 @@ def _refused(reason: str) -> UserError:
 
 def _common_shape(blocks: Sequence[Call]) -> torch.Size:
     """Of what enters the blocks, each of which takes what the one before gives."""
-    shapes = {call.given.shape if call.given is not None else None for call in blocks}
+    shapes = {call.input.shape if call.input is not None else None for call in blocks}
     shape = next(iter(shapes))
     if shape is None or len(shapes) != 1 or len(shape) != 3:
         raise _refused("its blocks do not take (batch, tokens, width), all of one shape")
     for before, after in pairwise(blocks):
-        if before.returned is not after.given:
+        if before.output is not after.input:
             raise _refused(f"{after.name} does not take just what {before.name} gives")
     return shape
 
@@ -150,7 +150,7 @@ def _biased(blocks: nn.Module, mask: str) -> str:
 
 def _prefix(calls: Mapping[str, Call], tokens: int) -> int:
     """Tokens before the patches, which the last map before the blocks has as pixels."""
-    maps = [call.returned for call in calls.values() if call.returned is not None and call.returned.dim() == 4]
+    maps = [call.output for call in calls.values() if call.output is not None and call.output.dim() == 4]
     pixels = [m.shape[2:].numel() for m in maps if m.shape[2:].numel() <= tokens]
     if not pixels:
         raise _refused("it has no map of patches")
@@ -163,9 +163,9 @@ def _key_source(structure: Structure, calls: Mapping[str, Call], block: str) -> 
     if len(heads) != 1 or heads[0].qkv is None or heads[0].qkv.keys.module not in calls:
         return None
     rows = heads[0].qkv.keys
-    given = calls[rows.module].given
+    given = calls[rows.module].input
     inside = [call for name, call in calls.items() if name.startswith(f"{block}.")]
-    norms = [call.name for call in inside if call.returned is given and given is not None]
+    norms = [call.name for call in inside if call.output is given and given is not None]
     if not norms:
         return None
     begin = len(block) + 1

@@ -34,7 +34,7 @@ def test_representational_knowledge_is_the_mean_square_of_what_a_unit_adds(name:
     given = kprune.representational(network, network.module, structure, batches)
     for group in structure.groups:
         weight = network.module.get_parameter(f"{group.output}.weight")
-        gamma = network.module.get_parameter(group.scale) if group.scale else torch.ones(tiny.WIDTH)
+        gamma = network.module.get_parameter(group.stream.scale) if group.stream.scale else torch.ones(tiny.WIDTH)
         for unit in range(group.units):
             own = slice(unit * group.width, (unit + 1) * group.width)
             added = []
@@ -105,17 +105,17 @@ def test_weights_are_the_least_squares_solution_on_all_activations(name: str) ->
         before = copy.deepcopy(small)
         kprune.tune(network, small, structure, group, batches)
         xs, targets = [], []
-        gamma = network.module.get_parameter(group.scale) if group.scale else torch.ones(tiny.WIDTH)
+        gamma = network.module.get_parameter(group.stream.scale) if group.stream.scale else torch.ones(tiny.WIDTH)
         bias = before.get_submodule(group.output).bias
         for batch in batches:
             with (
-                recorded_inputs(network.module, (group.residual,)) as dense,
+                recorded_inputs(network.module, (group.stream.residual,)) as dense,
                 recorded_outputs(network.module, (group.output,)) as update,
-                recorded_inputs(before, (group.residual, group.output)) as seen,
+                recorded_inputs(before, (group.stream.residual, group.output)) as seen,
             ):
                 network.forward(batch)
                 network.forward(batch, before)
-            stream = dense[group.residual] - seen[group.residual]
+            stream = dense[group.stream.residual] - seen[group.stream.residual]
             target = (stream + gamma * update[group.output]) / gamma - (bias if bias is not None else 0.0)
             x = seen[group.output]
             xs.append(x[valid(batch, x)])

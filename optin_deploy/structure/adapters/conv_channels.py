@@ -14,13 +14,14 @@ from math import gcd
 
 from torch import Tensor, nn
 
+from optin_deploy.nn.calls import Call, same_tensor
 from optin_deploy.nn.plain_layers import has_own_forward
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.channel_independence import Span, leaking
-from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, TensorAxis
-from optin_deploy.structure.residual import Call, is_batch_norm, same_tensor
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Placeholder, TensorAxis
+from optin_deploy.structure.residual import is_batch_norm
 
-LEAKING = "its channels do not stay apart"
+COUPLED = "its channels do not stay apart"
 # They hardly mix small values, which a trial does not tell.
 _MIXING = nn.LocalResponseNorm | nn.CrossMapLRN2d
 # Of channels, in the names of attributes.
@@ -53,18 +54,18 @@ class _Path:
 
     def fits(self, call: Call) -> bool:
         """Whether ``call`` is given what may be these channels."""
-        if call.given is None or call.given.dim() != self.now.dim():
+        if call.input is None or call.input.dim() != self.now.dim():
             return False
-        return call.given.shape == self.now.shape or (self.loose and call.given.shape[:2] == self.now.shape[:2])
+        return call.input.shape == self.now.shape or (self.loose and call.input.shape[:2] == self.now.shape[:2])
 
     def after(self, call: Call, sides: tuple[LayerAxis, ...], placeholder: Placeholder, width: int = 1) -> "_Path":
-        assert call.returned is not None
+        assert call.output is not None
         width = self.width * width // gcd(self.width, width)
         placeholders = (*self.placeholders, (call.name, placeholder))
         owners = dict.fromkeys((*self.cost_modules, *(side.module for side in sides)))
         return replace(
             self,
-            now=call.returned,
+            now=call.output,
             width=width,
             sides=(*self.sides, *sides),
             cost_modules=tuple(owners),
@@ -103,7 +104,7 @@ def channel_groups(
         loose: whether pictures may also change their size between two convolutions.
     """
     found = list(_candidates(module, calls, taken, known, loose))
-    spans = [Span(g.name, g.masked or g.output, g.units) for g, _ in found]
+    spans = [Span(g.name, g.mask_at or g.output, g.units) for g, _ in found]
     bad = leaking(module, inputs, calls, spans)
     groups: dict[str, tuple[Group, str]] = {}
     behind: dict[str, Group] = {}
@@ -137,14 +138,14 @@ def _candidates(
         call for call in calls if _has_own(call.module) and times[call.name] == 1 and not _is_inside(call.name, taken)
     ]
     for number, first in enumerate(own):
-        if not is_plain(first.module) or first.returned is None or first.returned.dim() != _dims(first.module):
+        if not is_plain(first.module) or first.output is None or first.output.dim() != _dims(first.module):
             continue
         side = LayerAxis(first.name, "out")
         placeholders: tuple[tuple[str, Placeholder], ...] = ((first.name, "no_channels"),)
         path = _Path(
             first,
-            first.returned,
-            loose=loose or first.returned.dim() != 4,
+            first.output,
+            loose=loose or first.output.dim() != 4,
             known=first.name in known,
             sides=(side,),
             cost_modules=(first.name,),
@@ -167,9 +168,9 @@ def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group
             path, inside = gate
             skip |= inside
             continue
-        if call.returned is None or not path.fits(call):
+        if call.output is None or not path.fits(call):
             return None
-        layer, given = call.module, call.given
+        layer, given = call.module, call.input
         assert given is not None
         if isinstance(layer, _MIXING):
             return None
@@ -200,12 +201,12 @@ def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group
 def is_for_each_channel(call: Call) -> bool:
     """Whether a module looks like one that has its numbers for each channel, or for all alike, and gives no others
     channels than it takes."""
-    if call.given is None or call.returned is None or call.given.shape != call.returned.shape or call.given.dim() < 3:
+    if call.input is None or call.output is None or call.input.shape != call.output.shape or call.input.dim() < 3:
         return False
     if isinstance(call.module, nn.Linear | Conv) or any(_has_own(child) for child in call.module.children()):
         return False
     tensors = [*call.module.parameters(recurse=False), *call.module.buffers(recurse=False)]
-    places = dict(_places(call.module, call.given.shape[1]))
+    places = dict(_places(call.module, call.input.shape[1]))
     return len(places) == sum(t.numel() > 1 for t in tensors)
 
 
@@ -235,15 +236,15 @@ def _gate(path: _Path, call: Call, rest: Sequence[Call], calls: Sequence[Call]) 
     for length in range(1, len(parts)):
         name = ".".join(parts[:length])
         around = next((c for c in calls if c.name == name), None)
-        if around is None or _contains(name, path.first.name) or around.given is None or around.returned is None:
+        if around is None or _contains(name, path.first.name) or around.input is None or around.output is None:
             continue
-        if not around.given.shape == path.now.shape == around.returned.shape:
+        if not around.input.shape == path.now.shape == around.output.shape:
             continue
         inside = [c for c in rest if _contains(name, c.name)]
         squeeze, excite = inside[0], inside[-1]
         if not all(isinstance(c.module, nn.Linear) or is_plain(c.module) for c in inside):
             continue
-        if not _is_pooled(squeeze.given, path.channels) or not _is_pooled(excite.returned, path.channels):
+        if not _is_pooled(squeeze.input, path.channels) or not _is_pooled(excite.output, path.channels):
             continue
         sides = (LayerAxis(squeeze.name, "in"), LayerAxis(excite.name, "out"))
         behind = path.after(around, sides, "pass")
@@ -274,10 +275,10 @@ def _group(path: _Path, second: Call) -> Group | None:
         sides=sides,
         entries=path.entries,
         attributes=path.attributes,
-        cost_modules=(*path.cost_modules, second.name),
+        cost=CostModules((*path.cost_modules, second.name)),
         placeholders=(*path.placeholders, (second.name, "constant")),
         axis=1,
-        masked=path.gate,
+        mask_at=path.gate,
     )
 
 
@@ -299,10 +300,10 @@ def _block(module: nn.Module, group: Group, calls: Sequence[Call]) -> str | None
             return ".".join(around[:length])
     name = ".".join(around)
     # What gives no tensor, or one behind others, has no output that could be compared.
-    runs = name and any(call.name == name and call.returned is not None for call in calls)
+    runs = name and any(call.name == name and call.output is not None for call in calls)
     if runs and not isinstance(module.get_submodule(name), nn.Sequential):
         return name
-    return group.output if group.masked is None else None
+    return group.output if group.mask_at is None else None
 
 
 def _has_own(module: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import general_adapter
-from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Placeholder, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, Placeholder
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -69,7 +70,7 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
         width=1,
         output=output,
         sides=(*(LayerAxis(join(name, p.name), "out") for p in (*maps.ups, *maps.between)), LayerAxis(output, "in")),
-        cost_modules=(name,) if alone else (*places, output),
+        cost=CostModules((name,) if alone else (*places, output)),
         placeholders=(*passes, (output, "constant")),
         axis=1 if isinstance(maps.down.module, nn.Conv2d) else -1,
         norm_over_units=join(name, mixing[0].name) if mixing else None,

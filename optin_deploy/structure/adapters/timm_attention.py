@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 import timm.layers
 from torch import Tensor, nn
 
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.feed_forward import is_map, map_sizes
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.adapters.resizable_attention import SLIM
-from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, OutputSlice, Projections, TensorAxis, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, OutputSlice, Projections, TensorAxis
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "heads")
@@ -60,15 +61,14 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=features // number,
         output=join(name, output),
         sides=tuple(sides),
-        cost_modules=(name,),
+        cost=CostModules((name,), excluded=unowned),
         # What the modules take that do not depend on heads would be gone with the last one, against the costs.
         placeholders=() if unowned else ((name, "constant"),),
         attributes=(*((name, a) for a in attributes), *_attributes(name, module)),
         axis=1 if isinstance(projection, nn.Conv2d) else -1,
         qkv=_fused(name, join(name, "qkv")) if plain else None,
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
-        slim=SLIM.get(type(module)),
-        excluded_modules=unowned,
+        resizable=SLIM.get(type(module)),
         norm_over_units=join(name, norm) if norm is not None else None,
     )
 

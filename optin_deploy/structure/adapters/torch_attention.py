@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied, sharing
+from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import (
+    CostModules,
     Group,
     LayerAxis,
     LeftDense,
@@ -19,7 +21,6 @@ from optin_deploy.structure.groups import (
     Placeholder,
     Projections,
     TensorAxis,
-    join,
 )
 from optin_deploy.structure.slicing import slimmed
 
@@ -191,7 +192,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=module.head_dim,
         output=output,
         sides=(*(LayerAxis(n, "out") for n in (queries, keys, values)), LayerAxis(output, "in")),
-        cost_modules=(name,),
+        cost=CostModules((name,)),
         placeholders=(*passes, (output, "constant")),
         attributes=((name, "num_heads"),),
         qkv=Projections(OutputSlice(queries), OutputSlice(keys), OutputSlice(values)),

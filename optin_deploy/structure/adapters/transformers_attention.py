@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from optin_deploy.nn.names import child, join
 from optin_deploy.structure.adapters import position_bias
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import (
+    CostModules,
     Group,
     LayerAxis,
     LeftDense,
@@ -18,8 +20,6 @@ from optin_deploy.structure.groups import (
     Placeholder,
     Projections,
     TensorAxis,
-    child,
-    join,
 )
 
 _SEPARATE_NAMES = (
@@ -97,14 +97,13 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=heads.shared * heads.width,
         output=output_name,
         sides=(*following, LayerAxis(output_name, "in")),
-        cost_modules=(name,) if inside else (name, output_name),
+        cost=CostModules((name,) if inside else (name, output_name), excluded=unowned),
         placeholders=stand_ins,
         attributes=tuple((name, n) for n in _proportional(module, heads)),
         qkv=_projections(name, inputs) if heads.shared == 1 and _can_get_narrower(module) else None,
         # A table of position biases belongs to all layers, and the layer that holds it makes the bias for all.
         entries=() if biased else entries,
-        slim=position_bias.slim_class(type(module)) if biased else None,
-        excluded_modules=unowned,
+        resizable=position_bias.slim_class(type(module)) if biased else None,
     )
 
 
@@ -232,7 +231,7 @@ def deformable_attention(name: str, module: nn.Module, parent_name: str, parent:
             *(LayerAxis(join(name, n), "out", (f // heads,)) for n, f in zip(names[:3], features, strict=True)),
             LayerAxis(output, "in"),
         ),
-        cost_modules=(name,),
+        cost=CostModules((name,)),
         placeholders=((name, "constant_tuple"),),
         attributes=tuple((name, n) for n in attributes),
     )

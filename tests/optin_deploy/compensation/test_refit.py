@@ -13,11 +13,11 @@ from torch import nn
 
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.network import Network
+from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.groups import Group, Stream, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.residual import first_tensor
 from optin_deploy.structure.slicing import output_bias, sliced
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def rows(name: str, small: nn.Module, group: Group, plan: Plan, network: Network
         valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(x.shape[:2]).bool()
         xs.append(x[valid])
         targets.append(target[valid])
-    gamma = network.module.get_parameter(group.scale) if group.scale else torch.ones(tiny.WIDTH)
+    gamma = network.module.get_parameter(group.stream.scale) if group.stream.scale else torch.ones(tiny.WIDTH)
     return torch.cat(xs).double().numpy(), (torch.cat(targets) / gamma).double().numpy()
 
 
@@ -126,7 +126,7 @@ def test_without_a_known_stream_the_dense_output_is_the_target(vanished: bool) -
     network = tiny.vit(block_fn=ResPostBlock)
     structure = describe(network.module, network.inputs).without_widths()
     group = structure.groups[-1]
-    assert group.residual is None
+    assert group.stream.residual is None
     plan = Plan({"blocks.0.attn": (1, 2), group.name: () if vanished else (0, 3, 4, 5)})
     before, small = sliced(network.module, structure, plan), repaired(network, structure, plan)
     xs, targets = [], []
@@ -256,7 +256,7 @@ def test_layer_scale_does_not_matter_where_the_stream_is_unknown() -> None:
     network, known = tiny.network("vit_layer_scale"), structure_of("vit_layer_scale")
     plan, results = tiny.uneven_plan(known), []
     for change in ({"residual": None}, {"residual": None, "scale": None}):
-        structure = replace(known, groups=tuple(replace(g, **change) for g in known.groups))
+        structure = replace(known, groups=tuple(replace(g, stream=replace(g.stream, **change)) for g in known.groups))
         results.append(repaired(network, structure, plan).state_dict())
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-5)
@@ -264,7 +264,7 @@ def test_layer_scale_does_not_matter_where_the_stream_is_unknown() -> None:
 
 def test_a_structure_may_hide_its_stream() -> None:
     network, known = tiny.network("vit"), structure_of("vit")
-    unknown = replace(known, groups=tuple(replace(g, residual=None) for g in known.groups))
+    unknown = replace(known, groups=tuple(replace(g, stream=Stream()) for g in known.groups))
     plan = Plan({"blocks.0.attn": (0, 1)})
     with_stream, without = (repaired(network, s, plan).get_submodule("blocks.0.attn.proj") for s in (known, unknown))
     # Nothing before the first sublayer is pruned, so both targets are the dense output.

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optin_deploy.compensation.linear_layers import is_inside
 from optin_deploy.compensation.ridge import Moments, penalised
 from optin_deploy.compensation.sparsity import (
     Sparsity,
@@ -21,6 +20,7 @@ from optin_deploy.compensation.sparsity import (
     sparsify,
 )
 from optin_deploy.network import Network
+from optin_deploy.nn.names import is_inside
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from optin_deploy.criteria.magnitude import magnitude_scores
-from optin_deploy.structure.groups import Group, LayerAxis, Structure
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Structure
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def test_scores_are_the_squares_summed_one_weight_at_a_time(name: str) -> None:
 def test_kernels_count_and_norms_do_not() -> None:
     module = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3))
     sides = (LayerAxis("0", "out"), LayerAxis("1", "out"), LayerAxis("2", "in"))
-    group = Group("0", "neuron", 5, 1, "2", sides, (), ())
+    group = Group("0", "neuron", 5, 1, "2", sides, CostModules())
     given = magnitude_scores(module, Structure(("0",), (group,), 1))["0"]
     before, after = module[0].weight.detach().double(), module[2].weight.detach().double()
     expected = [float(before[u].square().sum() + after[:, u].square().sum()) for u in range(5)]
@@ -43,7 +43,7 @@ def test_kernels_count_and_norms_do_not() -> None:
 def test_parts_may_have_units_of_different_widths() -> None:
     module = nn.Sequential(nn.Linear(3, 2 * (4 + 1)), nn.Linear(8, 4))
     sides = (LayerAxis("0", "out", (4, 1)), LayerAxis("1", "in"))
-    group = Group("0", "head", 2, 4, "1", sides, (), ())
+    group = Group("0", "head", 2, 4, "1", sides, CostModules())
     given = magnitude_scores(module, Structure(("0",), (group,), 1))["0"]
     rows, columns = module[0].weight.detach().double(), module[1].weight.detach().double().T
     expected = [rows[own].square().sum() + columns[of].square().sum() for own, of in OWN_ROWS]

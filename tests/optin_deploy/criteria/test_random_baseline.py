@@ -5,7 +5,7 @@ import torch
 from optin_deploy.criteria.random_baseline import random_scores
 from optin_deploy.search.costs import Costs, flop_costs
 from optin_deploy.search.knapsack import search
-from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.groups import CostModules, Group, Structure
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,9 @@ def test_a_seed_makes_the_scores() -> None:
 
 
 def test_every_group_keeps_about_the_same_share() -> None:
-    groups = tuple(Group(n, "neuron", units, 1, n, (), (), ()) for n, units in (("a", 150), ("b", 300), ("c", 300)))
+    groups = tuple(
+        Group(n, "neuron", units, 1, n, (), CostModules()) for n, units in (("a", 150), ("b", 300), ("c", 300))
+    )
     per_unit = {"a": 20.0, "b": 1.0, "c": 5.0}
     total = sum(per_unit[g.name] * g.units for g in groups)
     costs = Costs(total, per_unit, {g.name: g.units for g in groups})

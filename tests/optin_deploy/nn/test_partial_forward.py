@@ -5,8 +5,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs, resumed, run_until
-from optin_deploy.structure.residual import first_tensor
 
 pytestmark = pytest.mark.slow
 

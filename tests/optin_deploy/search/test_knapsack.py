@@ -22,7 +22,7 @@ from optin_deploy.search.knapsack import (
     search_all,
 )
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Kind, Structure
+from optin_deploy.structure.groups import CostModules, Group, Kind, Stream, Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 
@@ -37,9 +37,9 @@ def group(name: str, kind: Kind, units: int) -> Group:
         1,
         output=name,
         sides=(),
-        cost_modules=(),
+        cost=CostModules(),
         placeholders=((name, "constant"),),
-        residual="block",
+        stream=Stream("block"),
     )
 
 
@@ -257,7 +257,7 @@ def bottlenecks(layers: int, inner: int, outer: int) -> tuple[Structure, Costs]:
     """Each of three convolutions: a cost per inner channel, per pair of channels, and per outer channel."""
     groups: list[Group] = []
     for i in range(layers):
-        groups.append(replace(group(f"{i}.conv1", "channel", inner), parent=f"{i}.conv2", residual=None))
+        groups.append(replace(group(f"{i}.conv1", "channel", inner), parent=f"{i}.conv2", stream=Stream()))
         groups.append(group(f"{i}.conv2", "channel", outer))
     per_unit = {f"{i}.conv1": FIRST_COST + MIDDLE_COST * outer for i in range(layers)}
     per_unit |= {f"{i}.conv2": LAST_COST + MIDDLE_COST * inner for i in range(layers)}
@@ -460,7 +460,7 @@ def test_edges_are_used_where_they_come_near_the_budget() -> None:
 
 
 def in_a_row(groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    return tuple(replace(g, residual=None) for g in groups)
+    return tuple(replace(g, stream=Stream()) for g in groups)
 
 
 def test_what_has_no_stream_around_it_keeps_a_unit() -> None:
@@ -469,7 +469,7 @@ def test_what_has_no_stream_around_it_keeps_a_unit() -> None:
     scores = {g.name: torch.zeros(g.units) for g in row.groups}
     scores["0.attn"] += 1.0
     assert candidate_sizes(group("a", "channel", 16), 4) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
-    assert candidate_sizes(replace(group("a", "channel", 16), residual=None), 4) == [1, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert candidate_sizes(replace(group("a", "channel", 16), stream=Stream()), 4) == [1, 2, 4, 6, 8, 10, 12, 14, 16]
     plan = search(row, scores, costs, 0.7, 4)
     assert all(len(units) >= 1 for units in plan.kept.values())
     assert costs.of(plan) <= 0.7 * costs.total

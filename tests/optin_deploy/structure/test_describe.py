@@ -17,7 +17,7 @@ def summary(structure: Structure, prefix: str) -> list[tuple[object, ...]]:
         tuple(v.removeprefix(prefix) if isinstance(v, str) else v for v in values)
         for g in structure.groups
         if g.name.startswith(prefix)
-        for values in [(g.name, g.kind, g.units, g.width, g.output, g.residual, g.scale)]
+        for values in [(g.name, g.kind, g.units, g.width, g.output, g.stream.residual, g.stream.scale)]
     ]
 
 
@@ -103,11 +103,11 @@ def test_sides_owners_and_attributes_of_timm() -> None:
         LayerAxis(f"{a}.proj", "in"),
         LayerAxis(f"{a}.gate", "out"),
     )
-    assert attention.cost_modules == (a,)
+    assert attention.cost.modules == (a,)
     assert attention.attributes == ((a, "num_heads"), (a, "attn_dim"))
     assert attention.placeholders == ((a, "constant"),)
     assert mlp.sides == (LayerAxis(f"{m}.fc1", "out"), LayerAxis(f"{m}.fc2", "in"))
-    assert mlp.cost_modules == (m,)
+    assert mlp.cost.modules == (m,)
     assert mlp.placeholders == ((f"{m}.fc1", "pass"), (f"{m}.fc2", "constant"))
 
 
@@ -116,11 +116,11 @@ def test_sides_owners_and_attributes_of_bert() -> None:
     layer = "encoder.layer.0"
     a, out = f"{layer}.attention.self", f"{layer}.attention.output.dense"
     assert attention.sides == (*(LayerAxis(f"{a}.{n}", "out") for n in ("query", "key", "value")), LayerAxis(out, "in"))
-    assert attention.cost_modules == (a, out)
+    assert attention.cost.modules == (a, out)
     assert attention.attributes == ((a, "num_attention_heads"), (a, "all_head_size"))
     assert attention.placeholders == ((a, "pass_tuple"), (out, "constant"))
     assert ffn.sides == (LayerAxis(f"{layer}.intermediate.dense", "out"), LayerAxis(f"{layer}.output.dense", "in"))
-    assert ffn.cost_modules == (f"{layer}.intermediate", f"{layer}.output.dense")
+    assert ffn.cost.modules == (f"{layer}.intermediate", f"{layer}.output.dense")
     assert ffn.placeholders == ((f"{layer}.intermediate", "pass"), (f"{layer}.output.dense", "constant"))
 
 

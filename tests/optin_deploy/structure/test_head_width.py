@@ -65,18 +65,7 @@ def test_the_width_stands_behind_its_heads(name: str) -> None:
         assert structure.groups.index(width) == structure.groups.index(group) + 1
         assert (width.name, width.parent, width.kind) == (f"{group.name}.width", group.name, "width")
         assert (width.units, width.width) == (group.width, 1)
-        for field in (
-            "output",
-            "sides",
-            "cost_modules",
-            "qkv",
-            "layer",
-            "residual",
-            "scale",
-            "shortcut",
-            "norm",
-            "axis",
-        ):
+        for field in ("output", "sides", "cost", "qkv", "layer", "stream", "axis"):
             assert getattr(width, field) == getattr(group, field)
         assert width.placeholders == ()
 

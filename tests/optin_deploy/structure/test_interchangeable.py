@@ -27,7 +27,7 @@ from optin_deploy.pruning.pruner import prune
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.search.knapsack import candidate_sizes
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Structure, Together
+from optin_deploy.structure.groups import CostModules, Group, Structure, Together
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -400,7 +400,7 @@ def test_a_plan_that_parts_a_tuple_is_refused() -> None:
 
 @given(st.sampled_from([2, 3, 4, 5, 8]), st.booleans(), st.integers(2, 40), st.sampled_from([1, 8, 64]))
 def test_sizes_and_best_units_are_whole_tuples(size: int, strided: bool, tuples: int, align: int) -> None:
-    group = Group("g", "neuron", size * tuples, 1, "o", (), (), (), together=Together(size, strided))
+    group = Group("g", "neuron", size * tuples, 1, "o", (), CostModules(), together=Together(size, strided))
     assert sorted(i for units in group.tuples for i in units) == list(range(group.units))
     sizes = candidate_sizes(group, align)
     assert sizes[0] == size and sizes[-1] == group.units and all(n % size == 0 for n in sizes)
@@ -441,7 +441,7 @@ def boundaries() -> list[Boundary]:
 
 @pytest.mark.parametrize("units", [*range(2, 34), 48, 64, 96, 100, 384])
 def test_one_of_the_trials_moves_every_boundary(units: int) -> None:
-    group = Group("g", "neuron", units, 1, "o", (), (), ())
+    group = Group("g", "neuron", units, 1, "o", (), CostModules())
     trials = [mostly_first(group), mostly_last(group)]
     assert all(0 < len(kept) < units and all(a < b for a, b in pairwise(kept)) for kept in trials)
     for boundary in boundaries():

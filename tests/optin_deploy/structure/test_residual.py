@@ -7,15 +7,10 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
+from optin_deploy.nn.calls import first_tensor, trace_calls
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.residual import (
-    Stream,
-    first_tensor,
-    residual_stream,
-    stream_scale,
-    stream_shift,
-    trial_forward,
-)
+from optin_deploy.structure.groups import Stream
+from optin_deploy.structure.residual import residual_stream, stream_scale, stream_shift
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +40,7 @@ class Halved(nn.Module):
 
 def stream(block: nn.Module) -> tuple[str | None, str | None]:
     module = tiny.randomised(nn.Sequential(block))
-    found = residual_stream(trial_forward(module, {"input": torch.randn(2, 3, 4)}), "0", "0.linear")
+    found = residual_stream(trace_calls(module, {"input": torch.randn(2, 3, 4)}), "0", "0.linear")
     assert found.shortcut is None
     assert found.norm is None
     assert not found.in_place
@@ -83,7 +78,7 @@ def test_a_projection_without_a_residual_has_no_stream() -> None:
 def test_a_norm_behind_the_projection_hides_the_stream() -> None:
     network = tiny.vit(block_fn=ResPostBlock)
     groups = describe(network.module, network.inputs).groups
-    assert [(g.residual, g.scale) for g in groups] == [(None, None)] * 6
+    assert [(g.stream.residual, g.stream.scale) for g in groups] == [(None, None)] * 6
 
 
 def test_small_layer_scales_are_found() -> None:
@@ -92,18 +87,18 @@ def test_small_layer_scales_are_found() -> None:
         if name.endswith("gamma"):
             parameter.data.fill_(1e-4)
     groups = describe(network.module, network.inputs).groups
-    assert [g.scale for g in groups[:3]] == ["blocks.0.ls1.gamma"] * 2 + ["blocks.0.ls2.gamma"]
+    assert [g.stream.scale for g in groups[:3]] == ["blocks.0.ls1.gamma"] * 2 + ["blocks.0.ls2.gamma"]
     streams = ["blocks.0", "blocks.0", "blocks.0.norm2", "blocks.1", "blocks.1", "blocks.1.norm2"]
-    assert [g.residual for g in groups] == streams
+    assert [g.stream.residual for g in groups] == streams
 
 
 def test_trial_forward_in_the_order_calls_end() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU()))
     x = torch.randn(1, 2)
-    calls = trial_forward(module, {"input": x})
+    calls = trace_calls(module, {"input": x})
     assert [c.name for c in calls] == ["0", "1.0", "1"]
-    assert torch.equal(calls[0].given, x)
-    assert calls[0].returned is calls[1].given
+    assert torch.equal(calls[0].input, x)
+    assert calls[0].output is calls[1].input
     assert not any(call.changed for call in calls)
     assert not any(m._forward_hooks for m in module.modules())
 
@@ -121,12 +116,12 @@ def test_tensors_are_recorded_as_they_were() -> None:
 
     module = tiny.randomised(nn.Sequential(InPlace()))
     x = torch.randn(5, 4)
-    linear, relu, block = trial_forward(module, {"input": x})
+    linear, relu, block = trace_calls(module, {"input": x})
     assert linear.changed
-    assert torch.equal(linear.returned, module[0].linear(x))
-    assert torch.equal(relu.given, linear.returned + x)
-    assert torch.equal(relu.returned, relu.given.relu())
-    assert torch.equal(block.returned, relu.returned)
+    assert torch.equal(linear.output, module[0].linear(x))
+    assert torch.equal(relu.input, linear.output + x)
+    assert torch.equal(relu.output, relu.input.relu())
+    assert torch.equal(block.output, relu.output)
     assert residual_stream([linear, relu, block], "0", "0.linear") == Stream("0", in_place=True)
 
 
@@ -134,15 +129,17 @@ def test_tensors_are_recorded_as_they_were() -> None:
 @torch.no_grad()
 def test_scale_and_shift_give_the_update_of_the_stream(name: str) -> None:
     module, structure = tiny.network(name).module, tiny.structure(name)
-    calls = {call.name: call for call in trial_forward(module, tiny.network(name).inputs)}
+    calls = {call.name: call for call in trace_calls(module, tiny.network(name).inputs)}
     for group in structure.groups:
         scale, shift = stream_scale(module, group), stream_shift(module, group)
-        given = calls[group.output].returned * scale[:, None, None] + shift[:, None, None]
-        torch.testing.assert_close(given, calls[group.norm].returned, rtol=1e-5, atol=1e-5)
-        if group.has_stream:
+        given = calls[group.output].output * scale[:, None, None] + shift[:, None, None]
+        torch.testing.assert_close(given, calls[group.stream.norm].output, rtol=1e-5, atol=1e-5)
+        if group.stream.known:
             block = structure.blocks[group.layer]
-            before = calls[group.residual].given if group.residual else calls[group.shortcut].returned
-            torch.testing.assert_close((before + given).relu(), calls[block].returned, rtol=1e-5, atol=1e-5)
+            before = (
+                calls[group.stream.residual].input if group.stream.residual else calls[group.stream.shortcut].output
+            )
+            torch.testing.assert_close((before + given).relu(), calls[block].output, rtol=1e-5, atol=1e-5)
 
 
 def test_a_norm_of_zeros_hides_the_stream() -> None:
@@ -151,14 +148,14 @@ def test_a_norm_of_zeros_hides_the_stream() -> None:
         nn.init.zeros_(module.blocks[index].bn2.weight)
         nn.init.zeros_(module.blocks[index].bn2.bias)
     groups = describe(module, tiny.images("x")).groups
-    assert [g.has_stream for g in groups] == [False, False, True]
-    assert [g.norm for g in groups] == [f"blocks.{i}.bn2" for i in range(3)]
+    assert [g.stream.known for g in groups] == [False, False, True]
+    assert [g.stream.norm for g in groups] == [f"blocks.{i}.bn2" for i in range(3)]
 
 
 def test_scale_and_shift_without_a_batch_norm() -> None:
     module = tiny.network("vit_layer_scale").module
     group = tiny.structure("vit_layer_scale").groups[0]
-    assert torch.equal(stream_scale(module, group), module.get_parameter(group.scale))
+    assert torch.equal(stream_scale(module, group), module.get_parameter(group.stream.scale))
     assert stream_shift(module, group) is None
     assert stream_scale(tiny.network("vit").module, tiny.structure("vit").groups[0]) is None
 
@@ -174,7 +171,7 @@ def test_a_batch_norm_and_a_layer_scale() -> None:
 
     # Four pixels a row, so that LayerScale takes its factors for those of the last axis.
     module = tiny.randomised(nn.Sequential(Both()))
-    calls = trial_forward(module, {"input": torch.randn(2, 4, 4, 4)})
+    calls = trace_calls(module, {"input": torch.randn(2, 4, 4, 4)})
     found = residual_stream(calls, "0", "0.conv")
     assert found == Stream("0", norm="0.norm", scale="0.scale.gamma")
 
@@ -203,9 +200,9 @@ class OwnScale(nn.Module):
 
 def test_a_scale_among_the_parameters_of_the_block() -> None:
     module = tiny.randomised(nn.Sequential(OwnScale(), nn.Conv2d(4, 4, 1)))
-    calls = trial_forward(module, {"input": torch.randn(2, 4, 4, 3)})
+    calls = trace_calls(module, {"input": torch.randn(2, 4, 4, 3)})
     assert residual_stream(calls, "0", "0.conv", 1) == Stream("0", scale="0.gamma")
-    group = replace(tiny.structure("vit").groups[0], norm=None, scale="0.gamma", axis=1)
+    group = replace(tiny.structure("vit").groups[0], axis=1, stream=Stream("0", scale="0.gamma"))
     assert torch.equal(stream_scale(module, group), module[0].gamma.flatten())
 
 
@@ -224,7 +221,7 @@ class FlatNorm(nn.Module):
 def test_a_batch_norm_over_all_tokens() -> None:
     module = tiny.randomised(nn.Sequential(FlatNorm(), nn.Linear(4, 4)))
     module[0].norm.running_mean += 0.3
-    calls = trial_forward(module, {"input": torch.randn(2, 5, 4)})
+    calls = trace_calls(module, {"input": torch.randn(2, 5, 4)})
     assert residual_stream(calls, "0", "0.linear") == Stream("0", norm="0.norm")
 
 
@@ -243,6 +240,6 @@ class Afterwards(nn.Module):
 
 def test_what_is_made_of_the_output_is_no_shortcut() -> None:
     module = tiny.randomised(nn.Sequential(Afterwards(), nn.Linear(4, 4)))
-    calls = trial_forward(module, {"input": torch.randn(2, 5, 4)})
+    calls = trace_calls(module, {"input": torch.randn(2, 5, 4)})
     assert residual_stream(calls, "0", "0.linear") == Stream()
     assert residual_stream(calls, "0", "0.ffn.2") == Stream("0.ffn")

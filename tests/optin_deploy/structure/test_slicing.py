@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.structure.groups import CostModules, Group, Structure
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import features_of, output_bias, query_gain, sliced
@@ -214,7 +214,10 @@ def test_what_an_empty_convolution_gives_can_be_added(how: str) -> None:
     module = tiny.randomised(nn.Sequential(TwoConvolutions(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), how)))
     network = tiny.network_around(module, {"input": torch.randn(2, 3, 4, 5)})
     structure = describe(module, network.inputs)
-    assert (structure.groups[0].in_place, structure.groups[0].has_stream) == (how == "in place", how != "no stream")
+    assert (structure.groups[0].stream.in_place, structure.groups[0].stream.known) == (
+        how == "in place",
+        how != "no stream",
+    )
     small = assert_sliced_equals_masked_here(network, structure, Plan({"0.conv1": ()}))
     bias = small[0].conv2.bias.clone()
     small(**network.inputs)
@@ -230,7 +233,7 @@ def test_attributes_follow_the_parameters() -> None:
 
 
 def test_features_of_units_with_parts() -> None:
-    group = Group("a", "head", units=3, width=2, output="a.proj", sides=(), cost_modules=(), placeholders=())
+    group = Group("a", "head", units=3, width=2, output="a.proj", sides=(), cost=CostModules(), placeholders=())
     assert features_of(torch.tensor([0, 2]), group, 12).tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
 
 
@@ -268,7 +271,7 @@ def test_a_feed_forward_added_to_in_place() -> None:
 
     network = tiny.network_around(tiny.randomised(nn.Sequential(Backwards())), {"input": torch.randn(1, 1, 4)})
     structure = describe(network.module, network.inputs)
-    assert structure.groups[0].in_place
+    assert structure.groups[0].stream.in_place
     assert_sliced_equals_masked_here(network, structure, Plan({"0.mlp": ()}))
 
 
@@ -284,7 +287,7 @@ def test_an_empty_feed_forward_keeps_the_shape(residual: bool) -> None:
 
     network = tiny.network_around(tiny.randomised(nn.Sequential(Head())), {"input": torch.randn(2, 3, 4)})
     structure = describe(network.module, network.inputs)
-    assert (structure.groups[0].residual is not None) == residual
+    assert (structure.groups[0].stream.residual is not None) == residual
     small = sliced(network.module, structure, Plan({"0.mlp": ()}))
     with torch.no_grad(), masked(network.module, structure, {"0.mlp": torch.zeros(8)}):
         expected = network.forward(network.inputs)["output"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LayerAxis, Structure, TensorAxis
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Stream, Structure, TensorAxis
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -38,7 +38,7 @@ def pair(up: str, down: str) -> Group:
         width=1,
         output=down,
         sides=(LayerAxis(up, "out"), LayerAxis(down, "in")),
-        cost_modules=(up, down),
+        cost=CostModules((up, down)),
         placeholders=(),
     )
 
@@ -91,7 +91,7 @@ def test_grouped_convolutions_and_loose_tensors_are_sliced(kept: tuple[int, ...]
         width=2,
         output="down",
         sides=(*(LayerAxis(name, "out") for name in ("up", "norm", "deep", "grouped")), LayerAxis("down", "in")),
-        cost_modules=("up", "norm", "deep", "grouped", "down"),
+        cost=CostModules(("up", "norm", "deep", "grouped", "down")),
         placeholders=(),
         axis=1,
         entries=(TensorAxis("factor", 0), TensorAxis("shift", 1, (2,))),
@@ -121,7 +121,7 @@ class Narrow(Mixing):
 
 def test_a_sliced_module_gets_its_slim_class_and_the_dense_one_keeps_its_own() -> None:
     module = nn.Sequential(tiny.randomised(Mixing()))
-    group = replace(pair("0.up1", "0.down1"), name="0", slim=Narrow)
+    group = replace(pair("0.up1", "0.down1"), name="0", resizable=Narrow)
     small = sliced(module, Structure((), (group,), 0), Plan({"0": (0, 1)}))
     assert type(small[0]) is Narrow and type(module[0]) is Mixing
     assert list(small.state_dict()) == list(module.state_dict())
@@ -170,4 +170,4 @@ def test_stand_ins_that_do_not_work_are_dropped() -> None:
     # The constant of two samples can be unpacked into two, that of three cannot.
     found = keep_working_placeholders(module, {"x": torch.randn(2, 4)}, groups)
     assert [g.placeholders for g in found] == [working, ()]
-    assert [g.min_units for g in (replace(g, residual="x") for g in found)] == [0, 1]
+    assert [g.min_units for g in (replace(g, stream=Stream("x")) for g in found)] == [0, 1]

@@ -168,7 +168,7 @@ def test_batch_norms_in_place_of_layer_norms_from_end_to_end(tmp_path: Path) -> 
     network = custom_network(without_layer_norms(), tiny.images("x"), logits="output")
     structure = describe(network.module, network.inputs)
     assert [g.kind for g in structure.groups] == ["head", "width", "neuron"] * 2
-    assert all(g.residual is not None for g in structure.groups)
+    assert all(g.stream.residual is not None for g in structure.groups)
     run(network, [tiny.images("x", 4, s) for s in range(4)], without_layer_norms(), tmp_path)
     operators = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert "BatchNormalization" not in operators

@@ -7,7 +7,7 @@ from timm.models import resnet
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, Structure, channels_last
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, Stream, Structure, channels_last
 
 pytestmark = pytest.mark.slow
 
@@ -77,12 +77,12 @@ class Unnormalised(Block):
         return self.conv1(x).relu()
 
 
-LEAKING = "its channels do not stay apart"
+COUPLED = "its channels do not stay apart"
 SPOILT: dict[type[nn.Module], str | None] = {
-    Dense: LEAKING,
-    Concatenating: LEAKING,
-    Mixing: LEAKING,
-    Gated: LEAKING,
+    Dense: COUPLED,
+    Concatenating: COUPLED,
+    Mixing: COUPLED,
+    Gated: COUPLED,
     Pooled: None,
     Twice: None,
 }
@@ -123,12 +123,11 @@ def test_the_group_of_a_block() -> None:
             width=1,
             output="0.conv2",
             sides=(LayerAxis("0.conv1", "out"), LayerAxis("0.bn1", "out"), LayerAxis("0.conv2", "in")),
-            cost_modules=("0.conv1", "0.bn1", "0.conv2"),
+            cost=CostModules(("0.conv1", "0.bn1", "0.conv2")),
             placeholders=(("0.conv1", "no_channels"), ("0.bn1", "pass"), ("0.conv2", "constant")),
-            residual="0",
-            norm="0.bn2",
-            layer=0,
             axis=1,
+            layer=0,
+            stream=Stream("0", norm="0.bn2"),
         ),
     )
     assert structure.tokens == 64
@@ -138,7 +137,10 @@ def test_the_group_of_a_block() -> None:
 def test_blocks_of_torchvision() -> None:
     block = torchvision.models.resnet.BasicBlock
     structure = described(block(6, 6), block(6, 4, 2, nn.Sequential(nn.Conv2d(6, 4, 1, 2), nn.BatchNorm2d(4))))
-    found = [(g.name, g.units, g.residual, g.shortcut, g.norm, g.in_place) for g in structure.groups]
+    found = [
+        (g.name, g.units, g.stream.residual, g.stream.shortcut, g.stream.norm, g.stream.in_place)
+        for g in structure.groups
+    ]
     assert found == [
         ("0.conv1", 6, "0", None, "0.bn2", True),
         ("1.conv1", 4, None, "1.downsample", "1.bn2", True),
@@ -146,16 +148,15 @@ def test_blocks_of_torchvision() -> None:
 
 
 def test_streams_of_the_tiny_networks() -> None:
-    plain = [(g.residual, g.shortcut, g.norm, g.in_place) for g in tiny.structure("plain_resnet").groups]
-    assert plain == [
-        ("blocks.0", None, "blocks.0.bn2", False),
-        (None, "blocks.1.shortcut", "blocks.1.bn2", False),
-        ("blocks.2", None, "blocks.2.bn2", False),
+    assert [g.stream for g in tiny.structure("plain_resnet").groups] == [
+        Stream("blocks.0", norm="blocks.0.bn2"),
+        Stream(shortcut="blocks.1.shortcut", norm="blocks.1.bn2"),
+        Stream("blocks.2", norm="blocks.2.bn2"),
     ]
-    second = tiny.structure("resnet").groups[2]
-    assert (second.residual, second.norm, second.in_place) == ("layer2.1", "layer2.1.bn2", True)
+    second = tiny.structure("resnet").groups[2].stream
+    assert second == Stream("layer2.1", norm="layer2.1.bn2", in_place=True)
     gated = tiny.structure("resnet_silu_se").groups
-    assert {(g.residual, g.shortcut) for g in gated} == {(None, None)}
+    assert {(g.stream.residual, g.stream.shortcut) for g in gated} == {(None, None)}
 
 
 @pytest.mark.parametrize("name", tiny.CNN_NAMES)
@@ -177,12 +178,12 @@ def test_a_block_outside_a_container() -> None:
             return self.first(x)
 
     structure = describe(tiny.randomised(Bare()), {"x": torch.randn(2, 6, 4, 4)})
-    assert (structure.blocks, [g.residual for g in structure.groups]) == (("first",), ["first"])
+    assert (structure.blocks, [g.stream.residual for g in structure.groups]) == (("first",), ["first"])
 
 
 def test_the_network_itself_is_no_block() -> None:
     structure = describe(tiny.randomised(Block()), {"x": torch.randn(2, 6, 4, 4)})
-    assert (structure.blocks, structure.groups[0].residual) == (("conv2",), None)
+    assert (structure.blocks, structure.groups[0].stream.residual) == (("conv2",), None)
 
 
 @pytest.mark.parametrize("pool", [timm.layers.BlurPool2d, nn.AvgPool2d])

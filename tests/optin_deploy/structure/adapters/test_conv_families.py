@@ -139,7 +139,7 @@ def _structure(name: str) -> Structure:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_inner_channels_are_found(name: str) -> None:
     groups = _structure(name).groups
-    found = (len(groups), sum(g.parent is not None for g in groups), sum(g.masked is not None for g in groups))
+    found = (len(groups), sum(g.parent is not None for g in groups), sum(g.mask_at is not None for g in groups))
     assert found == FAMILIES[name][1]
     assert _structure(name).left_dense == ()
 

@@ -173,7 +173,7 @@ def test_channels_are_found_through_every_kind(name: str, dims: int) -> None:
     assert found.blocks == ("blocks.0", "blocks.1") and found.left_dense == ()
     assert found.tokens == SIZE[dims] ** dims
     # Whatever is between, it may be that no channels at all are left.
-    assert [g.residual for g in found.groups] == [f"blocks.{i}" for i in range(2)]
+    assert [g.stream.residual for g in found.groups] == [f"blocks.{i}" for i in range(2)]
     assert [g.min_units for g in found.groups] == [0, 0]
 
 
@@ -222,7 +222,7 @@ def test_norms_before_the_addition(name: str, dims: int) -> None:
     dense = network_of(Residual(dims, KINDS["instance norm"][0], _last(name)), dims)
     found = describe(dense.module, inputs(dims))
     affine = name in NORMS[:2]
-    assert [(g.residual, g.norm) for g in found.groups] == [
+    assert [(g.stream.residual, g.stream.norm) for g in found.groups] == [
         (f"blocks.{i}", f"blocks.{i}.last") if affine else (None, None) for i in range(2)
     ]
     plan = half(found)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LayerAxis, Structure
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Structure
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def test_the_group_of_a_pair() -> None:
             width=1,
             output="two",
             sides=(LayerAxis("one", "out"), LayerAxis("norm", "out"), LayerAxis("two", "in")),
-            cost_modules=("one", "norm", "two"),
+            cost=CostModules(("one", "norm", "two")),
             placeholders=(("one", "no_channels"), ("norm", "pass"), ("two", "constant")),
             layer=0,
             axis=1,

@@ -25,7 +25,7 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActD
 
 from optin_deploy.structure.adapters.feed_forward import feed_forward
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LeftDense, Structure
+from optin_deploy.structure.groups import Group, LeftDense, Stream, Structure
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -146,7 +146,9 @@ def test_it_is_cut_as_it_is_masked(name: str, kept: tuple[int, ...]) -> None:
     module, inputs, structure, group = described(name)
     plan = Plan({group.name: kept})
     if not kept:
-        structure = replace(structure, groups=tuple(replace(g, residual="0", in_place=True) for g in structure.groups))
+        structure = replace(
+            structure, groups=tuple(replace(g, stream=Stream("0", in_place=True)) for g in structure.groups)
+        )
     with torch.no_grad():
         with masked(module, structure, tiny.masks_of(structure, plan)):
             expected = module(**inputs)
@@ -158,13 +160,13 @@ def test_it_is_cut_as_it_is_masked(name: str, kept: tuple[int, ...]) -> None:
 
 def test_a_module_that_holds_nothing_else_is_one_owner() -> None:
     group = described("swiglu")[-1]
-    assert (group.name, group.cost_modules, group.output) == ("0", ("0",), "0.fc2")
+    assert (group.name, group.cost.modules, group.output) == ("0", ("0",), "0.fc2")
     assert [(s.module, s.axis) for s in group.sides] == [("0.fc1_g", "out"), ("0.fc1_x", "out"), ("0.fc2", "in")]
 
 
 def test_beside_other_things_the_maps_are_the_owners() -> None:
     group = described("torch")[-1]
-    assert (group.name, group.cost_modules) == ("0.linear1", ("0.linear1", "0.linear2"))
+    assert (group.name, group.cost.modules) == ("0.linear1", ("0.linear1", "0.linear2"))
     assert group.placeholders == (("0.linear1", "pass"), ("0.linear2", "constant"))
 
 
@@ -173,7 +175,7 @@ def test_a_mixer_has_two() -> None:
     structure = describe(module, {"input": torch.randn(TOKENS)})
     assert [g.name for g in structure.groups] == ["0.mlp_tokens", "0.mlp_channels", "1.mlp_tokens", "1.mlp_channels"]
     # Tokens come back transposed before they are added.
-    assert [g.residual for g in structure.groups][1::2] == ["0.norm2", "1.norm2"]
+    assert [g.stream.residual for g in structure.groups][1::2] == ["0.norm2", "1.norm2"]
 
 
 def test_a_norm_over_all_neurons_of_another_kind_leaves_it_dense() -> None:

@@ -3,9 +3,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.nn.names import child, join
 from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.groups import Group, LayerAxis, LeftDense, child, join
+from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -35,7 +36,7 @@ def gated(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> 
         width=1,
         output=f"{name}.down",
         sides=(*(LayerAxis(f"{name}.{n}", "out") for n in ("up", "gate", "shift")), LayerAxis(f"{name}.down", "in")),
-        cost_modules=(name,),
+        cost=CostModules((name,)),
         placeholders=((name, "constant"),),
     )
 

@@ -183,7 +183,7 @@ def test_what_can_be_cut(name: str) -> None:
     expected = (FAMILIES[name] if name in FAMILIES else OWN[name])[-2:]
     groups = structure(name).without_widths().groups
     kinds = tuple(sum(g.kind == kind for g in groups) for kind in ("head", "neuron", "channel"))
-    assert (kinds, sum(g.has_stream for g in groups)) == expected
+    assert (kinds, sum(g.stream.known for g in groups)) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
