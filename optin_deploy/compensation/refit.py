@@ -17,7 +17,7 @@ the repaired network, whose maps vary less than the dense one's, they undo much 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from optin_deploy.compensation.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.distributed.ranks import own_indices, ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import first_tensor
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.nn.names import is_inside
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.partial_forward import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
@@ -177,24 +178,17 @@ class _Repair:
         # The tensors are held: memory that is given back would make the inputs of two maps look like one.
         ran: list[tuple[str, Tensor | None, int]] = []
 
-        def hook(name: str) -> Any:
-            def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-                given = first_tensor(args)
-                ran.append((name, given, 0 if given is None or given.is_inference() else given._version))
-
-            return note
+        def note(name: str, _: nn.Module, args: tuple[Any, ...], __: object) -> None:
+            given = first_tensor(args)
+            ran.append((name, given, 0 if given is None or given.is_inference() else given._version))
 
         others = [b for b in self.structure.blocks if b != block]
         free = [m for m in self.maps if m not in self.passed and not any(is_inside(m, b) for b in others)]
-        with ExitStack() as stack:
-            for name in free:
-                handle = self.pruned.get_submodule(name).register_forward_hook(hook(name))
-                stack.callback(handle.remove)
-            with resumed(self.pruned, self.pruned_done[0]):
-                if block is None:
-                    self.pruned(**self.batches[self.own[0]])
-                else:
-                    run_until(self.pruned, self.batches[self.own[0]], block)
+        with forward_hooks(self.pruned, free, after=note), resumed(self.pruned, self.pruned_done[0]):
+            if block is None:
+                self.pruned(**self.batches[self.own[0]])
+            else:
+                run_until(self.pruned, self.batches[self.own[0]], block)
         self.passed.update(name for name, *_ in ran)
         shapes: dict[str, list[torch.Size | None]] = {}
         for name, given, _ in ran:
@@ -381,16 +375,10 @@ def _outputs(module: nn.Module, maps: Sequence[LinearMap]) -> Iterator[dict[str,
     """Collect copies of what the maps give in the dense network: an activation behind may work in place."""
     found: dict[str, Tensor] = {}
 
-    def copy_to(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            found[name] = behind(found.get(name), output.clone())
+    def copy(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        found[name] = behind(found.get(name), output.clone())
 
-        return hook
-
-    with ExitStack() as stack:
-        for each in maps:
-            handle = module.get_submodule(each.dense).register_forward_hook(copy_to(each.dense))
-            stack.callback(handle.remove)
+    with forward_hooks(module, [each.dense for each in maps], after=copy):
         yield found
 
 

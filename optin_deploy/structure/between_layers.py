@@ -5,7 +5,7 @@ be as they were; the first one behind which they are not, or that changes the fo
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from optin_deploy.nn.calls import first_tensor
+from optin_deploy.nn.hooks import Args, Kwargs, forward_hooks
 from optin_deploy.nn.plain_layers import base_of, has_own_forward
 from optin_deploy.nn.unfold import Conv
 
@@ -72,42 +73,32 @@ class _Trace(TorchFunctionMode):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Follow what runs while the context lasts."""
-        with ExitStack() as stack:
-            for name, submodule in self.module.named_modules():
-                before, after = self._entering(name, submodule), self._leaving(name)
-                stack.callback(submodule.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(submodule.register_forward_hook(after).remove)
-            stack.enter_context(self)
+        """Follow the functions that run while the context lasts."""
+        names = [name for name, _ in self.module.named_modules()]
+        with forward_hooks(self.module, names, before=self._enter, after=self._leave), self:
             yield
 
-    def _entering(self, name: str, submodule: nn.Module) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.stack.append(name)
-            given = first_tensor(args if args else list(kwargs.values()))
-            if isinstance(submodule, _MAPS) and self.second is None and given is not None and id(given) in self.reached:
-                through = isinstance(submodule, Conv) and submodule.groups > 1 and not has_own_forward(submodule)
-                through = through and submodule.in_channels == submodule.out_channels
-                through = through and self.mixer is None and self.reforming is None
-                self.second = None if through else name
+    def _enter(self, name: str, submodule: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        self.stack.append(name)
+        x = first_tensor(args if args else list(kwargs.values()))
+        if isinstance(submodule, _MAPS) and self.second is None and x is not None and id(x) in self.reached:
+            through = isinstance(submodule, Conv) and submodule.groups > 1 and not has_own_forward(submodule)
+            through = through and submodule.in_channels == submodule.out_channels
+            through = through and self.mixer is None and self.reforming is None
+            self.second = None if through else name
 
-        return hook
-
-    def _leaving(self, name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            self.stack.pop()
-            if name != self.first or self.begun or not isinstance(output, Tensor):
-                return None
-            self.begun, self.shape = True, output.shape
-            if self.before is None:
-                return None
-            with torch._C.DisableTorchFunction():
-                given = output.clone()
-                given[:, 1::2] = 1 - given[:, 1::2]
-            self.reached[id(given)] = given
-            return given
-
-        return hook
+    def _leave(self, name: str, _: nn.Module, __: object, output: object) -> Tensor | None:
+        self.stack.pop()
+        if name != self.first or self.begun or not isinstance(output, Tensor):
+            return None
+        self.begun, self.shape = True, output.shape
+        if self.before is None:
+            return None
+        with torch._C.DisableTorchFunction():
+            changed = output.clone()
+            changed[:, 1::2] = 1 - changed[:, 1::2]
+        self.reached[id(changed)] = changed
+        return changed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = func(*args, **(kwargs or {}))

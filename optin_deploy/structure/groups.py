@@ -213,6 +213,13 @@ class Group:
         return tuple(sorted(i for units in self.tuples[: count // self.step] for i in units))
 
 
+def projections(group: Group) -> Projections:
+    """Return the projections of heads that can get narrower, or of their width."""
+    if group.qkv is None:
+        raise ValueError(f"{group.name} has no projections to queries, keys and values")
+    return group.qkv
+
+
 @dataclass(frozen=True)
 class LeftDense:
     """A module that looks prunable but is left as it is, and why."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
 from optin_deploy.nn.names import join
-from optin_deploy.structure.groups import Group
+from optin_deploy.structure.groups import Group, projections
 
 # How far outputs may move, relative to their norm, under a change of basis.
 _RELATIVE_TOLERANCE = 1e-3
@@ -86,8 +86,8 @@ def change_basis(module: nn.Module, group: Group, queries: Tensor, keys: Tensor,
     Args:
         queries, keys, values: A, B and P, ``(heads, width, width)``.
     """
-    assert group.qkv is not None
-    for rows, basis in ((group.qkv.queries, queries), (group.qkv.keys, keys), (group.qkv.values, values)):
+    qkv = projections(group)
+    for rows, basis in ((qkv.queries, queries), (qkv.keys, keys), (qkv.values, values)):
         layer = module.get_submodule(rows.module)
         for parameter in (layer.get_parameter("weight"), layer.bias):
             if isinstance(parameter, Tensor):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from optin_deploy.nn.copies import copied
 from optin_deploy.nn.unfold import Conv, feature_dim
-from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis
+from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis, projections
 from optin_deploy.structure.partial_norms import shrunk
 from optin_deploy.structure.placeholders import Constant, ConstantMap, ConstantTuple, NoChannels, PassTuple
 from optin_deploy.structure.plan import Plan
@@ -117,15 +117,15 @@ def layer_size(layer: nn.Module, side: LayerAxis) -> int:
 
 @torch.no_grad()
 def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
-    assert group.qkv is not None
-    if group.qkv.scale is None:
+    qkv = projections(group)
+    if qkv.scale is None:
         return
     gain = query_gain(group, kept)
-    layer = module.get_submodule(group.qkv.queries.module)
+    layer = module.get_submodule(qkv.queries.module)
     for parameter in (layer.get_parameter("weight"), layer.bias):
         if isinstance(parameter, Tensor):
-            parameter[group.qkv.queries.of(len(parameter))] *= gain
-    owner, attribute = module.get_submodule(group.qkv.scale[0]), group.qkv.scale[1]
+            parameter[qkv.queries.of(len(parameter))] *= gain
+    owner, attribute = module.get_submodule(qkv.scale[0]), qkv.scale[1]
     setattr(owner, attribute, getattr(owner, attribute) / gain)
 
 

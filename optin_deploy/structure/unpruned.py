@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from optin_deploy.nn.flops import FlopCounts
+from optin_deploy.nn.names import is_inside, join
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.adapters.conv_channels import COUPLED
 from optin_deploy.structure.between_layers import obstacle
@@ -60,7 +61,7 @@ def _explained(module: nn.Module, inputs: Mapping[str, Tensor], told: Unpruned, 
         n for n, m in inside.named_modules() if isinstance(m, Conv) and m.groups == 1 and m.out_channels > 1
     ]
     for name in convolutions[:_TRIED]:
-        reason = obstacle(module, inputs, f"{found.module}.{name}" if name else found.module)
+        reason = obstacle(module, inputs, join(found.module, name))
         if reason is not None:
             return replace(told, reason=f"{told.reason}: {reason}" if found.refused else reason)
     return told
@@ -97,12 +98,12 @@ class _Walk:
         if name in self.refused:
             yield _Found(name, self.refused[name], self._flops(name, module) - self._owned(name, module), True)
             return
-        if name and not any(_is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
+        if name and not any(is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
             yield _Found(name, _unknown(module), self._flops(name, module), False)
             return
         own = self._flops(name, module)
         for child, submodule in module.named_children():
-            inside = f"{name}.{child}" if name else child
+            inside = join(name, child)
             own -= self._flops(inside, submodule)
             yield from self._below(inside, submodule)
         yield _Found(name or "(the network itself)", "computed in its own forward, by no layer", max(own, 0), False)
@@ -117,13 +118,7 @@ class _Walk:
         """FLOPs of a module; of one that is never called itself, like a list, those of what it holds."""
         if name in self.counts:
             return self.counts.of(name)
-        return sum(
-            self._flops(f"{name}.{child}" if name else child, submodule) for child, submodule in module.named_children()
-        )
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
+        return sum(self._flops(join(name, child), submodule) for child, submodule in module.named_children())
 
 
 def _unknown(module: nn.Module) -> str:

@@ -15,9 +15,10 @@ from math import gcd
 from torch import Tensor, nn
 
 from optin_deploy.nn.calls import Call, same_tensor
+from optin_deploy.nn.names import contains, is_inside
 from optin_deploy.nn.plain_layers import has_own_forward
 from optin_deploy.nn.unfold import Conv
-from optin_deploy.structure.channel_independence import Span, leaking
+from optin_deploy.structure.channel_independence import ChannelSpan, coupled_spans
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Placeholder, TensorAxis
 from optin_deploy.structure.residual import is_batch_norm
 
@@ -104,8 +105,8 @@ def channel_groups(
         loose: whether pictures may also change their size between two convolutions.
     """
     found = list(_candidates(module, calls, taken, known, loose))
-    spans = [Span(g.name, g.mask_at or g.output, g.units) for g, _ in found]
-    bad = leaking(module, inputs, calls, spans)
+    spans = [ChannelSpan(g.name, g.mask_at or g.output, g.units) for g, _ in found]
+    bad = coupled_spans(module, inputs, calls, spans)
     groups: dict[str, tuple[Group, str]] = {}
     behind: dict[str, Group] = {}
     for group, block in found:
@@ -135,7 +136,9 @@ def _candidates(
 ) -> Iterator[tuple[Group, str]]:
     times = Counter(call.name for call in calls)
     own = [
-        call for call in calls if _has_own(call.module) and times[call.name] == 1 and not _is_inside(call.name, taken)
+        call
+        for call in calls
+        if _has_own(call.module) and times[call.name] == 1 and not any(is_inside(call.name, t) for t in taken)
     ]
     for number, first in enumerate(own):
         if not is_plain(first.module) or first.output is None or first.output.dim() != _dims(first.module):
@@ -236,11 +239,11 @@ def _gate(path: _Path, call: Call, rest: Sequence[Call], calls: Sequence[Call]) 
     for length in range(1, len(parts)):
         name = ".".join(parts[:length])
         around = next((c for c in calls if c.name == name), None)
-        if around is None or _contains(name, path.first.name) or around.input is None or around.output is None:
+        if around is None or contains(name, path.first.name) or around.input is None or around.output is None:
             continue
         if not around.input.shape == path.now.shape == around.output.shape:
             continue
-        inside = [c for c in rest if _contains(name, c.name)]
+        inside = [c for c in rest if contains(name, c.name)]
         squeeze, excite = inside[0], inside[-1]
         if not all(isinstance(c.module, nn.Linear) or is_plain(c.module) for c in inside):
             continue
@@ -311,14 +314,6 @@ def _has_own(module: nn.Module) -> bool:
     if isinstance(module, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm | _MIXING):
         return True
     return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-
-
-def _is_inside(name: str, taken: Collection[str]) -> bool:
-    return any(name == t or _contains(t, name) for t in taken)
-
-
-def _contains(outer: str, name: str) -> bool:
-    return name.startswith(f"{outer}.")
 
 
 def is_plain(layer: nn.Module) -> bool:
