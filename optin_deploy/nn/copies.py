@@ -11,23 +11,22 @@ from optin_deploy.errors import UserError
 
 
 def copied(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """A deep copy of ``module``. Tensors that a forward pass has left on it are copied without their graph: torch
-    copies none that has one.
+    """Return a deep copy of ``module``. Tensors that a forward pass has left on it are copied without their graphs.
 
     Args:
-        memo: id of what is not copied -> what takes its place, as for ``copy.deepcopy``.
+        memo: Replacements by id, as for ``copy.deepcopy``.
     """
     cut = {id(t): t.detach().clone() for _, t in kept_tensors(module) if not t.is_leaf}
     return copy.deepcopy(module, {**cut, **(memo or {})})
 
 
 def sharing(module: nn.Module) -> dict[int, Any]:
-    """What to give `copied` for a copy that has the same parameters and buffers."""
+    """Return the ``memo`` for a copy that shares parameters and buffers."""
     return {id(t): t for t in (*module.parameters(), *module.buffers())}
 
 
 def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers and the tensors that modules keep as attributes, in lists, tuples and dictionaries too, by name."""
+    """Yield buffers and tensors that are attributes of modules or in their lists, tuples and dictionaries, by name."""
     for name, part in module.named_modules():
         for attribute, value in vars(part).items():
             if attribute not in ("_parameters", "_modules"):
@@ -38,7 +37,11 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def copyable(module: nn.Module) -> nn.Module:
-    """``module``; UserError where it cannot be copied, which slicing does."""
+    """Return ``module`` if it can be copied, as slicing does.
+
+    Raises:
+        UserError: It cannot be copied.
+    """
     try:
         copied(module, sharing(module))
     except Exception as error:  # whatever an attribute raises
@@ -61,9 +64,11 @@ def _uncopyable(module: nn.Module) -> Iterator[str]:
 
 
 def called(module: nn.Module) -> str:
+    """Return the name of the module's class."""
     return type(module).__name__
 
 
 def line(error: Exception) -> str:
-    told = " ".join(str(error).split())[:200]
-    return f"{type(error).__name__}: {told}" if told else type(error).__name__
+    """Return an error's class and message on one line."""
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,4 +1,4 @@
-"""Running part of a network: resume at a block with the outputs of those before it given, and stop behind one."""
+"""Run part of a network: replay stored outputs of blocks, and stop after a block."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ class _Stopped(Exception):  # noqa: N818 - not an error
 
 @contextmanager
 def resumed(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """While the context lasts, the named blocks return ``outputs[name]`` at once instead of running."""
+    """Let the named blocks return ``outputs[name]`` instead of running while the context lasts."""
     blocks = {name: module.get_submodule(name) for name in outputs}
     overridden: dict[str, Any] = {name: block.__dict__.get("forward") for name, block in blocks.items()}
     try:
@@ -58,7 +58,7 @@ def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> An
 def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Collect the outputs of the named modules, as they are, while the context lasts.
 
-    Tensors from a module that runs several times are put one behind the other along the first axis.
+    Tensors of a module that runs several times are concatenated along the first axis.
     """
     seen: dict[str, Any] = {}
 
@@ -71,7 +71,7 @@ def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict
 
 @contextmanager
 def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collect the first input of each of the named modules while the context lasts; of several runs as for outputs."""
+    """Collect the first input of each named module while the context lasts; several runs are concatenated."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -82,22 +82,22 @@ def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[
 
 
 def behind(before: Any, now: Any) -> Any:
-    """``now`` behind what there was ``before``, if both are tensors of one shape but for the first axis."""
+    """Return ``now`` appended to ``before`` if both are tensors that differ in the first axis only, else ``now``."""
     if isinstance(before, Tensor) and isinstance(now, Tensor) and before.shape[1:] == now.shape[1:] and now.dim():
         return torch.cat([before, now])
     return now
 
 
 def hollow_out(outputs: dict[str, Any]) -> None:
-    """Keep no more of outputs for `resumed` than their shapes, in place: enough where blocks are only skipped."""
+    """Replace stored outputs by zero-stride tensors of the same shape, in place: enough for blocks that are skipped."""
     for name, output in outputs.items():
         outputs[name] = _hollow(output)
 
 
 def _hollow(output: Any) -> Any:
-    """NaN of the same shapes, in no memory."""
+    """Return NaN (or zero) of the same shapes, without the memory."""
 
-    def each(tensor: Tensor) -> Tensor:
+    def hollow(tensor: Tensor) -> Tensor:
         return tensor.new_full((), float("nan") if tensor.is_floating_point() else 0).expand(tensor.shape)
 
-    return tree_map_only(Tensor, each, output)
+    return tree_map_only(Tensor, hollow, output)

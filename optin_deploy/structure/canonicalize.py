@@ -1,4 +1,4 @@
-"""What is done to a module before it is described: it computes the same, with parts that can be pruned."""
+"""Rewrite a module before it is described, so that its parts can be pruned. It computes the same."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,19 +13,19 @@ from optin_deploy.structure.parametrizations import baked
 
 
 def canonicalize(module: nn.Module) -> nn.Module:
-    """``module`` unwrapped, with peft's adapters merged, computed weights baked in and torch's attentions in modules;
-    itself where it has none of these.
+    """Return ``module`` without wrappers, with peft's adapters merged, computed weights baked in and torch's attentions
+    replaced by modules. Without any of these it is returned as it is.
 
-    ``module`` is not changed; where nothing is merged, the copy shares its tensors.
+    ``module`` is not changed. If nothing is merged, the copy shares its tensors.
 
     Raises:
-        UserError: adapters cannot be merged, or weights cannot be baked in (see `baked`).
+        UserError: Adapters cannot be merged, or weights cannot be baked in (see `baked`).
     """
     return through_modules(_merged(baked(module)))
 
 
 def _merged(module: nn.Module) -> nn.Module:
-    """The module without peft: every adapter is merged into what it adapts."""
+    """Return the module with every peft adapter merged into the layer that it adapts."""
     if not any(type(m).__module__.startswith("peft.") for m in module.modules()):
         return module
     from peft import PeftModel, PromptLearningConfig
@@ -38,7 +38,7 @@ def _merged(module: nn.Module) -> nn.Module:
             raise UserError(f"{kind} adds tokens and not weights: it cannot be merged; prune the network without it")
         if isinstance(child, PeftModel):
             return _merged(_replaced(whole, name, _tried(child, child.merge_and_unload)))
-    # Adapters that were put into a network of another class.
+    # Adapters inside a network that is not a PeftModel.
     layers = [(name, child) for name, child in whole.named_modules() if isinstance(child, BaseTunerLayer)]
     for name, child in layers:
         if hasattr(child, "unload_and_optionally_merge_module"):

@@ -1,4 +1,4 @@
-"""Masks on units: forward pre-hooks on the projection behind them. Slicing is held against them, scores use them."""
+"""Mask units with hooks on the projection after them, for scoring and to verify slicing."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,9 +15,8 @@ def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor])
     """Multiply the activations of units by ``masks`` while the context lasts.
 
     Args:
-        masks: group name -> factors, of shape ``(units,)`` or, for several copies of a batch stacked along the first
-            axis, ``(copies, units)``. Gradients flow into them: the gradient of a loss for a factor is the sum over
-            tokens of gradient times activation.
+        masks: Group name -> factors ``(units,)``, or ``(copies, units)`` for copies of a batch stacked along the first
+            axis. They receive gradients: that of a factor is the sum over tokens of gradient times activation.
     """
     with ExitStack() as stack:
         for name, mask in masks.items():
@@ -58,12 +57,12 @@ def _mask_input(group: Group, mask: Tensor) -> Hook:
 
 
 def _tiled(mask: Tensor, features: int) -> Tensor:
-    """``mask`` repeated along its last axis to so many features: the width of heads is masked in each head alike."""
+    """Return ``mask`` repeated along its last axis to ``features``: a width has the same mask in every head."""
     return mask.repeat(*[1] * (mask.dim() - 1), features // mask.shape[-1])
 
 
 def _multiplied(x: Tensor, features: Tensor, axis: int) -> Tensor:
-    """``x`` times ``(features,)`` along ``axis``, or ``(copies, features)`` where copies of a batch are stacked."""
+    """Return ``x`` times ``(features,)`` along ``axis``, or ``(copies, features)`` for stacked copies of a batch."""
     along = [1] * x.dim()
     along[axis] = -1
     if features.dim() == 1:

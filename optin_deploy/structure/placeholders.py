@@ -1,4 +1,4 @@
-"""Modules that replace what has no units left."""
+"""Modules that replace modules without units."""
 
 from typing import Any
 
