@@ -22,7 +22,7 @@ from optin_deploy.criteria.restored_gradients import restored, watched
 from optin_deploy.criteria.trajectory_loss import Batch, differentiable, gradients, signs
 from optin_deploy.network import Network
 from optin_deploy.nn.hooks import Hook, forward_hooks
-from optin_deploy.nn.partial_forward import recorded_outputs
+from optin_deploy.nn.partial_forward import record_outputs
 from optin_deploy.structure.groups import Group, Structure
 
 # Samples that are checked first, and before anything is refused: few may all lie where a derivative is 0.
@@ -149,7 +149,7 @@ def _derivatives(
 @torch.no_grad()
 def _sizes(network: Network, groups: Sequence[Group], batch: Batch) -> dict[str, float]:
     """Group -> the root mean square of what its projection gives."""
-    with recorded_outputs(network.module, tuple(group.output for group in groups)) as given:
+    with record_outputs(network.module, tuple(group.output for group in groups)) as given:
         network.forward(batch)
     return {
         g.name: float(given[g.output].double().square().mean().sqrt()) if g.output in given else 0.0 for g in groups

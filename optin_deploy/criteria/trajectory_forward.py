@@ -45,7 +45,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.nn.unfold import feature_dim
 from optin_deploy.structure.groups import Group, Structure, channels_last
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.utils.progress import track
 
 SET_SIZE = 16
@@ -217,7 +217,7 @@ class _Differential:
         # The fused kernels of attention have no forward derivatives.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             masks = {group.name: forward_ad.make_dual(torch.ones_like(tangents), tangents)}
-            with masked(trajectory.network.module, structure, masks):
+            with mask_units(trajectory.network.module, structure, masks):
                 later, outputs = trajectory.run(copies, given)
             for block, output in trajectory.compared(later).items() if self.manifold else ():
                 features, tokens = trajectory.tokens(block, output, copies)

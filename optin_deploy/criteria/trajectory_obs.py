@@ -47,7 +47,7 @@ from optin_deploy.nn.unfold import (
     weight_matrix,
 )
 from optin_deploy.structure.groups import Group, Structure, channels_last
-from optin_deploy.structure.masking import masked_queries
+from optin_deploy.structure.masking import mask_queries
 from optin_deploy.utils.progress import track
 
 _Runs = dict[str, list[Tensor]]
@@ -127,7 +127,7 @@ def probe_moments(
             masks = {g.parent: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
             with _tapped(network.module, groups) as (given, taps), ExitStack() as stack:
                 for group in widths:
-                    stack.enter_context(masked_queries(network.module, group, masks[group.parent]))
+                    stack.enter_context(mask_queries(network.module, group, masks[group.parent]))
                 blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 _BATCH = 2
 Call = tuple[tuple[object, ...], dict[str, object]]
@@ -126,7 +126,7 @@ class Stack(nn.Module):
 
     def __init__(self, block: nn.Module, depth: int, call: Call) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(copied(block) for _ in range(depth))
+        self.blocks = nn.ModuleList(copy_module(block) for _ in range(depth))
         leaves, self.layout = pytree.tree_flatten(call)
         self.batched = [i for i, leaf in enumerate(leaves) if _is_batched(leaf)]
         self.others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
@@ -172,7 +172,7 @@ def build_stack(
     Args:
         sizes: group name -> units that it is cut to.
     """
-    cut = sliced(module, structure, Plan({n: structure.group(n).first(units) for n, units in sizes.items()}))
+    cut = slice_network(module, structure, Plan({n: structure.group(n).first(units) for n, units in sizes.items()}))
     stack = Stack(_block_module(cut, kind.blocks[0], kind.groups[0]), depth, kind.call).eval()
     leaves = pytree.tree_leaves(kind.call)
     return stack, {f"x{number}": leaves[i] for number, i in enumerate(stack.batched)}

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from optin_deploy.errors import UserError
 
 
-def copied(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+def copy_module(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of ``module``. Tensors that a forward pass has left on it are copied without their graphs.
 
     Args:
@@ -20,7 +20,7 @@ def copied(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Modul
     return copy.deepcopy(module, {**cut, **(memo or {})})
 
 
-def sharing(module: nn.Module) -> dict[int, Any]:
+def shared_tensors(module: nn.Module) -> dict[int, Any]:
     """Return the ``memo`` for a copy that shares parameters and buffers."""
     return {id(t): t for t in (*module.parameters(), *module.buffers())}
 
@@ -36,25 +36,25 @@ def kept_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                         yield where, leaf
 
 
-def copyable(module: nn.Module) -> nn.Module:
+def check_copyable(module: nn.Module) -> nn.Module:
     """Return ``module`` if it can be copied, as slicing does.
 
     Raises:
         UserError: It cannot be copied.
     """
     try:
-        copied(module, sharing(module))
+        copy_module(module, shared_tensors(module))
     except Exception as error:  # whatever an attribute raises
         where = next(_uncopyable(module), "an attribute")
-        why = "it holds a tensor with a graph; detach() that" if "graph leaves" in str(error) else line(error)
+        why = "it holds a tensor with a graph; detach() that" if "graph leaves" in str(error) else error_line(error)
         raise UserError(
-            f"{called(module)} cannot be copied because of {where} ({why}): keep it out of the module"
+            f"{class_name_of(module)} cannot be copied because of {where} ({why}): keep it out of the module"
         ) from error
     return module
 
 
 def _uncopyable(module: nn.Module) -> Iterator[str]:
-    memo = {**sharing(module), **{id(part): part for part in module.modules()}}
+    memo = {**shared_tensors(module), **{id(part): part for part in module.modules()}}
     for name, part in module.named_modules():
         for attribute, value in vars(part).items():
             try:
@@ -63,12 +63,12 @@ def _uncopyable(module: nn.Module) -> Iterator[str]:
                 yield f"{name}.{attribute}" if name else attribute
 
 
-def called(module: nn.Module) -> str:
+def class_name_of(module: nn.Module) -> str:
     """Return the name of the module's class."""
     return type(module).__name__
 
 
-def line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """Return an error's class and message on one line."""
     message = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

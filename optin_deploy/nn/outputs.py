@@ -43,11 +43,11 @@ def all_outputs(output: Any) -> dict[str, Any]:
     for nested in (False, True):
         for index, (path, _) in enumerate(leaves):
             if (len(path) > len(root) + 1) is nested:
-                names[index] = unused("_".join(path), names.values())
+                names[index] = unused_name("_".join(path), names.values())
     return {names[index]: value for index, (_, value) in enumerate(leaves)}
 
 
-def unused(name: str, taken: Any) -> str:
+def unused_name(name: str, taken: Any) -> str:
     """Return ``name``, or if it is taken, with the first number from 2 that makes it unique."""
     candidate, number = name, 2
     while candidate in taken:
@@ -89,7 +89,7 @@ def _odd_kind(tensor: Tensor) -> str | None:
     return "holds complex numbers (torch.view_as_real makes real ones)" if tensor.is_complex() else None
 
 
-def unfit(value: Any, alone: Any, size: int) -> str | None:
+def unfit_reason(value: Any, alone: Any, size: int) -> str | None:
     """Return why an output of a module cannot be an output of a file, None if it can.
 
     Args:

@@ -16,7 +16,7 @@ class _Stopped(Exception):  # noqa: N818 - not an error
 
 
 @contextmanager
-def resumed(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+def replay_blocks(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
     """Let the named blocks return ``outputs[name]`` instead of running while the context lasts."""
     blocks = {name: module.get_submodule(name) for name in outputs}
     overridden: dict[str, Any] = {name: block.__dict__.get("forward") for name, block in blocks.items()}
@@ -38,7 +38,7 @@ def _returning(output: Any) -> Any:
     return forward
 
 
-def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> Any:
+def forward_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> Any:
     """Run ``module`` on ``inputs`` up to the end of ``block`` and return that block's output."""
     result: list[Any] = []
 
@@ -55,7 +55,7 @@ def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> An
 
 
 @contextmanager
-def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """Collect the outputs of the named modules, as they are, while the context lasts.
 
     Tensors of a module that runs several times are concatenated along the first axis.
@@ -63,32 +63,32 @@ def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict
     seen: dict[str, Any] = {}
 
     def record(name: str, _: nn.Module, __: object, output: object) -> None:
-        seen[name] = behind(seen.get(name), output)
+        seen[name] = cat_batch(seen.get(name), output)
 
     with forward_hooks(module, names, after=record):
         yield seen
 
 
 @contextmanager
-def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+def record_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
     """Collect the first input of each named module while the context lasts; several runs are concatenated."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen[name] = behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
+        seen[name] = cat_batch(seen.get(name), args[0] if args else next(iter(kwargs.values())))
 
     with forward_hooks(module, names, before=record):
         yield seen
 
 
-def behind(before: Any, now: Any) -> Any:
+def cat_batch(before: Any, now: Any) -> Any:
     """Return ``now`` appended to ``before`` if both are tensors that differ in the first axis only, else ``now``."""
     if isinstance(before, Tensor) and isinstance(now, Tensor) and before.shape[1:] == now.shape[1:] and now.dim():
         return torch.cat([before, now])
     return now
 
 
-def hollow_out(outputs: dict[str, Any]) -> None:
+def keep_shapes_only(outputs: dict[str, Any]) -> None:
     """Replace stored outputs by zero-stride tensors of the same shape, in place: enough for blocks that are skipped."""
     for name, output in outputs.items():
         outputs[name] = _hollow(output)

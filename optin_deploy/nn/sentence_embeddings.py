@@ -39,10 +39,10 @@ class Pooling(nn.Module):
         position = torch.arange(features.shape[1], device=features.device)[None]
         if self.skipped_tokens:
             valid = valid * (position >= self.skipped_tokens).to(valid.dtype)
-        return torch.cat([_pooled(mode, features, valid, position) for mode in self.modes], dim=-1)
+        return torch.cat([_pool(mode, features, valid, position) for mode in self.modes], dim=-1)
 
 
-def _pooled(mode: PoolingMode, features: Tensor, valid: Tensor, position: Tensor) -> Tensor:
+def _pool(mode: PoolingMode, features: Tensor, valid: Tensor, position: Tensor) -> Tensor:
     if mode == "max":
         return features.masked_fill(valid[..., None] == 0, -torch.inf).amax(1)
     if mode in ("cls", "lasttoken"):

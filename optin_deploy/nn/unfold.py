@@ -90,9 +90,9 @@ class Geometry:
 def design(projection: nn.Module, x: Tensor) -> Tensor:
     """Return the unfolded input ``(batch, positions, features)`` of ``projection``.
 
-    ``design(p, x) @ weight_matrix(p).T + p.bias`` is ``p(x)``, channels last. For a linear layer it is ``x`` itself, for an
-    ungrouped convolution the patches ``(batch, positions, channels · kernel size)``, ordered by channel and then as the
-    kernel.
+    ``design(p, x) @ weight_matrix(p).T + p.bias`` is ``p(x)``, channels last. For a linear layer the unfolded input is
+    ``x``, for an ungrouped convolution its patches ``(batch, positions, channels · kernel size)``, ordered by channel
+    and then as the kernel.
     """
     if isinstance(projection, nn.Linear):
         return x

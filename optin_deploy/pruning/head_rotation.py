@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.structure.groups import Group, OutputSlice, Structure, projections
 from optin_deploy.structure.head_width import change_basis
@@ -80,7 +80,7 @@ def _copied(module: nn.Module, groups: Sequence[Group]) -> nn.Module:
     changed = {*(g.output for g in groups), *(rows.module for rows in qkv)}
     apart = {id(t) for name in changed for t in module.get_submodule(name).state_dict(keep_vars=True).values()}
     every = (*module.parameters(), *module.buffers())
-    return copied(module, {id(t): t for t in every if id(t) not in apart})
+    return copy_module(module, {id(t): t for t in every if id(t) not in apart})
 
 
 def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, _Sums]:

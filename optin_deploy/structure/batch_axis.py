@@ -10,7 +10,7 @@ from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group
 
 
-def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[str, str]:
+def find_varying_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[str, str]:
     """Return the groups whose projection runs on inputs of different shapes: group name -> reason.
 
     Args:
@@ -25,7 +25,7 @@ def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[st
 
 
 @torch.no_grad()
-def not_batch_first(
+def find_batch_not_first(
     module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], block_of: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the groups whose samples are along another axis than the first: group name -> reason.

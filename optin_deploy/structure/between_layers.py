@@ -23,7 +23,7 @@ _TOLERANCE = 1e-5
 
 
 @torch.no_grad()
-def obstacle(module: nn.Module, inputs: Mapping[str, Tensor], first: str) -> str | None:
+def find_obstacle(module: nn.Module, inputs: Mapping[str, Tensor], first: str) -> str | None:
     """Return a phrase that names the operation that makes the channels of the convolution ``first`` unprunable.
 
     None if there is no such operation: the channels belong to a residual stream or are used in several places.
@@ -157,7 +157,7 @@ class _Trace(TorchFunctionMode):
         return f"{getattr(func, '__name__', str(func)).strip('_')}()"
 
     def found(self) -> str | None:
-        """See `obstacle`."""
+        """See `find_obstacle`."""
         end = f"{self.first} and {self.second or 'the end of the network'}"
         if self.mixer is not None:
             return f"{self.mixer} stands between {end} and mixes their channels"

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.copies import copied
-from optin_deploy.structure.adapters.torch_attention import through_modules
-from optin_deploy.structure.parametrizations import baked
+from optin_deploy.nn.copies import copy_module
+from optin_deploy.structure.adapters.torch_attention import replace_torch_attention
+from optin_deploy.structure.parametrizations import bake_weights
 
 
 def canonicalize(module: nn.Module) -> nn.Module:
@@ -19,38 +19,38 @@ def canonicalize(module: nn.Module) -> nn.Module:
     ``module`` is not changed. If nothing is merged, the copy shares its tensors.
 
     Raises:
-        UserError: Adapters cannot be merged, or weights cannot be baked in (see `baked`).
+        UserError: Adapters cannot be merged, or weights cannot be baked in (see `bake_weights`).
     """
-    return through_modules(_merged(baked(module)))
+    return replace_torch_attention(_merge_adapters(bake_weights(module)))
 
 
-def _merged(module: nn.Module) -> nn.Module:
+def _merge_adapters(module: nn.Module) -> nn.Module:
     """Return the module with every peft adapter merged into the layer that it adapts."""
     if not any(type(m).__module__.startswith("peft.") for m in module.modules()):
         return module
     from peft import PeftModel, PromptLearningConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    whole = copied(module)
+    whole = copy_module(module)
     for name, child in list(whole.named_modules()):
         if isinstance(child, PeftModel) and isinstance(child.active_peft_config, PromptLearningConfig):
             kind = child.active_peft_config.peft_type
             raise UserError(f"{kind} adds tokens and not weights: it cannot be merged; prune the network without it")
         if isinstance(child, PeftModel):
-            return _merged(_replaced(whole, name, _tried(child, child.merge_and_unload)))
+            return _merge_adapters(_replace(whole, name, _try_merge(child, child.merge_and_unload)))
     # Adapters inside a network that is not a PeftModel.
     layers = [(name, child) for name, child in whole.named_modules() if isinstance(child, BaseTunerLayer)]
     for name, child in layers:
         if hasattr(child, "unload_and_optionally_merge_module"):
             unload = partial(child.unload_and_optionally_merge_module, merge=True, safe_merge=False, adapter_names=None)
-            whole = _replaced(whole, name, _tried(child, unload))
+            whole = _replace(whole, name, _try_merge(child, unload))
         else:
-            _tried(child, child.merge)
-            whole = _replaced(whole, name, child.get_base_layer())
+            _try_merge(child, child.merge)
+            whole = _replace(whole, name, child.get_base_layer())
     return whole
 
 
-def _tried(adapters: object, merge: Callable[[], Any]) -> Any:
+def _try_merge(adapters: object, merge: Callable[[], Any]) -> Any:
     try:
         return merge()
     except (AttributeError, NotImplementedError, ValueError) as error:
@@ -60,7 +60,7 @@ def _tried(adapters: object, merge: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _replaced(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+def _replace(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
     if not name:
         return child
     module.set_submodule(name, child)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.names import join
 from optin_deploy.structure.groups import Group, projections
 
@@ -46,7 +46,7 @@ def _value(module: nn.Module, attribute: tuple[str, str]) -> object:
 
 
 @torch.no_grad()
-def narrowable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
+def find_narrowable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
     """Return the groups of widths whose heads work in another basis. All are tried at once, then one by one."""
     if not groups or _unchanged(module, inputs, groups):
         return list(groups)
@@ -54,7 +54,7 @@ def narrowable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence
 
 
 def _unchanged(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> bool:
-    other = copied(module)
+    other = copy_module(module)
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         heads = other.get_submodule(group.output).get_parameter("weight").shape[1] // group.units

@@ -11,7 +11,7 @@ from optin_deploy.structure.groups import Group, Structure, projections
 
 
 @contextmanager
-def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor]) -> Iterator[None]:
+def mask_units(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Multiply the activations of units by ``masks`` while the context lasts.
 
     Args:
@@ -26,13 +26,13 @@ def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor])
                 places.append(group.norm_over_units)
             stack.enter_context(forward_hooks(module, places, before=_mask_input(group, mask)))
             if group.kind == "width":
-                stack.enter_context(masked_queries(module, group, mask))
+                stack.enter_context(mask_queries(module, group, mask))
         yield
 
 
 @contextmanager
-def masked_queries(module: nn.Module, group: Group, mask: Tensor) -> Iterator[None]:
-    """Multiply the dimensions of all heads' queries by ``mask`` (as for `masked`) while the context lasts."""
+def mask_queries(module: nn.Module, group: Group, mask: Tensor) -> Iterator[None]:
+    """Multiply the dimensions of all heads' queries by ``mask`` (as for `mask_units`) while the context lasts."""
     queries = projections(group).queries
 
     def after(_: str, __: nn.Module, ___: object, output: Tensor) -> Tensor:

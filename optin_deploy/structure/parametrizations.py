@@ -34,7 +34,7 @@ _QUANTIZED = (
 _ORIGINAL = "_torchdynamo_orig_callable"
 
 
-def baked(module: nn.Module) -> nn.Module:
+def bake_weights(module: nn.Module) -> nn.Module:
     """Return a copy of ``module`` without wrappers and computed weights, or ``module`` if it has none.
 
     ``module`` is not changed. The copy shares the tensors that stay.
@@ -53,7 +53,7 @@ def baked(module: nn.Module) -> nn.Module:
     effective = {id(m): layer for m in module.modules() if (layer := effective_layer(m)) is not None}
     if not effective and not any(_is_wrapped(child) for child in module.modules()):
         return module
-    copied = _copied(module, effective)
+    copied = _copy_unwrapped(module, effective)
     for child in copied.modules():
         _run_plainly(child)
     # Hooks first: a parametrisation may hold a tensor that a hook computes, never the reverse.
@@ -82,7 +82,7 @@ def _is_wrapped(module: nn.Module) -> bool:
     return compiled or _inner(module) is not None or parametrize.is_parametrized(module) or any(_hooks(module))
 
 
-def _copied(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
+def _copy_unwrapped(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
     """Return a copy that shares tensors, without wrappers, and with ``replaced`` modules by id."""
     memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     for child in module.modules():

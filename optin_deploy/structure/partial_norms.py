@@ -26,14 +26,14 @@ class PartLayerNorm(nn.Module):
 
 
 def can_shrink(norm: nn.Module) -> bool:
-    """Return whether `shrunk` supports ``norm``: a layer norm, or a norm with a weight and a bias only."""
+    """Return whether `shrink_norm` supports ``norm``: a layer norm, or a norm with a weight and a bias only."""
     if isinstance(norm, nn.LayerNorm):
         return len(norm.normalized_shape) == 1 and norm.weight is not None
     return isinstance(norm, PartLayerNorm) or {name for name, _ in norm.named_parameters()} == {"weight", "bias"}
 
 
 @torch.no_grad()
-def shrunk(norm: nn.Module, kept: Tensor, axis: int) -> nn.Module:
+def shrink_norm(norm: nn.Module, kept: Tensor, axis: int) -> nn.Module:
     """Return ``norm`` for only the features ``kept`` along ``axis`` of its input. ``norm`` itself may be changed.
 
     Global response norm (Woo et al., ConvNeXt V2, 2023) divides a channel's norm by the mean over channels. The mean

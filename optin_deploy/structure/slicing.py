@@ -6,10 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.unfold import Conv, feature_dim
 from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis, projections
-from optin_deploy.structure.partial_norms import shrunk
+from optin_deploy.structure.partial_norms import shrink_norm
 from optin_deploy.structure.placeholders import Constant, ConstantMap, ConstantTuple, NoChannels, PassTuple
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import is_batch_norm
@@ -23,14 +23,14 @@ class KeepsUnits(Protocol):
         """Keep these of the present units."""
 
 
-def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
+def slice_network(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
     """Return a copy of ``module`` that has only the units of ``plan``. It computes the same as the masked ``module``.
 
     Raises:
         UserError: The plan does not fit the structure.
     """
     plan.check(structure)
-    small = copied(module)
+    small = copy_module(module)
     # Heads are removed before the others get narrower.
     for group in structure.groups:
         kept = plan.units(group)
@@ -61,7 +61,7 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.kind == "width":
         _rescale_queries(module, group, len(kept))
     if group.resizable is not None:
-        resized = slimmed(module.get_submodule(group.name), group.resizable)
+        resized = change_class(module.get_submodule(group.name), group.resizable)
         if isinstance(resized, KeepsUnits):
             resized.keep_units(kept)
         replace_submodule(module, group.name, resized)
@@ -75,7 +75,9 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.norm_over_units is not None:
         features = features_of(kept, group, group.units * group.width)
         replace_submodule(
-            module, group.norm_over_units, shrunk(module.get_submodule(group.norm_over_units), features, group.axis)
+            module,
+            group.norm_over_units,
+            shrink_norm(module.get_submodule(group.norm_over_units), features, group.axis),
         )
     for entries in group.entries:
         _slice_entries(module, entries, group, kept)
@@ -92,7 +94,7 @@ def _scaled(value: int | tuple[int, ...], kept: int, units: int) -> int | tuple[
     return (*value[:axis], kept, *value[axis + 1 :])
 
 
-def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def change_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """Return ``module``, with its attributes, as an instance of ``cls``, a subclass with another forward."""
     assert issubclass(cls, type(module))
     changed = cls.__new__(cls)

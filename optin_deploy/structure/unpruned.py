@@ -10,7 +10,7 @@ from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.nn.names import is_inside, join
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.adapters.conv_channels import COUPLED
-from optin_deploy.structure.between_layers import obstacle
+from optin_deploy.structure.between_layers import find_obstacle
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.results import Unpruned
 
@@ -30,7 +30,7 @@ class _Candidate:
     refused: bool
 
 
-def unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> tuple[Unpruned, ...]:
+def find_unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> tuple[Unpruned, ...]:
     """Return the modules outside all groups of ``structure``, the largest share of the FLOPs first.
 
     Modules that an adapter refused are always listed with their reason. Of the others, the outermost modules without a
@@ -62,7 +62,7 @@ def _explain(module: nn.Module, inputs: Mapping[str, Tensor], entry: Unpruned, e
         n for n, m in inside.named_modules() if isinstance(m, Conv) and m.groups == 1 and m.out_channels > 1
     ]
     for name in convolutions[:_TRIED]:
-        reason = obstacle(module, inputs, join(example.module, name))
+        reason = find_obstacle(module, inputs, join(example.module, name))
         if reason is not None:
             return replace(entry, reason=f"{entry.reason}: {reason}" if example.refused else reason)
     return entry

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.groups import Group, LayerAxis, Structure, Together
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import layer_size, sliced
-from optin_deploy.structure.verify_slices import Verdict, compared, told
+from optin_deploy.structure.slicing import layer_size, slice_network
+from optin_deploy.structure.verify_slices import Verdict, compare_slices, error_text
 
 Inputs = Mapping[str, Tensor]
 Keep = Callable[[Group], tuple[int, ...]]
@@ -29,7 +29,7 @@ _TUPLES = tuple(Together(size, strided) for size in _SIZES for strided in (True,
 _KEPT, _FEW = 0.6, 4
 
 
-def tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
+def find_tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
     """Return the groups whose weights another module shares: group name -> reason."""
     holders: dict[int, list[str]] = {}
     for name, submodule in module.named_modules():
@@ -45,16 +45,16 @@ def tied(module: nn.Module, groups: Sequence[Group]) -> dict[str, str]:
     return reasons
 
 
-def uncuttable(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> dict[str, str]:
+def find_unsliceable(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> dict[str, str]:
     """Return the groups whose units are not interchangeable: group name -> reason."""
-    return _uncuttable(module, inputs, groups, alike=False)
+    return _find_unsliceable(module, inputs, groups, alike=False)
 
 
-def _uncuttable(module: nn.Module, inputs: Inputs, groups: Sequence[Group], *, alike: bool) -> dict[str, str]:
-    reasons = failing(module, inputs, groups, mostly_first, alike=alike)
+def _find_unsliceable(module: nn.Module, inputs: Inputs, groups: Sequence[Group], *, alike: bool) -> dict[str, str]:
+    reasons = find_failing(module, inputs, groups, mostly_first, alike=alike)
     # Heads that can get narrower work in any basis, so it does not matter which dimensions stay.
     rest = [g for g in groups if g.name not in reasons and g.kind != "width"]
-    return reasons | failing(module, inputs, rest, mostly_last, alike=alike)
+    return reasons | find_failing(module, inputs, rest, mostly_last, alike=alike)
 
 
 def mostly_first(group: Group) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ def regroup_in_tuples(module: nn.Module, inputs: Inputs, groups: Sequence[Group]
     left = list(groups)
     for form in (None, *_TUPLES):
         changed = [c for group in left if (c := _regroup(module, group, form)) is not None]
-        bad = _uncuttable(module, inputs, changed, alike=True)
+        bad = _find_unsliceable(module, inputs, changed, alike=True)
         regrouped += [group for group in changed if group.name not in bad]
         done = {group.name for group in regrouped}
         left = [group for group in left if group.name not in done]
@@ -114,18 +114,18 @@ def keep_working_placeholders(module: nn.Module, inputs: Inputs, groups: Sequenc
     """Return the groups, without placeholders if these differ from the masked network when no unit is left."""
     # With two samples, the output of a placeholder could be unpacked as a pair.
     odd = {name: torch.cat((t, t[:1])) if len(t) == 2 else t for name, t in inputs.items()}
-    bad = failing(module, odd, [g for g in groups if g.placeholders], _none)
+    bad = find_failing(module, odd, [g for g in groups if g.placeholders], _none)
     return [replace(group, placeholders=()) if group.name in bad else group for group in groups]
 
 
-def broadcast_where_it_works(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
+def broadcast_if_possible(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> list[Group]:
     """Return the groups, with `Stream.in_place` set for those whose placeholders cannot be broadcast.
 
     Args:
         groups: Groups with their residual streams and with placeholders that work at full size.
     """
     free = [g for g in groups if g.min_units == 0 and not g.stream.in_place and g.parent is None]
-    whole = failing(module, inputs, free, _none)
+    whole = find_failing(module, inputs, free, _none)
     return [replace(g, stream=replace(g.stream, in_place=True)) if g.name in whole else g for g in groups]
 
 
@@ -133,7 +133,7 @@ def _none(_: Group) -> tuple[int, ...]:
     return ()
 
 
-def failing(
+def find_failing(
     module: nn.Module, inputs: Inputs, groups: Sequence[Group], keep: Keep, *, alike: bool = False
 ) -> dict[str, str]:
     """Return the groups that differ between the sliced and the masked network: group name -> reason.
@@ -148,7 +148,7 @@ def failing(
     if not groups:
         return {}
     kept = {g.name: keep(g) for g in groups}
-    verdict = _tried(module, inputs, groups, kept)
+    verdict = _try_slicing(module, inputs, groups, kept)
     if verdict.passed:
         return {}
     # After a module that has lost all units, others may differ although they are correct.
@@ -156,14 +156,14 @@ def failing(
         off = verdict.groups
         reasons = {g.name: reason(len(kept[g.name]), g.units, None, off[g.name]) for g in groups if g.name in off}
         rest = [g for g in groups if g.name not in reasons]
-        return reasons | failing(module, inputs, rest, keep, alike=alike)
+        return reasons | find_failing(module, inputs, rest, keep, alike=alike)
     if len(groups) == 1:
         only = groups[0]
         return {only.name: reason(len(kept[only.name]), only.units, verdict.error, verdict.largest)}
     reasons = {}
     of_types = _by_type(module, groups)
     for together in of_types if len(of_types) > 1 else [[g] for g in groups]:
-        reasons |= failing(module, inputs, together, keep, alike=alike)
+        reasons |= find_failing(module, inputs, together, keep, alike=alike)
         if alike and len(of_types) == 1 and reasons:
             return dict.fromkeys((g.name for g in groups), next(iter(reasons.values())))
     return reasons
@@ -186,9 +186,11 @@ def _by_type(module: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
     return list(by_type.values())
 
 
-def _tried(module: nn.Module, inputs: Inputs, groups: Sequence[Group], kept: Mapping[str, tuple[int, ...]]) -> Verdict:
+def _try_slicing(
+    module: nn.Module, inputs: Inputs, groups: Sequence[Group], kept: Mapping[str, tuple[int, ...]]
+) -> Verdict:
     try:
-        small = sliced(module, Structure((), tuple(groups), 0), Plan(kept))
+        small = slice_network(module, Structure((), tuple(groups), 0), Plan(kept))
     except Exception as error:
-        return Verdict({}, 0.0, told(error))
-    return compared(module, small, groups, kept, inputs)
+        return Verdict({}, 0.0, error_text(error))
+    return compare_slices(module, small, groups, kept, inputs)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.slicing import features_of, layer_size
 
 Kept = Mapping[str, Sequence[int]]
@@ -50,7 +50,7 @@ class Verdict:
 
 
 @torch.no_grad()
-def compared(
+def compare_slices(
     module: nn.Module, small: nn.Module, groups: Sequence[Group], kept: Kept, inputs: Mapping[str, Tensor]
 ) -> Verdict:
     """Compare ``small``, the sliced ``module``, with the masked ``module``.
@@ -62,21 +62,23 @@ def compared(
     Args:
         kept: Group name -> the units that stay, for all ``groups``.
     """
-    verdict = _compared(module, small, groups, kept, inputs, _TOLERANCE)
+    verdict = _compare(module, small, groups, kept, inputs, _TOLERANCE)
     # Rounding may completely change a few outputs that are decisions.
     large = bool(verdict.groups) and verdict.largest > _ROUNDING
     if verdict.passed or verdict.error is not None or large:
         return verdict
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     try:
-        exact = _compared(copied(module).double(), copied(small).double(), groups, kept, wide, _EXACT_TOLERANCE)
+        exact = _compare(
+            copy_module(module).double(), copy_module(small).double(), groups, kept, wide, _EXACT_TOLERANCE
+        )
     except Exception:
         # Its forward requires another precision.
         return verdict
     return verdict if exact.error is not None else exact
 
 
-def _compared(
+def _compare(
     module: nn.Module,
     small: nn.Module,
     groups: Sequence[Group],
@@ -87,16 +89,16 @@ def _compared(
     masks = {g.name: _mask(module, g, kept[g.name]) for g in groups}
     # The projection of a group without units, or of one whose parent has none, is removed.
     staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.parent or "", (0,)))]
-    with masked(module, Structure((), tuple(groups), 0), masks), _recorded(module, staying) as wanted:
+    with mask_units(module, Structure((), tuple(groups), 0), masks), _record_outputs(module, staying) as wanted:
         expected = named_outputs(module(**inputs))
     for group in {g.output: g for g in staying}.values():
         wanted[group.output] = [_keep_outputs(module, group, groups, kept, t) for t in wanted[group.output]]
     differences: dict[str, float] = {}
     try:
-        with _replaced(small, staying, wanted, differences):
+        with _replace_outputs(small, staying, wanted, differences):
             actual = named_outputs(small(**inputs))
     except Exception as error:
-        return Verdict({}, 0.0, told(error))
+        return Verdict({}, 0.0, error_text(error))
     same = actual.keys() == expected.keys()
     outputs = max((_relative_error(actual[n], t) for n, t in expected.items()), default=0.0) if same else math.inf
     failed = {name: error for name, error in differences.items() if error > tolerance}
@@ -114,7 +116,7 @@ def _keep_outputs(module: nn.Module, group: Group, groups: Sequence[Group], kept
     return output
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Return the beginning of an error message on one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
@@ -140,7 +142,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _recorded(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
+def _record_outputs(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the outputs of the groups' projections while the context lasts, in the order of their runs."""
     outputs: dict[str, list[Tensor]] = {g.output: [] for g in groups}
 
@@ -153,7 +155,7 @@ def _recorded(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, 
 
 
 @contextmanager
-def _replaced(
+def _replace_outputs(
     module: nn.Module, groups: Sequence[Group], wanted: Mapping[str, list[Tensor]], differences: dict[str, float]
 ) -> Iterator[None]:
     """Replace the outputs of projections by ``wanted`` while the context lasts, and store their relative errors by

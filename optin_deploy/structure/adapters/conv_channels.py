@@ -159,13 +159,13 @@ def _candidates(
             cost_modules=(first.name,),
             placeholders=placeholders,
         )
-        group = _followed(path, own[number + 1 :], calls) if path.channels > 1 else None
+        group = _follow(path, own[number + 1 :], calls) if path.channels > 1 else None
         block = _block(module, group, calls) if group is not None else None
         if group is not None and block is not None:
             yield group, block
 
 
-def _followed(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group | None:
+def _follow(path: _Path, rest: Sequence[Call], calls: Sequence[Call]) -> Group | None:
     """Return the group of the channels of ``path`` if ``rest`` leads to a plain convolution that takes them."""
     skip: set[str] = set()
     for call in rest:

@@ -37,7 +37,7 @@ def takes_position_bias(module: nn.Module) -> bool:
     return ARGUMENT in inspect.signature(type(module).forward).parameters or isinstance(module, OwnHeads)
 
 
-def slim_class(cls: type[nn.Module]) -> type[nn.Module]:
+def resizable_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class that attentions of ``cls`` get when they are sliced."""
     return cls if issubclass(cls, OwnHeads) else _derived(cls)  # type: ignore[arg-type]
 

@@ -33,12 +33,12 @@ def _fused(module: Any, x: Tensor) -> list[Tensor]:
     return [_split(part, module.num_heads) for part in qkv.chunk(3, -1)]
 
 
-def _projected(module: Any, x: Tensor) -> Tensor:
+def _project(module: Any, x: Tensor) -> Tensor:
     projected: Tensor = module.proj_drop(module.proj(x))
     return projected
 
 
-def _pooled(module: Any, x: Tensor, size: Any) -> Tensor:
+def _pool(module: Any, x: Tensor, size: Any) -> Tensor:
     """Return the tokens for keys and values, fewer of them if there is a convolution."""
     if module.sr is None:
         return x
@@ -67,7 +67,7 @@ class BeitAttention(beit.Attention):
 
     def attend(self, x: Tensor, biases: Tensor | None) -> Tensor:
         q, k, v = _fused(self, x)
-        return _projected(self, _join_heads(F.scaled_dot_product_attention(q, k, v, biases, scale=self.scale)))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, biases, scale=self.scale)))
 
 
 class PlacedBeitAttention(BeitAttention):
@@ -93,7 +93,7 @@ class EvaAttention(eva.EvaAttention):
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=self.scale)
         attended = self.norm(_join_heads(attended))
         gate = getattr(self, "gate", None)
-        return _projected(self, attended if gate is None else attended * gate(x).sigmoid())
+        return _project(self, attended if gate is None else attended * gate(x).sigmoid())
 
     def _turned(self, part: Tensor, rope: Tensor) -> Tensor:
         before, turning = part.tensor_split((self.num_prefix_tokens,), dim=-2)
@@ -115,7 +115,7 @@ class SwinV2Attention(swin_transformer_v2.WindowAttention):
         if mask is not None:
             windows = attention.unflatten(0, (-1, len(mask))) + mask[:, None]
             attention = windows.flatten(0, 1)
-        return _projected(self, _join_heads(self.attn_drop(attention.softmax(-1)) @ v))
+        return _project(self, _join_heads(self.attn_drop(attention.softmax(-1)) @ v))
 
 
 class PvtAttention(pvt_v2.Attention):
@@ -123,8 +123,8 @@ class PvtAttention(pvt_v2.Attention):
 
     def forward(self, x: Tensor, feat_size: Any) -> Tensor:
         q = _split(self.q(x), self.num_heads)
-        k, v = _keys_and_values(self, _pooled(self, x, feat_size))
-        return _projected(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        k, v = _keys_and_values(self, _pool(self, x, feat_size))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
 class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
@@ -132,8 +132,8 @@ class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
 
     def forward(self, x: Tensor, size: Any) -> Tensor:
         q = _split(self.q(x), self.num_heads)
-        k, v = _keys_and_values(self, _pooled(self, x, size))
-        return _projected(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        k, v = _keys_and_values(self, _pool(self, x, size))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
 class TwinsLocalAttention(twins.LocallyGroupedAttn):
@@ -147,7 +147,7 @@ class TwinsLocalAttention(twins.LocallyGroupedAttn):
         q, k, v = _fused(self, windows)
         attended = _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
         joined = attended.unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return _projected(self, joined[:, :height, :width].flatten(1, 2))
+        return _project(self, joined[:, :height, :width].flatten(1, 2))
 
 
 class CrossCovarianceAttention(xcit.XCA):
@@ -157,7 +157,7 @@ class CrossCovarianceAttention(xcit.XCA):
         q, k, v = (part.transpose(-2, -1) for part in _fused(self, x))
         attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
         attended = self.attn_drop(attention.softmax(-1)) @ v
-        return _projected(self, _join_heads(attended.transpose(-2, -1)))
+        return _project(self, _join_heads(attended.transpose(-2, -1)))
 
 
 class ClassAttention(cait.ClassAttn):
@@ -166,10 +166,10 @@ class ClassAttention(cait.ClassAttn):
     def forward(self, x: Tensor) -> Tensor:
         q = _split(self.q(x[:, 0]).unsqueeze(1), self.num_heads)
         k, v = _split(self.k(x), self.num_heads), _split(self.v(x), self.num_heads)
-        return _projected(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
-SLIM: dict[type[nn.Module], type[nn.Module]] = {
+RESIZABLE: dict[type[nn.Module], type[nn.Module]] = {
     cls.__mro__[1]: cls
     for cls in (
         BeitAttention,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.feed_forward import is_map, map_sizes
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.adapters.resizable_attention import SLIM
+from optin_deploy.structure.adapters.resizable_attention import RESIZABLE
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, OutputSlice, Projections, TensorAxis
 from optin_deploy.structure.partial_norms import can_shrink
 
@@ -68,7 +68,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         axis=1 if isinstance(projection, nn.Conv2d) else -1,
         qkv=_fused(name, join(name, "qkv")) if plain else None,
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
-        resizable=SLIM.get(type(module)),
+        resizable=RESIZABLE.get(type(module)),
         norm_over_units=join(name, norm) if norm is not None else None,
     )
 

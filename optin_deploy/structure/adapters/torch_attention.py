@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied, sharing
+from optin_deploy.nn.copies import copy_module, shared_tensors
 from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import (
@@ -25,7 +25,7 @@ from optin_deploy.structure.groups import (
     Projections,
     TensorAxis,
 )
-from optin_deploy.structure.slicing import slimmed
+from optin_deploy.structure.slicing import change_class
 
 
 class Attention(nn.Module):
@@ -118,15 +118,15 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
-def through_modules(module: nn.Module) -> nn.Module:
+def replace_torch_attention(module: nn.Module) -> nn.Module:
     """Return a copy of ``module`` that shares its tensors, with `Attention` instead of torch's; itself without any."""
     plain = [m for m in module.modules() if _is_plain(m)]
     if not plain:
         return module
-    memo = sharing(module)
+    memo = shared_tensors(module)
     # A module with several names is one module in the copy, too.
     memo |= {id(m): Attention(m).train(m.training) for m in plain}
-    replaced = copied(module, memo)
+    replaced = copy_module(module, memo)
     for child in replaced.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False
@@ -164,7 +164,7 @@ def _with_samples_first(module: nn.Module) -> nn.Module:
         if id(child) not in made:
             if type(child) not in _SAMPLES_FIRST or not attentions or any(m.batch_first for m in attentions):
                 continue
-            made[id(child)] = slimmed(child, _SAMPLES_FIRST[type(child)])
+            made[id(child)] = change_class(child, _SAMPLES_FIRST[type(child)])
             for attention in attentions:
                 attention.batch_first = True
         if not name:

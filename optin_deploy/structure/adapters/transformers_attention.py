@@ -103,7 +103,7 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         qkv=_projections(name, inputs) if heads.shared == 1 and _can_get_narrower(module) else None,
         # All layers share the table of position biases, and the layer that has it computes the bias for all.
         entries=() if biased else entries,
-        resizable=position_bias.slim_class(type(module)) if biased else None,
+        resizable=position_bias.resizable_class(type(module)) if biased else None,
     )
 
 

@@ -27,7 +27,7 @@ from optin_deploy.network import Network
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.search.knapsack import kept_score
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.costs import token_costs
 from optin_deploy.tokens.find_stack import token_stack
 from profilers import RawSamples
@@ -73,7 +73,7 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
     def build(module: Any, structure: Any, plan: Plan) -> Any:
         built.append(plan)
-        return sliced(module, structure, plan)
+        return slice_network(module, structure, plan)
 
     def measure(files: Mapping[str, Path], *_: Any) -> RawSamples:
         plans = built[len(built) - len(files) + 1 :]

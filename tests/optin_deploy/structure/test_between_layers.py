@@ -15,7 +15,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models.custom import custom_network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.unpruned import unpruned
+from optin_deploy.structure.unpruned import find_unpruned
 
 pytestmark = pytest.mark.slow
 
@@ -183,5 +183,5 @@ def test_what_stays_dense_beside_groups_is_explained_too() -> None:
     inputs = {"input": torch.randn(2, 3, 7, 7)}
     structure = describe(module, inputs)
     assert [g.name for g in structure.groups] == ["0.one"]
-    reasons = {each.module: each.reason for each in unpruned(module, structure, inputs)}
+    reasons = {each.module: each.reason for each in find_unpruned(module, structure, inputs)}
     assert all(name in reasons["1.one"] for name in ("OverChannels 1.between", "1.one", "1.two"))
