@@ -81,7 +81,7 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         samples = {name: [[2 * ms] * 3] * 3 for name, ms in zip(files, true_ms, strict=True)}
         return RawSamples(samples, True, 1.0, 1)
 
-    monkeypatch.setattr(budget, "sliced", build)
+    monkeypatch.setattr(budget, "slice_network", build)
     monkeypatch.setattr(budget, "write_network", lambda *args: args[-1])
     monkeypatch.setattr(budget, "measure_files", measure)
     return built

@@ -189,7 +189,7 @@ def test_the_command_ends_with_3_and_one_line(
 ) -> None:
     save_bert(tmp_path / "model", num_hidden_layers=1)
     save_lines(tmp_path / "texts.txt", texts(20))
-    monkeypatch.setattr(verify_plan, "compared", lambda *_: Verdict({}, 0.138))
+    monkeypatch.setattr(verify_plan, "compare_slices", lambda *_: Verdict({}, 0.138))
     arguments = [
         "prune-export",
         "--model",
