@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -10,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from optin_deploy.errors import UserError
 
 
-def copy_module(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+def copy_module(module: nn.Module, memo: Mapping[int, object] | None = None) -> nn.Module:
     """Return a deep copy of ``module``. Tensors that a forward pass has left on it are copied without their graphs.
 
     Args:
@@ -20,7 +19,7 @@ def copy_module(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.
     return copy.deepcopy(module, {**cut, **(memo or {})})
 
 
-def shared_tensors(module: nn.Module) -> dict[int, Any]:
+def shared_tensors(module: nn.Module) -> dict[int, object]:
     """Return the ``memo`` for a copy that shares parameters and buffers."""
     return {id(t): t for t in (*module.parameters(), *module.buffers())}
 

@@ -1,13 +1,14 @@
 """The outputs of a module: its tensors by name, and why some of them cannot be outputs of a file."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.batches import PyTree
 
 # Deeper than any network nests its outputs. A list that contains itself has no end.
 _MOST_LEVELS = 32
@@ -15,7 +16,7 @@ _MOST_LEVELS = 32
 _WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def named_outputs(output: Any) -> dict[str, Tensor]:
+def named_outputs(output: object) -> dict[str, Tensor]:
     """Return the tensors of a module's output by name, in order. Only dense real tensors are included.
 
     A single tensor is named ``output``. Tuples and lists number their items (``output_0``), mappings and dataclasses
@@ -27,7 +28,7 @@ def named_outputs(output: Any) -> dict[str, Tensor]:
     return {name: value for name, value in all_outputs(output).items() if _is_plain(value)}
 
 
-def all_outputs(output: Any) -> dict[str, Any]:
+def all_outputs(output: object) -> dict[str, PyTree]:
     """Return all outputs by name, also sparse and complex tensors, None, numbers and objects."""
     if isinstance(output, Tensor):
         return {"output": output}
@@ -47,7 +48,7 @@ def all_outputs(output: Any) -> dict[str, Any]:
     return {names[index]: value for index, (_, value) in enumerate(leaves)}
 
 
-def unused_name(name: str, taken: Any) -> str:
+def unused_name(name: str, taken: Collection[str]) -> str:
     """Return ``name``, or if it is taken, with the first number from 2 that makes it unique."""
     candidate, number = name, 2
     while candidate in taken:
@@ -55,7 +56,7 @@ def unused_name(name: str, taken: Any) -> str:
     return candidate
 
 
-def _leaves(value: Any, path: tuple[str, ...], level: int) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(value: object, path: tuple[str, ...], level: int) -> Iterator[tuple[tuple[str, ...], object]]:
     parts = None if isinstance(value, Tensor) else _parts(value)
     if parts is None:
         yield path, value
@@ -66,7 +67,7 @@ def _leaves(value: Any, path: tuple[str, ...], level: int) -> Iterator[tuple[tup
         yield from _leaves(part, (*path, key), level + 1)
 
 
-def _parts(value: Any) -> list[tuple[str, Any]] | None:
+def _parts(value: object) -> list[tuple[str, object]] | None:
     """Return the items of a container by key, None if ``value`` is no container."""
     if isinstance(value, Mapping):
         return [(str(key), part) for key, part in value.items()]
@@ -77,7 +78,7 @@ def _parts(value: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and _odd_kind(value) is None
 
 
@@ -89,7 +90,7 @@ def _odd_kind(tensor: Tensor) -> str | None:
     return "holds complex numbers (torch.view_as_real makes real ones)" if tensor.is_complex() else None
 
 
-def unfit_reason(value: Any, alone: Any, size: int) -> str | None:
+def unfit_reason(value: object, alone: object, size: int) -> str | None:
     """Return why an output of a module cannot be an output of a file, None if it can.
 
     Args:
@@ -108,12 +109,12 @@ def unfit_reason(value: Any, alone: Any, size: int) -> str | None:
     if value.dim() == 0:
         return "is one number for the whole batch"
     if not isinstance(alone, Tensor):
-        return "is not given for every batch"
+        return "is not returned for every batch"
     if value.shape[0] != size or alone.shape[:1] != (1,) or alone.shape[1:] != value.shape[1:]:
         shapes = f"{tuple(value.shape)} for {size} samples and {tuple(alone.shape)} for one"
         return f"does not have the batch, and that alone, as its first axis ({shapes})"
     return "is empty" if value.numel() == 0 else None
 
 
-def _typed(value: Any) -> str:
+def _typed(value: object) -> str:
     return f"is of type {type(value).__name__}"

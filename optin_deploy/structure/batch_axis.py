@@ -40,7 +40,7 @@ def find_batch_not_first(
     odd = {
         n for n in names if any(s[0] != size * o[0] or s[1:] != o[1:] for s, o in zip(whole[n], one[n], strict=True))
     }
-    reason = "has sequences first and samples second (batch_first=True, where there is such a choice, helps)"
+    reason = "has sequences first and samples second: set batch_first=True if the module has it"
     return {g.name: reason for g in groups if odd & {g.output, block_of[g.name]}}
 
 

@@ -45,7 +45,7 @@ def find_obstacle(module: nn.Module, inputs: Mapping[str, Tensor], first: str) -
                 module(**sample)
     except _Different:
         return None
-    return changed.found()
+    return changed.explain()
 
 
 class _Different(Exception):  # noqa: N818 - not an error
@@ -156,13 +156,13 @@ class _Trace(TorchFunctionMode):
             return f"{type(running).__name__} {name}"
         return f"{getattr(func, '__name__', str(func)).strip('_')}()"
 
-    def found(self) -> str | None:
+    def explain(self) -> str | None:
         """See `find_obstacle`."""
         end = f"{self.first} and {self.second or 'the end of the network'}"
         if self.mixer is not None:
-            return f"{self.mixer} stands between {end} and mixes their channels"
+            return f"{self.mixer} mixes the channels between {end}"
         if self.reforming is not None:
-            return f"{self.reforming} stands between {end} and changes where their channels are"
+            return f"{self.reforming} moves the channels between {end}"
         if self.second is None:
             return None
         second = self.module.get_submodule(self.second)
@@ -170,11 +170,11 @@ class _Trace(TorchFunctionMode):
             base = base_of(second)
             assert base is not None
             kind = f"{type(second).__name__}, a {base.__name__} with a forward of its own"
-            return f"{self.second}, behind {self.first}, is of the class {kind}"
+            return f"{self.second}, after {self.first}, is of the class {kind}"
         if isinstance(second, Conv) and second.groups > 1:
-            return f"{self.second}, behind {self.first}, takes their channels in {second.groups} groups"
+            return f"{self.second}, after {self.first}, takes the channels in {second.groups} groups"
         if self.resizing is not None:
-            return f"{self.resizing} stands between {end} and changes the size of the picture"
+            return f"{self.resizing} changes the size of the maps between {end}"
         if not isinstance(second, Conv):
             return f"{type(second).__name__} {self.second} takes the channels of {self.first}, and no convolution does"
         return None

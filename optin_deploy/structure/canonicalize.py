@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -50,7 +49,7 @@ def _merge_adapters(module: nn.Module) -> nn.Module:
     return whole
 
 
-def _try_merge(adapters: object, merge: Callable[[], Any]) -> Any:
+def _try_merge(adapters: object, merge: Callable[[], nn.Module]) -> nn.Module:
     try:
         return merge()
     except (AttributeError, NotImplementedError, ValueError) as error:

@@ -84,7 +84,7 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def _copy_unwrapped(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
     """Return a copy that shares tensors, without wrappers, and with ``replaced`` modules by id."""
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     for child in module.modules():
         # Computed tensors have a graph, which cannot be copied.
         memo |= {id(value): value for value in vars(child).values() if isinstance(value, Tensor)}
@@ -114,7 +114,7 @@ def _run_plainly(module: nn.Module) -> None:
         module.__dict__["forward"] = MethodType(getattr(type(module).forward, _ORIGINAL), module)
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:
+def _hooks(module: nn.Module) -> Iterator[tuple[int, WeightNorm | SpectralNorm | BasePruningMethod]]:
     """Yield the pre-hooks that compute a tensor of the module: torch's older weight norms, and pruning masks."""
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):

@@ -1,7 +1,7 @@
 """Slice units out of a network: smaller parameters, no masks, no hooks."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +162,9 @@ def _slice_entries(module: nn.Module, entries: TensorAxis, group: Group, kept: T
         setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
 
 
-def _slice_norm(norm: Any, features: Tensor) -> None:
+def _slice_norm(norm: nn.Module, features: Tensor) -> None:
     if hasattr(norm, "num_features"):
-        norm.num_features = len(features)
+        norm.num_features = len(features)  # type: ignore[assignment]
     for name, parameter in list(norm.named_parameters(recurse=False)):
         setattr(norm, name, _selected(parameter, 0, features))
     for name, buffer in list(norm.named_buffers(recurse=False)):

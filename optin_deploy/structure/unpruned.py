@@ -102,12 +102,13 @@ class _Walk:
         if name and not any(is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
             yield _Candidate(name, _unknown(module), self._flops(name, module), False)
             return
-        own = self._flops(name, module)
+        rest = self._flops(name, module)
         for child, submodule in module.named_children():
             inside = join(name, child)
-            own -= self._flops(inside, submodule)
+            rest -= self._flops(inside, submodule)
             yield from self._below(inside, submodule)
-        yield _Candidate(name or "(the network itself)", "computed in its own forward, by no layer", max(own, 0), False)
+        reason = "computed in its own forward, by no layer"
+        yield _Candidate(name or "(the network itself)", reason, max(rest, 0), False)
 
     def _owned(self, name: str, module: nn.Module) -> int:
         """Return the FLOPs of the groups inside."""
@@ -126,9 +127,9 @@ def _unknown(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, UNCOUNTED):
         return never_pruned(module)
-    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
-    if own and not list(module.children()) and not type(module).__module__.startswith("torch.nn."):
-        return f"a {kind}, which computes with parameters of its own ({', '.join(own)}) and not with layers"
+    parameters = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if parameters and not list(module.children()) and not type(module).__module__.startswith("torch.nn."):
+        return f"a {kind}, which computes with parameters of its own ({', '.join(parameters)}) and not with layers"
     if not list(module.children()) or type(module).__module__.startswith("torch.nn."):
         return f"a {kind} in no prunable group"
     return f"a {kind}, which no adapter knows as a whole or in parts"

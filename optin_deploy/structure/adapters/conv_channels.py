@@ -22,7 +22,7 @@ from optin_deploy.structure.channel_independence import ChannelSpan, coupled_spa
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Placeholder, TensorAxis
 from optin_deploy.structure.residual import is_batch_norm
 
-COUPLED = "its channels do not stay apart"
+COUPLED = "its channels depend on each other"
 # They hardly mix small values, so a trial does not show it.
 _MIXING = nn.LocalResponseNorm | nn.CrossMapLRN2d
 # Parts of the names of attributes that count channels.
@@ -140,12 +140,12 @@ def _candidates(
     module: nn.Module, calls: Sequence[Call], taken: Collection[str], known: Collection[str], loose: bool
 ) -> Iterator[tuple[Group, str]]:
     times = Counter(call.name for call in calls)
-    own = [
+    layers = [
         call
         for call in calls
         if _changes_channels(call.module) and times[call.name] == 1 and not any(is_inside(call.name, t) for t in taken)
     ]
-    for number, first in enumerate(own):
+    for number, first in enumerate(layers):
         if not is_plain(first.module) or first.output is None or first.output.dim() != _dims(first.module):
             continue
         side = LayerAxis(first.name, "out")
@@ -159,7 +159,7 @@ def _candidates(
             cost_modules=(first.name,),
             placeholders=placeholders,
         )
-        group = _follow(path, own[number + 1 :], calls) if path.channels > 1 else None
+        group = _follow(path, layers[number + 1 :], calls) if path.channels > 1 else None
         block = _block(module, group, calls) if group is not None else None
         if group is not None and block is not None:
             yield group, block

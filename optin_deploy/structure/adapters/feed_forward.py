@@ -54,10 +54,10 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
     if len(mixing) < len(others):
         return None
     if len(mixing) > 1 or (mixing and not can_shrink(mixing[0].module)):
-        return LeftDense(name, f"{mixing[0].name}, which sees all neurons, stands before {maps.down.name}")
+        return LeftDense(name, f"{mixing[0].name} mixes all neurons before {maps.down.name}")
     belonging = (*maps.ups, *maps.between, *mixing, maps.down)
-    beside = [p.module for p in parts if p not in belonging]
-    alone = all(_is_norm(m) or _has_scalars(m) for m in beside) and not list(module.parameters(recurse=False))
+    others_inside = [p.module for p in parts if p not in belonging]
+    alone = all(_is_norm(m) or _has_scalars(m) for m in others_inside) and not list(module.parameters(recurse=False))
     output = join(name, maps.down.name)
     inner = [_place(p, parts, belonging) for p in maps.ups]
     inner += [p.name for p in (*maps.between, *mixing) if p.child not in inner]
@@ -125,20 +125,21 @@ def _feed_forward_maps(parts: Sequence[_Part]) -> _Maps | None:
     for down in reversed(maps[1:]):
         ups = tuple(p for p in maps if p is not down)
         sizes = {map_sizes(p.module) for p in ups}
-        (taken, given), (neurons, returned) = next(iter(sizes)), map_sizes(down.module)
+        (inputs, neurons_and_gates), (neurons, outputs) = next(iter(sizes)), map_sizes(down.module)
         # One map may return neurons followed by their gates.
-        if len(sizes) == 1 and returned == taken and given in ((neurons, 2 * neurons) if len(ups) == 1 else (neurons,)):
-            found = _Maps(ups, (), down)
-            between = [p for p in _between(parts, found) if _keeps_apart(p.module, (neurons, given))]
+        gated = len(ups) == 1 and neurons_and_gates == 2 * neurons
+        if len(sizes) == 1 and outputs == inputs and (neurons_and_gates == neurons or gated):
+            maps_only, features = _Maps(ups, (), down), (neurons, neurons_and_gates)
+            between = [p for p in _between(parts, maps_only) if _is_elementwise(p.module, features)]
             return _Maps(ups, tuple(between), down)
     return None
 
 
 def _between(parts: Sequence[_Part], maps: _Maps) -> list[_Part]:
     """Return the other parts registered between the maps."""
-    own = (*maps.ups, maps.down)
-    places = sorted(parts.index(p) for p in own)
-    return [p for p in parts[places[0] : places[-1]] if p not in own]
+    known = (*maps.ups, maps.down)
+    positions = sorted(parts.index(p) for p in known)
+    return [p for p in parts[positions[0] : positions[-1]] if p not in known]
 
 
 def _has_scalars(layer: nn.Module) -> bool:
@@ -146,7 +147,7 @@ def _has_scalars(layer: nn.Module) -> bool:
     return all(t.numel() == 1 for t in layer.parameters())
 
 
-def _keeps_apart(layer: nn.Module, features: tuple[int, int]) -> bool:
+def _is_elementwise(layer: nn.Module, features: tuple[int, int]) -> bool:
     """Return whether ``layer`` computes each of ``features`` independently."""
     if isinstance(layer, _BatchNorm):
         return layer.num_features in features

@@ -38,7 +38,7 @@ def _project(module: Any, x: Tensor) -> Tensor:
     return projected
 
 
-def _pool(module: Any, x: Tensor, size: Any) -> Tensor:
+def _pool(module: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the tokens for keys and values, fewer of them if there is a convolution."""
     if module.sr is None:
         return x
@@ -121,7 +121,7 @@ class SwinV2Attention(swin_transformer_v2.WindowAttention):
 class PvtAttention(pvt_v2.Attention):
     """Attention with fewer keys and values than queries."""
 
-    def forward(self, x: Tensor, feat_size: Any) -> Tensor:
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         q = _split(self.q(x), self.num_heads)
         k, v = _keys_and_values(self, _pool(self, x, feat_size))
         return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
@@ -130,7 +130,7 @@ class PvtAttention(pvt_v2.Attention):
 class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
     """Attention with fewer keys and values than queries."""
 
-    def forward(self, x: Tensor, size: Any) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         q = _split(self.q(x), self.num_heads)
         k, v = _keys_and_values(self, _pool(self, x, size))
         return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
@@ -139,7 +139,7 @@ class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
 class TwinsLocalAttention(twins.LocallyGroupedAttn):
     """Attention inside windows of ``ws`` pixels. The map is padded to whole windows."""
 
-    def forward(self, x: Tensor, size: Any) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         (height, width), side = size, self.ws
         padded = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % side, 0, -height % side))
         rows, columns = padded.shape[1] // side, padded.shape[2] // side

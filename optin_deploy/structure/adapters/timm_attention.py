@@ -88,7 +88,7 @@ def _reason(module: nn.Module, heads: int, features: int) -> str | None:
     if mixing:
         return f"{mixing[0]} mixes the heads (talking heads)"
     if (norm := _mixing(module)) and not can_shrink(module.get_submodule(norm)):
-        return "a norm over all heads stands before the output projection (scale_norm)"
+        return "a norm over all heads comes before the output projection (scale_norm)"
     return f"{features} features for {heads} heads" if features % heads else None
 
 
