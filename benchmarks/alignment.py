@@ -26,7 +26,7 @@ from optin_deploy.latency.target import Target, write_network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.search.knapsack import Budget, search_all
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from profilers import measure_files
 from profilers.stats import Interval, ratio_interval
 
@@ -73,7 +73,7 @@ def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
     with TemporaryDirectory(prefix="optin-benchmark-") as name:
         files = {"dense": write_network(dense, dense.module, target, Path(name, "dense"))}
         for align, plan in plans.items():
-            small = sliced(dense.module, anatomy.structure, plan)
+            small = slice_network(dense.module, anatomy.structure, plan)
             files[align] = write_network(dense, small, target, Path(name, align))
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", align) for align in plans]

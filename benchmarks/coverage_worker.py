@@ -24,10 +24,10 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.pruning.pruner import Anatomy, Pruned, examine
 from optin_deploy.search.knapsack import BUDGET_WINDOW, lowest
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
-from optin_deploy.structure.unpruned import unpruned
+from optin_deploy.structure.slicing import slice_network
+from optin_deploy.structure.unpruned import find_unpruned
 from profilers.measure import Case, measure_files
 from profilers.stats import ratio_interval
 
@@ -182,7 +182,7 @@ def _pruned(row: Row, network: Network, batches: list[dict[str, Tensor]]) -> Pru
 
 def _describe(row: Row, network: Network, anatomy: Anatomy) -> None:
     row.prunable = 1 - anatomy.costs.floor / anatomy.costs.total
-    row.left_dense = [asdict(each) for each in unpruned(network.module, anatomy.structure, network.inputs)]
+    row.left_dense = [asdict(each) for each in find_unpruned(network.module, anatomy.structure, network.inputs)]
 
 
 @torch.no_grad()
@@ -193,9 +193,9 @@ def _check_sliced(network: Network, anatomy: Anatomy, plan: Plan) -> None:
         module = network.module if dtype == torch.float32 else copy.deepcopy(network.module).double()
         inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in network.inputs.items()}
         masks = {name: _mask(structure.group(name).units, kept, dtype) for name, kept in plan.kept.items()}
-        with masked(module, structure, masks):
+        with mask_units(module, structure, masks):
             expected = named_outputs(module(**inputs))
-        errors.append(_error(expected, named_outputs(sliced(module, structure, plan)(**inputs))))
+        errors.append(_error(expected, named_outputs(slice_network(module, structure, plan)(**inputs))))
         if errors[-1] <= _SLICED_TOLERANCE:
             return
     raise _FailedError(f"sliced is {min(errors):.1e} of the largest value off masked")

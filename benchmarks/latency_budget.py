@@ -31,7 +31,7 @@ from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.latency.target import Target, write_network
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Anatomy, Batches, examine
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from profilers import measure_files
 from profilers.stats import Interval, ratio_interval
 
@@ -106,7 +106,7 @@ def run(
     met = solve_latency_budget(LatencySearch(dense, anatomy.structure, scores, measured, anatomy.costs, asked))
     spent = perf_counter() - start
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
-        small = sliced(dense.module, anatomy.structure, met.plan)
+        small = slice_network(dense.module, anatomy.structure, met.plan)
         file = write_network(dense, dense.module, target, Path(folder, "dense"))
         files = {"dense": file, "dense again": file, "pruned": write_network(dense, small, target, Path(folder, "p"))}
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}

@@ -15,7 +15,7 @@ from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Anatomy, PruneSettings, Ridge, examine, remove, remove_in_rounds
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 ALIGN = {"resnet20": 1, "resnet56": 1}
 
@@ -100,7 +100,7 @@ def kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
         start = perf_counter()
         first = search(anatomy.structure, scores, anatomy.costs, budget, ALIGN.get(case.name, 64))
         plan = rearranged(first, gradients)
-        module = sliced(case.network.module, anatomy.structure, plan)
+        module = slice_network(case.network.module, anatomy.structure, plan)
         rescale(case.network, module, anatomy.structure, plan, case.batches)
         yield Outcome(name, repair, budget, plan, module, scored + perf_counter() - start)
 

@@ -16,9 +16,9 @@ from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import examine
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 DATA = Path(os.environ.get("OPTIN_DATA_ROOT", "../shared/data")).resolve()
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
@@ -41,8 +41,8 @@ def test_sliced_minilm_equals_masked(minilm: Network) -> None:
         kept[group.name] = tuple(torch.randperm(group.units, generator=generator)[:count].sort().values.tolist())
     masks = {g.name: torch.zeros(g.units).index_fill(0, torch.tensor(kept[g.name]), 1.0) for g in structure.groups}
     with torch.inference_mode():
-        small = minilm.forward(batch, sliced(minilm.module, structure, Plan(kept)))["last_hidden_state"]
-        with masked(minilm.module, structure, masks):
+        small = minilm.forward(batch, slice_network(minilm.module, structure, Plan(kept)))["last_hidden_state"]
+        with mask_units(minilm.module, structure, masks):
             expected = minilm.forward(batch)["last_hidden_state"]
     valid = minilm.valid_tokens(batch)
     assert float((small - expected)[valid].abs().max()) < 1e-5

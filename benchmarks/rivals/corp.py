@@ -27,7 +27,7 @@ from optin_deploy.pruning.pruner import Anatomy
 from optin_deploy.search.knapsack import BUDGET_WINDOW, candidate_sizes, check_budget
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import features_of, sliced
+from optin_deploy.structure.slicing import features_of, slice_network
 
 from .shared import Batch, add_to_bias, check_met, projection_inputs, transformer_part
 
@@ -114,7 +114,7 @@ def prune(
     for group in linear.structure.groups:
         if len(kept[group.name]) < group.units:
             compensate(module, group, kept[group.name], found[group.name], ridge)
-    return plan, sliced(module, anatomy.structure, plan)
+    return plan, slice_network(module, anatomy.structure, plan)
 
 
 def uniform_sizes(anatomy: Anatomy, flops: float, align: int) -> dict[str, int]:

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
 from optin_deploy.network import Network
-from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.nn.unfold import valid_rows
 from optin_deploy.pruning.pruner import Anatomy
 from optin_deploy.search.costs import Costs
 from optin_deploy.search.knapsack import check_budget, search
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 from .shared import Batch, check_met, transformer_part
 
@@ -73,7 +73,7 @@ def prune(
         rest = replace(linear.structure, groups=groups[position:])
         scores = importance(network, module, rest, batches, dense, representation)
         kept[group.name] = searched(rest, scores, linear.costs, Plan(dict(kept)), flops, align).kept[group.name]
-        module = sliced(module, rest, Plan({group.name: kept[group.name]}))
+        module = slice_network(module, rest, Plan({group.name: kept[group.name]}))
         if kept[group.name] and any(len(kept[g.name]) < g.units for g in groups[: position + 1]):
             tune(network, module, linear.structure, group, batches)
     plan = Plan(kept)
@@ -132,7 +132,7 @@ def representational(
     blocks: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     for batch in batches:
-        with recorded_inputs(module, tuple(g.output for g in structure.groups)) as seen:
+        with record_inputs(module, tuple(g.output for g in structure.groups)) as seen:
             network.forward(batch, module)
         for group in structure.groups:
             x = valid_rows(seen.pop(group.output), network.valid_tokens(batch)).double()

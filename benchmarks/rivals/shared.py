@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optin_deploy.criteria.fisher import ends_linear
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.nn.unfold import valid_rows
 from optin_deploy.pruning.pruner import Anatomy
 from optin_deploy.search.costs import Costs
@@ -52,7 +52,7 @@ def projection_inputs(
     """For every batch and group the dense activations behind the units, ``(valid tokens, features)`` in float64."""
     outputs = tuple(g.output for g in structure.groups)
     for batch in batches:
-        with recorded_inputs(network.module, outputs) as seen:
+        with record_inputs(network.module, outputs) as seen:
             network.forward(batch)
         for group in structure.groups:
             yield group, valid_rows(seen.pop(group.output), network.valid_tokens(batch)).double()

@@ -22,7 +22,7 @@ from optin_deploy.pruning.pruner import Anatomy
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 from .shared import Batch, add_to_bias, check_met, part, projection_inputs, transformer_part
 
@@ -80,7 +80,7 @@ def prune(
     module = copy.deepcopy(network.module)
     for group in ffn.structure.groups:
         shift_mean(module, group, plan.kept[group.name], found[group.name].mean)
-    return plan, sliced(module, anatomy.structure, plan)
+    return plan, slice_network(module, anatomy.structure, plan)
 
 
 @torch.no_grad()

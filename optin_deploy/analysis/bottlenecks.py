@@ -27,6 +27,7 @@ from optin_deploy.analysis.module_roles import (
 )
 from optin_deploy.analysis.reliability import doubt
 from optin_deploy.analysis.results import Cause, LayerAccount, TimeRow, WholeRow
+from optin_deploy.nn.names import is_inside
 from optin_deploy.utils.formatting import percent, significant
 
 STEP = 16
@@ -328,7 +329,7 @@ def _tiny(cell: Cell) -> bool:
 
 
 def _inside(module: str, names: Iterable[str]) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in names)
+    return any(is_inside(module, name) for name in names)
 
 
 def _sums(cells: Iterable[Cell]) -> tuple[float, float]:

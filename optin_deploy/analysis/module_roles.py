@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from optin_deploy.nn.flops import FlopCounts
+from optin_deploy.nn.names import contains
 from optin_deploy.structure.groups import Structure
 from optin_deploy.tokens.merging import MergingBlocks
 
@@ -83,7 +84,7 @@ def _outside(module: nn.Module, blocks: Iterable[str]) -> list[tuple[str, bool]]
 
 
 def _block_of(name: str, structure: Structure) -> str:
-    return next((block for block in structure.blocks if name.startswith(f"{block}.")), "")
+    return next((block for block in structure.blocks if contains(block, name)), "")
 
 
 def _nearest(name: str, names: set[str]) -> str:

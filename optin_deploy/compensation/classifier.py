@@ -23,7 +23,7 @@ from optin_deploy.compensation.ridge import is_held_out
 from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import same_tensor
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
+from optin_deploy.nn.partial_forward import record_inputs, record_outputs
 from optin_deploy.nn.task_head import HeadKind, probabilities
 from optin_deploy.nn.unfold import some_rows, valid_rows
 
@@ -82,7 +82,7 @@ def logits_map(network: Network, module: nn.Module, batch: Batch) -> str | None:
         for n, m in module.named_modules()
         if isinstance(m, nn.Linear) and m.out_features == classes and weights.count(id(m.weight)) == 1
     )
-    with recorded_outputs(module, layers) as given:
+    with record_outputs(module, layers) as given:
         logits = network.forward(batch, module)[network.logits]
     # One logit for each sample may have lost its axis.
     shape = logits.shape if logits.dim() > 1 else (*logits.shape, 1)
@@ -184,7 +184,7 @@ def _rows(
     for index, batch in enumerate(batches):
         valid = network.valid_tokens(batch)
         logits = network.forward(batch)[network.logits]
-        with recorded_inputs(pruned, (name,)) as given:
+        with record_inputs(pruned, (name,)) as given:
             pruned(**batch)
         logits = logits if logits.dim() > 1 else logits[:, None]
         x, p = valid_rows(given[name], valid), probabilities(network.head, valid_rows(logits, valid).double())

@@ -17,7 +17,7 @@ the repaired network, whose maps vary less than the dense one's, they undo much 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,9 +28,17 @@ from optin_deploy.compensation.ridge import STRENGTHS, Moments, fit, is_held_out
 from optin_deploy.distributed.ranks import own_indices, ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import first_tensor
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.nn.names import is_inside
 from optin_deploy.nn.outputs import named_outputs
-from optin_deploy.nn.partial_forward import behind, hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.partial_forward import (
+    cat_batch,
+    forward_until,
+    keep_shapes_only,
+    record_inputs,
+    record_outputs,
+    replay_blocks,
+)
 from optin_deploy.nn.unfold import (
     Conv,
     design_rows,
@@ -156,14 +164,14 @@ class _Repair:
     def _pass(self, module: nn.Module, dones: Shelf[dict[str, Any]], block: str) -> None:
         for place, index in enumerate(self.own):
             done = dones[place]
-            with resumed(module, done):
-                output = run_until(module, self.batches[index], block)
+            with replay_blocks(module, done):
+                output = forward_until(module, self.batches[index], block)
             dones[place] = self._with(done, block, output)
 
     def _with(self, done: dict[str, Any], block: str, output: Any) -> dict[str, Any]:
         """``done`` and ``output``; of earlier blocks no more than the shapes, if they only have to be skipped."""
         if not self.skips:
-            hollow_out(done)
+            keep_shapes_only(done)
         return {**done, block: output}
 
     def tail(self) -> None:
@@ -177,24 +185,17 @@ class _Repair:
         # The tensors are held: memory that is given back would make the inputs of two maps look like one.
         ran: list[tuple[str, Tensor | None, int]] = []
 
-        def hook(name: str) -> Any:
-            def note(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-                given = first_tensor(args)
-                ran.append((name, given, 0 if given is None or given.is_inference() else given._version))
-
-            return note
+        def note(name: str, _: nn.Module, args: tuple[Any, ...], __: object) -> None:
+            given = first_tensor(args)
+            ran.append((name, given, 0 if given is None or given.is_inference() else given._version))
 
         others = [b for b in self.structure.blocks if b != block]
         free = [m for m in self.maps if m not in self.passed and not any(is_inside(m, b) for b in others)]
-        with ExitStack() as stack:
-            for name in free:
-                handle = self.pruned.get_submodule(name).register_forward_hook(hook(name))
-                stack.callback(handle.remove)
-            with resumed(self.pruned, self.pruned_done[0]):
-                if block is None:
-                    self.pruned(**self.batches[self.own[0]])
-                else:
-                    run_until(self.pruned, self.batches[self.own[0]], block)
+        with forward_hooks(self.pruned, free, after=note), replay_blocks(self.pruned, self.pruned_done[0]):
+            if block is None:
+                self.pruned(**self.batches[self.own[0]])
+            else:
+                forward_until(self.pruned, self.batches[self.own[0]], block)
         self.passed.update(name for name, *_ in ran)
         shapes: dict[str, list[torch.Size | None]] = {}
         for name, given, _ in ran:
@@ -231,9 +232,9 @@ class _Repair:
         """
         module, done = self.network.module, self.dense_done[place]
         groups = [m.group for m in stage if m.group is not None]
-        with resumed(module, done), _streams(module, groups) as streams, _outputs(module, stage) as outputs:
+        with replay_blocks(module, done), _streams(module, groups) as streams, _outputs(module, stage) as outputs:
             if closing and block is not None:
-                output = run_until(module, batch, block)
+                output = forward_until(module, batch, block)
             else:
                 self._run(module, batch, block, stage, stage[-1].dense)
         if closing and block is not None:
@@ -260,7 +261,7 @@ class _Repair:
         else:
             # A shortcut may run behind the projection, and so may a map again.
             whole = any(self.runs[m.module] > 1 or (m.group is not None and m.group.stream.shortcut) for m in stage)
-            run_until(module, batch, block if whole else last)
+            forward_until(module, batch, block if whole else last)
 
     def _refit(self, stage: list[LinearMap], block: str | None, *, closing: bool) -> None:
         sums: dict[str, list[Moments | None]] = {m.module: [None, None] for m in stage}
@@ -287,8 +288,8 @@ class _Repair:
         """What every map of a stage is given in the pruned network, and what it has to give: rows of both."""
         groups = [m.group for m in stage if m.group is not None]
         names, of_batch = tuple(m.module for m in stage if not m.vanished), self.network.valid_tokens(batch)
-        inputs = recorded_inputs(self.pruned, names)
-        with resumed(self.pruned, done), _streams(self.pruned, groups) as streams, inputs as given:
+        inputs = record_inputs(self.pruned, names)
+        with replay_blocks(self.pruned, done), _streams(self.pruned, groups) as streams, inputs as given:
             self._run(self.pruned, batch, block, stage, stage[-1].module)
         found = {}
         for each in stage:
@@ -367,7 +368,7 @@ def _streams(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, T
     inputs = tuple(g.stream.residual for g in groups if g.stream.residual is not None)
     outputs = tuple(g.stream.shortcut for g in groups if g.stream.shortcut is not None)
     found: dict[str, Tensor] = {}
-    with recorded_inputs(module, inputs) as given, recorded_outputs(module, outputs) as returned:
+    with record_inputs(module, inputs) as given, record_outputs(module, outputs) as returned:
         yield found
     for group in groups:
         if group.stream.residual is not None:
@@ -381,16 +382,10 @@ def _outputs(module: nn.Module, maps: Sequence[LinearMap]) -> Iterator[dict[str,
     """Collect copies of what the maps give in the dense network: an activation behind may work in place."""
     found: dict[str, Tensor] = {}
 
-    def copy_to(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            found[name] = behind(found.get(name), output.clone())
+    def copy(name: str, _: nn.Module, __: object, output: Tensor) -> None:
+        found[name] = cat_batch(found.get(name), output.clone())
 
-        return hook
-
-    with ExitStack() as stack:
-        for each in maps:
-            handle = module.get_submodule(each.dense).register_forward_hook(copy_to(each.dense))
-            stack.callback(handle.remove)
+    with forward_hooks(module, [each.dense for each in maps], after=copy):
         yield found
 
 
@@ -398,13 +393,13 @@ def _has_skips(module: nn.Module, structure: Structure, batch: Batch) -> bool:
     """Whether more is made of a block's output than the next block's input, as in a U-Net: tried by hiding it."""
     done: dict[str, Any] = {}
     for block in structure.blocks:
-        with resumed(module, done):
-            output = run_until(module, batch, block)
+        with replay_blocks(module, done):
+            output = forward_until(module, batch, block)
         if not _is_finite(output):
             return True
-        hollow_out(done)
+        keep_shapes_only(done)
         done[block] = output
-    with resumed(module, done):
+    with replay_blocks(module, done):
         return not _is_finite(module(**batch))
 
 

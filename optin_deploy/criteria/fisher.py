@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from optin_deploy.distributed.ranks import own_indices
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.nn.freezing import frozen
-from optin_deploy.nn.partial_forward import hollow_out, recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.freezing import freeze_parameters
+from optin_deploy.nn.partial_forward import (
+    forward_until,
+    keep_shapes_only,
+    record_inputs,
+    record_outputs,
+    replay_blocks,
+)
 from optin_deploy.nn.task_head import is_single
 from optin_deploy.nn.unfold import valid_rows
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
 from optin_deploy.utils.progress import track
 
@@ -100,7 +106,7 @@ def sample_gradients(
         g.name: torch.ones(size, g.units, device=like.device, dtype=like.dtype, requires_grad=True)
         for g in structure.groups
     }
-    with frozen(module), torch.enable_grad(), masked(module, structure, masks):
+    with freeze_parameters(module), torch.enable_grad(), mask_units(module, structure, masks):
         total = loss(network.forward(batch, module)[network.logits])
         found = torch.autograd.grad(total, list(masks.values()), materialize_grads=True, allow_unused=True)
     return {name: gradient.double().cpu() for name, gradient in zip(masks, found, strict=True)}
@@ -232,9 +238,9 @@ def rescale(
                 factors[group.name] = found.cpu()
         for batch, outputs in zip(batches, done, strict=True):
             for module, earlier in zip((network.module, pruned), outputs, strict=True):
-                with resumed(module, earlier):
-                    output = run_until(module, batch, block)
-                    hollow_out(earlier)
+                with replay_blocks(module, earlier):
+                    output = forward_until(module, batch, block)
+                    keep_shapes_only(earlier)
                     earlier[block] = output
     return factors
 
@@ -289,13 +295,13 @@ def sublayer_moments(
     gram, cross = weight.new_zeros(2 * weight.shape[1:]), weight.new_zeros(weight.shape[::-1])
     for batch, (dense_done, pruned_done) in zip(batches, done or [({}, {})] * len(batches), strict=True):
         with (
-            resumed(network.module, dense_done),
-            recorded_inputs(network.module, residual) as streams,
-            recorded_outputs(network.module, (group.output,)) as outputs,
+            replay_blocks(network.module, dense_done),
+            record_inputs(network.module, residual) as streams,
+            record_outputs(network.module, (group.output,)) as outputs,
         ):
-            run_until(network.module, batch, block)
-        with resumed(pruned, pruned_done), recorded_inputs(pruned, (*residual, group.output)) as seen:
-            run_until(pruned, batch, block)
+            forward_until(network.module, batch, block)
+        with replay_blocks(pruned, pruned_done), record_inputs(pruned, (*residual, group.output)) as seen:
+            forward_until(pruned, batch, block)
         target = outputs[group.output].double() * scale - bias
         for name in residual:
             target = target + (streams[name].double() - seen[name].double())

@@ -12,7 +12,6 @@ v random signs at the output of the group's projection. A group that moves no ou
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from optin_deploy.criteria.restored_gradients import restored, watched
 from optin_deploy.criteria.trajectory_loss import Batch, differentiable, gradients, signs
 from optin_deploy.network import Network
-from optin_deploy.nn.partial_forward import recorded_outputs
+from optin_deploy.nn.hooks import Hook, forward_hooks
+from optin_deploy.nn.partial_forward import record_outputs
 from optin_deploy.structure.groups import Group, Structure
 
 # Samples that are checked first, and before anything is refused: few may all lie where a derivative is 0.
@@ -94,11 +94,15 @@ def find_forward_reach(network: Network, structure: Structure, batch: Batch) -> 
 
 
 def _forward_slopes(network: Network, group: Group, batch: Batch) -> Tensor:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def hook(_: str, __: nn.Module, ___: object, output: Tensor) -> Tensor:
         return output + forward_ad.make_dual(torch.zeros_like(output), _direction(group.name, output))
 
     # The fused kernels of attention have no forward derivatives.
-    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _hooks(network, [(group, hook)]):
+    with (
+        forward_ad.dual_level(),
+        sdpa_kernel(SDPBackend.MATH),
+        forward_hooks(network.module, [group.output], after=hook),
+    ):
         pairs = {name: forward_ad.unpack_dual(y) for name, y in _outputs(network, batch).items()}
         changes = {n: torch.zeros_like(y.primal) if y.tangent is None else y.tangent for n, y in pairs.items()}
         norms = {name: y.primal.double().norm() for name, y in pairs.items()}
@@ -145,7 +149,7 @@ def _derivatives(
 @torch.no_grad()
 def _sizes(network: Network, groups: Sequence[Group], batch: Batch) -> dict[str, float]:
     """Group -> the root mean square of what its projection gives."""
-    with recorded_outputs(network.module, tuple(group.output for group in groups)) as given:
+    with record_outputs(network.module, tuple(group.output for group in groups)) as given:
         network.forward(batch)
     return {
         g.name: float(given[g.output].double().square().mean().sqrt()) if g.output in given else 0.0 for g in groups
@@ -213,8 +217,8 @@ def _tapped(network: Network, groups: Sequence[Group]) -> Iterator[dict[str, lis
     """Collect zeros added to what the projections give, by group, whose gradient is the output's."""
     added: dict[str, list[Tensor]] = {g.name: [] for g in groups}
 
-    def hook_of(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def hook_of(name: str) -> Hook:
+        def hook(_: str, __: nn.Module, ___: object, output: Tensor) -> Tensor:
             with torch.inference_mode(False):
                 zeros = torch.zeros(output.shape, dtype=output.dtype, device=output.device, requires_grad=True)
             added[name].append(zeros)
@@ -222,22 +226,16 @@ def _tapped(network: Network, groups: Sequence[Group]) -> Iterator[dict[str, lis
 
         return hook
 
-    with _hooks(network, [(g, hook_of(g.name)) for g in groups]):
+    with ExitStack() as stack:
+        for group in groups:
+            stack.enter_context(forward_hooks(network.module, [group.output], after=hook_of(group.name)))
         yield added
 
 
 @contextmanager
 def _shifted(network: Network, group: Group, step: float) -> Iterator[None]:
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def hook(_: str, __: nn.Module, ___: object, output: Tensor) -> Tensor:
         return output + step * _direction(group.name, output)
 
-    with _hooks(network, [(group, hook)]):
-        yield
-
-
-@contextmanager
-def _hooks(network: Network, hooks: Sequence[tuple[Group, Any]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for group, hook in hooks:
-            stack.callback(network.module.get_submodule(group.output).register_forward_hook(hook).remove)
+    with forward_hooks(network.module, [group.output], after=hook):
         yield

@@ -14,7 +14,7 @@ from optin_deploy.criteria.trajectory_loss import Batch
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 
 # What scores of nothing are clamped to lies far below, whatever has its size from real numbers far above.
 _FLOOR = 1e-250
@@ -90,7 +90,7 @@ def _without(
     like = next(iter(network.module.parameters()))
     mask = torch.ones(group.units, dtype=like.dtype, device=like.device)
     mask[list(units)] = 0.0
-    with masked(network.module, structure, {group.name: mask}):
+    with mask_units(network.module, structure, {group.name: mask}):
         return _outputs(network, batch)
 
 

@@ -23,7 +23,7 @@ from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.distributed.ranks import ranks_of, shared_like
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.nn.copies import copyable
+from optin_deploy.nn.copies import check_copyable
 from optin_deploy.search.costs import Costs
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.utils.atomic_files import write_tensors
@@ -201,7 +201,7 @@ def _reach(network: Network, structure: Structure, batches: Batches, scoring: Sc
     find = find_forward_reach if forth else find_reach
     reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
     # Passes with gradients may leave on a module what passes without do not.
-    copyable(network.module)
+    check_copyable(network.module)
     masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
     if masking or (not reach.cut and reach.reason is None):
         return reach

@@ -18,7 +18,7 @@ from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import first_tensor
 from optin_deploy.structure.groups import Group, Structure, channels_last
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.utils.progress import track
 
 # The exact scorer stacks copies of a batch, one mask each, up to about this many tokens.
@@ -60,7 +60,7 @@ def sketch_scores(
         generator = torch.Generator(device).manual_seed(seed + index)
         masks = [torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in structure.groups]
         named = dict(zip(joint, masks, strict=True))
-        with differentiable(network), masked(network.module, structure, named):
+        with differentiable(network), mask_units(network.module, structure, named):
             blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
             for probe in track(range(probes)):
@@ -152,7 +152,7 @@ def _masked_runs(
         copies = len(units)
         masks = 1 - F.one_hot(units.to(some.device), group.units).to(some.dtype)
         given = {b: repeated(blocks[b], copies, trajectory.size) for b in earlier}
-        with masked(trajectory.network.module, trajectory.structure, {group.name: masks}):
+        with mask_units(trajectory.network.module, trajectory.structure, {group.name: masks}):
             later, changed = trajectory.run(copies, given)
         moved = torch.zeros(copies, dtype=torch.float64)
         for block, output in trajectory.compared(later).items():

@@ -31,7 +31,6 @@ batch as in exact scoring, or ``probes`` where these are more; no graph is kept.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -43,9 +42,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from optin_deploy.criteria.trajectory import STACKED_TOKENS, repeated
 from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, directions
 from optin_deploy.network import Network
+from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.nn.unfold import feature_dim
 from optin_deploy.structure.groups import Group, Structure, channels_last
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.utils.progress import track
 
 SET_SIZE = 16
@@ -168,8 +168,8 @@ def _energies(trajectory: Trajectory) -> Iterator[dict[str, Tensor]]:
     """Collect, by group, what each unit adds to the projection's output, squared, but for what its features share."""
     found: dict[str, Tensor] = {}
 
-    def note(group: Group) -> Any:
-        def hook(projection: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    def note(group: Group) -> Hook:
+        def hook(_: str, projection: torch.nn.Module, args: tuple[Tensor, ...], __: object) -> None:
             weight = projection.get_parameter("weight").transpose(0, feature_dim(projection, "in"))
             each = channels_last(args[0], group.axis).flatten(0, -2).square().sum(0) * weight.flatten(1).square().sum(1)
             # The units of a width are the same in all heads.
@@ -182,8 +182,7 @@ def _energies(trajectory: Trajectory) -> Iterator[dict[str, Tensor]]:
 
     with ExitStack() as stack:
         for group in trajectory.structure.groups:
-            handle = trajectory.network.module.get_submodule(group.output).register_forward_pre_hook(note(group))
-            stack.callback(handle.remove)
+            stack.enter_context(forward_hooks(trajectory.network.module, [group.output], before=note(group)))
         yield found
 
 
@@ -218,7 +217,7 @@ class _Differential:
         # The fused kernels of attention have no forward derivatives.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             masks = {group.name: forward_ad.make_dual(torch.ones_like(tangents), tangents)}
-            with masked(trajectory.network.module, structure, masks):
+            with mask_units(trajectory.network.module, structure, masks):
                 later, outputs = trajectory.run(copies, given)
             for block, output in trajectory.compared(later).items() if self.manifold else ():
                 features, tokens = trajectory.tokens(block, output, copies)

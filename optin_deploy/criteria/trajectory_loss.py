@@ -27,8 +27,8 @@ from torch import Tensor
 from optin_deploy.distributed.ranks import shared_like
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import first_tensor
-from optin_deploy.nn.freezing import frozen
-from optin_deploy.nn.partial_forward import recorded_outputs, resumed
+from optin_deploy.nn.freezing import freeze_parameters
+from optin_deploy.nn.partial_forward import record_outputs, replay_blocks
 from optin_deploy.nn.task_head import HeadKind, class_axis
 from optin_deploy.structure.groups import Structure, channels_last
 
@@ -88,7 +88,7 @@ class Trajectory:
         module, blocks = self.network.module, self.structure.blocks
         given = {n: t.repeat(copies, *[1] * (t.dim() - 1)) for n, t in self.inputs.items()}
         ran = tuple(b for b in blocks if b not in (outputs or {}))
-        with recorded_outputs(module, ran) as seen, resumed(module, outputs or {}):
+        with record_outputs(module, ran) as seen, replay_blocks(module, outputs or {}):
             task = self.network.forward(given)
         return seen, {name: y for name, y in task.items() if y.is_floating_point()}
 
@@ -270,7 +270,7 @@ def gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> tuple[Te
 @contextmanager
 def differentiable(network: Network) -> Iterator[None]:
     """Gradients flow through the network and to no parameter while the context lasts."""
-    with frozen(network.module), torch.enable_grad():
+    with freeze_parameters(network.module), torch.enable_grad():
         yield
 
 

@@ -28,7 +28,6 @@ over samples.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from optin_deploy.criteria import packed_symmetric
 from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
 from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
+from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.nn.unfold import (
     columns_of,
     columns_per_unit,
@@ -47,7 +47,7 @@ from optin_deploy.nn.unfold import (
     weight_matrix,
 )
 from optin_deploy.structure.groups import Group, Structure, channels_last
-from optin_deploy.structure.masking import masked_queries
+from optin_deploy.structure.masking import mask_queries
 from optin_deploy.utils.progress import track
 
 _Runs = dict[str, list[Tensor]]
@@ -127,7 +127,7 @@ def probe_moments(
             masks = {g.parent: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
             with _tapped(network.module, groups) as (given, taps), ExitStack() as stack:
                 for group in widths:
-                    stack.enter_context(masked_queries(network.module, group, masks[group.parent]))
+                    stack.enter_context(mask_queries(network.module, group, masks[group.parent]))
                 blocks, outputs = trajectory.run()
             grams = trajectory.grams(blocks) if manifold else {}
             weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
@@ -166,8 +166,8 @@ def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs,
     given: _Runs = {g.name: [] for g in groups}
     taps: _Runs = {g.name: [] for g in groups}
 
-    def tap(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def tap(name: str) -> Hook:
+        def hook(_: str, __: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             given[name].append(args[0].detach())
             # Not the output itself: networks change theirs in place.
             taps[name].append(torch.zeros_like(output, requires_grad=True))
@@ -177,8 +177,7 @@ def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs,
 
     with ExitStack() as stack:
         for group in groups:
-            handle = module.get_submodule(group.output).register_forward_hook(tap(group.name))
-            stack.callback(handle.remove)
+            stack.enter_context(forward_hooks(module, [group.output], after=tap(group.name)))
         yield given, taps
 
 

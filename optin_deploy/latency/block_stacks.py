@@ -6,7 +6,6 @@ stack's inputs. Other inputs, such as position tables, become part of the stack.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TypedDict
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
+from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 _BATCH = 2
 Call = tuple[tuple[object, ...], dict[str, object]]
@@ -108,20 +108,13 @@ def _record_calls(module: nn.Module, entrances: Mapping[str, str], inputs: Mappi
     """Return the first call of every block's entrance, by block."""
     calls: dict[str, Call] = {}
 
-    def record(block: str, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def record(entrance: str, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         # Cloned, because the network may change them in place.
-        calls.setdefault(block, pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+        calls.setdefault(entrance, pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
 
-    handles = [
-        module.get_submodule(entrance).register_forward_pre_hook(partial(record, block), with_kwargs=True)
-        for block, entrance in entrances.items()
-    ]
-    try:
+    with forward_hooks(module, entrances.values(), before=record):
         module(**{name: t[:1].repeat_interleave(_BATCH, 0) for name, t in inputs.items()})
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+    return {block: calls[entrance] for block, entrance in entrances.items() if entrance in calls}
 
 
 class Stack(nn.Module):
@@ -133,7 +126,7 @@ class Stack(nn.Module):
 
     def __init__(self, block: nn.Module, depth: int, call: Call) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(copied(block) for _ in range(depth))
+        self.blocks = nn.ModuleList(copy_module(block) for _ in range(depth))
         leaves, self.layout = pytree.tree_flatten(call)
         self.batched = [i for i, leaf in enumerate(leaves) if _is_batched(leaf)]
         self.others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
@@ -179,7 +172,7 @@ def build_stack(
     Args:
         sizes: group name -> units that it is cut to.
     """
-    cut = sliced(module, structure, Plan({n: structure.group(n).first(units) for n, units in sizes.items()}))
+    cut = slice_network(module, structure, Plan({n: structure.group(n).first(units) for n, units in sizes.items()}))
     stack = Stack(_block_module(cut, kind.blocks[0], kind.groups[0]), depth, kind.call).eval()
     leaves = pytree.tree_leaves(kind.call)
     return stack, {f"x{number}": leaves[i] for number, i in enumerate(stack.batched)}

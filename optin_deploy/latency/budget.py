@@ -25,7 +25,7 @@ from optin_deploy.search.knapsack import (
 )
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.costs import TokenCosts
 from optin_deploy.tokens.merging import with_merging
 from optin_deploy.utils.progress import track
@@ -231,7 +231,7 @@ def _measure_ratios(search: LatencySearch, plans: Sequence[Plan], dense: Path) -
     network, target, tokens = search.dense, search.model.target, search.tokens
     files = {"dense": dense}
     for number, plan in enumerate(plans):
-        small = sliced(network.module, search.structure, plan)
+        small = slice_network(network.module, search.structure, plan)
         if tokens is not None:
             with_merging(small, search.structure, tokens.stack, replace(plan, tokens=tokens.schedule))
         files[f"plan{number}"] = write_network(network, small, target, dense.with_name(f"plan{number}"))

@@ -42,7 +42,7 @@ from optin_deploy.nn.task_head import HeadKind, head_of
 from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.find_stack import token_stack
 from optin_deploy.tokens.merging import with_merging
 from optin_deploy.utils.atomic_files import whole_directory, write_tensors
@@ -265,7 +265,7 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
         inputs, plan = _sample_inputs(description), Plan(description.kept, description.tokens)
         # Tied units were found when the plan was made. Here only the number of units matters: weights are read below.
         structure = describe(dense, inputs).without_tuples()
-        small = sliced(dense, structure, plan)
+        small = slice_network(dense, structure, plan)
         if plan.tokens:
             with_merging(small, structure, token_stack(dense, inputs, structure, description.token_mask), plan)
     except UserError as error:

@@ -14,7 +14,7 @@ from optin_deploy.data.preprocessing import TextPreprocessing, VisionPreprocessi
 from optin_deploy.errors import UserError
 from optin_deploy.network import Preprocessing
 from optin_deploy.nn.batches import Batch, batch_size
-from optin_deploy.nn.outputs import all_outputs, named_outputs, unfit
+from optin_deploy.nn.outputs import all_outputs, named_outputs, unfit_reason
 
 IMAGE_INPUT = "pixel_values"
 AUDIO_INPUT = "input_features"
@@ -162,7 +162,7 @@ def exported_outputs(module: nn.Module, inputs: Batch) -> list[str]:
         output = module(**inputs)
         alone = named_outputs(module(**{name: tensor[:1] for name, tensor in inputs.items()}))
     values = all_outputs(output)
-    reasons = {name: unfit(value, alone.get(name), batch_size(inputs)) for name, value in values.items()}
+    reasons = {name: unfit_reason(value, alone.get(name), batch_size(inputs)) for name, value in values.items()}
     fit = [name for name, reason in reasons.items() if reason is None]
     if not fit:
         listed = ", ".join(f"{name} {reason}" for name, reason in reasons.items())[:400] or "it returns nothing"

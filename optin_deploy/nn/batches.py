@@ -1,12 +1,15 @@
 """Batches of inputs: tensors by the argument names of a network's forward, the first axis the batch."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
 Batches = Sequence[Batch]
+# Tensors in nested tuples, lists, mappings and dataclasses.
+PyTree = Any
 
 
 def batch_size(batch: Batch) -> int:

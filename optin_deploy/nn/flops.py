@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from optin_deploy.nn.freezing import frozen
+from optin_deploy.nn.freezing import freeze_parameters
 
 
 class FlopCounts:
@@ -21,7 +21,12 @@ class FlopCounts:
         sample = {name: value[:1] for name, value in inputs.items()}
         # The counter does not know all fused attention kernels, so plain attention is counted on every device.
         # Frozen, because the counter follows everything that could have a gradient.
-        with frozen(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            freeze_parameters(module),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             module(**sample)
         self._counts: dict[str, dict[object, int]] = counter.get_flop_counts()
         self._prefix = type(module).__name__

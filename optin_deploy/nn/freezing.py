@@ -7,8 +7,8 @@ from torch import nn
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradients for parameters while the context lasts."""
+def freeze_parameters(module: nn.Module) -> Iterator[None]:
+    """Switch off the gradients of all parameters while the context lasts."""
     wanted = [p for p in module.parameters() if p.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)

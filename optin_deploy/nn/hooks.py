@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import nn
 
+# Positional and keyword arguments of a forward call.
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 # Called as ``hook(name, module, ...)`` with the name of the module and the arguments of torch's hook.
-NamedHook = Callable[..., Any]
+Hook = Callable[..., Any]
 
 
 @contextmanager
 def forward_hooks(
-    module: nn.Module, names: Iterable[str], *, before: NamedHook | None = None, after: NamedHook | None = None
+    module: nn.Module, names: Iterable[str], *, before: Hook | None = None, after: Hook | None = None
 ) -> Iterator[None]:
     """Call hooks around the forward passes of submodules of ``module`` while the context lasts.
 

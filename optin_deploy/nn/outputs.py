@@ -1,34 +1,35 @@
-"""What a module gives: tensors by name, of whatever they are nested in, and why some cannot be outputs of a file."""
+"""The outputs of a module: its tensors by name, and why some of them cannot be outputs of a file."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from optin_deploy.errors import UserError
+from optin_deploy.nn.batches import PyTree
 
-# Deeper than any network nests what it gives; a list that holds itself has no end.
+# Deeper than any network nests its outputs. A list that contains itself has no end.
 _MOST_LEVELS = 32
-# Types that ONNX Runtime has no arrays for.
+# Types without arrays in ONNX Runtime.
 _WITHOUT_ARRAYS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors of a module's output by name, in order; what is no dense real tensor is left out.
+def named_outputs(output: object) -> dict[str, Tensor]:
+    """Return the tensors of a module's output by name, in order. Only dense real tensors are included.
 
-    A tensor is ``output``, tuples and lists number it (``output_0``), mappings and dataclasses name it by their keys
-    and fields. What is nested has the names on the way joined, as in ``hidden_states_2``.
+    A single tensor is named ``output``. Tuples and lists number their items (``output_0``), mappings and dataclasses
+    name them by keys and fields. Names of nested items are joined, as in ``hidden_states_2``.
 
     Raises:
-        UserError: the output is none of these.
+        UserError: The output is none of these.
     """
     return {name: value for name, value in all_outputs(output).items() if _is_plain(value)}
 
 
-def all_outputs(output: Any) -> dict[str, Any]:
-    """Like `named_outputs`, with all that it leaves out: sparse and complex tensors, None, numbers, objects."""
+def all_outputs(output: object) -> dict[str, PyTree]:
+    """Return all outputs by name, also sparse and complex tensors, None, numbers and objects."""
     if isinstance(output, Tensor):
         return {"output": output}
     root = ("output",) if isinstance(output, tuple | list) else ()
@@ -38,24 +39,24 @@ def all_outputs(output: Any) -> dict[str, Any]:
             f"the network gives a {type(output).__name__}; a tensor, a tuple or a mapping of tensors is needed"
         )
     leaves = [leaf for key, value in parts for leaf in _leaves(value, (*root, key), 1)]
-    # What is not nested keeps its name, whatever stands before it.
+    # Items that are not nested keep their names, whatever comes before them.
     names: dict[int, str] = {}
     for nested in (False, True):
         for index, (path, _) in enumerate(leaves):
             if (len(path) > len(root) + 1) is nested:
-                names[index] = unused("_".join(path), names.values())
+                names[index] = unused_name("_".join(path), names.values())
     return {names[index]: value for index, (_, value) in enumerate(leaves)}
 
 
-def unused(name: str, taken: Any) -> str:
-    """``name``, or where it is among those taken, with the first number from 2 on that makes another of it."""
-    found, number = name, 2
-    while found in taken:
-        found, number = f"{name}_{number}", number + 1
-    return found
+def unused_name(name: str, taken: Collection[str]) -> str:
+    """Return ``name``, or if it is taken, with the first number from 2 that makes it unique."""
+    candidate, number = name, 2
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    return candidate
 
 
-def _leaves(value: Any, path: tuple[str, ...], level: int) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(value: object, path: tuple[str, ...], level: int) -> Iterator[tuple[tuple[str, ...], object]]:
     parts = None if isinstance(value, Tensor) else _parts(value)
     if parts is None:
         yield path, value
@@ -66,8 +67,8 @@ def _leaves(value: Any, path: tuple[str, ...], level: int) -> Iterator[tuple[tup
         yield from _leaves(part, (*path, key), level + 1)
 
 
-def _parts(value: Any) -> list[tuple[str, Any]] | None:
-    """What a container holds, by its keys; None for what is no container."""
+def _parts(value: object) -> list[tuple[str, object]] | None:
+    """Return the items of a container by key, None if ``value`` is no container."""
     if isinstance(value, Mapping):
         return [(str(key), part) for key, part in value.items()]
     if isinstance(value, tuple | list):
@@ -77,7 +78,7 @@ def _parts(value: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and _odd_kind(value) is None
 
 
@@ -89,12 +90,12 @@ def _odd_kind(tensor: Tensor) -> str | None:
     return "holds complex numbers (torch.view_as_real makes real ones)" if tensor.is_complex() else None
 
 
-def unfit(value: Any, alone: Any, size: int) -> str | None:
-    """Why what a module gives cannot be an output of a file; None where it can.
+def unfit_reason(value: object, alone: object, size: int) -> str | None:
+    """Return why an output of a module cannot be an output of a file, None if it can.
 
     Args:
-        value: of a batch of ``size`` samples.
-        alone: of its first sample alone; None where that does not give it.
+        value: The output for a batch of ``size`` samples.
+        alone: The output for its first sample alone, None if there is none.
     """
     if not isinstance(value, Tensor):
         return f"is {value!r}" if value is None or isinstance(value, bool | int | float) else _typed(value)
@@ -108,12 +109,12 @@ def unfit(value: Any, alone: Any, size: int) -> str | None:
     if value.dim() == 0:
         return "is one number for the whole batch"
     if not isinstance(alone, Tensor):
-        return "is not given for every batch"
+        return "is not returned for every batch"
     if value.shape[0] != size or alone.shape[:1] != (1,) or alone.shape[1:] != value.shape[1:]:
         shapes = f"{tuple(value.shape)} for {size} samples and {tuple(alone.shape)} for one"
         return f"does not have the batch, and that alone, as its first axis ({shapes})"
     return "is empty" if value.numel() == 0 else None
 
 
-def _typed(value: Any) -> str:
+def _typed(value: object) -> str:
     return f"is of type {type(value).__name__}"

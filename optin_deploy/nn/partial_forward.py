@@ -1,13 +1,13 @@
-"""Running part of a network: resume at a block with the outputs of those before it given, and stop behind one."""
+"""Run part of a network: replay stored outputs of blocks, and stop after a block."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from optin_deploy.nn.batches import PyTree
 from optin_deploy.nn.hooks import forward_hooks
 
 
@@ -16,10 +16,12 @@ class _Stopped(Exception):  # noqa: N818 - not an error
 
 
 @contextmanager
-def resumed(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """While the context lasts, the named blocks return ``outputs[name]`` at once instead of running."""
+def replay_blocks(module: nn.Module, outputs: Mapping[str, PyTree]) -> Iterator[None]:
+    """Let the named blocks return ``outputs[name]`` instead of running while the context lasts."""
     blocks = {name: module.get_submodule(name) for name in outputs}
-    overridden: dict[str, Any] = {name: block.__dict__.get("forward") for name, block in blocks.items()}
+    overridden: dict[str, Callable[..., PyTree] | None] = {
+        name: block.__dict__.get("forward") for name, block in blocks.items()
+    }
     try:
         for name, block in blocks.items():
             block.forward = _returning(outputs[name])
@@ -27,20 +29,20 @@ def resumed(module: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for name, block in blocks.items():
             del block.forward
-            if overridden[name] is not None:
-                block.forward = overridden[name]
+            if (forward := overridden[name]) is not None:
+                block.forward = forward
 
 
-def _returning(output: Any) -> Any:
-    def forward(*_: Any, **__: Any) -> Any:
+def _returning(output: PyTree) -> Callable[..., PyTree]:
+    def forward(*_: object, **__: object) -> PyTree:
         return output
 
     return forward
 
 
-def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> Any:
+def forward_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> PyTree:
     """Run ``module`` on ``inputs`` up to the end of ``block`` and return that block's output."""
-    result: list[Any] = []
+    result: list[PyTree] = []
 
     def stop(_: str, __: nn.Module, ___: object, output: object) -> None:
         result.append(output)
@@ -55,49 +57,49 @@ def run_until(module: nn.Module, inputs: Mapping[str, Tensor], block: str) -> An
 
 
 @contextmanager
-def recorded_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def record_outputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, PyTree]]:
     """Collect the outputs of the named modules, as they are, while the context lasts.
 
-    Tensors from a module that runs several times are put one behind the other along the first axis.
+    Tensors of a module that runs several times are concatenated along the first axis.
     """
-    seen: dict[str, Any] = {}
+    seen: dict[str, PyTree] = {}
 
     def record(name: str, _: nn.Module, __: object, output: object) -> None:
-        seen[name] = behind(seen.get(name), output)
+        seen[name] = cat_batch(seen.get(name), output)
 
     with forward_hooks(module, names, after=record):
         yield seen
 
 
 @contextmanager
-def recorded_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Collect the first input of each of the named modules while the context lasts; of several runs as for outputs."""
+def record_inputs(module: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Collect the first input of each named module while the context lasts; several runs are concatenated."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen[name] = behind(seen.get(name), args[0] if args else next(iter(kwargs.values())))
+        seen[name] = cat_batch(seen.get(name), args[0] if args else next(iter(kwargs.values())))
 
     with forward_hooks(module, names, before=record):
         yield seen
 
 
-def behind(before: Any, now: Any) -> Any:
-    """``now`` behind what there was ``before``, if both are tensors of one shape but for the first axis."""
+def cat_batch(before: PyTree, now: PyTree) -> PyTree:
+    """Return ``now`` appended to ``before`` if both are tensors that differ in the first axis only, else ``now``."""
     if isinstance(before, Tensor) and isinstance(now, Tensor) and before.shape[1:] == now.shape[1:] and now.dim():
         return torch.cat([before, now])
     return now
 
 
-def hollow_out(outputs: dict[str, Any]) -> None:
-    """Keep no more of outputs for `resumed` than their shapes, in place: enough where blocks are only skipped."""
+def keep_shapes_only(outputs: dict[str, PyTree]) -> None:
+    """Replace stored outputs by zero-stride tensors of the same shape, in place: enough for blocks that are skipped."""
     for name, output in outputs.items():
         outputs[name] = _hollow(output)
 
 
-def _hollow(output: Any) -> Any:
-    """NaN of the same shapes, in no memory."""
+def _hollow(output: PyTree) -> PyTree:
+    """Return NaN (or zero) of the same shapes, without the memory."""
 
-    def each(tensor: Tensor) -> Tensor:
+    def hollow(tensor: Tensor) -> Tensor:
         return tensor.new_full((), float("nan") if tensor.is_floating_point() else 0).expand(tensor.shape)
 
-    return tree_map_only(Tensor, each, output)
+    return tree_map_only(Tensor, hollow, output)

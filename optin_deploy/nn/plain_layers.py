@@ -1,4 +1,4 @@
-"""Linear layers and convolutions that compute what their class says, and subclasses that change weights only."""
+"""Linear layers and convolutions with torch's forward, and subclasses that only change the weights."""
 
 from typing import Any
 
@@ -16,30 +16,30 @@ _BASES: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
 )
 _SEED = 0
-# What a forward of anybody's may raise that is given noise.
+# Errors that a forward may raise for noise.
 _UNFIT = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def base_of(layer: nn.Module) -> type[nn.Module] | None:
-    """The class of torch's that a linear layer or convolution is of, None for others."""
+    """Return torch's class of a linear layer or convolution, None for other modules."""
     return next((base for base in _BASES if isinstance(layer, base)), None)
 
 
 def has_own_forward(layer: nn.Module) -> bool:
-    """Whether a linear layer or convolution computes in another function than its class of torch's."""
+    """Return whether a linear layer or convolution has another forward than torch's class."""
     base = base_of(layer)
     if base is None:
         return False
     names = ("forward", "__call__", "_conv_forward")
-    # An instance may have a function of its own, too.
+    # An instance may have a function of its own.
     return any(n in vars(layer) or getattr(type(layer), n, None) is not getattr(base, n, None) for n in names)
 
 
 @torch.no_grad()
 def computes_with_its_weights(layer: nn.Module) -> bool:
-    """Whether a linear layer or convolution gives its weights times its input plus its bias.
+    """Return whether a linear layer or convolution computes weights times input plus bias.
 
-    True for torch's own; tried for those with a forward of their own.
+    Layers with a forward of their own are tried.
     """
     if not has_own_forward(layer):
         return True
@@ -53,18 +53,18 @@ def computes_with_its_weights(layer: nn.Module) -> bool:
 
 
 class _Weights(TorchFunctionMode):
-    """Notes what the linear maps in a forward pass are given, their weights and biases and what they give."""
+    """Records the inputs, weights, biases and outputs of the linear maps in a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _NAMES:
             named = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-            self.found.append((named["input"], named["weight"], named.get("bias"), given))
-        return given
+            self.calls.append((named["input"], named["weight"], named.get("bias"), output))
+        return output
 
 
 _NAMES = ("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
@@ -72,11 +72,10 @@ _NAMES = ("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in 
 
 @torch.no_grad()
 def effective_layer(layer: nn.Module) -> nn.Module | None:
-    """A layer of torch's own class that computes what ``layer`` does, a subclass of it with a forward of its own; None
-    where there is none or ``layer`` is no such.
+    """Return a layer of torch's own class that computes the same as ``layer``, a subclass with its own forward.
 
-    Weight standardisation, equalised learning rates and the like compute weights from parameters, of whatever
-    names; they are read off the call of the linear map, tried on two inputs.
+    Weight standardisation or equalised learning rates compute weights from parameters. The weights are read from the
+    call of the linear map and tried on two inputs. None if they differ, or if ``layer`` is no such subclass.
     """
     base = base_of(layer)
     weight = getattr(layer, "weight", None)
@@ -102,10 +101,10 @@ def _effective(layer: Any, base: type[nn.Module], weight: Tensor) -> nn.Module |
         x = _noise(layer, weight, number)
         with _Weights() as weights:
             expected = layer(x)
-        if len(weights.found) != 1:
+        if len(weights.calls) != 1:
             return None
-        given, effective, bias, returned = weights.found[0]
-        if given is not x or returned is not expected or effective.shape != weight.shape:
+        taken, effective, bias, returned = weights.calls[0]
+        if taken is not x or returned is not expected or effective.shape != weight.shape:
             return None
         if plain is None:
             plain = _plain(layer, base, effective, bias)
@@ -117,7 +116,7 @@ def _effective(layer: Any, base: type[nn.Module], weight: Tensor) -> nn.Module |
 
 
 def _noise(layer: Any, weight: Tensor, number: int) -> Tensor:
-    """Input for a layer, another one for each ``number``."""
+    """Return an input for a layer, different for each ``number``."""
     generator = torch.Generator().manual_seed(_SEED + number)
     if isinstance(layer, nn.Linear):
         shape: tuple[int, ...] = (2, 3 + number, layer.in_features)
@@ -128,7 +127,7 @@ def _noise(layer: Any, weight: Tensor, number: int) -> Tensor:
 
 
 def _plain(layer: Any, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the class ``base`` of the sizes of ``layer``, with these weights."""
+    """Return a layer of the class ``base`` with the sizes of ``layer`` and these weights."""
     if base is nn.Linear:
         made = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
     else:
@@ -140,11 +139,11 @@ def _plain(layer: Any, base: Any, weight: Tensor, bias: Tensor | None) -> nn.Mod
     made.weight = _parameter(weight, trained)
     if bias is not None:
         made.bias = _parameter(bias, trained)
-    # What the network around it may read.
+    # Attributes that the network around it may read.
     made.__dict__ |= {n: value for n, value in vars(layer).items() if n not in vars(made) and not callable(value)}
     return made.train(layer.training)
 
 
 def _parameter(tensor: Tensor, trained: bool) -> nn.Parameter:
-    # A parameter that is used as it is stays the same one, so that tied weights stay tied.
+    # An unchanged parameter stays the same object, so that tied weights stay tied.
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach().clone(), requires_grad=trained)

@@ -1,4 +1,4 @@
-"""Sentence embeddings: how token features are pooled and projected, and how two embeddings are compared.
+"""Sentence embeddings: pooling and projection of token features, and similarity of two embeddings.
 
 The arithmetic is that of the sentence-transformers library (Reimers and Gurevych, 2019).
 """
@@ -16,17 +16,17 @@ logger = logging.getLogger(__name__)
 FEATURES = "last_hidden_state"
 """The output of an encoder that is pooled."""
 EMBEDDING = "sentence_embedding"
-"""What the pooled output is called."""
+"""The name of the pooled output."""
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 
 
 class Pooling(nn.Module):
-    """Token features ``(batch, tokens, width)`` to one vector a text, ``(batch, modes × width)``.
+    """Pools token features ``(batch, tokens, width)`` to one vector per text, ``(batch, modes × width)``.
 
     Args:
-        modes: their vectors stand one behind the other.
-        skipped_tokens: the first so many tokens do not count: those of a prompt that is not pooled.
+        modes: Pooling modes, whose vectors are concatenated.
+        skipped_tokens: How many tokens at the beginning do not count: those of a prompt that is not pooled.
     """
 
     def __init__(self, modes: Sequence[PoolingMode], skipped_tokens: int = 0) -> None:
@@ -34,29 +34,29 @@ class Pooling(nn.Module):
         self.modes, self.skipped_tokens = tuple(modes), skipped_tokens
 
     def forward(self, features: Tensor, mask: Tensor | None) -> Tensor:
-        """``mask`` ``(batch, tokens)`` is 0 at padding, which stands behind the text; None where every token counts."""
+        """Pool ``features``. ``mask`` ``(batch, tokens)`` is 0 at padding after the text, None if all tokens count."""
         valid = torch.ones_like(features[..., 0]) if mask is None else mask.to(features.dtype)
         position = torch.arange(features.shape[1], device=features.device)[None]
         if self.skipped_tokens:
             valid = valid * (position >= self.skipped_tokens).to(valid.dtype)
-        return torch.cat([_pooled(mode, features, valid, position) for mode in self.modes], dim=-1)
+        return torch.cat([_pool(mode, features, valid, position) for mode in self.modes], dim=-1)
 
 
-def _pooled(mode: PoolingMode, features: Tensor, valid: Tensor, position: Tensor) -> Tensor:
+def _pool(mode: PoolingMode, features: Tensor, valid: Tensor, position: Tensor) -> Tensor:
     if mode == "max":
         return features.masked_fill(valid[..., None] == 0, -torch.inf).amax(1)
     if mode in ("cls", "lasttoken"):
         # The first or the last token that counts.
         rank = valid if mode == "cls" else position.to(valid.dtype) * valid
-        place = rank.argmax(1, keepdim=True)
-        return features.gather(1, place[..., None].expand(-1, -1, features.shape[-1]))[:, 0]
+        index = rank.argmax(1, keepdim=True)
+        return features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))[:, 0]
     weights = valid * (position + 1).to(valid.dtype) if mode == "weightedmean" else valid
     total, count = (features * weights[..., None]).sum(1), weights.sum(1, keepdim=True).clamp(min=1e-9)
     return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
 
 
 class Dense(nn.Module):
-    """A linear layer, an activation and, where ``residual`` is set, the input or a projection of it added."""
+    """A linear layer, an activation and, if ``residual`` is set, the input or a projection of it added."""
 
     def __init__(self, inputs: int, outputs: int, activation: nn.Module, *, bias: bool, residual: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """A layer norm under the name that sentence-transformers saves it by."""
+    """A layer norm with the parameter names of sentence-transformers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class LayerNorm(nn.Module):
 
 
 class Normalize(nn.Module):
-    """Vectors of length 1."""
+    """Scales vectors to length 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, width)`` to the same shape."""
@@ -95,7 +95,7 @@ class Normalize(nn.Module):
 
 
 class SentenceHead(nn.Module):
-    """What follows an encoder: pooling, then the layers of the model, computed in float32 at least."""
+    """The layers after an encoder: pooling in float32 at least, then the layers of the model."""
 
     def __init__(self, pooling: Pooling, layers: Sequence[nn.Module] = ()) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ class Sentences:
     """How a network makes sentence embeddings, and how they are compared.
 
     Attributes:
-        head: in eval mode, on the CPU, in float32.
-        files: name -> content of the files of sentence-transformers that say so; none for a plain encoder.
+        head: In eval mode, on the CPU, in float32.
+        files: Name -> content of the sentence-transformers files that define it; none for a plain encoder.
     """
 
     head: SentenceHead = field(default_factory=lambda: SentenceHead(Pooling(["mean"])).eval())
@@ -124,12 +124,12 @@ class Sentences:
 
     @property
     def is_default(self) -> bool:
-        """Whether nothing says how: the mean over tokens, compared by cosine."""
+        """Whether no file defines it: the mean over tokens, compared by cosine."""
         return not self.files
 
 
 def tell_default(name: str) -> None:
-    """Log that nothing says how the network of that name makes sentence embeddings."""
+    """Log that no file defines the sentence embeddings of the network ``name``."""
     logger.warning(
         "%s has no modules.json of sentence-transformers: its sentence embeddings are the mean over tokens, compared "
         "by cosine",
@@ -138,7 +138,7 @@ def tell_default(name: str) -> None:
 
 
 def similarity(kind: Similarity, a: Tensor, b: Tensor) -> Tensor:
-    """How alike the rows of two matrices ``(n, size)`` are, ``(n,)``; of distances the negative."""
+    """Return the similarity ``(n,)`` of the rows of two matrices ``(n, size)``; distances are negated."""
     if kind == "cosine":
         return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)
     if kind == "dot":

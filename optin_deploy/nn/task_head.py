@@ -1,4 +1,4 @@
-"""What the numbers of a network's logits mean, and the answers that they give."""
+"""The meaning of a network's logits, and the answers that they stand for."""
 
 from typing import Literal, get_args
 
@@ -6,26 +6,26 @@ from torch import Tensor
 
 from optin_deploy.errors import UserError
 
-# "classes": one of several classes (softmax). "binary": every number is a yes/no question of its own (sigmoid), as in
-# heads of one logit and multi-label heads. "regression": plain numbers.
+# "classes": one of several classes (softmax). "binary": every number is a separate yes/no question (sigmoid), as in
+# heads with one logit and multi-label heads. "regression": plain numbers.
 HeadKind = Literal["classes", "binary", "regression"]
 
 
 def class_axis(logits: Tensor) -> int:
-    """The axis of the classes: the second of a map ``(batch, classes, [depth,] height, width)``, else the last."""
+    """Return the axis of the classes: 1 for maps ``(batch, classes, [depth,] height, width)``, else the last."""
     return 1 if logits.dim() >= 4 else -1
 
 
 def is_single(logits: Tensor) -> bool:
-    """Whether there is one number for each sample, token or pixel; ``(batch,)`` is one for each sample."""
+    """Return whether there is one number for each sample, token or pixel. ``(batch,)`` has one for each sample."""
     return logits.dim() == 1 or logits.shape[class_axis(logits)] == 1
 
 
 def head_of(logits: Tensor, said: str | None = None) -> HeadKind:
-    """What ``logits`` mean: what is ``said``; else "binary" where there is one class, whose softmax would be constant.
+    """Return the meaning of ``logits``: ``said``, or without it "binary" for one class and "classes" for more.
 
     Raises:
-        UserError: ``said`` is no `HeadKind`, or one number is said to choose between classes.
+        UserError: ``said`` is no `HeadKind`, or it is "classes" for one class.
     """
     if said is None:
         return "binary" if is_single(logits) else "classes"
@@ -41,7 +41,7 @@ def head_of(logits: Tensor, said: str | None = None) -> HeadKind:
 
 
 def answers(kind: HeadKind, logits: Tensor) -> Tensor:
-    """The answers that ``logits`` give: class numbers (the class axis goes), yes or no, or the numbers themselves.
+    """Return the answers of ``logits``: class numbers, yes or no, or the numbers themselves.
 
     Args:
         logits: ``(batch, classes)``, ``(batch, tokens, classes)`` or ``(batch, classes, height, width)``.
@@ -55,7 +55,7 @@ def answers(kind: HeadKind, logits: Tensor) -> Tensor:
 
 
 def probabilities(kind: HeadKind, rows: Tensor) -> Tensor:
-    """Of the classes, or of every yes, for logits ``(rows, classes)``; plain numbers as they are."""
+    """Return the probabilities of the classes, or of yes, for logits ``(rows, classes)``; plain numbers as they are."""
     if kind == "classes":
         return rows.softmax(1)
     return rows.sigmoid() if kind == "binary" else rows

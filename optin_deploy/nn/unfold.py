@@ -1,4 +1,4 @@
-"""Projections, linear or convolutional, as one matrix product: rows of a design matrix times a weight matrix."""
+"""Linear layers and convolutions as one matrix product: rows of a design matrix times a weight matrix."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Neighbouring positions of a map tell much the same: of more rows than this a batch gives a random part.
+# Neighbouring positions of a map are similar, so a random part of more rows than this is used of a batch.
 ROWS = 8_192
 
 
@@ -18,10 +18,10 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of what size a convolution's output is, along each of its one to three axes; padding is what `F.pad` takes,
-    before and after, beginning with the last axis.
+    """The geometry of a convolution along its one to three axes. Padding has the order of `F.pad`: before and after,
+    beginning with the last axis.
 
-    A transposed convolution is one of stride 1 with a turned kernel, on an input with zeros ``between`` its pixels.
+    A transposed convolution is one of stride 1 with a flipped kernel, on an input with zeros ``between`` its pixels.
     """
 
     kernel: tuple[int, ...]
@@ -32,7 +32,7 @@ class Geometry:
 
     @classmethod
     def of(cls, conv: Conv) -> "Geometry":
-        """The geometry of ``conv``."""
+        """Return the geometry of ``conv``."""
         padding: list[int] = []
         # F.pad begins with the last axis.
         for axis in reversed(range(len(conv.kernel_size))):
@@ -51,7 +51,7 @@ class Geometry:
         return cls(conv.kernel_size, conv.stride, conv.dilation, tuple(padding))
 
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of the output for an input of these sizes."""
+        """Return the sizes of the output for an input of ``size``."""
         edges = zip(self.padding[-2::-2], self.padding[::-2], strict=True)
         between = self.between or (0,) * len(size)
         padded = [(n - 1) * (zeros + 1) + 1 + sum(e) for n, zeros, e in zip(size, between, edges, strict=True)]
@@ -59,13 +59,13 @@ class Geometry:
         return tuple((n - r) // step + 1 for n, r, step in zip(padded, reach, self.stride, strict=True))
 
     def patches(self, x: Tensor, mode: str = "constant") -> Tensor:
-        """What the kernel sees of ``x`` ``(batch, channels, …)``: ``(batch, positions, channels · kernel size)``."""
+        """Return the patches of ``x`` ``(batch, channels, …)``: ``(batch, positions, channels · kernel size)``."""
         if any(self.between):
             wide = x.new_zeros(
                 (*x.shape[:2], *((n - 1) * (z + 1) + 1 for n, z in zip(x.shape[2:], self.between, strict=True)))
             )
-            places = [slice(None, None, zeros + 1) for zeros in self.between]
-            wide[(slice(None), slice(None), *places)] = x
+            steps = [slice(None, None, zeros + 1) for zeros in self.between]
+            wide[(slice(None), slice(None), *steps)] = x
             x = wide
         return self._unfolded(F.pad(x, self.padding, mode=mode))
 
@@ -75,24 +75,24 @@ class Geometry:
             x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
         if len(kernel) == 2:
             return F.unfold(x, kernel, dilation=dilation, stride=stride).transpose(1, 2)
-        # torch unfolds pictures only: those at the depths that each row of the kernel sees.
+        # torch only unfolds images, so the images at the depths of each row of the kernel are unfolded.
         depths = (x.shape[2] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
-        seen = []
+        unfolded = []
         for k in range(kernel[0]):
             start = k * dilation[0]
-            pictures = x[:, :, start : start + (depths - 1) * stride[0] + 1 : stride[0]].transpose(1, 2)
-            columns = F.unfold(pictures.flatten(0, 1), kernel[1:], dilation=dilation[1:], stride=stride[1:])
-            seen.append(columns.unflatten(0, (-1, depths)).unflatten(2, (x.shape[1], -1)))
+            images = x[:, :, start : start + (depths - 1) * stride[0] + 1 : stride[0]].transpose(1, 2)
+            columns = F.unfold(images.flatten(0, 1), kernel[1:], dilation=dilation[1:], stride=stride[1:])
+            unfolded.append(columns.unflatten(0, (-1, depths)).unflatten(2, (x.shape[1], -1)))
         # (batch, depths, channels, kernel's depths, rest of the kernel, pixels)
-        return torch.stack(seen, 3).permute(0, 1, 5, 2, 3, 4).flatten(3).flatten(1, 2)
+        return torch.stack(unfolded, 3).permute(0, 1, 5, 2, 3, 4).flatten(3).flatten(1, 2)
 
 
 def design(projection: nn.Module, x: Tensor) -> Tensor:
-    """What the weights of ``projection`` see of its input ``x``: ``(batch, positions, features)``.
+    """Return the unfolded input ``(batch, positions, features)`` of ``projection``.
 
-    ``design(p, x) @ weight_matrix(p).T + p.bias`` is ``p(x)``, channels last. For a linear layer it is ``x`` itself,
-    for a convolution (not a grouped one) its patches: ``(batch, positions, channels · kernel size)``, ordered channel,
-    then as the kernel.
+    ``design(p, x) @ weight_matrix(p).T + p.bias`` is ``p(x)``, channels last. For a linear layer the unfolded input is
+    ``x``, for an ungrouped convolution its patches ``(batch, positions, channels · kernel size)``, ordered by channel
+    and then as the kernel.
     """
     if isinstance(projection, nn.Linear):
         return x
@@ -101,39 +101,41 @@ def design(projection: nn.Module, x: Tensor) -> Tensor:
 
 
 def some_rows(count: int, most: int = ROWS) -> Tensor | slice:
-    """Which of a batch's rows are enough for second moments: all, or ``most`` of them at random, always the same."""
+    """Return indices of rows for second moments: all of ``count``, or ``most`` of them at random, always the same."""
     if count <= most:
         return slice(None)
     return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:most].sort().values
 
 
 def design_rows(projection: nn.Module, x: Tensor, rows: Tensor | slice, valid: Tensor | None = None) -> Tensor:
-    """Some rows of `design`, of all samples one behind the other without padding: ``(rows, features)``.
+    """Return some rows of `design` of all samples, without padding: ``(rows, features)``.
 
-    Of a map's patches no more than one sample's are in memory, where ``rows`` are indices (in ascending order).
+    If ``rows`` are indices (in ascending order), only one sample's patches of a map are in memory at a time.
     """
     if isinstance(rows, slice) or isinstance(projection, nn.Linear):
         return valid_rows(design(projection, x), valid)[rows]
-    found, rows = [], rows.to(x.device)
+    selected, rows = [], rows.to(x.device)
     for number, sample in enumerate(x.split(1)):
         patches = design(projection, sample)[0]
         here = rows - number * len(patches)
-        found.append(patches[here[(here >= 0) & (here < len(patches))]])
-    return torch.cat(found)
+        selected.append(patches[here[(here >= 0) & (here < len(patches))]])
+    return torch.cat(selected)
 
 
 def feature_dim(layer: nn.Module, axis: Literal["out", "in"]) -> int:
-    """Which dimension of the weights of ``layer`` its output or input features lie along; both along the first one in
-    a grouped transposed convolution, of whose units outputs and inputs are the same."""
+    """Return the dimension of the output or input features in the weights of ``layer``.
+
+    In a grouped transposed convolution both are 0, because its outputs and inputs belong to the same units.
+    """
     if isinstance(layer, Transposed):
         return int(axis == "out" and layer.groups == 1)
     return int(axis == "in")
 
 
 def weight_matrix(projection: nn.Module) -> Tensor:
-    """The weights as ``(outputs, features)``; the features are the columns of `design`."""
+    """Return the weights as ``(outputs, features)``; the features are the columns of `design`."""
     weight = projection.get_parameter("weight")
-    return (_turned(weight) if isinstance(projection, Transposed) else weight).flatten(1)
+    return (_flip_kernels(weight) if isinstance(projection, Transposed) else weight).flatten(1)
 
 
 @torch.no_grad()
@@ -141,30 +143,30 @@ def set_weight_matrix(projection: nn.Module, matrix: Tensor) -> None:
     """Write ``(outputs, features)`` into the weights, in place."""
     weight = projection.get_parameter("weight")
     if isinstance(projection, Transposed):
-        weight.copy_(_turned(matrix.reshape(len(matrix), len(weight), *weight.shape[2:])))
+        weight.copy_(_flip_kernels(matrix.reshape(len(matrix), len(weight), *weight.shape[2:])))
     else:
         weight.copy_(matrix.reshape(weight.shape))
 
 
-def _turned(kernels: Tensor) -> Tensor:
-    """Kernels ``(a, b, …)`` of a transposed convolution as those of a plain one, and back."""
+def _flip_kernels(kernels: Tensor) -> Tensor:
+    """Convert kernels ``(a, b, …)`` of a transposed convolution to those of a plain one, or back."""
     return kernels.transpose(0, 1).flip(tuple(range(2, kernels.dim())))
 
 
 def columns_per_unit(projection: nn.Module, width: int) -> int:
-    """How many columns of `design` belong to one unit of ``width`` input features or channels."""
+    """Return how many columns of `design` belong to one unit of ``width`` input features or channels."""
     return width if isinstance(projection, nn.Linear) else width * _conv(projection).weight[0, 0].numel()
 
 
 def valid_rows(x: Tensor, valid: Tensor | None) -> Tensor:
-    """``(…, features)`` as ``(rows, features)``, padding left out where ``valid`` has an entry for each row."""
+    """Return ``(…, features)`` as ``(rows, features)``, without padding if ``valid`` has an entry for each row."""
     rows = x.flatten(0, -2)
     return rows[valid.flatten()] if valid is not None and valid.numel() == len(rows) else rows
 
 
-def columns_of(units: Tensor, each: int) -> Tensor:
-    """Indices of the columns of `design` that belong to ``units``, in order, ``each`` consecutive ones per unit."""
-    return (units[:, None] * each + torch.arange(each, device=units.device)).reshape(-1)
+def columns_of(units: Tensor, per_unit: int) -> Tensor:
+    """Return the indices of the columns of `design` that belong to ``units``, in order, ``per_unit`` for each."""
+    return (units[:, None] * per_unit + torch.arange(per_unit, device=units.device)).reshape(-1)
 
 
 def _conv(projection: nn.Module) -> Conv:

@@ -14,18 +14,18 @@ The closed form is that of low-rank approximation in a data metric (Eckart & You
 arXiv 2602.05243.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
-from optin_deploy.nn.copies import copied
-from optin_deploy.structure.groups import Group, OutputSlice, Structure
+from optin_deploy.nn.copies import copy_module
+from optin_deploy.nn.hooks import Hook, forward_hooks
+from optin_deploy.structure.groups import Group, OutputSlice, Structure, projections
 from optin_deploy.structure.head_width import change_basis
 
 # Added to the diagonal of second moments, relative to its mean: directions that do not occur must be invertible.
@@ -80,7 +80,7 @@ def _copied(module: nn.Module, groups: Sequence[Group]) -> nn.Module:
     changed = {*(g.output for g in groups), *(rows.module for rows in qkv)}
     apart = {id(t) for name in changed for t in module.get_submodule(name).state_dict(keep_vars=True).values()}
     every = (*module.parameters(), *module.buffers())
-    return copied(module, {id(t): t for t in every if id(t) not in apart})
+    return copy_module(module, {id(t): t for t in every if id(t) not in apart})
 
 
 def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]) -> dict[str, _Sums]:
@@ -92,27 +92,26 @@ def _moments(network: Network, groups: Sequence[Group], batches: Sequence[Batch]
             for group in groups:
                 found = sums.setdefault(group.name, _Sums())
                 for name, hook in _hooks(group, found, valid):
-                    handle = network.module.get_submodule(name).register_forward_hook(hook)
-                    stack.callback(handle.remove)
+                    stack.enter_context(forward_hooks(network.module, [name], after=hook))
             network.forward(batch)
     return {name: found.over(ranks_of(batches)) for name, found in sums.items()}
 
 
-def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, Callable[..., None]]]:
+def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, Hook]]:
     """Module names, and hooks that add to the sums what passes there: it is not kept."""
     rows, key_rows = _rows(group)
 
-    def queries(_: nn.Module, __: Any, output: Tensor) -> None:
+    def queries(_: str, __: nn.Module, ___: object, output: Tensor) -> None:
         found.queries = found.queries + _second(_heads(rows, output, group.units, _fitting(valid, output)))
 
-    def keys(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keys(_: str, __: nn.Module, ___: object, output: Tensor) -> None:
         mask = _fitting(valid, output)
         each = _heads(key_rows, output, group.units, mask)
         count = each.new_tensor(each.shape[1]) if mask is None else mask.sum(1).reshape(-1, 1, 1, 1)
         each = each - each.sum(1, keepdim=True) / count
         found.keys = found.keys + _second(each if mask is None else each * mask[:, :, None, None])
 
-    def given(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+    def given(_: str, __: nn.Module, args: tuple[Tensor, ...], ___: object) -> None:
         mask = _fitting(valid, args[0])
         each = _heads(OutputSlice(group.output), args[0], group.units, mask)
         found.given = found.given + _second(each)
@@ -123,8 +122,8 @@ def _hooks(group: Group, found: _Sums, valid: Tensor | None) -> list[tuple[str, 
 
 
 def _rows(group: Group) -> tuple[OutputSlice, OutputSlice]:
-    assert group.qkv is not None
-    return group.qkv.queries, group.qkv.keys
+    qkv = projections(group)
+    return qkv.queries, qkv.keys
 
 
 def _fitting(valid: Tensor | None, features: Tensor) -> Tensor | None:

@@ -27,8 +27,8 @@ from optin_deploy.search.knapsack import Budget, check_budget, search, search_al
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
-from optin_deploy.structure.unpruned import UNCOUNTED, never_pruned, unpruned
+from optin_deploy.structure.slicing import slice_network
+from optin_deploy.structure.unpruned import UNCOUNTED, find_unpruned, never_pruned
 from optin_deploy.tokens.costs import token_costs
 from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.find_stack import token_stack
@@ -190,7 +190,7 @@ def check_share(flops: float) -> None:
 
 def _nothing_prunable(network: Network, structure: Structure) -> str:
     """Return the message that says where the FLOPs are and which modules could be pruned."""
-    largest = unpruned(network.module, structure, network.inputs)[:_LARGEST]
+    largest = find_unpruned(network.module, structure, network.inputs)[:_LARGEST]
     parts = [f"{left.module} ({100 * left.flops_share:.1f} %: {left.reason})" for left in largest]
     named = {left.module for left in largest}
     uncounted = [(n, m) for n, m in network.module.named_modules() if isinstance(m, UNCOUNTED) and n not in named]
@@ -351,7 +351,7 @@ def remove(
     Raises:
         GateError: the sliced network does not compute what the masked one does. Not checked without ``batches``.
     """
-    small = sliced(dense.module, structure, plan)
+    small = slice_network(dense.module, structure, plan)
     if batches:
         check_cut(dense, small, structure, plan, batches)
     _compensate(dense, small, structure, plan, batches, ridge)
@@ -379,7 +379,7 @@ def remove_more(
     """
     plan, small = before
     together = step[1].after(plan)
-    smaller = sliced(small, *step)
+    smaller = slice_network(small, *step)
     check_cut(dense.with_module(small), smaller, *step, batches)
     _compensate(dense, smaller, anatomy.structure, together, batches, ridge)
     _refit_classifier(dense, smaller, batches, ridge)

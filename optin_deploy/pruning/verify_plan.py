@@ -12,8 +12,8 @@ from optin_deploy.errors import GateError
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.verify import failing, reason
-from optin_deploy.structure.verify_slices import compared
+from optin_deploy.structure.verify import find_failing, reason
+from optin_deploy.structure.verify_slices import compare_slices
 
 # Of the sample batch and of a calibration batch: two samples differ, and more take longer.
 _SAMPLES = 2
@@ -43,10 +43,10 @@ def _difference(
     kept = {g.name: plan.units(g) for g in structure.groups}
     cut = [g for g in structure.groups if len(kept[g.name]) < g.units]
     for inputs in _inputs(network, batches):
-        verdict = compared(network.module, small, cut, kept, inputs)
+        verdict = compare_slices(network.module, small, cut, kept, inputs)
         if verdict.passed:
             continue
-        alone = failing(network.module, inputs, cut, lambda group: kept[group.name])
+        alone = find_failing(network.module, inputs, cut, lambda group: kept[group.name])
         left = sum(len(kept[g.name]) for g in cut)
         together = {"the network": reason(left, sum(g.units for g in cut), verdict.error, verdict.largest)}
         name, why = next(iter((alone or together).items()))

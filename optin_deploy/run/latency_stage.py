@@ -9,7 +9,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.latency.budget import LatencySearch, LatencySolution, solve_latency_budget
 from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.network import Network
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.report.schema import LatencyBudget, LatencyRound
 from optin_deploy.run import run_directory
 from optin_deploy.run.context import RunContext
@@ -59,7 +59,7 @@ def plan_for_latency(
     prepared, recipe = context.prepared, context.recipe
     deployed = prepared.deployed(dense)
     if prepared.device.type != "cpu":
-        deployed = deployed.with_module(copied(deployed.module).cpu())
+        deployed = deployed.with_module(copy_module(deployed.module).cpu())
     fraction = latency_fraction(recipe, tables)
     with context.stages.stage("meet the latency"):
         search = LatencySearch(

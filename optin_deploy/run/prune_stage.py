@@ -35,7 +35,7 @@ from optin_deploy.run.latency_stage import latency_fraction, plan_for_latency
 from optin_deploy.run.prepare import PreparedRun, scoring_of
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.paths import regular
@@ -227,7 +227,7 @@ def _settings(recipe: Recipe, flops: float) -> PruneSettings:
 def _keep_all_units(context: RunContext) -> tuple[Plan, nn.Module]:
     structure = context.anatomy.structure
     plan = Plan({group.name: tuple(range(group.units)) for group in structure.groups})
-    return plan, sliced(context.network.module, structure, plan)
+    return plan, slice_network(context.network.module, structure, plan)
 
 
 def _schedule_tokens(context: RunContext, scored: _Scored) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from optin_deploy.run.measure_stages import DeploymentResults
 from optin_deploy.run.prepare import VERSION
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.unpruned import unpruned
+from optin_deploy.structure.unpruned import find_unpruned
 from profilers import Measurement, environment, lacking_device
 
 
@@ -68,7 +68,7 @@ def build_report(context: RunContext, pruned: PrunedRun, results: StageResults, 
         dense=dense_size,
         pruned=pruned_size,
         plan=_plan_entries(context, pruned.plan),
-        left_dense=list(unpruned(network.module, structure, network.inputs)),
+        left_dense=list(find_unpruned(network.module, structure, network.inputs)),
         sparsity=measure_sparsity(pruned.network.module, structure, pruned.network.inputs) if sparse else None,
         agreement=outputs.agreement,
         pictures=outputs.pictures,

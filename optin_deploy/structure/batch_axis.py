@@ -1,4 +1,4 @@
-"""Where the samples of a batch lie: scores and repair stack copies of a batch along the first axis, and count rows."""
+"""Groups whose batch axis is not the first: scoring and compensation stack batches along that axis and count rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,11 +10,11 @@ from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.structure.groups import Group
 
 
-def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[str, str]:
-    """Which of these groups have a projection that runs on inputs of different shapes, and why that is a reason.
+def find_varying_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[str, str]:
+    """Return the groups whose projection runs on inputs of different shapes: group name -> reason.
 
     Args:
-        calls: of a forward pass.
+        calls: The calls of a forward pass.
     """
     shapes: dict[str, set[torch.Size]] = {}
     for call in calls:
@@ -25,12 +25,12 @@ def of_several_shapes(calls: Sequence[Call], groups: Sequence[Group]) -> dict[st
 
 
 @torch.no_grad()
-def not_batch_first(
+def find_batch_not_first(
     module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group], block_of: Mapping[str, str]
 ) -> dict[str, str]:
-    """Which of these groups have samples along another axis than the first, and why that is a reason.
+    """Return the groups whose samples are along another axis than the first: group name -> reason.
 
-    Told by the shapes of a forward pass of the whole batch and of one of its first sample.
+    The shapes in a forward pass of the whole batch are compared with those of its first sample.
     """
     size = next(iter(inputs.values())).shape[0]
     if size == 1 or not groups:
@@ -40,18 +40,18 @@ def not_batch_first(
     odd = {
         n for n in names if any(s[0] != size * o[0] or s[1:] != o[1:] for s, o in zip(whole[n], one[n], strict=True))
     }
-    reason = "has sequences first and samples second (batch_first=True, where there is such a choice, helps)"
+    reason = "has sequences first and samples second: set batch_first=True if the module has it"
     return {g.name: reason for g in groups if odd & {g.output, block_of[g.name]}}
 
 
 def _shapes(module: nn.Module, names: set[str], inputs: Mapping[str, Tensor]) -> dict[str, list[torch.Size]]:
-    """Shapes of what the named modules are given and give, one run after the other."""
-    found: dict[str, list[torch.Size]] = {name: [] for name in names}
+    """Return the shapes of the inputs and outputs of the named modules, run after run."""
+    shapes: dict[str, list[torch.Size]] = {name: [] for name in names}
 
     def note(name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
         tensors = (first_tensor(args), first_tensor(output))
-        found[name] += [t.shape for t in tensors if t is not None and t.dim()]
+        shapes[name] += [t.shape for t in tensors if t is not None and t.dim()]
 
     with forward_hooks(module, names, after=note):
         module(**inputs)
-    return found
+    return shapes

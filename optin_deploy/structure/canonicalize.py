@@ -1,56 +1,55 @@
-"""What is done to a module before it is described: it computes the same, with parts that can be pruned."""
+"""Rewrite a module before it is described, so that its parts can be pruned. It computes the same."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.copies import copied
-from optin_deploy.structure.adapters.torch_attention import through_modules
-from optin_deploy.structure.parametrizations import baked
+from optin_deploy.nn.copies import copy_module
+from optin_deploy.structure.adapters.torch_attention import replace_torch_attention
+from optin_deploy.structure.parametrizations import bake_weights
 
 
 def canonicalize(module: nn.Module) -> nn.Module:
-    """``module`` unwrapped, with peft's adapters merged, computed weights baked in and torch's attentions in modules;
-    itself where it has none of these.
+    """Return ``module`` without wrappers, with peft's adapters merged, computed weights baked in and torch's attentions
+    replaced by modules. Without any of these it is returned as it is.
 
-    ``module`` is not changed; where nothing is merged, the copy shares its tensors.
+    ``module`` is not changed. If nothing is merged, the copy shares its tensors.
 
     Raises:
-        UserError: adapters cannot be merged, or weights cannot be baked in (see `baked`).
+        UserError: Adapters cannot be merged, or weights cannot be baked in (see `bake_weights`).
     """
-    return through_modules(_merged(baked(module)))
+    return replace_torch_attention(_merge_adapters(bake_weights(module)))
 
 
-def _merged(module: nn.Module) -> nn.Module:
-    """The module without peft: every adapter is merged into what it adapts."""
+def _merge_adapters(module: nn.Module) -> nn.Module:
+    """Return the module with every peft adapter merged into the layer that it adapts."""
     if not any(type(m).__module__.startswith("peft.") for m in module.modules()):
         return module
     from peft import PeftModel, PromptLearningConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    whole = copied(module)
+    whole = copy_module(module)
     for name, child in list(whole.named_modules()):
         if isinstance(child, PeftModel) and isinstance(child.active_peft_config, PromptLearningConfig):
             kind = child.active_peft_config.peft_type
             raise UserError(f"{kind} adds tokens and not weights: it cannot be merged; prune the network without it")
         if isinstance(child, PeftModel):
-            return _merged(_replaced(whole, name, _tried(child, child.merge_and_unload)))
-    # Adapters that were put into a network of another class.
+            return _merge_adapters(_replace(whole, name, _try_merge(child, child.merge_and_unload)))
+    # Adapters inside a network that is not a PeftModel.
     layers = [(name, child) for name, child in whole.named_modules() if isinstance(child, BaseTunerLayer)]
     for name, child in layers:
         if hasattr(child, "unload_and_optionally_merge_module"):
             unload = partial(child.unload_and_optionally_merge_module, merge=True, safe_merge=False, adapter_names=None)
-            whole = _replaced(whole, name, _tried(child, unload))
+            whole = _replace(whole, name, _try_merge(child, unload))
         else:
-            _tried(child, child.merge)
-            whole = _replaced(whole, name, child.get_base_layer())
+            _try_merge(child, child.merge)
+            whole = _replace(whole, name, child.get_base_layer())
     return whole
 
 
-def _tried(adapters: object, merge: Callable[[], Any]) -> Any:
+def _try_merge(adapters: object, merge: Callable[[], nn.Module]) -> nn.Module:
     try:
         return merge()
     except (AttributeError, NotImplementedError, ValueError) as error:
@@ -60,7 +59,7 @@ def _tried(adapters: object, merge: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _replaced(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
+def _replace(module: nn.Module, name: str, child: nn.Module) -> nn.Module:
     if not name:
         return child
     module.set_submodule(name, child)

@@ -12,16 +12,16 @@ from optin_deploy.nn.names import contains
 from optin_deploy.nn.plain_layers import computes_with_its_weights
 from optin_deploy.structure.adapters.conv_channels import COUPLED, channel_groups
 from optin_deploy.structure.adapters.registry import ADAPTERS, supported
-from optin_deploy.structure.batch_axis import not_batch_first, of_several_shapes
+from optin_deploy.structure.batch_axis import find_batch_not_first, find_varying_shapes
 from optin_deploy.structure.groups import Group, LeftDense, Structure, channels_last
-from optin_deploy.structure.head_width import narrowable, width_group
+from optin_deploy.structure.head_width import find_narrowable, width_group
 from optin_deploy.structure.residual import residual_stream
 from optin_deploy.structure.verify import (
-    broadcast_where_it_works,
+    broadcast_if_possible,
+    find_tied,
+    find_unsliceable,
     keep_working_placeholders,
     regroup_in_tuples,
-    tied,
-    uncuttable,
 )
 
 _LISTS = nn.ModuleList | nn.Sequential
@@ -139,9 +139,9 @@ def _computed_by_their_weights(
     odd = [g for g in alone if not computes_with_its_weights(trial.module.get_submodule(g.output))]
     reasons = {
         **{g.name: shared for g, block in groups if trial.runs[block] > 1},
-        **of_several_shapes(trial.calls, alone),
-        **not_batch_first(trial.module, trial.inputs, alone, block_of),
-        **tied(trial.module, alone),
+        **find_varying_shapes(trial.calls, alone),
+        **find_batch_not_first(trial.module, trial.inputs, alone, block_of),
+        **find_tied(trial.module, alone),
         **{g.name: f"{g.output} has a forward of its own, which gives more than its weights make" for g in odd},
     }
     return _without(groups, reasons)
@@ -150,7 +150,7 @@ def _computed_by_their_weights(
 def _interchangeable(trial: _Trial, groups: Sequence[_GroupInBlock]) -> tuple[list[_GroupInBlock], list[LeftDense]]:
     """Return the groups that can be sliced, some of them only in tuples of units, and the others."""
     alone = [g for g, _ in groups]
-    reasons = uncuttable(trial.module, trial.inputs, alone)
+    reasons = find_unsliceable(trial.module, trial.inputs, alone)
     in_tuples = regroup_in_tuples(trial.module, trial.inputs, [g for g in alone if g.name in reasons])
     changed = {g.name: g for g in in_tuples}
     still = {name: reason for name, reason in reasons.items() if name not in changed}
@@ -176,7 +176,7 @@ def _structure(trial: _Trial, groups: Sequence[_GroupInBlock], left_dense: Seque
         block = block_of[group.name]
         stream = residual_stream(trial.calls, block, group.output, group.axis)
         placed.append(replace(group, layer=blocks.index(block), stream=stream))
-    placed = _with_widths(module, inputs, broadcast_where_it_works(module, inputs, placed))
+    placed = _with_widths(module, inputs, broadcast_if_possible(module, inputs, placed))
     structure = Structure(blocks, tuple(placed), 0, tuple(left_dense))
     return replace(structure, tokens=_tokens(trial.calls, structure))
 
@@ -184,8 +184,8 @@ def _structure(trial: _Trial, groups: Sequence[_GroupInBlock], left_dense: Seque
 def _with_widths(module: nn.Module, inputs: Mapping[str, Tensor], groups: list[Group]) -> list[Group]:
     """Return the groups, each followed by the group of its width if it is of heads that can get narrower."""
     widths = {g.name: width_group(module, g) for g in groups if g.kind == "head"}
-    able = {g.name: g for g in narrowable(module, inputs, [w for w in widths.values() if w is not None])}
-    for name in uncuttable(module, inputs, list(able.values())):
+    able = {g.name: g for g in find_narrowable(module, inputs, [w for w in widths.values() if w is not None])}
+    for name in find_unsliceable(module, inputs, list(able.values())):
         del able[name]
     with_widths = []
     for group in groups:

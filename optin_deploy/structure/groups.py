@@ -1,8 +1,8 @@
-"""What can be removed from a network, as plain values.
+"""The units that can be removed from a network, as plain values.
 
-A *unit* is a head, a dimension of the width of an attention's heads, an FFN neuron or a channel of a convolution; a
-*group* is the set of interchangeable units of one module. Masking, slicing, counting and compensation all read this
-description and know no model library.
+A *unit* is a head, a dimension of the width of an attention's heads, an FFN neuron or a channel of a convolution. A
+*group* is the set of interchangeable units of one module. Masking, slicing, FLOP counting and compensation read this
+description and depend on no model library.
 """
 
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ Placeholder = Literal["constant", "constant_tuple", "pass", "pass_tuple", "no_ch
 class LayerAxis:
     """One side of a layer (linear, convolution, batch norm) whose features belong to the units of a group.
 
-    Its features are ordered part, unit, feature. ``widths`` says how many features a unit has in each part; where it is
-    empty, that is the group's width in as many parts as there is room for: a fused query-key-value projection has
-    three, most other layers one; for the width of heads, each head is a part.
+    The features are ordered part, unit, feature. ``widths`` stores how many features a unit has in each part. If it is
+    empty, every part has the group's width, and the layer has as many parts as fit: three in a fused query-key-value
+    projection, one in most other layers. For the width of heads, each head is a part.
 
-    A grouped convolution that stands between two others has but an "out" side: its inputs are those of the same units.
+    A grouped convolution between two others only has an "out" side: its inputs belong to the same units.
     """
 
     module: str
@@ -34,7 +34,7 @@ class LayerAxis:
 class TensorAxis:
     """A parameter or buffer, by its dotted name, with entries of the units of a group along ``dim``.
 
-    Ordered and counted as the features of a `LayerAxis`.
+    They are ordered and counted like the features of a `LayerAxis`.
     """
 
     tensor: str
@@ -44,24 +44,24 @@ class TensorAxis:
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """Some output features of a linear layer: part number ``part`` of its ``parts`` equal parts."""
+    """Output features of a linear layer: part number ``part`` of ``parts`` equal parts."""
 
     module: str
     part: int = 0
     parts: int = 1
 
     def of(self, features: int) -> slice:
-        """Where they are among so many features."""
+        """Return their indices among ``features``."""
         size = features // self.parts
         return slice(self.part * size, (self.part + 1) * size)
 
 
 @dataclass(frozen=True)
 class Projections:
-    """Where an attention's queries, keys and values come from.
+    """The projections to an attention's queries, keys and values.
 
-    ``scale`` is the ``(module, attribute)`` of the softmax's factor where the attention takes it to be the present
-    width's -1/2th power; None where it stays as it is when heads get narrower.
+    ``scale`` is the ``(module, attribute)`` of the softmax's factor if it has to be 1/√width of the sliced heads, and
+    None if it does not change when heads get narrower.
     """
 
     queries: OutputSlice
@@ -72,9 +72,9 @@ class Projections:
 
 @dataclass(frozen=True)
 class Together:
-    """Which units of a group leave together: ``size`` of them.
+    """Units of a group that can only be removed together, in tuples of ``size``.
 
-    Of n units, either those n/size apart (``strided``), which is what keeps equal parts equal, or consecutive ones.
+    Of n units, a tuple has those n/size apart (``strided``), which keeps equal parts equal, or consecutive ones.
     """
 
     size: int
@@ -85,7 +85,7 @@ class Together:
         return f"{which} leave together"
 
     def tuples(self, units: int) -> tuple[tuple[int, ...], ...]:
-        """The units that leave together, in order; each is in one tuple.
+        """Return the tuples of units in order. Every unit is in one tuple.
 
         >>> Together(2, strided=True).tuples(6)
         ((0, 3), (1, 4), (2, 5))
@@ -137,8 +137,8 @@ class CostModules:
 class Group:
     """The interchangeable units of one attention, FFN or convolution.
 
-    An adapter sets the fields up to ``placeholders`` and those of the others that its module needs. `describe` sets
-    ``layer`` and ``stream``.
+    An adapter sets the fields up to ``placeholders``, and others if its module needs them. `describe` sets ``layer``
+    and ``stream``.
 
     Attributes:
         name: The module that holds the units.
@@ -195,7 +195,7 @@ class Group:
 
     @property
     def min_units(self) -> int:
-        """The fewest units that can be kept: no unit at all would block the signal without a residual stream."""
+        """The fewest units that can be kept. Without a residual stream, removing all units would block the signal."""
         return 0 if self.stream.known and self.placeholders else self.step
 
     @property
@@ -209,13 +209,20 @@ class Group:
         return (self.together or Together(1, strided=False)).tuples(self.units)
 
     def first(self, count: int) -> tuple[int, ...]:
-        """``count`` units, a multiple of `step`, that can stay when the others leave: those of the first tuples."""
+        """Return the ``count`` units of the first tuples; ``count`` is a multiple of `step`."""
         return tuple(sorted(i for units in self.tuples[: count // self.step] for i in units))
+
+
+def projections(group: Group) -> Projections:
+    """Return the projections of heads that can get narrower, or of their width."""
+    if group.qkv is None:
+        raise ValueError(f"{group.name} has no projections to queries, keys and values")
+    return group.qkv
 
 
 @dataclass(frozen=True)
 class LeftDense:
-    """A module that looks prunable but is left as it is, and why."""
+    """A module that looks prunable but stays dense, and why."""
 
     module: str
     reason: str
@@ -223,9 +230,9 @@ class LeftDense:
 
 @dataclass(frozen=True)
 class Structure:
-    """The blocks of a network in the order they run, and the groups inside them in that order.
+    """The blocks of a network and the groups inside them, both in the order in which they run.
 
-    ``Group.layer`` is an index into ``blocks``; ``tokens`` is how many the first block gives for one sample.
+    ``Group.layer`` is an index into ``blocks``. ``tokens`` is how many tokens the first block outputs for one sample.
     """
 
     blocks: tuple[str, ...]
@@ -235,12 +242,12 @@ class Structure:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The blocks that are more than a convolution in a row of them; all where there are no others."""
+        """The blocks that are more than one convolution in a row; all blocks if there are no others."""
         whole = {self.blocks[g.layer] for g in self.groups if g.output != self.blocks[g.layer]}
         return tuple(b for b in self.blocks if b in whole) or self.blocks
 
     def group(self, name: str) -> Group:
-        """The group of that name; KeyError if there is none."""
+        """Return the group ``name``. Raises KeyError if there is none."""
         for group in self.groups:
             if group.name == name:
                 return group
@@ -251,20 +258,20 @@ class Structure:
         return next((group for group in self.groups if group.parent == parent), None)
 
     def without_widths(self) -> "Structure":
-        """The same structure with heads that stay as wide as they are."""
+        """Return the structure without the groups of heads' widths."""
         return replace(self, groups=tuple(group for group in self.groups if group.kind != "width"))
 
     def without_tuples(self) -> "Structure":
-        """The same structure with units that may leave alone."""
+        """Return the structure with units that can be removed alone."""
         return replace(self, groups=tuple(replace(group, together=None) for group in self.groups))
 
     def feature_axis(self, block: str) -> int:
-        """The axis of the output of ``block`` that holds its features: that of the last group in it."""
+        """Return the axis of the features in the output of ``block``: that of its last group."""
         layer = self.blocks.index(block)
         return next((group.axis for group in reversed(self.groups) if group.layer == layer), -1)
 
 
 def channels_last(x: Tensor, axis: int) -> Tensor:
-    """``x`` as ``(batch, …, features)``, its features lying along ``axis``: a map ``(batch, C, H, W)`` has H·W tokens
-    of width C."""
+    """Return ``x`` with the features moved from ``axis`` to the end: a map ``(batch, C, H, W)`` has H·W tokens of
+    width C."""
     return x.movedim(axis, -1)

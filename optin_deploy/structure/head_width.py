@@ -1,7 +1,7 @@
 """The width of heads: groups whose units are the dimensions of an attention's queries, keys and values.
 
-An attention is unchanged when queries, keys and values get another basis, head by head. That holds for plain attention
-only: norms of queries and keys, rotary positions, gates and the like stand against it, so it is tried.
+A plain attention computes the same in any basis of a head's queries, keys and values. With norms of queries and keys,
+rotary positions or gates it does not, so each attention is tried.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.names import join
-from optin_deploy.structure.groups import Group
+from optin_deploy.structure.groups import Group, projections
 
-# How far outputs may move, relative to their norm, under a change of basis.
+# The largest change of the outputs, relative to their norm, under a change of basis.
 _RELATIVE_TOLERANCE = 1e-3
-# Names of the attributes that hold the width of one head, and of all.
+# Names of the attributes that hold the width of a head.
 _WIDTH_NAMES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 
 
 def width_group(module: nn.Module, heads: Group) -> Group | None:
-    """The group of the width of these ``heads``, None where an adapter does not say how they can get narrower."""
+    """Return the group of the width of ``heads``, None if their adapter gives no projections."""
     if heads.qkv is None:
         return None
     attention = heads.name
@@ -46,26 +46,26 @@ def _value(module: nn.Module, attribute: tuple[str, str]) -> object:
 
 
 @torch.no_grad()
-def narrowable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
-    """Those of these groups of widths whose heads can take another basis: all are tried at once, else one by one."""
+def find_narrowable(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> list[Group]:
+    """Return the groups of widths whose heads work in another basis. All are tried at once, then one by one."""
     if not groups or _unchanged(module, inputs, groups):
         return list(groups)
     return [group for group in groups if len(groups) > 1 and _unchanged(module, inputs, [group])]
 
 
 def _unchanged(module: nn.Module, inputs: Mapping[str, Tensor], groups: Sequence[Group]) -> bool:
-    other = copied(module)
+    other = copy_module(module)
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         heads = other.get_submodule(group.output).get_parameter("weight").shape[1] // group.units
         bases = torch.randn(2, heads, group.units, group.units, generator=generator, dtype=torch.float64)
         queries, values = torch.linalg.qr(bases).Q
-        # Not orthogonal: a norm of queries and keys would not see a rotation.
+        # Not orthogonal, because a norm of queries and keys does not change under a rotation.
         stretch = torch.linspace(0.7, 1.4, group.units, dtype=queries.dtype)
         change_basis(other, group, queries * stretch, queries / stretch, values)
-    given, moved = _tensors(module(**inputs)), _tensors(other(**inputs))
+    before, after = _tensors(module(**inputs)), _tensors(other(**inputs))
     return all(
-        float((a - b).norm()) <= _RELATIVE_TOLERANCE * float(a.norm()) for a, b in zip(given, moved, strict=True)
+        float((a - b).norm()) <= _RELATIVE_TOLERANCE * float(a.norm()) for a, b in zip(before, after, strict=True)
     )
 
 
@@ -79,15 +79,15 @@ def _tensors(output: object) -> list[Tensor]:
 
 @torch.no_grad()
 def change_basis(module: nn.Module, group: Group, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Give the heads of a group of widths another basis, in place: q → q A, k → k B, v → v P.
+    """Change the basis of the heads of a group of widths, in place: q → q A, k → k B, v → v P.
 
-    The network computes the same when A Bᵀ = 1 and P is orthogonal.
+    The network computes the same if A Bᵀ = 1 and P is orthogonal.
 
     Args:
         queries, keys, values: A, B and P, ``(heads, width, width)``.
     """
-    assert group.qkv is not None
-    for rows, basis in ((group.qkv.queries, queries), (group.qkv.keys, keys), (group.qkv.values, values)):
+    qkv = projections(group)
+    for rows, basis in ((qkv.queries, queries), (qkv.keys, keys), (qkv.values, values)):
         layer = module.get_submodule(rows.module)
         for parameter in (layer.get_parameter("weight"), layer.bias):
             if isinstance(parameter, Tensor):
@@ -98,7 +98,7 @@ def change_basis(module: nn.Module, group: Group, queries: Tensor, keys: Tensor,
 
 
 def _rotated(rows: Tensor, basis: Tensor) -> Tensor:
-    """``rows`` of ``(heads · width, …)`` in the new basis of each head."""
+    """Return ``rows`` ``(heads · width, …)`` in the new basis of each head."""
     heads, width, _ = basis.shape
-    each = rows.reshape(heads, width, -1).to(basis.dtype)
-    return (basis.to(rows.device).transpose(1, 2) @ each).reshape(rows.shape)
+    by_head = rows.reshape(heads, width, -1).to(basis.dtype)
+    return (basis.to(rows.device).transpose(1, 2) @ by_head).reshape(rows.shape)

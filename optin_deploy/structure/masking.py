@@ -1,73 +1,68 @@
-"""Masks on units: forward pre-hooks on the projection behind them. Slicing is held against them, scores use them."""
+"""Mask units with hooks on the projection after them, for scoring and to verify slicing."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.structure.groups import Group, Structure
+from optin_deploy.nn.hooks import Args, Hook, Kwargs, forward_hooks
+from optin_deploy.structure.groups import Group, Structure, projections
 
 
 @contextmanager
-def masked(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor]) -> Iterator[None]:
+def mask_units(module: nn.Module, structure: Structure, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Multiply the activations of units by ``masks`` while the context lasts.
 
     Args:
-        masks: group name -> factors, of shape ``(units,)`` or, for several copies of a batch stacked along the first
-            axis, ``(copies, units)``. Gradients flow into them: the gradient of a loss for a factor is the sum over
-            tokens of gradient times activation.
+        masks: Group name -> factors ``(units,)``, or ``(copies, units)`` for copies of a batch stacked along the first
+            axis. They receive gradients: that of a factor is the sum over tokens of gradient times activation.
     """
     with ExitStack() as stack:
         for name, mask in masks.items():
             group = structure.group(name)
-            place = module.get_submodule(group.mask_at or group.output)
-            stack.callback(place.register_forward_pre_hook(_hook(group, mask)).remove)
+            places = [group.mask_at or group.output]
             if group.norm_over_units is not None:
-                norm = module.get_submodule(group.norm_over_units)
-                stack.callback(norm.register_forward_pre_hook(_hook(group, mask)).remove)
+                places.append(group.norm_over_units)
+            stack.enter_context(forward_hooks(module, places, before=_mask_input(group, mask)))
             if group.kind == "width":
-                stack.enter_context(masked_queries(module, group, mask))
+                stack.enter_context(mask_queries(module, group, mask))
         yield
 
 
 @contextmanager
-def masked_queries(module: nn.Module, group: Group, mask: Tensor) -> Iterator[None]:
-    """Multiply the dimensions of all heads' queries by ``mask`` (as for `masked`) while the context lasts."""
-    assert group.qkv is not None
-    rows = group.qkv.queries
+def mask_queries(module: nn.Module, group: Group, mask: Tensor) -> Iterator[None]:
+    """Multiply the dimensions of all heads' queries by ``mask`` (as for `mask_units`) while the context lasts."""
+    queries = projections(group).queries
 
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        part = rows.of(output.shape[-1])
-        factors = _tiled(mask, part.stop - part.start)
-        before, after = factors.new_ones(part.start), factors.new_ones(output.shape[-1] - part.stop)
-        wide = [before.expand(*factors.shape[:-1], -1), factors, after.expand(*factors.shape[:-1], -1)]
-        return _multiplied(output, torch.cat(wide, dim=-1), -1)
+    def after(_: str, __: nn.Module, ___: object, output: Tensor) -> Tensor:
+        rows = queries.of(output.shape[-1])
+        factors = _tiled(mask, rows.stop - rows.start)
+        others = [
+            factors.new_ones(n).expand(*factors.shape[:-1], -1) for n in (rows.start, output.shape[-1] - rows.stop)
+        ]
+        return _multiplied(output, torch.cat([others[0], factors, others[1]], dim=-1), -1)
 
-    handle = module.get_submodule(rows.module).register_forward_hook(hook)
-    try:
+    with forward_hooks(module, [queries.module], after=after):
         yield
-    finally:
-        handle.remove()
 
 
-def _hook(group: Group, mask: Tensor) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _mask_input(group: Group, mask: Tensor) -> Hook:
+    def before(_: str, __: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         x = args[0]
         features = _tiled(mask.repeat_interleave(group.width, dim=-1), x.shape[group.axis])
-        return (_multiplied(x, features, group.axis), *args[1:])
+        return (_multiplied(x, features, group.axis), *args[1:]), kwargs
 
-    return hook
+    return before
 
 
 def _tiled(mask: Tensor, features: int) -> Tensor:
-    """``mask`` repeated along its last axis to so many features: the width of heads is masked in each head alike."""
+    """Return ``mask`` repeated along its last axis to ``features``: a width has the same mask in every head."""
     return mask.repeat(*[1] * (mask.dim() - 1), features // mask.shape[-1])
 
 
 def _multiplied(x: Tensor, features: Tensor, axis: int) -> Tensor:
-    """``x`` times ``(features,)`` along ``axis``, or ``(copies, features)`` where copies of a batch are stacked."""
+    """Return ``x`` times ``(features,)`` along ``axis``, or ``(copies, features)`` for stacked copies of a batch."""
     along = [1] * x.dim()
     along[axis] = -1
     if features.dim() == 1:

@@ -1,7 +1,7 @@
-"""A module without what stands around it or makes its weights anew in every forward pass; it computes the same.
+"""Remove wrappers and computed weights from a module. It computes the same.
 
 ``torch.compile``, data parallelism and averaged weights are wrappers. ``weight_norm``, ``spectral_norm``,
-``parametrize`` and ``nn.utils.prune`` compute a tensor from others; the tensor itself takes their place. So it does in
+``parametrize`` and ``nn.utils.prune`` compute a tensor from others; they are replaced by the tensor itself. So are
 subclasses of linear layers and convolutions that only change the weights, like weight standardisation.
 """
 
@@ -23,7 +23,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.nn.plain_layers import effective_layer
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-# timm's averaged weights; its versions differ in which classes there are.
+# timm's averaged weights. The classes differ between versions.
 _WRAPPER_FILE = "timm.utils.model_ema"
 _QUANTIZED = (
     "torch.ao.nn.qat",
@@ -34,13 +34,13 @@ _QUANTIZED = (
 _ORIGINAL = "_torchdynamo_orig_callable"
 
 
-def baked(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` that shares the tensors that stay, or itself where there is nothing to take off.
+def bake_weights(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` without wrappers and computed weights, or ``module`` if it has none.
 
-    ``module`` is not changed.
+    ``module`` is not changed. The copy shares the tensors that stay.
 
     Raises:
-        UserError: it holds fake quantization, or a tensor that is another one each time it is computed.
+        UserError: It has fake quantization, or a tensor with another value each time it is computed.
     """
     while (inner := _inner(module)) is not None:
         module = inner
@@ -53,7 +53,7 @@ def baked(module: nn.Module) -> nn.Module:
     effective = {id(m): layer for m in module.modules() if (layer := effective_layer(m)) is not None}
     if not effective and not any(_is_wrapped(child) for child in module.modules()):
         return module
-    copied = _copied(module, effective)
+    copied = _copy_unwrapped(module, effective)
     for child in copied.modules():
         _run_plainly(child)
     # Hooks first: a parametrisation may hold a tensor that a hook computes, never the reverse.
@@ -66,7 +66,7 @@ def baked(module: nn.Module) -> nn.Module:
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """What a wrapper is around, None where ``module`` is none."""
+    """Return the module inside a wrapper, None if ``module`` is no wrapper."""
     if isinstance(module, torch._dynamo.OptimizedModule):
         return module._orig_mod
     if isinstance(module, _WRAPPERS) or type(module).__module__ == _WRAPPER_FILE:
@@ -82,14 +82,14 @@ def _is_wrapped(module: nn.Module) -> bool:
     return compiled or _inner(module) is not None or parametrize.is_parametrized(module) or any(_hooks(module))
 
 
-def _copied(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
-    """A copy that shares tensors, without wrappers, and with the modules of these ids ``replaced``."""
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+def _copy_unwrapped(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
+    """Return a copy that shares tensors, without wrappers, and with ``replaced`` modules by id."""
+    memo: dict[int, object] = {id(t): t for t in (*module.parameters(), *module.buffers())}
     for child in module.modules():
         # Computed tensors have a graph, which cannot be copied.
         memo |= {id(value): value for value in vars(child).values() if isinstance(value, Tensor)}
     memo |= replaced
-    # Inner ones first, so that what holds a wrapper finds what is inside it.
+    # Inner modules first, so that an outer wrapper finds the copies of inner ones.
     for child in reversed(list(module.modules())):
         inner = _inner(child)
         if inner is not None:
@@ -98,8 +98,8 @@ def _copied(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
 
 
 def _run_plainly(module: nn.Module) -> None:
-    """Undo ``torch.compile`` of the module and of its functions: compiled ones do not see hooks, and run another
-    module than the copy."""
+    """Undo ``torch.compile`` of the module and its functions: compiled functions ignore hooks and run the original
+    module instead of the copy."""
     module._compiled_call_impl = None
     for name, value in list(vars(module).items()):
         if not hasattr(value, _ORIGINAL):
@@ -114,8 +114,8 @@ def _run_plainly(module: nn.Module) -> None:
         module.__dict__["forward"] = MethodType(getattr(type(module).forward, _ORIGINAL), module)
 
 
-def _hooks(module: nn.Module) -> Iterator[tuple[int, Any]]:
-    """Pre-hooks that compute a tensor of the module: torch's older norms of weights, and masks."""
+def _hooks(module: nn.Module) -> Iterator[tuple[int, WeightNorm | SpectralNorm | BasePruningMethod]]:
+    """Yield the pre-hooks that compute a tensor of the module: torch's older weight norms, and pruning masks."""
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
             yield key, hook
@@ -139,8 +139,8 @@ def _take_hooks_off(module: nn.Module) -> None:
         del module._forward_pre_hooks[key]
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
             for number, other in list(hooks.items()):
-                own = getattr(other, "hook", other)
-                if isinstance(own, SpectralNormStateDictHook | SpectralNormLoadStateDictPreHook) and own.fn is hook:
+                made = getattr(other, "hook", other)
+                if isinstance(made, SpectralNormStateDictHook | SpectralNormLoadStateDictPreHook) and made.fn is hook:
                     del hooks[number]
 
 
@@ -148,7 +148,7 @@ def _take_hooks_off(module: nn.Module) -> None:
 def _take_parametrizations_off(name: str, module: Any) -> None:
     """Set every parametrised tensor to its value.
 
-    torch's own function changes the class, which the module that this one is a copy of has as well.
+    torch's own function is not used because it changes the class, which the original module shares.
     """
     training = module.training
     module.eval()
@@ -171,7 +171,7 @@ def _take_parametrizations_off(name: str, module: Any) -> None:
 
 
 def _set(module: nn.Module, name: str, value: Tensor, made_of: list[Tensor]) -> None:
-    """Give ``module`` the tensor: a parameter where it is made of one."""
+    """Set a tensor of ``module``: a parameter if it is made of one, else a buffer."""
     value = value.detach().clone()
     if any(isinstance(t, nn.Parameter) for t in made_of):
         wanted = any(t.requires_grad for t in made_of)

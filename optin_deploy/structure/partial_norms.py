@@ -1,13 +1,13 @@
-"""Norms over all units of a group when some units are gone: what they divide by still counts those, as zeros."""
+"""Norms over all units of a group after some are removed: the removed ones still count, as zeros."""
 
 import torch
 from torch import Tensor, nn
 
 
 class PartLayerNorm(nn.Module):
-    """A layer norm over ``features`` of which only some are there, the others being zero.
+    """A layer norm over ``features`` of which some are removed and count as zeros.
 
-    With K of N features x there, μ = Σ x / N and σ² = (Σ (x − μ)² + (N − K) μ²) / N.
+    With K of N features x left, μ = Σ x / N and σ² = (Σ (x − μ)² + (N − K) μ²) / N.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, features: int, eps: float, axis: int) -> None:
@@ -26,18 +26,18 @@ class PartLayerNorm(nn.Module):
 
 
 def can_shrink(norm: nn.Module) -> bool:
-    """Whether `shrunk` may do for ``norm``: a layer norm, or a weight and a bias, as global response norm has."""
+    """Return whether `shrink_norm` supports ``norm``: a layer norm, or a norm with a weight and a bias only."""
     if isinstance(norm, nn.LayerNorm):
         return len(norm.normalized_shape) == 1 and norm.weight is not None
     return isinstance(norm, PartLayerNorm) or {name for name, _ in norm.named_parameters()} == {"weight", "bias"}
 
 
 @torch.no_grad()
-def shrunk(norm: nn.Module, kept: Tensor, axis: int) -> nn.Module:
-    """What ``norm`` is when only the features ``kept`` are left, along ``axis`` of its input; it may be changed.
+def shrink_norm(norm: nn.Module, kept: Tensor, axis: int) -> nn.Module:
+    """Return ``norm`` for only the features ``kept`` along ``axis`` of its input. ``norm`` itself may be changed.
 
-    Global response norm (Woo et al., ConvNeXt V2, 2023) multiplies by the part that a channel's norm is of their mean:
-    over K of N channels the mean is N/K times as large as with zeros for the others, so weight and eps are as well.
+    Global response norm (Woo et al., ConvNeXt V2, 2023) divides a channel's norm by the mean over channels. The mean
+    over K of N channels is N/K times the mean with zeros for the others, so weight and eps are multiplied by N/K.
     """
     if isinstance(norm, nn.LayerNorm | PartLayerNorm):
         features = norm.features if isinstance(norm, PartLayerNorm) else norm.normalized_shape[0]

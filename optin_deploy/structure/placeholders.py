@@ -1,6 +1,4 @@
-"""Modules that replace what has no units left."""
-
-from typing import Any
+"""Modules that replace modules without units."""
 
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ class Constant(nn.Module):
         """The bias: modules around it, such as T5's feed-forward network, read the type of their parameters here."""
         return self.bias
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         # A copy, because the network may change it in place.
         if self.whole:
             return self.bias.expand(*x.shape[:-1], -1).clone()
@@ -33,7 +31,7 @@ class Constant(nn.Module):
 class ConstantTuple(Constant):
     """`Constant` for an attention that returns its output and its weights."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(hidden_states), None
 
 
@@ -44,7 +42,7 @@ class ConstantMap(Constant):
         super().__init__(bias, whole)
         self.geometry = Geometry.of(conv)
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
         bias = self.bias.reshape(1, -1, *(1 for _ in x.shape[2:]))
         return bias.expand(x.shape[0], -1, *self.geometry.output_size(x.shape[2:])).clone() if self.whole else bias
 
@@ -64,5 +62,5 @@ class NoChannels(nn.Module):
 class PassTuple(nn.Module):
     """Return the first input as an attention would: output and no weights."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         return hidden_states, None

@@ -60,7 +60,7 @@ def _follow_output(projection: Call, later: Sequence[Call], axis: int) -> tuple[
     parameter on the way."""
     last, norm, scale = projection, None, None
     for call in later:
-        if norm is None and scale is None and (normed := _normed(call, last.output, axis)) is not None:
+        if norm is None and scale is None and (normed := _normalise(call, last.output, axis)) is not None:
             last, norm = replace(call, output=normed), call.name
         elif scale is None and (parameter := _layer_scale(call, last.output, axis)):
             last, scale = call, f"{call.name}.{parameter}"
@@ -147,7 +147,7 @@ def _relative_error(stream: Tensor, update: Tensor, later: Tensor) -> float:
     return float((later - added).norm() / update.norm().clamp_min(1e-6 * float(later.norm())))
 
 
-def _normed(call: Call, update: Tensor | None, axis: int) -> Tensor | None:
+def _normalise(call: Call, update: Tensor | None, axis: int) -> Tensor | None:
     """Return the output of ``call`` if it is a batch norm of ``update`` and affine in each channel, else None.
 
     The norm may take tokens ``(batch, tokens, C)`` as one batch.

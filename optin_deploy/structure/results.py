@@ -8,10 +8,10 @@ class Unpruned:
     """Modules that stay dense for one reason.
 
     Attributes:
-        module: the name, with ``*`` in place of the numbers in it where there are several.
-        reason: why they stay dense.
-        flops_share: their share of the dense network's FLOPs, 0 to 1, without the groups inside them.
-        count: how many there are.
+        module: The name, with ``*`` for its numbers if there are several.
+        reason: Why they stay dense.
+        flops_share: Their share of the dense network's FLOPs, 0 to 1, without the groups inside them.
+        count: How many there are.
     """
 
     module: str

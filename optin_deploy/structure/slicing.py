@@ -1,15 +1,15 @@
-"""Cutting units out of a network: smaller parameters, no masks, no hooks."""
+"""Slice units out of a network: smaller parameters, no masks, no hooks."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.unfold import Conv, feature_dim
-from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis
-from optin_deploy.structure.partial_norms import shrunk
+from optin_deploy.structure.groups import Group, LayerAxis, Placeholder, Structure, TensorAxis, projections
+from optin_deploy.structure.partial_norms import shrink_norm
 from optin_deploy.structure.placeholders import Constant, ConstantMap, ConstantTuple, NoChannels, PassTuple
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import is_batch_norm
@@ -17,20 +17,21 @@ from optin_deploy.structure.residual import is_batch_norm
 
 @runtime_checkable
 class KeepsUnits(Protocol):
-    """A slim module that has to know which units are left of it."""
+    """A resizable module that has to know which of its units are left."""
 
     def keep_units(self, units: Tensor) -> None:
         """Keep these of the present units."""
 
 
-def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
-    """A copy of ``module`` that has only the units of ``plan``.
+def slice_network(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
+    """Return a copy of ``module`` that has only the units of ``plan``. It computes the same as the masked ``module``.
 
-    It equals the masked ``module``. Raises UserError when the plan does not fit the structure.
+    Raises:
+        UserError: The plan does not fit the structure.
     """
     plan.check(structure)
-    small = copied(module)
-    # In this order: heads leave before those that stay get narrower.
+    small = copy_module(module)
+    # Heads are removed before the others get narrower.
     for group in structure.groups:
         kept = plan.units(group)
         if len(kept) == group.units or plan.removes(group.parent):
@@ -43,16 +44,16 @@ def sliced(module: nn.Module, structure: Structure, plan: Plan) -> nn.Module:
 
 
 def features_of(units: Tensor, group: Group, features: int, widths: Sequence[int] = ()) -> Tensor:
-    """Indices of those of ``features`` that belong to ``units``, in order; ``widths`` as for `Side`."""
-    found, start = [], 0
+    """Return the indices of those of ``features`` that belong to ``units``, in order; ``widths`` as for `LayerAxis`."""
+    indices, start = [], 0
     for width in widths or (group.width,) * (features // (group.units * group.width)):
-        found.append(start + (units[:, None] * width + torch.arange(width)).reshape(-1))
+        indices.append(start + (units[:, None] * width + torch.arange(width)).reshape(-1))
         start += group.units * width
-    return torch.cat(found)
+    return torch.cat(indices)
 
 
 def query_gain(group: Group, kept: int) -> float:
-    """What queries are multiplied by where ``kept`` dimensions are left and the softmax's scale follows the width."""
+    """Return the factor of the queries when ``kept`` dimensions are left, if the softmax's scale follows the width."""
     return (kept / group.units) ** 0.5 if group.qkv is not None and group.qkv.scale is not None else 1.0
 
 
@@ -60,10 +61,10 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.kind == "width":
         _rescale_queries(module, group, len(kept))
     if group.resizable is not None:
-        slim = slimmed(module.get_submodule(group.name), group.resizable)
-        if isinstance(slim, KeepsUnits):
-            slim.keep_units(kept)
-        replace_submodule(module, group.name, slim)
+        resized = change_class(module.get_submodule(group.name), group.resizable)
+        if isinstance(resized, KeepsUnits):
+            resized.keep_units(kept)
+        replace_submodule(module, group.name, resized)
     for side in group.sides:
         layer = module.get_submodule(side.module)
         features = features_of(kept, group, layer_size(layer, side), side.widths)
@@ -74,7 +75,9 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
     if group.norm_over_units is not None:
         features = features_of(kept, group, group.units * group.width)
         replace_submodule(
-            module, group.norm_over_units, shrunk(module.get_submodule(group.norm_over_units), features, group.axis)
+            module,
+            group.norm_over_units,
+            shrink_norm(module.get_submodule(group.norm_over_units), features, group.axis),
         )
     for entries in group.entries:
         _slice_entries(module, entries, group, kept)
@@ -84,23 +87,23 @@ def _slice(module: nn.Module, group: Group, kept: Tensor) -> None:
 
 
 def _scaled(value: int | tuple[int, ...], kept: int, units: int) -> int | tuple[int, ...]:
-    """An attribute's value when ``kept`` of so many units are left; of a shape, the last axis of that size shrinks."""
+    """Return an attribute's value for ``kept`` of ``units`` units; of a shape, the last axis of that size shrinks."""
     if isinstance(value, int):
         return value * kept // units
     axis = len(value) - 1 - value[::-1].index(units)
     return (*value[:axis], kept, *value[axis + 1 :])
 
 
-def slimmed(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """``module``, with all it holds, as one of the class ``cls``, a subclass of its own with another forward."""
+def change_class(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """Return ``module``, with its attributes, as an instance of ``cls``, a subclass with another forward."""
     assert issubclass(cls, type(module))
-    slim = cls.__new__(cls)
-    slim.__dict__.update(module.__dict__)
-    return slim
+    changed = cls.__new__(cls)
+    changed.__dict__.update(module.__dict__)
+    return changed
 
 
 def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule ``name``, under all its names."""
+    """Replace the submodule ``name`` by ``new``, under all its names."""
     old = module.get_submodule(name)
     for parent in list(module.modules()):
         for child, held in list(parent._modules.items()):
@@ -109,7 +112,7 @@ def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def layer_size(layer: nn.Module, side: LayerAxis) -> int:
-    """How many features or channels a layer has on a side."""
+    """Return how many features or channels a layer has on a side."""
     if is_batch_norm(layer):
         return len(layer.get_buffer("running_mean"))
     return layer.get_parameter("weight").shape[feature_dim(layer, side.axis)]
@@ -117,20 +120,20 @@ def layer_size(layer: nn.Module, side: LayerAxis) -> int:
 
 @torch.no_grad()
 def _rescale_queries(module: nn.Module, group: Group, kept: int) -> None:
-    assert group.qkv is not None
-    if group.qkv.scale is None:
+    qkv = projections(group)
+    if qkv.scale is None:
         return
     gain = query_gain(group, kept)
-    layer = module.get_submodule(group.qkv.queries.module)
+    layer = module.get_submodule(qkv.queries.module)
     for parameter in (layer.get_parameter("weight"), layer.bias):
         if isinstance(parameter, Tensor):
-            parameter[group.qkv.queries.of(len(parameter))] *= gain
-    owner, attribute = module.get_submodule(group.qkv.scale[0]), group.qkv.scale[1]
+            parameter[qkv.queries.of(len(parameter))] *= gain
+    owner, attribute = module.get_submodule(qkv.scale[0]), qkv.scale[1]
     setattr(owner, attribute, getattr(owner, attribute) / gain)
 
 
 def _slice_layer(layer: nn.Module, side: LayerAxis, features: Tensor) -> None:
-    """Keep these outputs or inputs of a linear layer or a convolution."""
+    """Keep only these outputs or inputs of a linear layer or a convolution."""
     assert isinstance(layer, nn.Linear | Conv)
     before = layer_size(layer, side)
     layer.weight = _selected(layer.get_parameter("weight"), feature_dim(layer, side.axis), features)
@@ -150,8 +153,8 @@ def _slice_entries(module: nn.Module, entries: TensorAxis, group: Group, kept: T
     index = features_of(kept, group, tensor.shape[entries.dim], entries.widths)
     if isinstance(tensor, nn.Parameter):
         setattr(holder, name, _selected(tensor, entries.dim, index))
-        # What the module has made of the parameter and keeps is no longer right; some drop it on either change of mode,
-        # some when training begins.
+        # Values that the module has cached of the parameter are wrong now. Modules drop them when the mode
+        # changes, some only when training begins.
         training = holder.training
         holder.train(True)
         holder.train(training)
@@ -159,9 +162,9 @@ def _slice_entries(module: nn.Module, entries: TensorAxis, group: Group, kept: T
         setattr(holder, name, tensor.index_select(entries.dim, index.to(tensor.device)).contiguous())
 
 
-def _slice_norm(norm: Any, features: Tensor) -> None:
+def _slice_norm(norm: nn.Module, features: Tensor) -> None:
     if hasattr(norm, "num_features"):
-        norm.num_features = len(features)
+        norm.num_features = len(features)  # type: ignore[assignment]
     for name, parameter in list(norm.named_parameters(recurse=False)):
         setattr(norm, name, _selected(parameter, 0, features))
     for name, buffer in list(norm.named_buffers(recurse=False)):
@@ -182,7 +185,7 @@ def _put_placeholders(module: nn.Module, group: Group) -> None:
 
 
 def _replacement(kind: Placeholder, replaced: nn.Module, output: nn.Module, whole: bool) -> nn.Module:
-    """What stands in for ``replaced`` when the projection ``output`` has no inputs left."""
+    """Return the replacement of ``replaced`` when the projection ``output`` has no inputs left."""
     if kind == "no_channels":
         assert isinstance(replaced, Conv)
         return NoChannels(replaced)
@@ -199,7 +202,7 @@ def _replacement(kind: Placeholder, replaced: nn.Module, output: nn.Module, whol
 
 
 def output_bias(module: nn.Module, group: Group) -> nn.Parameter | None:
-    """The bias added behind the units of ``group``, also when no unit is left."""
+    """Return the bias of the projection of ``group``, also when no unit is left."""
     for name, kind in group.placeholders:
         placeholder = module.get_submodule(name)
         if kind.startswith("constant") and isinstance(placeholder, Constant):

@@ -1,4 +1,4 @@
-"""What of a network pruning leaves alone, why, and how many of the FLOPs it takes."""
+"""The modules that stay dense, why, and their share of the FLOPs."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,73 +7,75 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from optin_deploy.nn.flops import FlopCounts
+from optin_deploy.nn.names import is_inside, join
 from optin_deploy.nn.unfold import Conv
 from optin_deploy.structure.adapters.conv_channels import COUPLED
-from optin_deploy.structure.between_layers import obstacle
+from optin_deploy.structure.between_layers import find_obstacle
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.results import Unpruned
 
-# What no adapter has anything to say about is told where all that is like it takes this part of the FLOPs.
-_TOLD_SHARE = 0.01
-# Layers that are not pruned, and of whose FLOPs torch's counter may know nothing.
+# Modules unknown to every adapter are reported if modules of the same name pattern use this share of the FLOPs.
+_LEAST_SHARE = 0.01
+# Layers that are not pruned, and that torch's FLOP counter may not know.
 UNCOUNTED = nn.RNNBase | nn.RNNCellBase | nn.Bilinear
-# Of so many kinds of modules, the largest, it is found out what stands between their convolutions; of so many each.
+# For the largest kinds of modules, the operation between convolutions is searched in a few of each kind.
 _EXPLAINED, _TRIED = 4, 3
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Candidate:
     module: str
     reason: str
     flops: int
     refused: bool
 
 
-def unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> tuple[Unpruned, ...]:
-    """What is outside all groups of ``structure``, the largest part of the FLOPs first.
+def find_unpruned(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> tuple[Unpruned, ...]:
+    """Return the modules outside all groups of ``structure``, the largest share of the FLOPs first.
 
-    Modules that an adapter refused are told with their reason whatever they take; all others, by the outermost modules
-    that hold no group, where modules of like names take 1 % of the FLOPs or more.
+    Modules that an adapter refused are always listed with their reason. Of the others, the outermost modules without a
+    group are listed if modules of the same name pattern use at least 1 % of the FLOPs.
     """
     counts = FlopCounts(module, inputs)
     total = counts.total
-    alike: dict[tuple[str, str], list[_Found]] = {}
-    for found in _Walk(module, structure, counts).all():
-        alike.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", found.module), found.reason), []).append(found)
-    told = []
+    alike: dict[tuple[str, str], list[_Candidate]] = {}
+    for candidate in _Walk(module, structure, counts).all():
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", candidate.module)
+        alike.setdefault((pattern, candidate.reason), []).append(candidate)
+    listed = []
     for (pattern, reason), together in alike.items():
-        share = sum(found.flops for found in together) / total if total else 0.0
-        if share >= _TOLD_SHARE or any(found.refused for found in together):
+        share = sum(candidate.flops for candidate in together) / total if total else 0.0
+        if share >= _LEAST_SHARE or any(candidate.refused for candidate in together):
             name = pattern if len(together) > 1 else together[0].module
-            told.append((Unpruned(name, reason, share, len(together)), together[0]))
-    told.sort(key=lambda each: -each[0].flops_share)
-    explained = [_explained(module, inputs, each, found) for each, found in told[:_EXPLAINED]]
-    return (*explained, *(each for each, _ in told[_EXPLAINED:]))
+            listed.append((Unpruned(name, reason, share, len(together)), together[0]))
+    listed.sort(key=lambda pair: -pair[0].flops_share)
+    explained = [_explain(module, inputs, entry, example) for entry, example in listed[:_EXPLAINED]]
+    return (*explained, *(entry for entry, _ in listed[_EXPLAINED:]))
 
 
-def _explained(module: nn.Module, inputs: Mapping[str, Tensor], told: Unpruned, found: _Found) -> Unpruned:
-    """``told``, with what stands between convolutions where that is the reason."""
-    if found.module not in dict(module.named_modules()) or (found.refused and COUPLED not in found.reason):
-        return told
-    inside = module.get_submodule(found.module)
+def _explain(module: nn.Module, inputs: Mapping[str, Tensor], entry: Unpruned, example: _Candidate) -> Unpruned:
+    """Return ``entry`` with the operation between convolutions that is the reason, if there is one."""
+    if example.module not in dict(module.named_modules()) or (example.refused and COUPLED not in example.reason):
+        return entry
+    inside = module.get_submodule(example.module)
     convolutions = [
         n for n, m in inside.named_modules() if isinstance(m, Conv) and m.groups == 1 and m.out_channels > 1
     ]
     for name in convolutions[:_TRIED]:
-        reason = obstacle(module, inputs, f"{found.module}.{name}" if name else found.module)
+        reason = find_obstacle(module, inputs, join(example.module, name))
         if reason is not None:
-            return replace(told, reason=f"{told.reason}: {reason}" if found.refused else reason)
-    return told
+            return replace(entry, reason=f"{entry.reason}: {reason}" if example.refused else reason)
+    return entry
 
 
 def never_pruned(module: nn.Module) -> str:
-    """What is said of one of `UNCOUNTED`."""
+    """Return the reason why a module of a class in `UNCOUNTED` stays dense."""
     kind = "bilinear" if isinstance(module, nn.Bilinear) else "recurrent"
     return f"{type(module).__name__}: {kind} layers are not pruned"
 
 
 class _Walk:
-    """From the root down to modules that a group owns, that an adapter refused, or that hold neither."""
+    """Walks from the root down to modules that a group owns, that an adapter refused, or that contain neither."""
 
     def __init__(self, module: nn.Module, structure: Structure, counts: FlopCounts) -> None:
         self.module, self.counts = module, counts
@@ -83,56 +85,51 @@ class _Walk:
             known = self.refused.get(left.module)
             self.refused[left.module] = left.reason if known in (None, left.reason) else f"{known}; {left.reason}"
 
-    def all(self) -> Iterator[_Found]:
-        found = list(self._below("", self.module))
-        seen = {each.module for each in found}
-        yield from found
-        # Those inside what a group owns, like the norm between its projections.
+    def all(self) -> Iterator[_Candidate]:
+        candidates = list(self._below("", self.module))
+        seen = {candidate.module for candidate in candidates}
+        yield from candidates
+        # Refused modules inside a module that a group owns, like the norm between its projections.
         for name in self.refused.keys() - seen:
-            yield _Found(name, self.refused[name], self._flops(name, self.module.get_submodule(name)), True)
+            yield _Candidate(name, self.refused[name], self._flops(name, self.module.get_submodule(name)), True)
 
-    def _below(self, name: str, module: nn.Module) -> Iterator[_Found]:
+    def _below(self, name: str, module: nn.Module) -> Iterator[_Candidate]:
         if name in self.cost_modules:
             return
         if name in self.refused:
-            yield _Found(name, self.refused[name], self._flops(name, module) - self._owned(name, module), True)
+            yield _Candidate(name, self.refused[name], self._flops(name, module) - self._owned(name, module), True)
             return
-        if name and not any(_is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
-            yield _Found(name, _unknown(module), self._flops(name, module), False)
+        if name and not any(is_inside(other, name) for other in (*self.cost_modules, *self.refused)):
+            yield _Candidate(name, _unknown(module), self._flops(name, module), False)
             return
-        own = self._flops(name, module)
+        rest = self._flops(name, module)
         for child, submodule in module.named_children():
-            inside = f"{name}.{child}" if name else child
-            own -= self._flops(inside, submodule)
+            inside = join(name, child)
+            rest -= self._flops(inside, submodule)
             yield from self._below(inside, submodule)
-        yield _Found(name or "(the network itself)", "computed in its own forward, by no layer", max(own, 0), False)
+        reason = "computed in its own forward, by no layer"
+        yield _Candidate(name or "(the network itself)", reason, max(rest, 0), False)
 
     def _owned(self, name: str, module: nn.Module) -> int:
-        """FLOPs of the groups inside."""
+        """Return the FLOPs of the groups inside."""
         if name in self.cost_modules:
             return self._flops(name, module)
         return sum(self._owned(f"{name}.{child}", submodule) for child, submodule in module.named_children())
 
     def _flops(self, name: str, module: nn.Module) -> int:
-        """FLOPs of a module; of one that is never called itself, like a list, those of what it holds."""
+        """Return the FLOPs of a module; of one that is never called itself, like a list, those of its children."""
         if name in self.counts:
             return self.counts.of(name)
-        return sum(
-            self._flops(f"{name}.{child}" if name else child, submodule) for child, submodule in module.named_children()
-        )
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}.")
+        return sum(self._flops(join(name, child), submodule) for child, submodule in module.named_children())
 
 
 def _unknown(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, UNCOUNTED):
         return never_pruned(module)
-    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
-    if own and not list(module.children()) and not type(module).__module__.startswith("torch.nn."):
-        return f"a {kind}, which computes with parameters of its own ({', '.join(own)}) and not with layers"
+    parameters = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if parameters and not list(module.children()) and not type(module).__module__.startswith("torch.nn."):
+        return f"a {kind}, which computes with parameters of its own ({', '.join(parameters)}) and not with layers"
     if not list(module.children()) or type(module).__module__.startswith("torch.nn."):
         return f"a {kind} in no prunable group"
     return f"a {kind}, which no adapter knows as a whole or in parts"

@@ -1,4 +1,4 @@
-"""Whether a sliced network computes what the masked one does, and which of the groups cut are to blame if not."""
+"""Compare a sliced network with the masked one, group by group."""
 
 import math
 from collections import Counter
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied
+from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.slicing import features_of, layer_size
 
 Kept = Mapping[str, Sequence[int]]
 
-# How far a tensor may be off, relative to its norm: in the network's own precision, and in float64.
+# The largest error, relative to the norm, that counts as equal: in the network's own precision, and in float64.
 _TOLERANCE, _EXACT_TOLERANCE = 1e-5, 1e-9
-# What is off by less than this may be rounding, so that it is computed again in float64.
+# Smaller errors may be rounding and are computed again in float64.
 _ROUNDING = 0.05
 
 
@@ -29,9 +29,9 @@ class Verdict:
     """How a sliced network differs from the masked one.
 
     Attributes:
-        groups: name -> how far what its output projection gives is off, relative to its norm, of those that are off.
-        outputs: how far the network's outputs are off, 0 where they are not.
-        error: what the sliced network raises, None where it runs.
+        groups: Group name -> relative error of the output of its projection, for the groups that differ.
+        outputs: Relative error of the network's outputs, 0 if they agree.
+        error: The error that the sliced network raises, None if it runs.
     """
 
     groups: Mapping[str, float]
@@ -40,43 +40,45 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing differs."""
+        """Whether the networks agree."""
         return not self.groups and not self.outputs and self.error is None
 
     @property
     def largest(self) -> float:
-        """The largest difference."""
+        """The largest relative error."""
         return max([self.outputs, *self.groups.values()])
 
 
 @torch.no_grad()
-def compared(
+def compare_slices(
     module: nn.Module, small: nn.Module, groups: Sequence[Group], kept: Kept, inputs: Mapping[str, Tensor]
 ) -> Verdict:
     """Compare ``small``, the sliced ``module``, with the masked ``module``.
 
-    Every output projection goes on with what the masked network gives there. So a difference is that of its own group,
-    and rounding does not add up over layers. A difference that may be rounding is judged again in float64, where the
-    network can be run in that.
+    The output of every projection is compared and then replaced by that of the masked network. So each error belongs
+    to one group, and rounding does not add up over layers. Errors that may be rounding are computed again in float64 if
+    the network runs in it.
 
     Args:
-        kept: group name -> the units that stay, of all ``groups``.
+        kept: Group name -> the units that stay, for all ``groups``.
     """
-    found = _compared(module, small, groups, kept, inputs, _TOLERANCE)
-    # Of outputs that are decisions, rounding may change a few wholly.
-    large = bool(found.groups) and found.largest > _ROUNDING
-    if found.passed or found.error is not None or large:
-        return found
+    verdict = _compare(module, small, groups, kept, inputs, _TOLERANCE)
+    # Rounding may completely change a few outputs that are decisions.
+    large = bool(verdict.groups) and verdict.largest > _ROUNDING
+    if verdict.passed or verdict.error is not None or large:
+        return verdict
     wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     try:
-        exact = _compared(copied(module).double(), copied(small).double(), groups, kept, wide, _EXACT_TOLERANCE)
+        exact = _compare(
+            copy_module(module).double(), copy_module(small).double(), groups, kept, wide, _EXACT_TOLERANCE
+        )
     except Exception:
-        # Its forward asks for another precision.
-        return found
-    return found if exact.error is not None else exact
+        # Its forward requires another precision.
+        return verdict
+    return verdict if exact.error is not None else exact
 
 
-def _compared(
+def _compare(
     module: nn.Module,
     small: nn.Module,
     groups: Sequence[Group],
@@ -85,37 +87,37 @@ def _compared(
     tolerance: float,
 ) -> Verdict:
     masks = {g.name: _mask(module, g, kept[g.name]) for g in groups}
-    # With the last unit of a group, or of its outer one, the projection goes too.
+    # The projection of a group without units, or of one whose parent has none, is removed.
     staying = [g for g in groups if len(kept[g.name]) and len(kept.get(g.parent or "", (0,)))]
-    with masked(module, Structure((), tuple(groups), 0), masks), _recorded(module, staying) as wanted:
+    with mask_units(module, Structure((), tuple(groups), 0), masks), _record_outputs(module, staying) as wanted:
         expected = named_outputs(module(**inputs))
     for group in {g.output: g for g in staying}.values():
-        wanted[group.output] = [_left(module, group, groups, kept, t) for t in wanted[group.output]]
+        wanted[group.output] = [_keep_outputs(module, group, groups, kept, t) for t in wanted[group.output]]
     differences: dict[str, float] = {}
     try:
-        with _replaced(small, staying, wanted, differences):
-            given = named_outputs(small(**inputs))
+        with _replace_outputs(small, staying, wanted, differences):
+            actual = named_outputs(small(**inputs))
     except Exception as error:
-        return Verdict({}, 0.0, told(error))
-    same = given.keys() == expected.keys()
-    outputs = max((_difference(given[n], t) for n, t in expected.items()), default=0.0) if same else math.inf
-    found = {name: off for name, off in differences.items() if off > tolerance}
-    return Verdict(found, outputs if outputs > tolerance else 0.0)
+        return Verdict({}, 0.0, error_text(error))
+    same = actual.keys() == expected.keys()
+    outputs = max((_relative_error(actual[n], t) for n, t in expected.items()), default=0.0) if same else math.inf
+    failed = {name: error for name, error in differences.items() if error > tolerance}
+    return Verdict(failed, outputs if outputs > tolerance else 0.0)
 
 
-def _left(module: nn.Module, group: Group, groups: Sequence[Group], kept: Kept, given: Tensor) -> Tensor:
-    """What is left of what the output projection of ``group`` gives, where other groups begin with it."""
+def _keep_outputs(module: nn.Module, group: Group, groups: Sequence[Group], kept: Kept, output: Tensor) -> Tensor:
+    """Return the features of the projection's ``output`` that remain if other groups begin with this projection."""
     for other in groups:
         for side in other.sides:
             if side.module == group.output and side.axis == "out":
                 features = layer_size(module.get_submodule(side.module), side)
                 index = features_of(torch.tensor(kept[other.name]), other, features, side.widths)
-                given = given.index_select(group.axis, index.to(given.device))
-    return given
+                output = output.index_select(group.axis, index.to(output.device))
+    return output
 
 
-def told(error: Exception) -> str:
-    """An error in a part of a line."""
+def error_text(error: Exception) -> str:
+    """Return the beginning of an error message on one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
@@ -126,47 +128,47 @@ def _mask(module: nn.Module, group: Group, kept: Sequence[int]) -> Tensor:
     return mask
 
 
-def _difference(given: Tensor, wanted: Tensor) -> float:
-    """How far ``given`` is off, relative to the norm of ``wanted``, where that is finite."""
-    if given.shape != wanted.shape:
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the error of ``actual`` relative to the norm of ``expected``, over the finite values of ``expected``."""
+    if actual.shape != expected.shape:
         return math.inf
-    # Padding, and masks that are handed on, may be infinite or NaN.
-    finite = wanted.isfinite()
-    found, asked = (t.double().masked_fill(~finite, 0) for t in (given, wanted))
-    off, size = float((found - asked).norm()), float(asked.norm())
-    if math.isnan(off):
+    # Padding and masks may be infinite or NaN.
+    finite = expected.isfinite()
+    a, b = (t.double().masked_fill(~finite, 0) for t in (actual, expected))
+    error, norm = float((a - b).norm()), float(b.norm())
+    if math.isnan(error):
         return math.inf
-    return off / size if size else math.inf if off else 0.0
+    return error / norm if norm else math.inf if error else 0.0
 
 
 @contextmanager
-def _recorded(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the output projections of the groups give while the context lasts, in the order of their runs."""
-    found: dict[str, list[Tensor]] = {g.output: [] for g in groups}
+def _record_outputs(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the outputs of the groups' projections while the context lasts, in the order of their runs."""
+    outputs: dict[str, list[Tensor]] = {g.output: [] for g in groups}
 
     def record(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         # A copy, because the network may change it in place.
-        found[name].append(output.clone())
+        outputs[name].append(output.clone())
 
-    with forward_hooks(module, found, after=record):
-        yield found
+    with forward_hooks(module, outputs, after=record):
+        yield outputs
 
 
 @contextmanager
-def _replaced(
+def _replace_outputs(
     module: nn.Module, groups: Sequence[Group], wanted: Mapping[str, list[Tensor]], differences: dict[str, float]
 ) -> Iterator[None]:
-    """Output projections give what is ``wanted`` while the context lasts; how far they are off goes to
-    ``differences``."""
+    """Replace the outputs of projections by ``wanted`` while the context lasts, and store their relative errors by
+    group in ``differences``."""
     runs: Counter[str] = Counter()
 
     def replace(name: str, _: nn.Module, __: object, output: Tensor) -> Tensor:
         number = runs[name]
         runs[name] += 1
-        off = _difference(output, wanted[name][number]) if number < len(wanted[name]) else math.inf
+        error = _relative_error(output, wanted[name][number]) if number < len(wanted[name]) else math.inf
         for group in (g for g in groups if g.output == name):
-            differences[group.name] = max(off, differences.get(group.name, 0.0))
-        return output if off == math.inf else wanted[name][number].clone()
+            differences[group.name] = max(error, differences.get(group.name, 0.0))
+        return output if error == math.inf else wanted[name][number].clone()
 
     with forward_hooks(module, wanted, after=replace):
         yield

@@ -16,7 +16,7 @@ from optin_deploy.distributed.ranks import own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches, batch_size
-from optin_deploy.nn.partial_forward import resumed
+from optin_deploy.nn.partial_forward import replay_blocks
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import with_merging
@@ -121,7 +121,7 @@ def _merging_outputs(
     holder, blocks = network.module.get_submodule(parent), network.module.get_submodule(stack.name)
     try:
         with_merging(network.module, structure, stack, Plan({}, schedule))
-        with resumed(network.module, known):
+        with replay_blocks(network.module, known):
             return network.forward(inputs)
     finally:
         setattr(holder, name, blocks)

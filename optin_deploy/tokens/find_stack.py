@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optin_deploy.errors import UserError
 from optin_deploy.nn.calls import Call, trace_calls
 from optin_deploy.nn.hooks import forward_hooks
+from optin_deploy.nn.names import contains
 from optin_deploy.structure.adapters.resizable_attention import PLACED
 from optin_deploy.structure.groups import OutputSlice, Structure
 from optin_deploy.tokens.matching import most_mergeable
@@ -159,12 +160,12 @@ def _prefix(calls: Mapping[str, Call], tokens: int) -> int:
 
 def _key_source(structure: Structure, calls: Mapping[str, Call], block: str) -> KeySource | None:
     """Where the keys of the block's attention come from, if a module of the block gives just what they are made of."""
-    heads = [g for g in structure.groups if g.kind == "head" and g.output.startswith(f"{block}.") and g.qkv is not None]
+    heads = [g for g in structure.groups if g.kind == "head" and contains(block, g.output) and g.qkv is not None]
     if len(heads) != 1 or heads[0].qkv is None or heads[0].qkv.keys.module not in calls:
         return None
     rows = heads[0].qkv.keys
     given = calls[rows.module].input
-    inside = [call for name, call in calls.items() if name.startswith(f"{block}.")]
+    inside = [call for name, call in calls.items() if contains(block, name)]
     norms = [call.name for call in inside if call.output is given and given is not None]
     if not norms:
         return None

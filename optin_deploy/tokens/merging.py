@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.copies import copied, sharing
+from optin_deploy.nn.copies import copy_module, shared_tensors
 from optin_deploy.structure.adapters.resizable_attention import PLACED, PlacedBeitAttention
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import slimmed
+from optin_deploy.structure.slicing import change_class
 from optin_deploy.tokens.choices import Choice, choose
 from optin_deploy.tokens.matching import (
     Matching,
@@ -141,7 +141,7 @@ def merging_names(module: nn.Module) -> list[str]:
 
 def with_blocks_of(module: nn.Module, cls: type[MergingBlocks]) -> nn.Module:
     """A copy of a module, which shares its weights, with `MergingBlocks` of another class."""
-    made = copied(module, sharing(module))
+    made = copy_module(module, shared_tensors(module))
     for name in merging_names(made):
         blocks = made.get_submodule(name)
         assert isinstance(blocks, MergingBlocks)
@@ -178,5 +178,5 @@ def _placed(block: nn.Module, attention: str) -> nn.Module:
         return block
     made = copy.copy(block)
     made.__dict__["_modules"] = dict(block._modules)
-    made.set_submodule(attention, slimmed(block.get_submodule(attention), cls))
+    made.set_submodule(attention, change_class(block.get_submodule(attention), cls))
     return made

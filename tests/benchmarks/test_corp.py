@@ -9,11 +9,11 @@ from benchmarks.rivals import corp
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import output_bias, sliced
+from optin_deploy.structure.slicing import output_bias, slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ def activations(network: Network, group: Group) -> Tensor:
     """All inputs of the dense output projection, ``(tokens, features)`` in float64; no padding."""
     rows = []
     for batch in tiny.batches(network, BATCHES):
-        with recorded_inputs(network.module, (group.output,)) as seen:
+        with record_inputs(network.module, (group.output,)) as seen:
             network.forward(batch)
         x = seen[group.output]
         valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(x.shape[:2]).bool()
@@ -45,7 +45,7 @@ def repaired(network: Network, plan: Plan, ridge: float) -> nn.Module:
     module = copy.deepcopy(network.module)
     for name, kept in plan.kept.items():
         corp.compensate(module, structure.group(name), kept, found[name], ridge)
-    return sliced(module, structure, plan)
+    return slice_network(module, structure, plan)
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_without_biases", "bert", "distilbert"])
@@ -91,7 +91,7 @@ def test_units_that_depend_linearly_on_others_leave_without_a_trace() -> None:
     with torch.no_grad():
         expected = network.module(**batch)
         torch.testing.assert_close(small(**batch), expected, rtol=0, atol=1e-4)
-        assert float((sliced(network.module, structure, plan)(**batch) - expected).abs().max()) > 1e-2
+        assert float((slice_network(network.module, structure, plan)(**batch) - expected).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
@@ -142,7 +142,7 @@ def test_the_repair_brings_the_network_nearer_to_the_dense_one() -> None:
     batch = tiny.images("x", 20, seed=99)
     with torch.no_grad():
         dense = network.module(**batch)
-        without = sliced(network.module, anatomy.structure, plan)(**batch)
+        without = slice_network(network.module, anatomy.structure, plan)(**batch)
         assert float((module(**batch) - dense).norm()) < 0.9 * float((without - dense).norm())
 
 

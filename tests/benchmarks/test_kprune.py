@@ -10,11 +10,11 @@ from benchmarks.rivals import kprune
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
+from optin_deploy.nn.partial_forward import record_inputs, record_outputs
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def test_representational_knowledge_is_the_mean_square_of_what_a_unit_adds(name:
             own = slice(unit * group.width, (unit + 1) * group.width)
             added = []
             for batch in batches:
-                with recorded_inputs(network.module, (group.output,)) as seen:
+                with record_inputs(network.module, (group.output,)) as seen:
                     network.forward(batch)
                 x = seen[group.output]
                 added.append(((x[..., own] @ weight[:, own].T) * gamma)[valid(batch, x)])
@@ -64,7 +64,7 @@ def test_predictive_knowledge_is_half_the_mean_squared_gradient_of_each_sample()
     network = replace(dense, module=copy.deepcopy(dense.module).double())
     structure = tiny.structure("bert_classifier").without_widths()
     plan = Plan({structure.groups[0].name: (1, 2)})
-    module = sliced(network.module, structure, plan)
+    module = slice_network(network.module, structure, plan)
     rest = replace(structure, groups=structure.groups[1:])
     batches = tiny.batches(network, 2, size=2)
     logits = kprune.dense_logits(network, batches)
@@ -100,7 +100,7 @@ def test_weights_are_the_least_squares_solution_on_all_activations(name: str) ->
     network, structure = tiny.network(name), tiny.structure(name).without_widths()
     batches = tiny.batches(network, 12)
     kept = {g.name: tuple(range(0, g.units, 2)) for g in structure.groups}
-    small = sliced(network.module, structure, Plan(kept))
+    small = slice_network(network.module, structure, Plan(kept))
     for group in structure.groups:
         before = copy.deepcopy(small)
         kprune.tune(network, small, structure, group, batches)
@@ -109,9 +109,9 @@ def test_weights_are_the_least_squares_solution_on_all_activations(name: str) ->
         bias = before.get_submodule(group.output).bias
         for batch in batches:
             with (
-                recorded_inputs(network.module, (group.stream.residual,)) as dense,
-                recorded_outputs(network.module, (group.output,)) as update,
-                recorded_inputs(before, (group.stream.residual, group.output)) as seen,
+                record_inputs(network.module, (group.stream.residual,)) as dense,
+                record_outputs(network.module, (group.output,)) as update,
+                record_inputs(before, (group.stream.residual, group.output)) as seen,
             ):
                 network.forward(batch)
                 network.forward(batch, before)
@@ -157,7 +157,7 @@ def test_tuning_brings_the_network_nearer_to_the_dense_one() -> None:
     batch = tiny.texts(20, seed=99)
     with torch.no_grad():
         dense, given = network.forward(batch), network.forward(batch, module)
-        without = network.forward(batch, sliced(network.module, anatomy.structure, plan))
+        without = network.forward(batch, slice_network(network.module, anatomy.structure, plan))
     real = batch["attention_mask"].bool()
     name = next(iter(dense))
     errors = [float((found[name] - dense[name])[real].norm()) for found in (given, without)]

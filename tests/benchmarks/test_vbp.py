@@ -9,7 +9,7 @@ from benchmarks.rivals import vbp
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.nn.partial_forward import recorded_inputs
+from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
@@ -27,7 +27,7 @@ BUDGETS = [("vit", 0.85), ("vit_layer_scale", 0.8), ("bert_classifier", 0.7), ("
 def activations(network: Network, group: Group) -> Tensor:
     rows = []
     for batch in tiny.batches(network, BATCHES):
-        with recorded_inputs(network.module, (group.output,)) as seen:
+        with record_inputs(network.module, (group.output,)) as seen:
             network.forward(batch)
         x = seen[group.output]
         valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(x.shape[:2]).bool()

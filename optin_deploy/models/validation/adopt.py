@@ -18,8 +18,8 @@ from optin_deploy.models.validation.inputs import plain_inputs
 from optin_deploy.models.validation.parameters import CAST, check_parameters, unwrap_module
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import dtype_name
-from optin_deploy.nn.copies import called, copied, copyable, kept_tensors, sharing
-from optin_deploy.nn.outputs import unfit, unused
+from optin_deploy.nn.copies import check_copyable, class_name_of, copy_module, kept_tensors, shared_tensors
+from optin_deploy.nn.outputs import unfit_reason, unused_name
 from optin_deploy.nn.sentence_embeddings import FEATURES
 from optin_deploy.structure.canonicalize import canonicalize
 
@@ -56,7 +56,7 @@ def adopt_module(candidate: object, inputs: object) -> AdoptedModule:
         module = unwrap_module(candidate, notes)
         module.eval()
         check_parameters(module)
-        module = canonicalize(copyable(module))
+        module = canonicalize(check_copyable(module))
         sample = plain_inputs(module, inputs)
         module, sample = _cast_to_float32(module, sample, notes)
         module = make_differentiable(module, notes)
@@ -67,12 +67,12 @@ def adopt_module(candidate: object, inputs: object) -> AdoptedModule:
             notes.append(f"Left out of the outputs: {reasons}.")
         if not keys:
             raise UserError(
-                f"{called(module)} gives no output that can be exported: {reasons[:400] or 'it gives nothing'}"
+                f"{class_name_of(module)} gives no output that can be exported: {reasons[:400] or 'it gives nothing'}"
             )
         notes += run.notes
         outputs = _name_outputs(keys, sample, notes)
     for note in notes:
-        logger.warning("%s: %s", called(module), note)
+        logger.warning("%s: %s", class_name_of(module), note)
     return AdoptedModule(module, sample, outputs, tuple(notes))
 
 
@@ -103,20 +103,20 @@ def check_module(
         check_parameters(module)
         low = next((n for n, p in module.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
         if low is not None:
-            raise UserError(f"{called(module)} is in half precision ({low}): use custom_network, which casts it")
+            raise UserError(f"{class_name_of(module)} is in half precision ({low}): use custom_network, which casts it")
         if any(part.training for part in module.modules()):
             module.eval()
-        module = make_differentiable(copyable(module), notes)
+        module = make_differentiable(check_copyable(module), notes)
         run = run_samples(module, plain_inputs(module, inputs))
         for note in (*notes, *run.notes):
             if note not in known:
-                logger.warning("%s: %s", called(module), note)
+                logger.warning("%s: %s", class_name_of(module), note)
         for name, key in outputs.items():
             if name in inputs:
                 raise UserError(f"output {name} has the name of an input: give it another in the network's outputs")
             if key not in run.batch:
                 raise UserError(f"there is no output {key!r}; the network gives {', '.join(run.batch)}")
-            reason = unfit(run.batch[key], run.single.get(key), run.size)
+            reason = unfit_reason(run.batch[key], run.single.get(key), run.size)
             if reason is not None:
                 raise UserError(f"output {name} {reason}: leave it out of the network's outputs")
     return module
@@ -137,20 +137,20 @@ def _cast_to_float32(
     if not others:
         return module, inputs
     notes.append(f"Cast from {', '.join(others)} to float32, in which networks are pruned; batches are to be float32.")
-    return copied(module).float(), {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
+    return copy_module(module).float(), {n: t.float() if t.is_floating_point() else t for n, t in inputs.items()}
 
 
 def make_differentiable(module: nn.Module, notes: list[str]) -> nn.Module:
     """Return ``module``, or a copy without gradient checkpointing and without tensors of inference mode."""
     if any(t.is_inference() for t in module.parameters()):
-        module = copied(module)
+        module = copy_module(module)
     elif any(t.is_inference() for _, t in kept_tensors(module)):
-        module = copied(module, {id(p): p for p in module.parameters()})
+        module = copy_module(module, {id(p): p for p in module.parameters()})
     checkpointing = {
         (name, key) for name, part in module.named_modules() for key in _CHECKPOINTING if vars(part).get(key) is True
     }
     if checkpointing:
-        module = copied(module, sharing(module))
+        module = copy_module(module, shared_tensors(module))
         for name, key in checkpointing:
             setattr(module.get_submodule(name), key, False)
         notes.append("Gradient checkpointing is turned off.")
@@ -163,7 +163,7 @@ def _name_outputs(keys: list[str], inputs: Mapping[str, Tensor], notes: list[str
     for key in keys:
         plain = "".join(c if c.isprintable() else "_" for c in key) or "output"
         wanted = f"{plain}_output" if plain in inputs else plain
-        name = unused(wanted, {*names, *inputs, *(other for other in keys if other != key)})
+        name = unused_name(wanted, {*names, *inputs, *(other for other in keys if other != key)})
         names[name] = key
         if name != key:
             notes.append(f"The output {key!r} is called {name}: an input has that name, or no file could have it.")

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from optin_deploy.errors import UserError
 from optin_deploy.nn.batches import Batch, batch_size, dtype_name
-from optin_deploy.nn.copies import called, copyable, line
-from optin_deploy.nn.outputs import all_outputs, unfit
+from optin_deploy.nn.copies import check_copyable, class_name_of, error_line
+from optin_deploy.nn.outputs import all_outputs, unfit_reason
 
 # Largest relative difference between two runs: kernels may add in any order.
 _REPEATABLE = 1e-4
@@ -51,7 +51,7 @@ def run_samples(module: nn.Module, inputs: Batch) -> SampleRun:
         # Copies: a network may change its inputs in place.
         third = all_outputs(_run(module, {name: t.clone() for name, t in other.items()}, other, earlier_size=size))
         _check_autocast(module, {name: t[:1].clone() for name, t in inputs.items()})
-    copyable(module)
+    check_copyable(module)
     notes = []
     if changed:
         notes.append(f"Its forward changes its input {changed[0]} in place: batches are changed with it.")
@@ -86,12 +86,14 @@ def _run(module: nn.Module, batch: Batch, original: Batch, earlier_size: int | N
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in original.items())
         if earlier_size is not None:
             raise UserError(
-                f"{called(module)} takes a batch of {earlier_size}, and fails on {shapes}, a batch of "
-                f"{batch_size(original)} ({line(error)}): "
+                f"{class_name_of(module)} takes a batch of {earlier_size}, and fails on {shapes}, a batch of "
+                f"{batch_size(original)} ({error_line(error)}): "
                 "its forward must take batches of any size"
             ) from error
         hint = _name_mismatch(module, batch) if isinstance(error, TypeError) else None
-        raise UserError(f"{called(module)} does not take inputs of shape {shapes}: {hint or line(error)}") from error
+        raise UserError(
+            f"{class_name_of(module)} does not take inputs of shape {shapes}: {hint or error_line(error)}"
+        ) from error
 
 
 def _name_mismatch(module: nn.Module, batch: Batch) -> str | None:
@@ -137,7 +139,7 @@ def _check_repeatable(
             "it draws random numbers or has state between calls; its forward must do neither in eval mode "
             "(training=self.training for dropout)"
         )
-    raise UserError(f"{called(module)} gives another {output} when it is run again on the same inputs: {why}")
+    raise UserError(f"{class_name_of(module)} gives another {output} when it is run again on the same inputs: {why}")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -189,8 +191,8 @@ def _check_autocast(module: nn.Module, batch: Batch) -> None:
         module(**batch)
     if watching.seen is not None:
         raise UserError(
-            f"{called(module)} turns torch.autocast({dtype_name(watching.seen)}) on in its forward: networks are "
-            "pruned in float32, so remove it; --precision makes files of lower precision"
+            f"{class_name_of(module)} turns torch.autocast({dtype_name(watching.seen)}) on in its forward: networks "
+            "are pruned in float32, so remove it; --precision makes files of lower precision"
         )
 
 
@@ -208,7 +210,7 @@ class _Autocast(TorchFunctionMode):
 
 def exportable_outputs(run: SampleRun) -> tuple[list[str], dict[str, str]]:
     """Return the names of values that can be outputs, and of the others with the reason."""
-    reasons = {name: unfit(value, run.single.get(name), run.size) for name, value in run.batch.items()}
+    reasons = {name: unfit_reason(value, run.single.get(name), run.size) for name, value in run.batch.items()}
     reasons |= {name: "is not given for every batch" for name in run.single if name not in run.batch}
     left_out = {name: reason for name, reason in reasons.items() if reason is not None}
     return [name for name in reasons if name not in left_out], left_out

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optin_deploy.errors import UserError
 from optin_deploy.nn.batches import dtype_name
-from optin_deploy.nn.copies import called, line
+from optin_deploy.nn.copies import class_name_of, error_line
 
 # The most values of all sample inputs together, also in a checkpoint.
 MOST_VALUES = 1 << 27
@@ -98,8 +98,8 @@ def check_batches(module: nn.Module, inputs: Mapping[str, Tensor], batches: obje
         first = ", ".join(f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in sample.items())
         wanted = ", ".join(f"{name} {tuple(t[:1].shape)} {dtype_name(t.dtype)}" for name, t in inputs.items())
         raise UserError(
-            f"{called(module)} fails on the first sample of batch 0, {first}; its sample input is {wanted} "
-            f"({line(error)})"
+            f"{class_name_of(module)} fails on the first sample of batch 0, {first}; its sample input is {wanted} "
+            f"({error_line(error)})"
         ) from error
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optin_deploy.errors import UserError
 from optin_deploy.nn.batches import dtype_name
-from optin_deploy.nn.copies import called
+from optin_deploy.nn.copies import class_name_of
 
 # Parameters of these types are cast to float32.
 CAST = (torch.float16, torch.bfloat16, torch.float64)
@@ -38,14 +38,14 @@ def unwrap_module(candidate: object, notes: list[str]) -> nn.Module:
     if any(cls.__name__ in _SHARDED for part in candidate.modules() for cls in type(part).__mro__):
         raise UserError("the module is sharded (FSDP): gather its state dict and load it into a plain module")
     if type(candidate).forward is nn.Module.forward and "forward" not in vars(candidate):
-        raise UserError(f"{called(candidate)} has no forward: give the module that runs it")
+        raise UserError(f"{class_name_of(candidate)} has no forward: give the module that runs it")
     return candidate
 
 
 def _holds_calls(graph: fx.GraphModule) -> bool:
     """Whether the graph calls modules that compute something."""
-    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    return any(next(graph.get_submodule(name).parameters(), None) is not None for name in called)
+    modules_called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    return any(next(graph.get_submodule(name).parameters(), None) is not None for name in modules_called)
 
 
 def check_parameters(module: nn.Module) -> None:
@@ -54,19 +54,22 @@ def check_parameters(module: nn.Module) -> None:
     for name, parameter in named.items():
         reason = _unfit_parameter(parameter)
         if reason is not None:
-            raise UserError(f"{called(module)} cannot be pruned: {name} {reason}")
+            raise UserError(f"{class_name_of(module)} cannot be pruned: {name} {reason}")
     for name, part in module.named_modules():
         if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise UserError(
-                f"{called(module)} cannot be pruned: {name} is quantized; give the network before it was quantized"
+                f"{class_name_of(module)} cannot be pruned: {name} is quantized; "
+                "give the network before it was quantized"
             )
     devices = {parameter.device for parameter in named.values()}
     if len(devices) > 1:
-        raise UserError(f"{called(module)} is on several devices ({', '.join(sorted(map(str, devices)))}): move to one")
+        raise UserError(
+            f"{class_name_of(module)} is on several devices ({', '.join(sorted(map(str, devices)))}): move to one"
+        )
     with torch.no_grad():
         bad = next((name for name, parameter in named.items() if not parameter.isfinite().all()), None)
     if bad is not None:
-        raise UserError(f"the weights of {called(module)} hold NaN or infinity in {bad}")
+        raise UserError(f"the weights of {class_name_of(module)} hold NaN or infinity in {bad}")
 
 
 def _unfit_parameter(parameter: Tensor) -> str | None:

@@ -1,9 +1,9 @@
 """Feed-forward networks: neurons between linear maps that one module holds, whatever the library and the names.
 
-Linear maps are linear layers and 1×1 convolutions. One or two of them (a gate beside the other) take the module's
-input, one takes the neurons; depthwise convolutions, batch norms and one norm over all neurons may stand between. A
-map may sit in a module of its own, alone or with a norm. That the forward pass really runs them this way is tried later
-(see ``trial``).
+Linear maps are linear layers and 1×1 convolutions. One or two of them (the second is a gate) take the module's input,
+and one takes the neurons. Depthwise convolutions, batch norms and one norm over all neurons may come between. A map may
+be inside a module of its own, alone or with a norm. Whether the forward pass runs them this way is verified later (see
+``verify``).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
 @dataclass(frozen=True)
 class _Part:
-    """A submodule with parameters of its own: its name within the holder, and the direct child that it sits in."""
+    """A submodule with parameters: its name inside the feed-forward network, and the direct child that contains it."""
 
     name: str
     child: str
@@ -32,7 +32,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Maps:
-    """The maps into the neurons, the map out of them, and what stands between with a feature for each neuron."""
+    """The maps into the neurons, the map out of them, and the modules between with a feature for each neuron."""
 
     ups: tuple[_Part, ...]
     between: tuple[_Part, ...]
@@ -54,10 +54,10 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
     if len(mixing) < len(others):
         return None
     if len(mixing) > 1 or (mixing and not can_shrink(mixing[0].module)):
-        return LeftDense(name, f"{mixing[0].name}, which sees all neurons, stands before {maps.down.name}")
+        return LeftDense(name, f"{mixing[0].name} mixes all neurons before {maps.down.name}")
     belonging = (*maps.ups, *maps.between, *mixing, maps.down)
-    beside = [p.module for p in parts if p not in belonging]
-    alone = all(_is_norm(m) or _has_scalars(m) for m in beside) and not list(module.parameters(recurse=False))
+    others_inside = [p.module for p in parts if p not in belonging]
+    alone = all(_is_norm(m) or _has_scalars(m) for m in others_inside) and not list(module.parameters(recurse=False))
     output = join(name, maps.down.name)
     inner = [_place(p, parts, belonging) for p in maps.ups]
     inner += [p.name for p in (*maps.between, *mixing) if p.child not in inner]
@@ -78,9 +78,9 @@ def feed_forward(name: str, module: nn.Module, parent_name: str, parent: nn.Modu
 
 
 def _parts(module: nn.Module) -> Iterator[_Part]:
-    """What holds parameters, in the order of registration.
+    """Yield the submodules with parameters, in the order of registration.
 
-    A child that holds more than a map with what may stand beside it is one part, because it is something of its own.
+    A child with more than a map and its norm is one part.
     """
     for child_name, child in module.named_children():
         inside = [(n, m) for n, m in child.named_modules() if any(True for _ in m.parameters(recurse=False))]
@@ -90,12 +90,12 @@ def _parts(module: nn.Module) -> Iterator[_Part]:
 
 
 def _holds_others(module: nn.Module) -> bool:
-    """Whether modules inside it have parameters beside its own."""
+    """Return whether modules inside ``module`` have parameters."""
     return any(True for child in module.children() for _ in child.parameters())
 
 
 def is_map(layer: nn.Module) -> bool:
-    """Whether it is a linear layer or a 1×1 convolution."""
+    """Return whether ``layer`` is a linear layer or a 1×1 convolution."""
     if isinstance(layer, nn.Linear):
         return True
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) == layer.stride and layer.groups == 1
@@ -110,7 +110,7 @@ def _is_norm(layer: nn.Module) -> bool:
 
 
 def map_sizes(layer: nn.Module) -> tuple[int, int]:
-    """How many features a map takes, and how many it gives."""
+    """Return the numbers of input and output features of a map."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     assert isinstance(layer, nn.Conv2d)
@@ -118,49 +118,50 @@ def map_sizes(layer: nn.Module) -> tuple[int, int]:
 
 
 def _feed_forward_maps(parts: Sequence[_Part]) -> _Maps | None:
-    """The maps as their sizes tell, the last possible one taken for the map out of the neurons; None if none fits."""
+    """Return the maps by their sizes, with the last one that fits as the map out of the neurons; None if none fits."""
     maps = [p for p in parts if is_map(p.module)]
     if not 2 <= len(maps) <= _MOST_MAPS:
         return None
     for down in reversed(maps[1:]):
         ups = tuple(p for p in maps if p is not down)
         sizes = {map_sizes(p.module) for p in ups}
-        (taken, given), (neurons, returned) = next(iter(sizes)), map_sizes(down.module)
-        # One map may give neurons and their gates one behind the other.
-        if len(sizes) == 1 and returned == taken and given in ((neurons, 2 * neurons) if len(ups) == 1 else (neurons,)):
-            found = _Maps(ups, (), down)
-            between = [p for p in _between(parts, found) if _keeps_apart(p.module, (neurons, given))]
+        (inputs, neurons_and_gates), (neurons, outputs) = next(iter(sizes)), map_sizes(down.module)
+        # One map may return neurons followed by their gates.
+        gated = len(ups) == 1 and neurons_and_gates == 2 * neurons
+        if len(sizes) == 1 and outputs == inputs and (neurons_and_gates == neurons or gated):
+            maps_only, features = _Maps(ups, (), down), (neurons, neurons_and_gates)
+            between = [p for p in _between(parts, maps_only) if _is_elementwise(p.module, features)]
             return _Maps(ups, tuple(between), down)
     return None
 
 
 def _between(parts: Sequence[_Part], maps: _Maps) -> list[_Part]:
-    """Other parts that are registered between the maps."""
-    own = (*maps.ups, maps.down)
-    places = sorted(parts.index(p) for p in own)
-    return [p for p in parts[places[0] : places[-1]] if p not in own]
+    """Return the other parts registered between the maps."""
+    known = (*maps.ups, maps.down)
+    positions = sorted(parts.index(p) for p in known)
+    return [p for p in parts[positions[0] : positions[-1]] if p not in known]
 
 
 def _has_scalars(layer: nn.Module) -> bool:
-    """Whether it is an activation with numbers for all features alike."""
+    """Return whether ``layer`` only has numbers for all features together, like an activation."""
     return all(t.numel() == 1 for t in layer.parameters())
 
 
-def _keeps_apart(layer: nn.Module, features: tuple[int, int]) -> bool:
-    """Whether ``layer`` is one that gives each of so many features by itself."""
+def _is_elementwise(layer: nn.Module, features: tuple[int, int]) -> bool:
+    """Return whether ``layer`` computes each of ``features`` independently."""
     if isinstance(layer, _BatchNorm):
         return layer.num_features in features
     return isinstance(layer, nn.Conv2d) and _is_depthwise(layer) and layer.out_channels in features
 
 
 def _is_gate(module: nn.Module, maps: _Maps) -> bool:
-    """Whether the module gives factors for what it takes, as squeeze-and-excitation does."""
+    """Return whether the module returns factors for its input, like squeeze-and-excitation."""
     gated = len(maps.ups) > 1 or map_sizes(maps.ups[0].module)[1] > map_sizes(maps.down.module)[0]
     sigmoid = any("sigmoid" in type(m).__name__.lower() for m in module.children())
     return sigmoid and not gated and isinstance(maps.down.module, nn.Conv2d)
 
 
 def _place(part: _Part, parts: Sequence[_Part], belonging: Sequence[_Part]) -> str:
-    """What passes its input on when no neuron is left: the child that holds nothing else, or the map itself."""
+    """Return the module that becomes the identity without neurons: the child if it has no other parts, else the map."""
     siblings = [p for p in parts if p.child == part.child]
     return part.child if all(p in belonging for p in siblings) and belonging[-1] not in siblings else part.name

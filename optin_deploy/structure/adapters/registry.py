@@ -1,8 +1,8 @@
 """The registry of adapters: functions that recognise one type of module and describe its units.
 
 An adapter takes ``(name, module, parent's name, parent)`` and returns a `Group`, a `LeftDense` for a module that it
-knows but cannot prune, or None for a module that is none of its business. Registering one makes the module type
-prunable everywhere; where several describe the same, the one registered last has the word:
+knows but cannot prune, or None for any other module. Registering it makes the module type prunable everywhere. If
+several adapters describe the same layers, the one registered last is used:
 
     @adapter
     def my_ffn(name, module, parent_name, parent):
@@ -29,11 +29,11 @@ def adapter(function: Adapter) -> Adapter:
 
 
 def general_adapter(function: Adapter) -> Adapter:
-    """Register an adapter that is asked after all others (a decorator)."""
+    """Register an adapter that is tried after all others (a decorator)."""
     ADAPTERS.insert(0, function)
     return function
 
 
 def supported() -> list[str]:
-    """First line of every adapter's docstring: what it recognises."""
+    """Return the first line of every adapter's docstring, which says what it recognises."""
     return [(function.__doc__ or function.__name__).strip().splitlines()[0] for function in ADAPTERS]

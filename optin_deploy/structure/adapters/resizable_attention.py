@@ -1,6 +1,6 @@
-"""Attentions of timm whose own forward takes all heads together to be as wide as their input.
+"""Attentions of timm whose own forward requires that all heads together are as wide as the input.
 
-Each gets, when heads are cut, a subclass that computes the same with the width its weights have.
+When heads are removed, each gets a subclass that computes the same and takes the width from its weights.
 """
 
 import math
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
-    """``(…, tokens, heads · width)`` as ``(…, heads, tokens, width)``."""
+    """Return ``(…, tokens, heads · width)`` as ``(…, heads, tokens, width)``."""
     return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
 
 
-def _joined(x: Tensor) -> Tensor:
+def _join_heads(x: Tensor) -> Tensor:
     return x.transpose(-2, -3).flatten(-2)
 
 
 def _fused(module: Any, x: Tensor) -> list[Tensor]:
-    """Queries, keys and values ``(…, heads, tokens, width)``, their biases being parameters of the attention's own."""
+    """Return queries, keys and values ``(…, heads, tokens, width)``. Their biases are parameters of the attention."""
     if getattr(module, "q_bias", None) is None:
         qkv = module.qkv(x)
     else:
@@ -33,13 +33,13 @@ def _fused(module: Any, x: Tensor) -> list[Tensor]:
     return [_split(part, module.num_heads) for part in qkv.chunk(3, -1)]
 
 
-def _projected(module: Any, x: Tensor) -> Tensor:
+def _project(module: Any, x: Tensor) -> Tensor:
     projected: Tensor = module.proj_drop(module.proj(x))
     return projected
 
 
-def _pooled(module: Any, x: Tensor, size: Any) -> Tensor:
-    """The tokens that keys and values are made of, where a convolution makes them fewer."""
+def _pool(module: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the tokens for keys and values, fewer of them if there is a convolution."""
     if module.sr is None:
         return x
     x = x.transpose(1, 2).unflatten(2, tuple(size))
@@ -53,13 +53,13 @@ def _keys_and_values(module: Any, x: Tensor) -> list[Tensor]:
 
 
 class BeitAttention(beit.Attention):
-    """Biases of relative positions, the attention's own and shared ones."""
+    """Attention with biases of relative positions, its own and shared ones."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         return self.attend(x, self.biases(shared_rel_pos_bias))
 
     def biases(self, shared: Tensor | None) -> Tensor | None:
-        """``(1, heads, tokens, tokens)``, of all queries for all keys."""
+        """Return the biases ``(1, heads, tokens, tokens)`` of all queries for all keys."""
         if self.relative_position_bias_table is None:
             return shared
         own: Tensor = self._get_rel_pos_bias()
@@ -67,18 +67,18 @@ class BeitAttention(beit.Attention):
 
     def attend(self, x: Tensor, biases: Tensor | None) -> Tensor:
         q, k, v = _fused(self, x)
-        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, biases, scale=self.scale)))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, biases, scale=self.scale)))
 
 
 class PlacedBeitAttention(BeitAttention):
-    """One whose biases are those given, because its tokens are no longer where they were in the beginning."""
+    """`BeitAttention` that only uses the biases it is called with, because its tokens have changed positions."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         return self.attend(x, shared_rel_pos_bias)
 
 
 class EvaAttention(eva.EvaAttention):
-    """Rotary positions, norms of queries and keys, a gate."""
+    """Attention with rotary positions, norms of queries and keys, and a gate."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -91,9 +91,9 @@ class EvaAttention(eva.EvaAttention):
         if rope is not None:
             q, k = (self._turned(part, rope).type_as(v) for part in (q, k))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, scale=self.scale)
-        attended = self.norm(_joined(attended))
+        attended = self.norm(_join_heads(attended))
         gate = getattr(self, "gate", None)
-        return _projected(self, attended if gate is None else attended * gate(x).sigmoid())
+        return _project(self, attended if gate is None else attended * gate(x).sigmoid())
 
     def _turned(self, part: Tensor, rope: Tensor) -> Tensor:
         before, turning = part.tensor_split((self.num_prefix_tokens,), dim=-2)
@@ -102,7 +102,7 @@ class EvaAttention(eva.EvaAttention):
 
 
 class SwinV2Attention(swin_transformer_v2.WindowAttention):
-    """Cosines, with biases that a small network makes of relative positions."""
+    """Cosine attention with biases that a small network computes from relative positions."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = _fused(self, x)
@@ -115,61 +115,61 @@ class SwinV2Attention(swin_transformer_v2.WindowAttention):
         if mask is not None:
             windows = attention.unflatten(0, (-1, len(mask))) + mask[:, None]
             attention = windows.flatten(0, 1)
-        return _projected(self, _joined(self.attn_drop(attention.softmax(-1)) @ v))
+        return _project(self, _join_heads(self.attn_drop(attention.softmax(-1)) @ v))
 
 
 class PvtAttention(pvt_v2.Attention):
-    """Fewer keys and values than queries."""
+    """Attention with fewer keys and values than queries."""
 
-    def forward(self, x: Tensor, feat_size: Any) -> Tensor:
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
         q = _split(self.q(x), self.num_heads)
-        k, v = _keys_and_values(self, _pooled(self, x, feat_size))
-        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        k, v = _keys_and_values(self, _pool(self, x, feat_size))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
 class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
-    """Fewer keys and values than queries."""
+    """Attention with fewer keys and values than queries."""
 
-    def forward(self, x: Tensor, size: Any) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         q = _split(self.q(x), self.num_heads)
-        k, v = _keys_and_values(self, _pooled(self, x, size))
-        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        k, v = _keys_and_values(self, _pool(self, x, size))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
 class TwinsLocalAttention(twins.LocallyGroupedAttn):
-    """Within windows of ``ws`` pixels; the map is padded to whole ones."""
+    """Attention inside windows of ``ws`` pixels. The map is padded to whole windows."""
 
-    def forward(self, x: Tensor, size: Any) -> Tensor:
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         (height, width), side = size, self.ws
         padded = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % side, 0, -height % side))
         rows, columns = padded.shape[1] // side, padded.shape[2] // side
         windows = padded.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3).flatten(3, 4)
         q, k, v = _fused(self, windows)
-        attended = _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+        attended = _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
         joined = attended.unflatten(3, (side, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return _projected(self, joined[:, :height, :width].flatten(1, 2))
+        return _project(self, joined[:, :height, :width].flatten(1, 2))
 
 
 class CrossCovarianceAttention(xcit.XCA):
-    """Between the dimensions of a head, not between tokens."""
+    """Attention between the dimensions of a head, not between tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.transpose(-2, -1) for part in _fused(self, x))
         attention = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
         attended = self.attn_drop(attention.softmax(-1)) @ v
-        return _projected(self, _joined(attended.transpose(-2, -1)))
+        return _project(self, _join_heads(attended.transpose(-2, -1)))
 
 
 class ClassAttention(cait.ClassAttn):
-    """Of the first token only."""
+    """Attention of the first token only."""
 
     def forward(self, x: Tensor) -> Tensor:
         q = _split(self.q(x[:, 0]).unsqueeze(1), self.num_heads)
         k, v = _split(self.k(x), self.num_heads), _split(self.v(x), self.num_heads)
-        return _projected(self, _joined(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
 
 
-SLIM: dict[type[nn.Module], type[nn.Module]] = {
+RESIZABLE: dict[type[nn.Module], type[nn.Module]] = {
     cls.__mro__[1]: cls
     for cls in (
         BeitAttention,
@@ -183,7 +183,7 @@ SLIM: dict[type[nn.Module], type[nn.Module]] = {
     )
 }
 
-# Attentions with biases between places -> the same for tokens that merge.
+# Attention class with biases between positions -> its class for tokens that merge.
 PLACED: dict[type[nn.Module], type[PlacedBeitAttention]] = {
     beit.Attention: PlacedBeitAttention,
     BeitAttention: PlacedBeitAttention,

@@ -1,8 +1,8 @@
-"""Attentions that hold an output projection ``proj`` and, beside it, projections to queries, keys and values.
+"""Attentions with an output projection ``proj`` and projections to queries, keys and values.
 
-They are timm's, and those built like them: with one projection to all three, or to keys and values, or one to each;
-with linear layers or 1×1 convolutions, batch norms behind them, gates; with tables of relative positions, temperatures
-and other tensors that have an entry for each head.
+timm's attentions and those built like them: one projection for all three, for keys and values, or for each; linear
+layers or 1×1 convolutions, followed by batch norms; gates; tables of relative positions, temperatures and other tensors
+with an entry for each head.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.feed_forward import is_map, map_sizes
 from optin_deploy.structure.adapters.registry import adapter
-from optin_deploy.structure.adapters.resizable_attention import SLIM
+from optin_deploy.structure.adapters.resizable_attention import RESIZABLE
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, OutputSlice, Projections, TensorAxis
 from optin_deploy.structure.partial_norms import can_shrink
 
 _HEADS = ("num_heads", "heads")
-# What attentions call the width of all heads together.
+# Attributes that store the width of all heads together.
 _WIDTHS = ("attn_dim", "kv_dim", "dim_out", "key_attn_dim", "val_attn_dim")
-# How many of queries, keys and values a projection of that name gives.
+# How many of queries, keys and values a projection of that name returns.
 _PARTS = {"qkv": 3, "kv": 2, "q": 1, "k": 1, "v": 1, "q_proj": 1, "k_proj": 1, "v_proj": 1, "gate": 1}
 _BIASES = ("q_bias", "k_bias", "v_bias")
 
@@ -42,16 +42,16 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     sides: list[LayerAxis] = []
     for child, layers in inputs.items():
         for layer_name, layer in layers:
-            given = map_sizes(layer)[1]
-            if given % number:
-                return LeftDense(name, f"{layer_name} gives {given} features for {number} heads")
-            in_parts = given == _PARTS[child] * features and not getattr(module, "head_first", False)
-            widths = () if in_parts else (given // number,)
+            outputs_of_layer = map_sizes(layer)[1]
+            if outputs_of_layer % number:
+                return LeftDense(name, f"{layer_name} gives {outputs_of_layer} features for {number} heads")
+            in_parts = outputs_of_layer == _PARTS[child] * features and not getattr(module, "head_first", False)
+            widths = () if in_parts else (outputs_of_layer // number,)
             norms = [n for n, m in _inside(module, child) if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
             sides += [LayerAxis(join(name, n), "out", widths) for n in (layer_name, *norms)]
     sides.insert(1, LayerAxis(join(name, output), "in"))
     sides += _maps_to_heads(name, module, number, {*inputs, "proj"})
-    unowned = tuple(_unowned(name, module, sides, features // getattr(module, heads)))
+    excluded = tuple(_excluded(name, module, sides, features // getattr(module, heads)))
     norm = _mixing(module)
     plain = type(module) is timm.layers.Attention and _is_plain(module)
     return Group(
@@ -61,21 +61,21 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=features // number,
         output=join(name, output),
         sides=tuple(sides),
-        cost=CostModules((name,), excluded=unowned),
-        # What the modules take that do not depend on heads would be gone with the last one, against the costs.
-        placeholders=() if unowned else ((name, "constant"),),
+        cost=CostModules((name,), excluded=excluded),
+        # Without heads, a placeholder would also remove the excluded modules, but their cost does not depend on heads.
+        placeholders=() if excluded else ((name, "constant"),),
         attributes=(*((name, a) for a in attributes), *_attributes(name, module)),
         axis=1 if isinstance(projection, nn.Conv2d) else -1,
         qkv=_fused(name, join(name, "qkv")) if plain else None,
         entries=tuple(_entries(name, module, number, features, {*inputs, "proj"})),
-        resizable=SLIM.get(type(module)),
+        resizable=RESIZABLE.get(type(module)),
         norm_over_units=join(name, norm) if norm is not None else None,
     )
 
 
 def _inside(module: nn.Module, child: str) -> list[tuple[str, nn.Module]]:
-    found = getattr(module, child, None)
-    return [(join(child, n), m) for n, m in found.named_modules()] if isinstance(found, nn.Module) else []
+    holder = getattr(module, child, None)
+    return [(join(child, n), m) for n, m in holder.named_modules()] if isinstance(holder, nn.Module) else []
 
 
 def _maps_of(module: nn.Module, child: str) -> Iterator[tuple[str, nn.Module]]:
@@ -83,24 +83,24 @@ def _maps_of(module: nn.Module, child: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reason(module: nn.Module, heads: int, features: int) -> str | None:
-    """Why heads cannot be cut out of the attention, as far as what it holds tells."""
+    """Return why heads cannot be removed from the attention, None if its modules show no reason."""
     mixing = [n for n, m in module.named_modules() if is_map(m) and map_sizes(m) == (heads, heads)]
     if mixing:
         return f"{mixing[0]} mixes the heads (talking heads)"
     if (norm := _mixing(module)) and not can_shrink(module.get_submodule(norm)):
-        return "a norm over all heads stands before the output projection (scale_norm)"
+        return "a norm over all heads comes before the output projection (scale_norm)"
     return f"{features} features for {heads} heads" if features % heads else None
 
 
 def _mixing(module: nn.Module) -> str | None:
-    """The norm over all heads, if there is one; that of what keys and values are made of is not."""
+    """Return the name of the norm over all heads, None without one. A norm before keys and values does not count."""
     norm = getattr(module, "norm", None)
     held = isinstance(norm, nn.Module) and any(True for _ in norm.parameters())
     return "norm" if held and not hasattr(module, "sr") else None
 
 
 def _attributes(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What else is proportional to the number of heads, in the attention or in what makes biases for it."""
+    """Yield attributes proportional to the number of heads, in the attention or in modules that compute its biases."""
     for child, layer in module.named_modules():
         for attribute in (*_WIDTHS, "bias_shape", *(_HEADS if child else ())):
             if isinstance(getattr(layer, attribute, None), int | tuple):
@@ -108,15 +108,15 @@ def _attributes(name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _maps_to_heads(name: str, module: nn.Module, heads: int, projections: Collection[str]) -> list[LayerAxis]:
-    """Maps beside the projections that give a number for each head."""
+    """Return the maps other than the projections that return a number for each head."""
     maps = [(n, m) for n, m in module.named_modules() if is_map(m) and n.split(".")[0] not in projections]
     return [LayerAxis(join(name, n), "out", (1,)) for n, m in maps if map_sizes(m)[1] == heads]
 
 
-def _unowned(name: str, module: nn.Module, sides: Sequence[LayerAxis], width: int) -> Iterator[str]:
-    """Layers that stay as they are, like a convolution that pools what keys are made of.
+def _excluded(name: str, module: nn.Module, sides: Sequence[LayerAxis], width: int) -> Iterator[str]:
+    """Yield the layers that are not sliced, like a convolution that pools the input of keys.
 
-    One over the dimensions of a head runs for each head.
+    A convolution over the dimensions of a head runs for each head and is not among them.
     """
     cut = {side.module for side in sides}
     for child, layer in module.named_modules():
@@ -128,7 +128,7 @@ def _unowned(name: str, module: nn.Module, sides: Sequence[LayerAxis], width: in
 def _entries(
     name: str, module: nn.Module, heads: int, features: int, projections: Collection[str]
 ) -> Iterator[TensorAxis]:
-    """What else has entries for each head: biases apart from their projection, tables, temperatures."""
+    """Yield other tensors with entries for each head: separate biases, tables, temperatures."""
     for bias in _BIASES:
         if isinstance(getattr(module, bias, None), Tensor):
             yield TensorAxis(join(name, bias), 0, (features // heads,))
@@ -136,7 +136,7 @@ def _entries(
         if is_map(layer) or child.split(".")[0] in projections:
             continue
         for parameter, tensor in layer.named_parameters(recurse=False):
-            # The last dimension where there are several, because tables have one row for each position.
+            # The last dimension of several, because tables have one row for each position.
             dims = [dim for dim in reversed(range(tensor.dim())) if tensor.shape[dim] == heads]
             if tensor.dim() > 1 and dims:
                 yield TensorAxis(join(name, child, parameter), dims[0])
@@ -148,6 +148,6 @@ def _fused(name: str, qkv: str) -> Projections:
 
 
 def _is_plain(attention: nn.Module) -> bool:
-    """Whether nothing but products stands between queries, keys, values and the output projection."""
+    """Return whether only products come between queries, keys, values and the output projection."""
     norms = [getattr(attention, n, None) for n in ("q_norm", "k_norm", "norm")]
     return all(isinstance(n, nn.Identity | None) for n in norms) and getattr(attention, "gate", None) is None

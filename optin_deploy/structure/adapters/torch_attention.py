@@ -1,7 +1,10 @@
-"""torch's own attention. ``nn.MultiheadAttention`` computes with its weights and not through its modules, and the fast
-path of ``nn.TransformerEncoderLayer`` passes by both; so a network that is taken in gets `Attention` in its place, of
-the same parameters, which computes the same through four linear layers. At padding, where the fast path of
-``nn.TransformerEncoder`` gives zeros, there is what its layers compute, as in training and in an exported file."""
+"""torch's own attention.
+
+``nn.MultiheadAttention`` uses its weights without calling its modules, and the fast path of
+``nn.TransformerEncoderLayer`` calls neither. So it is replaced by `Attention`, which has the same parameters and
+computes the same through four linear layers. At padding, where the fast path of ``nn.TransformerEncoder`` returns
+zeros, the output is what its layers compute, as in training and in an exported file.
+"""
 
 from typing import Any, TypeGuard
 
@@ -9,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.nn.copies import copied, sharing
+from optin_deploy.nn.copies import copy_module, shared_tensors
 from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
 from optin_deploy.structure.groups import (
@@ -22,16 +25,16 @@ from optin_deploy.structure.groups import (
     Projections,
     TensorAxis,
 )
-from optin_deploy.structure.slicing import slimmed
+from optin_deploy.structure.slicing import change_class
 
 
 class Attention(nn.Module):
-    """What an ``nn.MultiheadAttention`` computes, with a linear layer each for queries, keys, values and output.
+    """An ``nn.MultiheadAttention`` with linear layers for queries, keys, values and output.
 
-    The parameters are views of the other's. Called in the same way, it gives the same.
+    Its parameters are views of the original's. It is called in the same way and returns the same.
     """
 
-    # What torch's encoder layers look at before they take their fast path, which needs packed weights.
+    # torch's encoder layers read these before they take their fast path, which needs packed weights.
     in_proj_weight = in_proj_bias = None
     _qkv_same_embed_dim = True
 
@@ -46,7 +49,7 @@ class Attention(nn.Module):
         self.scale = dense.head_dim**-0.5
         self.dropout, self.batch_first = dense.dropout, dense.batch_first
         self.dense_heads = dense.num_heads
-        # Which of the dense module's heads are left: masks may differ from head to head.
+        # The heads left of the dense module, because masks may differ between heads.
         self.register_buffer("heads", torch.arange(dense.num_heads, device=weights[0].device), persistent=False)
 
     def forward(
@@ -60,7 +63,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """See ``nn.MultiheadAttention``; ``is_causal`` only says what ``attn_mask`` is."""
+        """See ``nn.MultiheadAttention``. ``is_causal`` only describes ``attn_mask`` and is ignored."""
         if not isinstance(self.out_proj, nn.Linear):
             # No head is left.
             return self.out_proj(query), None
@@ -76,11 +79,11 @@ class Attention(nn.Module):
         if need_weights:
             logits = q @ k.transpose(-2, -1) * self.scale
             weights = F.dropout((logits if mask is None else logits + mask).softmax(-1), dropout)
-            given = weights @ v
+            attended = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            given = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
-        output = self.out_proj(given.transpose(1, 2).flatten(2))
+            attended = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
         if single:
             return output[0], None if weights is None else weights[0]
         return output if self.batch_first else output.transpose(0, 1), weights
@@ -89,16 +92,16 @@ class Attention(nn.Module):
         return features.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _mask(self, of_pairs: Tensor | None, of_keys: Tensor | None, like: Tensor) -> Tensor | None:
-        """What is added to the logits ``(batch, heads, queries, keys)``, broadcast."""
-        found = None
+        """Return the mask to add to the logits ``(batch, heads, queries, keys)``, broadcast; None if there is none."""
+        mask = None
         if of_pairs is not None:
-            found = _additive(of_pairs, like)
-            if found.dim() == 3:
-                found = found.unflatten(0, (-1, self.dense_heads))[:, self.heads]
+            mask = _additive(of_pairs, like)
+            if mask.dim() == 3:
+                mask = mask.unflatten(0, (-1, self.dense_heads))[:, self.heads]
         if of_keys is not None:
             keys = _additive(of_keys, like)[:, None, None]
-            found = keys if found is None else found + keys
-        return found
+            mask = keys if mask is None else mask + keys
+        return mask
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -115,30 +118,30 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
-def through_modules(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` that shares its tensors and has `Attention` for torch's; itself where there is none."""
+def replace_torch_attention(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` that shares its tensors, with `Attention` instead of torch's; itself without any."""
     plain = [m for m in module.modules() if _is_plain(m)]
     if not plain:
         return module
-    memo = sharing(module)
-    # Whatever holds one of them, under however many names, holds the same one in the copy.
+    memo = shared_tensors(module)
+    # A module with several names is one module in the copy, too.
     memo |= {id(m): Attention(m).train(m.training) for m in plain}
-    through = copied(module, memo)
-    for child in through.modules():
+    replaced = copy_module(module, memo)
+    for child in replaced.modules():
         if isinstance(child, nn.TransformerEncoder):
             child.use_nested_tensor = False
-    return _with_samples_first(through)
+    return _with_samples_first(replaced)
 
 
 class _Encoder(nn.TransformerEncoder):
-    """One that takes and gives sequences first, and runs with samples first."""
+    """Takes and returns sequences first, and runs its layers with samples first."""
 
     def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(src.transpose(0, 1), *args, **kwargs).transpose(0, 1)
 
 
 class _Decoder(nn.TransformerDecoder):
-    """One that takes and gives sequences first, and runs with samples first."""
+    """Takes and returns sequences first, and runs its layers with samples first."""
 
     def forward(self, tgt: Tensor, memory: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(tgt.transpose(0, 1), memory.transpose(0, 1), *args, **kwargs).transpose(0, 1)
@@ -151,17 +154,19 @@ _SAMPLES_FIRST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _with_samples_first(module: nn.Module) -> nn.Module:
-    """``module`` with stacks of layers that run with samples first, as all masks on units need them; in place, but for
-    a stack that is the module itself."""
+    """Return ``module`` with stacks of layers that run with samples first, as masks on units require.
+
+    The module is changed in place, unless it is a stack itself.
+    """
     made: dict[int, nn.Module] = {}
     for name, child in list(module.named_modules(remove_duplicate=False)):
         attentions = [m for m in child.modules() if isinstance(m, Attention)]
         if id(child) not in made:
             if type(child) not in _SAMPLES_FIRST or not attentions or any(m.batch_first for m in attentions):
                 continue
-            made[id(child)] = slimmed(child, _SAMPLES_FIRST[type(child)])
-            for each in attentions:
-                each.batch_first = True
+            made[id(child)] = change_class(child, _SAMPLES_FIRST[type(child)])
+            for attention in attentions:
+                attention.batch_first = True
         if not name:
             module = made[id(child)]
         else:
@@ -170,7 +175,7 @@ def _with_samples_first(module: nn.Module) -> nn.Module:
 
 
 def _is_plain(attention: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether ``attention`` is torch's own, of which no key or value is of its own."""
+    """Return whether ``attention`` is torch's own class, without learned keys and values."""
     return type(attention) is nn.MultiheadAttention and attention.bias_k is None and not attention.add_zero_attn
 
 

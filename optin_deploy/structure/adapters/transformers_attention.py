@@ -1,6 +1,6 @@
-"""Attentions with query, key and value projections, apart or fused, and deformable ones.
+"""Attentions with separate or fused query, key and value projections, and deformable ones.
 
-Modules are matched on what they hold, not on their class: transformers renames them between releases.
+Modules are matched by their attributes, not by class, because transformers renames classes between releases.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ _HEADS_NAMES = ("num_attention_heads", "num_heads", "n_heads", "num_key_value_he
 _HEAD_WIDTH_NAMES = ("attention_head_size", "head_dim", "key_value_proj_dim")
 _ALL_HEADS_WIDTH_NAMES = ("all_head_size", "embed_dim", "dim", "inner_dim", "split_size")
 _SCALE_NAMES = ("scaling", "scale")
-# A table of position biases that stands beside the attention.
+# A table of position biases next to the attention.
 _BIAS_NAME = "relative_position_bias"
 
 
@@ -49,7 +49,7 @@ class _Heads:
 
     @property
     def shared(self) -> int:
-        """Query heads for one key-value head: they leave together."""
+        """Query heads for one key-value head. They are removed together."""
         return self.queries // self.keys
 
 
@@ -61,7 +61,7 @@ def _is_library_module(module: nn.Module) -> bool:
 def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | LeftDense | None:
     """Heads of an attention with query, key and value apart or fused; those that share a key leave together.
 
-    The output projection is a child (``o_proj``) or, in BERT's way, ``output.dense`` beside the attention.
+    The output projection is a child (``o_proj``) or, as in BERT, ``output.dense`` next to the attention.
     """
     if not _is_library_module(module):
         return None
@@ -75,21 +75,21 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
     heads = _heads(module, inputs, projection.in_features)
     if isinstance(heads, str):
         return LeftDense(name, heads)
-    own = (*inputs, inside) if inside else inputs
-    sides, entries = _of_heads(name, module, own, heads)
-    if beside := child(parent, _BIAS_NAME):
-        entries += _of_heads(join(parent_name, _BIAS_NAME), beside, (), heads)[1]
+    known = (*inputs, inside) if inside else inputs
+    sides, entries = _of_heads(name, module, known, heads)
+    if table := child(parent, _BIAS_NAME):
+        entries += _of_heads(join(parent_name, _BIAS_NAME), table, (), heads)[1]
     biased = position_bias.takes_position_bias(module)
     output_name = join(name, inside) if inside else join(parent_name, "output.dense")
     following = (*_input_sides(name, inputs, heads), *sides)
     counted = {*(side.module for side in following), output_name}
-    unowned = tuple(n for n in _maps(name, module) if n not in counted)
-    stand_ins: tuple[tuple[str, Placeholder], ...] = ((name, "constant_tuple"),)
+    excluded = tuple(n for n in _maps(name, module) if n not in counted)
+    placeholders: tuple[tuple[str, Placeholder], ...] = ((name, "constant_tuple"),)
     if not inside:
-        stand_ins = ((name, "pass_tuple"), (output_name, "constant"))
-    if biased or unowned:
-        # Without heads it would still be needed: for the bias that it hands on, or for what it costs in any case.
-        stand_ins = ()
+        placeholders = ((name, "pass_tuple"), (output_name, "constant"))
+    if biased or excluded:
+        # The attention is needed without heads: for the bias that it passes on, or for modules that stay.
+        placeholders = ()
     return Group(
         name=name,
         kind="head",
@@ -97,18 +97,18 @@ def attention(name: str, module: nn.Module, parent_name: str, parent: nn.Module)
         width=heads.shared * heads.width,
         output=output_name,
         sides=(*following, LayerAxis(output_name, "in")),
-        cost=CostModules((name,) if inside else (name, output_name), excluded=unowned),
-        placeholders=stand_ins,
+        cost=CostModules((name,) if inside else (name, output_name), excluded=excluded),
+        placeholders=placeholders,
         attributes=tuple((name, n) for n in _proportional(module, heads)),
         qkv=_projections(name, inputs) if heads.shared == 1 and _can_get_narrower(module) else None,
-        # A table of position biases belongs to all layers, and the layer that holds it makes the bias for all.
+        # All layers share the table of position biases, and the layer that has it computes the bias for all.
         entries=() if biased else entries,
-        resizable=position_bias.slim_class(type(module)) if biased else None,
+        resizable=position_bias.resizable_class(type(module)) if biased else None,
     )
 
 
 def _input_projections(module: nn.Module) -> tuple[str, ...] | None:
-    """Names of the query, key and value projections, or of the one that gives all of them."""
+    """Return the names of the query, key and value projections, or of the fused one."""
     for names in (*_SEPARATE_NAMES, *((fused,) for fused in _FUSED_NAMES)):
         if all(isinstance(child(module, n), nn.Linear) for n in names):
             return names
@@ -116,16 +116,16 @@ def _input_projections(module: nn.Module) -> tuple[str, ...] | None:
 
 
 def _output_projection(module: nn.Module, parent: nn.Module) -> tuple[str, nn.Linear] | None:
-    """The output projection, and its name if it is a child of the attention."""
+    """Return the output projection and its name, which is empty if it is not a child of the attention."""
     for name in _OUTPUT_NAMES:
         if isinstance(inside := child(module, name), nn.Linear):
             return name, inside
-    beside = child(parent, "output.dense")
-    return ("", beside) if isinstance(beside, nn.Linear) else None
+    outside = child(parent, "output.dense")
+    return ("", outside) if isinstance(outside, nn.Linear) else None
 
 
 def _heads(module: nn.Module, inputs: Sequence[str], inner: int) -> _Heads | str:
-    """The heads of an attention whose output projection takes ``inner`` features; a reason where that is not clear."""
+    """Return the heads of an attention whose output projection takes ``inner`` features, or why they are not clear."""
     features = [int(module.get_submodule(n).out_features) for n in inputs]  # type: ignore[arg-type]
     if len(features) == 1:
         features = [inner, *[(features[0] - inner) // 2] * 2]
@@ -158,17 +158,17 @@ def _input_sides(name: str, inputs: Sequence[str], heads: _Heads) -> Iterator[La
 
 
 def _of_heads(
-    name: str, module: nn.Module, own: Sequence[str], heads: _Heads
+    name: str, module: nn.Module, known: Sequence[str], heads: _Heads
 ) -> tuple[tuple[LayerAxis, ...], tuple[TensorAxis, ...]]:
-    """What else has features or entries for each head: projections and tables of positions, temperatures."""
+    """Return other layers and tensors with entries for each head: projections and tables of positions, temperatures."""
     sides, entries = [], []
     for inner, layer in module.named_modules():
-        if inner in own:
+        if inner in known:
             continue
         if isinstance(layer, nn.Linear):
             if layer.out_features in (heads.queries, heads.queries * heads.width):
-                each = layer.out_features // heads.keys
-                sides.append(LayerAxis(join(name, inner), "out", (each,)))
+                width = layer.out_features // heads.keys
+                sides.append(LayerAxis(join(name, inner), "out", (width,)))
             continue
         for parameter_name, parameter in layer.named_parameters(recurse=False):
             shape = tuple(parameter.shape)
@@ -179,7 +179,7 @@ def _of_heads(
 
 
 def _proportional(module: nn.Module, heads: _Heads) -> Iterator[str]:
-    """Attributes that are in proportion to the heads."""
+    """Yield the attributes proportional to the heads."""
     for names, values in (
         (_HEADS_NAMES, (heads.queries, heads.keys)),
         (_ALL_HEADS_WIDTH_NAMES, (heads.queries * heads.width,)),
@@ -188,14 +188,14 @@ def _proportional(module: nn.Module, heads: _Heads) -> Iterator[str]:
 
 
 def _maps(name: str, module: nn.Module) -> Iterator[str]:
-    """Names of all linear layers and convolutions of a module."""
+    """Yield the names of all linear layers and convolutions of a module."""
     for inner, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
             yield join(name, inner)
 
 
 def _can_get_narrower(module: nn.Module) -> bool:
-    """Whether the width of a head and the softmax's scale are attributes, so that one can change without the other."""
+    """Return whether the width of a head and the softmax's scale are attributes that can change separately."""
     scaled = any(isinstance(getattr(module, n, None), float) for n in _SCALE_NAMES)
     return scaled and _integer(module, _HEAD_WIDTH_NAMES) is not None
 

@@ -14,11 +14,11 @@ from torch import nn
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import first_tensor
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
+from optin_deploy.nn.partial_forward import record_inputs, record_outputs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Stream, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import output_bias, sliced
+from optin_deploy.structure.slicing import output_bias, slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def structure_of(name: str) -> Structure:
 
 
 def repaired(network: Network, structure: Structure, plan: Plan, ridge: float = RIDGE) -> nn.Module:
-    small = sliced(network.module, structure, plan)
+    small = slice_network(network.module, structure, plan)
     compensate(network, small, structure, plan, tiny.batches(network, BATCHES), (ridge,))
     return small
 
@@ -72,11 +72,11 @@ def rows(name: str, small: nn.Module, group: Group, plan: Plan, network: Network
     stream_at, target_at = f"{block}.{before}", f"{block}.{after}".rstrip(".")
     xs, targets = [], []
     for batch in tiny.batches(network, BATCHES):
-        record = recorded_inputs if side == "input" else recorded_outputs
+        record = record_inputs if side == "input" else record_outputs
         with record(network.module, (target_at,)) as dense:
             network.forward(batch)
         inside = (group.output,) if plan.kept[group.name] else ()
-        with recorded_inputs(small, (stream_at, *inside)) as pruned:
+        with record_inputs(small, (stream_at, *inside)) as pruned:
             network.forward(batch, small)
         target = first_tensor(dense[target_at]) - pruned[stream_at]
         x = pruned[group.output] if inside else target[..., :0]
@@ -103,7 +103,7 @@ def test_every_refit_is_the_ridge_solution(name: str, which: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     vanished = tiny.empty_plan(structure, which[9:-1]).kept if which != "uneven" else {}
     plan = Plan({**tiny.uneven_plan(structure).kept, **vanished})
-    before, small = sliced(network.module, structure, plan), repaired(network, structure, plan)
+    before, small = slice_network(network.module, structure, plan), repaired(network, structure, plan)
     for group in structure.groups:
         x, target = rows(name, small, group, plan, network)
         expected = ridge_solution(x, target, as_matrix(before, group, plan), RIDGE)
@@ -128,14 +128,14 @@ def test_without_a_known_stream_the_dense_output_is_the_target(vanished: bool) -
     group = structure.groups[-1]
     assert group.stream.residual is None
     plan = Plan({"blocks.0.attn": (1, 2), group.name: () if vanished else (0, 3, 4, 5)})
-    before, small = sliced(network.module, structure, plan), repaired(network, structure, plan)
+    before, small = slice_network(network.module, structure, plan), repaired(network, structure, plan)
     xs, targets = [], []
     for batch in tiny.batches(network, BATCHES):
-        with torch.no_grad(), recorded_outputs(network.module, (group.output,)) as dense:
+        with torch.no_grad(), record_outputs(network.module, (group.output,)) as dense:
             network.forward(batch)
         targets.append(dense[group.output].flatten(0, 1))
         if not vanished:
-            with torch.no_grad(), recorded_inputs(small, (group.output,)) as pruned:
+            with torch.no_grad(), record_inputs(small, (group.output,)) as pruned:
                 network.forward(batch, small)
             xs.append(pruned[group.output].flatten(0, 1))
     target = torch.cat(targets).double().numpy()
@@ -149,7 +149,7 @@ def error(network: Network, structure: Structure, small: nn.Module) -> float:
     """Squared distance of the last block's valid tokens from the dense ones."""
     total, last = 0.0, structure.blocks[-1]
     for batch in tiny.batches(network, BATCHES):
-        with recorded_outputs(network.module, (last,)) as dense, recorded_outputs(small, (last,)) as pruned:
+        with record_outputs(network.module, (last,)) as dense, record_outputs(small, (last,)) as pruned:
             network.forward(batch)
             network.forward(batch, small)
         moved = first_tensor(pruned[last]) - first_tensor(dense[last])
@@ -162,7 +162,7 @@ def error(network: Network, structure: Structure, small: nn.Module) -> float:
 def test_the_network_comes_closer_to_the_dense_one(name: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     plan = tiny.uneven_plan(structure)
-    masked = error(network, structure, sliced(network.module, structure, plan))
+    masked = error(network, structure, slice_network(network.module, structure, plan))
     assert error(network, structure, repaired(network, structure, plan)) < 0.7 * masked
 
 
@@ -190,7 +190,7 @@ def test_all_behind_the_first_pruned_units_changes_and_nothing_before() -> None:
     assert (group.kind, group.layer) == ("neuron", 0)
     plan = Plan({group.name: tuple(range(5))})
     dense = {k: v.clone() for k, v in network.module.state_dict().items()}
-    before = sliced(network.module, structure, plan).state_dict()
+    before = slice_network(network.module, structure, plan).state_dict()
     after = repaired(network, structure, plan).state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     linear = [n for n, m in network.module.named_modules() if isinstance(m, nn.Linear)]
@@ -215,7 +215,7 @@ def test_a_duplicate_can_leave_without_a_trace(where: str) -> None:
     batch = tiny.images("x", 4, seed=99)
     with torch.no_grad():
         expected, given = network.module(**batch), small(**batch)
-        without_repair = sliced(network.module, structure, plan)(**batch)
+        without_repair = slice_network(network.module, structure, plan)(**batch)
     assert float((given - expected).abs().max()) <= 1e-3
     assert float((without_repair - expected).abs().max()) > 0.1
 
@@ -224,7 +224,7 @@ def test_a_large_ridge_keeps_the_weights() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     plan = Plan({"blocks.0.mlp": (0, 1, 2)})
     weight = "blocks.0.mlp.fc2.weight"
-    before = sliced(network.module, structure, plan).get_parameter(weight)
+    before = slice_network(network.module, structure, plan).get_parameter(weight)
     after = repaired(network, structure, plan, ridge=1e6).get_parameter(weight)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
 
@@ -236,7 +236,7 @@ def test_content_of_padding_does_not_matter() -> None:
         batches = copy.deepcopy(tiny.batches(network, 3))
         for batch in batches:
             batch["input_ids"][batch["attention_mask"] == 0] = padding
-        small = sliced(network.module, structure, plan)
+        small = slice_network(network.module, structure, plan)
         compensate(network, small, structure, plan, batches, (RIDGE,))
         results.append(small.state_dict())
     for key, value in results[0].items():
@@ -246,7 +246,7 @@ def test_content_of_padding_does_not_matter() -> None:
 def test_progress_is_one_step_a_block_and_no_hooks_stay() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     plan = tiny.uneven_plan(structure)
-    small = sliced(network.module, structure, plan)
+    small = slice_network(network.module, structure, plan)
     compensate(network, small, structure, plan, tiny.batches(network, 1), (RIDGE,))
     for module in (network.module, small):
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())

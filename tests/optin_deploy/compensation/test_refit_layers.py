@@ -19,7 +19,7 @@ from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import output_bias, sliced
+from optin_deploy.structure.slicing import output_bias, slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ class Repaired:
     def of(
         cls, network: Network, structure: Structure, plan: Plan, strengths: Sequence[float] = (RIDGE,)
     ) -> "Repaired":
-        before, after = (sliced(network.module, structure, plan) for _ in range(2))
+        before, after = (slice_network(network.module, structure, plan) for _ in range(2))
         batches = tiny.batches(network, BATCHES)
         compensate(network, after, structure, plan, batches, strengths)
         return cls(network, structure, plan, before, after, strengths, batches)
@@ -355,7 +355,7 @@ def test_narrower_heads_come_closer() -> None:
 
 def test_one_batch_is_enough() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit").without_widths()
-    plan, small = tiny.uneven_plan(structure), partial(sliced, network.module, structure)
+    plan, small = tiny.uneven_plan(structure), partial(slice_network, network.module, structure)
     one, several = small(tiny.uneven_plan(structure)), small(plan)
     batches = tiny.batches(network, 1, size=8)
     compensate(network, one, structure, plan, batches, STRENGTHS[len(STRENGTHS) // 2 :][:1])

@@ -24,7 +24,7 @@ from optin_deploy.nn.names import is_inside
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -200,7 +200,7 @@ def test_the_pattern_is_recognised(weights: list[list[int]], expected: bool) -> 
 
 def made_sparse(network: Network, plan: Plan, strengths: tuple[float, ...]) -> tuple[Structure, nn.Module]:
     structure = describe(network.module, network.inputs)
-    module = sliced(network.module, structure, plan)
+    module = slice_network(network.module, structure, plan)
     sparsify(network, module, structure, plan, tiny.batches(network, 6), strengths)
     return structure, module
 
@@ -239,7 +239,7 @@ def test_every_map_of_a_block_has_the_pattern(name: str, strengths: tuple[float,
 def test_a_sparse_network_follows_the_dense_one_better_than_by_magnitude(name: str) -> None:
     network = tiny.network(name)
     structure, module = made_sparse(network, Plan({}), STRENGTHS)
-    crude = sliced(network.module, structure, Plan({}))
+    crude = slice_network(network.module, structure, Plan({}))
     for layer in can_be_sparse(crude, structure).values():
         inside = weight_rows(layer)
         mask = by_magnitude(inside.reshape(-1, inside.shape[-1]), inside.shape[-1]).reshape(inside.shape)
@@ -260,7 +260,7 @@ def test_what_is_left_by_a_plan_gets_the_pattern() -> None:
     structure, module = made_sparse(network, plan, STRENGTHS)
     told = measure_sparsity(module, structure, network.inputs)
     assert told.maps == len(can_be_sparse(module, structure)) > 0
-    again = sliced(network.module, structure, plan)
+    again = slice_network(network.module, structure, plan)
     assert {n: p.shape for n, p in module.named_parameters()} == {n: p.shape for n, p in again.named_parameters()}
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
+from optin_deploy.nn.partial_forward import record_inputs, record_outputs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +201,7 @@ def test_units_that_cancel_each_other_leave_together() -> None:
 
 
 def rescaled(network: Network, structure: Structure, plan: Plan, **options: float) -> tuple[nn.Module, dict]:
-    small = sliced(network.module, structure, plan)
+    small = slice_network(network.module, structure, plan)
     return small, rescale(network, small, structure, plan, tiny.batches(network, 4), **options)
 
 
@@ -214,9 +214,9 @@ def reference_factors(network: Network, small: nn.Module, structure: Structure, 
     gamma = small.get_parameter(group.stream.scale).double() if group.stream.scale else torch.ones(tiny.WIDTH).double()
     for batch in tiny.batches(network, 4):
         with (
-            recorded_inputs(network.module, (group.stream.residual,)) as dense,
-            recorded_outputs(network.module, (group.output,)) as update,
-            recorded_inputs(small, (group.stream.residual, group.output)) as seen,
+            record_inputs(network.module, (group.stream.residual,)) as dense,
+            record_outputs(network.module, (group.output,)) as update,
+            record_inputs(small, (group.stream.residual, group.output)) as seen,
         ):
             network.forward(batch)
             network.forward(batch, small)
@@ -242,7 +242,7 @@ def test_factors_are_the_damped_least_squares_solution(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name).without_widths()
     plan = tiny.uneven_plan(structure)
     given, factors = rescaled(network, structure, plan, damp=0.7, limit=1e9)
-    small = sliced(network.module, structure, plan)
+    small = slice_network(network.module, structure, plan)
     for group in structure.groups:
         if not plan.kept[group.name]:
             assert group.name not in factors
@@ -284,7 +284,7 @@ def test_tuning_starts_at_the_first_pruned_group_and_stops_beyond_the_limit() ->
         passing = next((i for i, m in enumerate(largest) if m > limit), len(largest))
         small, found = rescaled(network, structure, plan, limit=limit)
         assert list(found) == names[1 : 1 + passing]
-        untouched = sliced(network.module, structure, plan).state_dict()
+        untouched = slice_network(network.module, structure, plan).state_dict()
         for name in names[1 + passing :]:
             key = f"{structure.group(name).output}.weight"
             assert torch.equal(small.state_dict()[key], untouched[key])
@@ -292,7 +292,7 @@ def test_tuning_starts_at_the_first_pruned_group_and_stops_beyond_the_limit() ->
 
 def test_with_nothing_pruned_nothing_is_tuned() -> None:
     network, structure = tiny.network("bert"), tiny.structure("bert").without_widths()
-    small = sliced(network.module, structure, Plan({}))
+    small = slice_network(network.module, structure, Plan({}))
     assert rescale(network, small, structure, Plan({}), tiny.batches(network, 1)) == {}
     assert all(torch.equal(small.state_dict()[k], v) for k, v in network.module.state_dict().items())
     for module in (network.module, small):

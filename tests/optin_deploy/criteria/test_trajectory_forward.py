@@ -14,7 +14,7 @@ from optin_deploy.criteria.trajectory_forward import forward_scores, forward_ste
 from optin_deploy.criteria.trajectory_loss import Trajectory
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def by_differences(network: Network, structure: Structure, batch: tiny.Batch, sa
             masks = torch.ones(group.units, trajectory.size, group.units, dtype=torch.float64)
             for unit in range(group.units):
                 masks[unit, samples, unit] += step
-            with masked(network.module, structure, {group.name: masks.flatten(0, 1)}):
+            with mask_units(network.module, structure, {group.name: masks.flatten(0, 1)}):
                 blocks, outputs = trajectory.run(group.units)
             grams = trajectory.grams(blocks, group.units)
             results.append((grams, {n: y.unflatten(0, (group.units, -1)) for n, y in outputs.items()}))
@@ -89,7 +89,7 @@ def by_jacobian(network: Network, structure: Structure, batch: tiny.Batch) -> Sc
 
     def run(mask: Tensor) -> tuple[Tensor, ...]:
         masks = dict(zip([g.name for g in structure.groups], mask.split(units), strict=True))
-        with masked(network.module, structure, masks):
+        with mask_units(network.module, structure, masks):
             blocks, outputs = trajectory.run()
         grams = trajectory.grams(blocks)
         names[:] = [*grams, *outputs]

@@ -27,7 +27,7 @@ from optin_deploy.network import Network
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.search.knapsack import kept_score
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.costs import token_costs
 from optin_deploy.tokens.find_stack import token_stack
 from profilers import RawSamples
@@ -73,7 +73,7 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
     def build(module: Any, structure: Any, plan: Plan) -> Any:
         built.append(plan)
-        return sliced(module, structure, plan)
+        return slice_network(module, structure, plan)
 
     def measure(files: Mapping[str, Path], *_: Any) -> RawSamples:
         plans = built[len(built) - len(files) + 1 :]
@@ -81,7 +81,7 @@ def fake_lab(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         samples = {name: [[2 * ms] * 3] * 3 for name, ms in zip(files, true_ms, strict=True)}
         return RawSamples(samples, True, 1.0, 1)
 
-    monkeypatch.setattr(budget, "sliced", build)
+    monkeypatch.setattr(budget, "slice_network", build)
     monkeypatch.setattr(budget, "write_network", lambda *args: args[-1])
     monkeypatch.setattr(budget, "measure_files", measure)
     return built

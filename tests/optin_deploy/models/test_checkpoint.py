@@ -19,7 +19,7 @@ from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def some_plan(network: Network) -> Plan:
 
 
 def pruned(network: Network, plan: Plan) -> Network:
-    return network.with_module(sliced(network.module, describe(network.module, network.inputs), plan))
+    return network.with_module(slice_network(network.module, describe(network.module, network.inputs), plan))
 
 
 def saved(path: Path, kind: str) -> tuple[Network, Path]:

@@ -19,7 +19,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.models import checkpoint, transformers_inputs
 from optin_deploy.models.custom import custom_network
-from optin_deploy.nn.outputs import named_outputs, unfit
+from optin_deploy.nn.outputs import named_outputs, unfit_reason
 from optin_deploy.pruning.pruner import prune
 
 A, B, C = (torch.full((2, 3), float(value)) for value in range(3))
@@ -106,7 +106,7 @@ def test_a_list_that_holds_itself() -> None:
     ],
 )
 def test_what_cannot_be_an_output(value: Any, alone: Any, reason: str | None) -> None:
-    found = unfit(value, alone, 2)
+    found = unfit_reason(value, alone, 2)
     assert found is None if reason is None else reason in (found or "")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.nn.calls import first_tensor
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs, resumed, run_until
+from optin_deploy.nn.partial_forward import forward_until, record_inputs, record_outputs, replay_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def forwards(module: nn.Module) -> list[Any]:
 @torch.no_grad()
 def block_outputs(name: str) -> dict[str, Any]:
     network = tiny.network(name)
-    with recorded_outputs(network.module, tiny.structure(name).blocks) as seen:
+    with record_outputs(network.module, tiny.structure(name).blocks) as seen:
         network.forward(network.inputs)
     return seen
 
@@ -38,7 +38,7 @@ def test_running_on_from_a_block_gives_the_full_run(name: str) -> None:
     inner_handle = network.module.get_submodule(f"{blocks[0]}.{inner}").register_forward_pre_hook(
         lambda *_: pytest.fail("a skipped block ran")
     )
-    with resumed(network.module, {blocks[0]: seen[blocks[0]]}):
+    with replay_blocks(network.module, {blocks[0]: seen[blocks[0]]}):
         given = network.forward(network.inputs)
     handle.remove()
     inner_handle.remove()
@@ -51,12 +51,12 @@ def test_running_on_from_a_block_gives_the_full_run(name: str) -> None:
 def test_running_until_a_block_gives_its_output(name: str) -> None:
     network, seen = tiny.network(name), block_outputs(name)
     for block, output in seen.items():
-        given = run_until(network.module, network.inputs, block)
+        given = forward_until(network.module, network.inputs, block)
         assert type(given) is type(output)
         assert torch.equal(first_tensor(given), first_tensor(output))
     first, second = list(seen)[:2]
-    with resumed(network.module, {first: seen[first]}):
-        given = run_until(network.module, network.inputs, second)
+    with replay_blocks(network.module, {first: seen[first]}):
+        given = forward_until(network.module, network.inputs, second)
     assert torch.equal(first_tensor(given), first_tensor(seen[second]))
     assert hooks(network.module) == 0
 
@@ -64,7 +64,7 @@ def test_running_until_a_block_gives_its_output(name: str) -> None:
 def test_later_blocks_do_not_run() -> None:
     network = tiny.network("vit")
     handle = network.module.blocks[1].register_forward_pre_hook(lambda *_: pytest.fail("ran"))
-    run_until(network.module, network.inputs, "blocks.0")
+    forward_until(network.module, network.inputs, "blocks.0")
     handle.remove()
 
 
@@ -73,7 +73,7 @@ def test_a_block_that_does_not_run_is_an_error() -> None:
     module = nn.ModuleDict({"used": nn.Identity(), "unused": nn.Identity()})
     module.forward = lambda x: module["used"](x)
     with pytest.raises(RuntimeError, match="unused"):
-        run_until(module, network.inputs, "unused")
+        forward_until(module, network.inputs, "unused")
     assert hooks(module) == 0
 
 
@@ -82,15 +82,15 @@ def test_everything_is_restored_after_an_exception() -> None:
     before = forwards(network.module)
     with (
         pytest.raises(ZeroDivisionError),
-        resumed(network.module, {"blocks.0": torch.zeros(1)}),
-        recorded_inputs(network.module, ("blocks.1",)),
-        recorded_outputs(network.module, ("blocks.1",)),
+        replay_blocks(network.module, {"blocks.0": torch.zeros(1)}),
+        record_inputs(network.module, ("blocks.1",)),
+        record_outputs(network.module, ("blocks.1",)),
     ):
         raise ZeroDivisionError
     assert forwards(network.module) == before
     assert hooks(network.module) == 0
     with pytest.raises(TypeError):
-        run_until(network.module, {}, "blocks.0")
+        forward_until(network.module, {}, "blocks.0")
     assert hooks(network.module) == 0
 
 
@@ -99,7 +99,7 @@ def test_a_forward_that_was_overridden_comes_back() -> None:
     module = nn.Sequential(block)
     block.forward = lambda x: x + 1
     overridden = block.forward
-    with resumed(module, {"0": torch.ones(1)}):
+    with replay_blocks(module, {"0": torch.ones(1)}):
         assert torch.equal(module(torch.zeros(1)), torch.ones(1))
     assert block.forward is overridden
 
@@ -107,7 +107,7 @@ def test_a_forward_that_was_overridden_comes_back() -> None:
 def test_recording_keyword_inputs() -> None:
     module = nn.Sequential(nn.Identity())
     x = torch.ones(2)
-    with recorded_inputs(module, ("0",)) as given, recorded_outputs(module, ("0",)) as returned:
+    with record_inputs(module, ("0",)) as given, record_outputs(module, ("0",)) as returned:
         module[0](input=x)
     assert given["0"] is x
     assert returned["0"] is x
@@ -125,7 +125,7 @@ def test_what_runs_several_times_is_put_one_behind_the_other() -> None:
     module, x = Twice(), torch.randn(2, 3)
     once = module.linear(x)
     # A name that is given twice is still one module.
-    with recorded_inputs(module, ("linear", "linear")) as given, recorded_outputs(module, ("linear",)) as returned:
+    with record_inputs(module, ("linear", "linear")) as given, record_outputs(module, ("linear",)) as returned:
         twice = module(x)
     assert torch.equal(given["linear"], torch.cat([x, once]))
     assert torch.equal(returned["linear"], torch.cat([once, twice]))

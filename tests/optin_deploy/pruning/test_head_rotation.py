@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
+from optin_deploy.nn.partial_forward import record_inputs, record_outputs
 from optin_deploy.pruning.head_rotation import in_principal_bases, query_key_bases, value_bases
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -134,8 +134,8 @@ def attentions(network: Network, group: Group, batches: Sequence[tiny.Batch]) ->
     for batch in batches:
         sources = (group.qkv.queries.module, group.qkv.keys.module)
         with (
-            recorded_outputs(network.module, sources) as seen,
-            recorded_inputs(network.module, (group.output,)) as given,
+            record_outputs(network.module, sources) as seen,
+            record_inputs(network.module, (group.output,)) as given,
         ):
             network.forward(batch)
         q, k = (seen[r.module][..., r.of(seen[r.module].shape[-1])] for r in (group.qkv.queries, group.qkv.keys))
@@ -254,5 +254,5 @@ def test_narrow_heads_are_nearer_to_the_dense_ones_in_these_bases() -> None:
     plan = Plan({g.name: tuple(range(8)) for g in widths(structure)})
     unseen = tiny.images("x", 16, seed=100)
     dense = network.module(**unseen)
-    errors = [float((sliced(n.module, structure, plan)(**unseen) - dense).norm()) for n in (turned, network)]
+    errors = [float((slice_network(n.module, structure, plan)(**unseen) - dense).norm()) for n in (turned, network)]
     assert errors[0] < 0.7 * errors[1]

@@ -13,7 +13,7 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Pruned, PruneSettings, examine, next_step, prune, remove, remove_more
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.utils.progress import shown_by
 
 pytestmark = pytest.mark.slow
@@ -95,7 +95,7 @@ def test_without_repair_it_is_only_sliced_in_principal_bases(network: Network, n
     pruned = prune(network, batches, 0.5, ridge=None, narrow=narrow)
     turned = in_principal_bases(network, pruned.anatomy.structure, batches)
     assert (turned is network) == (not narrow)
-    assert same(pruned.network.module, sliced(turned.module, pruned.anatomy.structure, pruned.plan))
+    assert same(pruned.network.module, slice_network(turned.module, pruned.anatomy.structure, pruned.plan))
 
 
 def test_repair_brings_the_outputs_closer(network: Network) -> None:
@@ -116,7 +116,7 @@ def test_pruning_what_was_pruned(network: Network) -> None:
     first = prune(network, batches, 0.7, ridge=None, narrow=False)
     second = prune(first.network, batches, 0.6, ridge=None, narrow=False)
     assert second.network.inputs is network.inputs
-    expected = sliced(network.module, examine(network).structure, second.plan.after(first.plan))
+    expected = slice_network(network.module, examine(network).structure, second.plan.after(first.plan))
     assert same(second.network.module, expected)
 
 
@@ -151,7 +151,7 @@ def test_two_rounds_are_their_parts(network: Network, ridge: float | None) -> No
     for name, kept in together.kept.items():
         assert set(kept) <= set(first.plan.kept[name])
     if ridge is None:
-        directly = sliced(dense.module, anatomy.structure, together)
+        directly = slice_network(dense.module, anatomy.structure, together)
         with torch.no_grad():
             given, expected = smaller(**network.inputs), directly(**network.inputs)
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)

@@ -28,7 +28,7 @@ from optin_deploy.search.knapsack import lowest
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.structure.verify_slices import Verdict
 
 pytestmark = pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_stand_in_that_is_none_is_found() -> None:
     wrong = replace(structure.groups[0], placeholders=(("0.inner", "pass"),))
     structure = replace(structure, groups=(wrong, *structure.groups[1:]))
     plan = Plan({"0.inner": (), "2.inner": tuple(range(9))})
-    small = sliced(of.module, structure, plan)
+    small = slice_network(of.module, structure, plan)
     with pytest.raises(GateError, match=r"^0\.inner .* 0 of 120"):
         check_cut(of, small, structure, plan, batches())
 
@@ -137,7 +137,7 @@ def test_a_network_that_is_not_the_sliced_one_is_found() -> None:
     of = network()
     structure = describe(of.module, of.inputs)
     plan = Plan({"0.inner": tuple(range(9))})
-    small = sliced(of.module, structure, plan)
+    small = slice_network(of.module, structure, plan)
     check_cut(of, small, structure, plan, batches())
     other = copy.deepcopy(small)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_the_command_ends_with_3_and_one_line(
 ) -> None:
     save_bert(tmp_path / "model", num_hidden_layers=1)
     save_lines(tmp_path / "texts.txt", texts(20))
-    monkeypatch.setattr(verify_plan, "compared", lambda *_: Verdict({}, 0.138))
+    monkeypatch.setattr(verify_plan, "compare_slices", lambda *_: Verdict({}, 0.138))
     arguments = [
         "prune-export",
         "--model",

@@ -30,7 +30,7 @@ from optin_deploy.run import compare_stage, pipeline, prune_stage
 from optin_deploy.run.pipeline import Result, prune_export
 from optin_deploy.run.report_builder import _weights_origin
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from profilers.environment import Cores
 
 pytestmark = pytest.mark.slow
@@ -357,7 +357,7 @@ def test_without_compensation(shallow: str, vision: Result, tmp_path: Path, narr
     turned = in_principal_bases(dense, structure, load_calibration(dense, None, samples=8).batches)
     assert (turned is dense) == (not narrow)
     plan = checkpoint.read_plan(tmp_path / "run" / "checkpoint")
-    assert_stored(tmp_path / "run", sliced(turned.module, structure, plan))
+    assert_stored(tmp_path / "run", slice_network(turned.module, structure, plan))
     found, repaired = stored(tmp_path / "run"), stored(vision.directory)
     assert any(t.shape != repaired[n].shape or not torch.equal(t, repaired[n]) for n, t in found.items())
 
@@ -383,7 +383,7 @@ def test_exports_of_narrow_heads_agree_with_torch(tmp_path: Path, name: str, ops
     network, structure = tiny.network(name), tiny.structure(name)
     first, second = (g.name for g in structure.groups if g.kind == "head")
     plan = Plan({first: (0, 2, 3), f"{first}.width": (0, 1, 3), second: (1,), f"{second}.width": (2,)})
-    small = network.with_module(sliced(network.module, structure, plan))
+    small = network.with_module(slice_network(network.module, structure, plan))
     module, names = TensorOutputs(small.module, small.outputs), tuple(small.outputs)
     axes = {n: {0: "batch"} if name == "vit" else {0: "batch", 1: "sequence"} for n in small.inputs}
     program, path = trace(module, small.inputs, axes), tmp_path / "small.onnx"

@@ -7,7 +7,7 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -40,14 +40,14 @@ def test_costs_predict_the_count_of_the_sliced_module(name: str, data: st.DataOb
     network, structure = tiny.network(name), tiny.structure(name)
     plan = data.draw(tiny.plans(structure))
     costs = flop_costs(network.module, structure, network.inputs)
-    assert costs.of(plan) == count_flops(sliced(network.module, structure, plan), network.inputs)
+    assert costs.of(plan) == count_flops(slice_network(network.module, structure, plan), network.inputs)
 
 
 @pytest.mark.parametrize("name", tiny.ALL_NAMES)
 def test_the_floor_is_the_count_with_everything_removed(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     costs = flop_costs(network.module, structure, network.inputs)
-    empty = sliced(network.module, structure, tiny.empty_plan(structure))
+    empty = slice_network(network.module, structure, tiny.empty_plan(structure))
     assert costs.floor == costs.of(tiny.empty_plan(structure)) == count_flops(empty, network.inputs)
     assert costs.total == costs.of(Plan({})) == count_flops(network.module, network.inputs)
 
@@ -89,7 +89,7 @@ def test_costs_of_heads_and_width_cut_together(name: str, data: st.DataObject) -
     both = [g for g in structure.groups if g.kind in ("head", "width")]
     plan = Plan({g.name: data.draw(tiny.kept_units(g)) for g in both})
     costs = flop_costs(network.module, structure, network.inputs)
-    small = sliced(network.module, structure, plan)
+    small = slice_network(network.module, structure, plan)
     assert costs.of(plan) == count_flops(small, network.inputs)
     # What is left can be counted, and cut, again.
     left = describe(small, network.inputs)

@@ -24,7 +24,7 @@ from optin_deploy.search.knapsack import (
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import CostModules, Group, Kind, Stream, Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 HEAD_COST, NEURON_COST, REST = 40.0, 1.0, 100.0
 
@@ -388,7 +388,7 @@ def test_plans_on_a_real_network_meet_the_count() -> None:
     costs = flop_costs(network.module, structure, network.inputs)
     for fraction in (0.4, 0.5, 0.7):
         plan = search(structure, random_scores(structure, 3), costs, fraction, 8)
-        share = count_flops(sliced(network.module, structure, plan), network.inputs) / costs.total
+        share = count_flops(slice_network(network.module, structure, plan), network.inputs) / costs.total
         assert fraction - BUDGET_WINDOW <= share <= fraction
 
 

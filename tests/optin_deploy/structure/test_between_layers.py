@@ -1,4 +1,4 @@
-"""Where nothing is prunable, what stands between the convolutions is named."""
+"""If nothing is prunable, the operation between the convolutions is named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models.custom import custom_network
 from optin_deploy.pruning.pruner import examine
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.unpruned import unpruned
+from optin_deploy.structure.unpruned import find_unpruned
 
 pytestmark = pytest.mark.slow
 
@@ -74,36 +74,35 @@ def last(outputs: int = 6, inputs: int = 8) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-MIXES = "{} stands between one and two and mixes their channels"
-MOVES = "{} stands between one and two and changes where their channels are"
+MIXES, MOVES = r"{}.* mixes .*one and two", r"{}.* moves .*one and two"
 OBSTACLES: dict[str, tuple[nn.Module, nn.Module, str]] = {
     "local response norm": (nn.LocalResponseNorm(3), last(), MIXES.format("LocalResponseNorm between")),
     "layer norm": (OverChannels(8), last(), MIXES.format("OverChannels between")),
     "norm of all channels": (nn.GroupNorm(1, 8), last(), MIXES.format("GroupNorm between")),
     "pixel shuffle": (nn.PixelShuffle(2), last(6, 2), MOVES.format("PixelShuffle between")),
-    "channel shuffle": (Function(shuffled), last(), MIXES.format("view() to reshape()")),
-    "concatenation": (Function(lambda x: torch.cat([x, x[:, :2]], 1)), last(6, 10), MOVES.format("cat()")),
-    "softmax": (Function(lambda x: x.softmax(1)), last(), MIXES.format("softmax()")),
+    "channel shuffle": (Function(shuffled), last(), MIXES.format(r"view\(\) to reshape\(\)")),
+    "concatenation": (Function(lambda x: torch.cat([x, x[:, :2]], 1)), last(6, 10), MOVES.format(r"cat\(\)")),
+    "softmax": (Function(lambda x: x.softmax(1)), last(), MIXES.format(r"softmax\(\)")),
     "layer norm as a function": (
         Function(lambda x: F.layer_norm(x.movedim(1, -1), (8,)).movedim(-1, 1)),
         last(),
-        MIXES.format("layer_norm()"),
+        MIXES.format(r"layer_norm\(\)"),
     ),
-    "function of anybody's": (Function(Turned.apply), last(), MIXES.format("flip()")),
-    "gated linear unit": (Function(lambda x: F.glu(x, 1)), last(6, 4), MOVES.format("glu()")),
-    "flatten": (Function(lambda x: x.flatten(1)), nn.Linear(8 * 49, 4), MOVES.format("flatten()")),
+    "function of anybody's": (Function(Turned.apply), last(), MIXES.format(r"flip\(\)")),
+    "gated linear unit": (Function(lambda x: F.glu(x, 1)), last(6, 4), MOVES.format(r"glu\(\)")),
+    "flatten": (Function(lambda x: x.flatten(1)), nn.Linear(8 * 49, 4), MOVES.format(r"flatten\(\)")),
     "pooled": (
         Function(lambda x: x.mean((2, 3))),
         nn.Linear(8, 4),
-        "Linear two takes the channels of one, and no convolution does",
+        "Linear two .*channels of one",
     ),
-    "groups": (nn.Identity(), nn.Conv2d(8, 6, 1, groups=2), "two, behind one, takes their channels in 2 groups"),
+    "groups": (nn.Identity(), nn.Conv2d(8, 6, 1, groups=2), "two, .*one, .*2 groups"),
     "subclass": (
         nn.Identity(),
         Activated(8, 6, 3),
-        "two, behind one, is of the class Activated, a Conv2d with a forward of its own",
+        "two, .*one, .*Activated, a Conv2d with a forward",
     ),
-    "functional": (nn.Identity(), Functional(), "a Functional, which computes with parameters of its own (weight)"),
+    "functional": (nn.Identity(), Functional(), r"Functional, .*parameters .*\(weight\)"),
 }
 
 
@@ -115,10 +114,10 @@ def message(module: nn.Module, inputs: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_what_stands_between_is_named(name: str) -> None:
+def test_the_operation_between_is_named(name: str) -> None:
     torch.manual_seed(0)
     between, two, expected = OBSTACLES[name]
-    assert expected in message(tiny.randomised(Row(between, two)), {"x": torch.randn(2, 3, 7, 7)})
+    assert re.search(expected, message(tiny.randomised(Row(between, two)), {"x": torch.randn(2, 3, 7, 7)}))
 
 
 def test_in_containers_and_with_hooks_taken_off() -> None:
@@ -183,5 +182,5 @@ def test_what_stays_dense_beside_groups_is_explained_too() -> None:
     inputs = {"input": torch.randn(2, 3, 7, 7)}
     structure = describe(module, inputs)
     assert [g.name for g in structure.groups] == ["0.one"]
-    reasons = {each.module: each.reason for each in unpruned(module, structure, inputs)}
+    reasons = {each.module: each.reason for each in find_unpruned(module, structure, inputs)}
     assert all(name in reasons["1.one"] for name in ("OverChannels 1.between", "1.one", "1.two"))

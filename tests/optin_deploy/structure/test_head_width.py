@@ -15,7 +15,7 @@ from optin_deploy.structure.adapters import timm_attention as timm_adapter
 from optin_deploy.structure.adapters import transformers_attention as transformers_adapter
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, OutputSlice, Structure
-from optin_deploy.structure.head_width import change_basis, narrowable, width_group
+from optin_deploy.structure.head_width import change_basis, find_narrowable, width_group
 
 pytestmark = pytest.mark.slow
 
@@ -208,8 +208,8 @@ def test_trying_leaves_the_module_as_it_was() -> None:
     network = tiny.network("vit")
     before = {n: t.clone() for n, t in network.module.state_dict().items()}
     able = widths(tiny.structure("vit"))
-    assert narrowable(network.module, network.inputs, able) == able
-    assert narrowable(network.module, network.inputs, []) == []
+    assert find_narrowable(network.module, network.inputs, able) == able
+    assert find_narrowable(network.module, network.inputs, []) == []
     assert all(torch.equal(t, before[n]) for n, t in network.module.state_dict().items())
 
 
@@ -224,8 +224,8 @@ def test_a_network_of_one_attention_that_cannot_has_no_width() -> None:
     bent.load_state_dict(network.module[0].attention.state_dict())
     other = nn.Sequential(Own(bent)).eval()
     able = widths(describe(network.module, network.inputs))
-    assert narrowable(network.module, network.inputs, able) == able
-    assert narrowable(other, network.inputs, able) == []
+    assert find_narrowable(network.module, network.inputs, able) == able
+    assert find_narrowable(other, network.inputs, able) == []
 
 
 # Bases

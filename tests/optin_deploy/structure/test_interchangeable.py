@@ -28,9 +28,9 @@ from optin_deploy.search.costs import flop_costs
 from optin_deploy.search.knapsack import candidate_sizes
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import CostModules, Group, Structure, Together
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.structure.verify import mostly_first, mostly_last
 
 pytestmark = pytest.mark.slow
@@ -279,10 +279,10 @@ AS_EVER: dict[str, Callable[[], nn.Module]] = {
 
 
 def assert_sliced_equals_masked(of: Network, structure: Structure, plan: Plan) -> nn.Module:
-    small = sliced(of.module, structure, plan)
+    small = slice_network(of.module, structure, plan)
     inputs = {n: torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in of.inputs.items()}
     for batch in (of.inputs, inputs):
-        with torch.no_grad(), masked(of.module, structure, tiny.masks_of(structure, plan)):
+        with torch.no_grad(), mask_units(of.module, structure, tiny.masks_of(structure, plan)):
             expected = of.forward(batch)["output"]
         with torch.no_grad():
             found = of.forward(batch, small)["output"]
@@ -296,7 +296,7 @@ def test_units_that_are_not_interchangeable_stay_dense(name: str) -> None:
     structure = describe(of.module, of.inputs)
     assert structure.groups == ()
     reasons = [left.reason for left in structure.left_dense]
-    assert reasons and all("not interchangeable" in r or "channels do not stay apart" in r for r in reasons)
+    assert reasons and all("not interchangeable" in r or "channels depend on each other" in r for r in reasons)
 
 
 @pytest.mark.parametrize("name", IN_TUPLES)

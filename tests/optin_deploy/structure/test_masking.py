@@ -4,26 +4,26 @@ import pytest
 import tiny
 import torch
 
-from optin_deploy.nn.freezing import frozen
-from optin_deploy.nn.partial_forward import recorded_inputs, recorded_outputs
-from optin_deploy.structure.masking import masked
+from optin_deploy.nn.freezing import freeze_parameters
+from optin_deploy.nn.partial_forward import record_inputs, record_outputs
+from optin_deploy.structure.masking import mask_units
 
 
 def outputs(masks: dict[str, torch.Tensor], batch: tiny.Batch, name: str = "bert") -> torch.Tensor:
     network = tiny.network(name)
-    with torch.no_grad(), masked(network.module, tiny.structure(name), masks):
+    with torch.no_grad(), mask_units(network.module, tiny.structure(name), masks):
         return next(iter(network.forward(batch).values()))
 
 
 def test_a_mask_scales_the_features_of_its_units() -> None:
     network, group = tiny.network("bert"), tiny.structure("bert").groups[0]
     factors = torch.tensor([0.0, 1.0, 0.5, 2.0])
-    with torch.no_grad(), recorded_inputs(network.module, (group.output,)) as dense:
+    with torch.no_grad(), record_inputs(network.module, (group.output,)) as dense:
         network.forward(network.inputs)
     with (
         torch.no_grad(),
-        masked(network.module, tiny.structure("bert"), {group.name: factors}),
-        recorded_inputs(network.module, (group.output,)) as scaled,
+        mask_units(network.module, tiny.structure("bert"), {group.name: factors}),
+        record_inputs(network.module, (group.output,)) as scaled,
     ):
         network.forward(network.inputs)
     for head in range(4):
@@ -46,12 +46,12 @@ def test_masks_of_channels() -> None:
     network, structure = tiny.network("resnet"), tiny.structure("resnet")
     group = structure.groups[2]
     masks = torch.rand(4, group.units, generator=torch.Generator().manual_seed(0))
-    with recorded_inputs(network.module, (group.output,)) as dense:
+    with record_inputs(network.module, (group.output,)) as dense:
         network.forward(network.inputs)
     for mask in masks:
         with (
-            masked(network.module, structure, {group.name: mask}),
-            recorded_inputs(network.module, (group.output,)) as scaled,
+            mask_units(network.module, structure, {group.name: mask}),
+            record_inputs(network.module, (group.output,)) as scaled,
         ):
             network.forward(network.inputs)
         for channel, factor in enumerate(mask):
@@ -72,7 +72,7 @@ def test_the_gradient_of_a_mask_is_gradient_times_activation() -> None:
         seen["activation"] = args[0]
         args[0].retain_grad()
 
-    with masked(network.module, structure, {group.name: mask}):
+    with mask_units(network.module, structure, {group.name: mask}):
         handle = network.module.get_submodule(group.output).register_forward_pre_hook(keep)
         network.forward(network.inputs)["output"].square().sum().backward()
     handle.remove()
@@ -83,9 +83,9 @@ def test_the_gradient_of_a_mask_is_gradient_times_activation() -> None:
 
 def test_masks_leave_with_the_context() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
-    with pytest.raises(KeyError), masked(network.module, structure, {"blocks.0.attn": torch.ones(4), "none": None}):
+    with pytest.raises(KeyError), mask_units(network.module, structure, {"blocks.0.attn": torch.ones(4), "none": None}):
         pass
-    with pytest.raises(ZeroDivisionError), masked(network.module, structure, {"blocks.0.attn": torch.zeros(4)}):
+    with pytest.raises(ZeroDivisionError), mask_units(network.module, structure, {"blocks.0.attn": torch.zeros(4)}):
         raise ZeroDivisionError
     assert not any(m._forward_pre_hooks for m in network.module.modules())
 
@@ -93,7 +93,7 @@ def test_masks_leave_with_the_context() -> None:
 def test_frozen_gives_back_what_was_there() -> None:
     module = torch.nn.Linear(2, 2)
     module.bias.requires_grad_(False)
-    with pytest.raises(ZeroDivisionError), frozen(module):
+    with pytest.raises(ZeroDivisionError), freeze_parameters(module):
         assert not module.weight.requires_grad
         raise ZeroDivisionError
     assert module.weight.requires_grad
@@ -115,15 +115,15 @@ def test_a_mask_on_width_scales_queries_and_what_all_heads_give(name: str) -> No
 
     def projected() -> tuple[list[torch.Tensor], torch.Tensor]:
         with (
-            recorded_inputs(network.module, (group.output,)) as given,
-            recorded_outputs(network.module, sources) as seen,
+            record_inputs(network.module, (group.output,)) as given,
+            record_outputs(network.module, sources) as seen,
         ):
             network.forward(network.inputs)
         parts = [seen[r.module][..., r.of(seen[r.module].shape[-1])] for r in rows]
         return parts, given[group.output]
 
     (queries, keys, values), given = projected()
-    with masked(network.module, structure, {group.name: factors}):
+    with mask_units(network.module, structure, {group.name: factors}):
         (masked_queries, masked_keys, masked_values), masked_given = projected()
     assert torch.equal(masked_queries, queries * factors.repeat(tiny.HEADS))
     assert torch.equal(masked_keys, keys) and torch.equal(masked_values, values)
@@ -156,7 +156,7 @@ def test_gradients_flow_into_masks_on_width() -> None:
     weights = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def loss(mask: torch.Tensor) -> torch.Tensor:
-        with masked(module, structure, {group.name: mask}):
+        with mask_units(module, structure, {group.name: mask}):
             return torch.sum(weights * module(**batch))
 
     mask = torch.ones(group.units, dtype=torch.float64, requires_grad=True)

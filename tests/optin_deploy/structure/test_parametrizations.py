@@ -24,7 +24,7 @@ from optin_deploy.pruning import pruner
 from optin_deploy.structure.canonicalize import canonicalize
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -385,7 +385,7 @@ def test_maps_that_give_more_than_their_weights_are_not_refitted(cls: type[nn.Li
     network = custom_network(module, images())
     structure = describe(network.module, network.inputs)
     plan = Plan({g.name: tuple(range(4)) for g in structure.groups})
-    pruned = sliced(network.module, structure, plan)
+    pruned = slice_network(network.module, structure, plan)
     maps = linear_maps(network.module, pruned, structure, plan)
     assert ("head" in maps) == (cls is Product)
     assert "blocks.0.two" in maps

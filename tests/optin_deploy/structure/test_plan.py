@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from optin_deploy.errors import UserError
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 
 def test_after_in_the_dense_networks_indices() -> None:
@@ -34,15 +34,15 @@ def test_a_group_that_is_not_named_keeps_all_units() -> None:
 def test_slicing_twice_is_slicing_once(name: str, data: st.DataObject) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     first = data.draw(tiny.plans(structure))
-    once = sliced(network.module, structure, first)
+    once = slice_network(network.module, structure, first)
     left = describe(once, network.inputs)
     assert {g.name: g.units for g in left.groups} == {
         g.name: n for g in structure.groups if (n := len(first.units(g))) and not first.removes(g.parent)
     }
     second = data.draw(tiny.plans(left))
 
-    twice = sliced(once, left, second).state_dict()
-    directly = sliced(network.module, structure, second.after(first)).state_dict()
+    twice = slice_network(once, left, second).state_dict()
+    directly = slice_network(network.module, structure, second.after(first)).state_dict()
     assert twice.keys() == directly.keys()
     for k in twice:
         # Where timm's scale follows the width, queries are rescaled, with a rounding in each step.

@@ -12,9 +12,9 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import CostModules, Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import features_of, output_bias, query_gain, sliced
+from optin_deploy.structure.slicing import features_of, output_bias, query_gain, slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -59,9 +59,9 @@ def assert_sliced_equals_masked_here(
     network: Network, structure: Structure, plan: Plan, *others: tiny.Batch
 ) -> nn.Module:
     """On the network's own inputs, and on ``others``."""
-    small = sliced(network.module, structure, plan)
+    small = slice_network(network.module, structure, plan)
     for batch in (network.inputs, *others):
-        with torch.no_grad(), masked(network.module, structure, tiny.masks_of(structure, plan)):
+        with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(batch)
         with torch.no_grad():
             given = network.forward(batch, small)
@@ -88,7 +88,7 @@ def test_sliced_equals_masked_at_the_edges(name: str, which: str) -> None:
 @pytest.mark.parametrize("name", tiny.ALL_NAMES)
 def test_the_masks_make_a_difference(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
-    small = sliced(network.module, structure, tiny.uneven_plan(structure))
+    small = slice_network(network.module, structure, tiny.uneven_plan(structure))
     with torch.no_grad():
         dense, pruned = network.forward(network.inputs), network.forward(network.inputs, small)
     assert all(float((dense[n] - pruned[n]).abs().max()) > 1e-2 for n in dense)
@@ -113,10 +113,10 @@ def test_texts_of_another_length() -> None:
     network, structure = tiny.network("bert"), tiny.structure("bert")
     plan = tiny.uneven_plan(structure)
     batch = tiny.texts(batch=1, length=19)
-    with torch.no_grad(), masked(network.module, structure, tiny.masks_of(structure, plan)):
+    with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
         expected = network.forward(batch)["last_hidden_state"]
     with torch.no_grad():
-        given = network.forward(batch, sliced(network.module, structure, plan))["last_hidden_state"]
+        given = network.forward(batch, slice_network(network.module, structure, plan))["last_hidden_state"]
     torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_texts_of_another_length() -> None:
 def test_a_sliced_module_is_a_smaller_copy_without_hooks(name: str) -> None:
     module, structure = tiny.network(name).module, tiny.structure(name)
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    small = sliced(module, structure, tiny.uneven_plan(structure))
+    small = slice_network(module, structure, tiny.uneven_plan(structure))
 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in module.parameters())
@@ -144,7 +144,7 @@ def shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
 
 def test_shapes_of_a_sliced_vit() -> None:
     plan = Plan({"blocks.0.attn": (0, 3), "blocks.0.mlp": (1, 2, 9, 20, 23), "blocks.1.attn": (), "blocks.1.mlp": ()})
-    small = sliced(tiny.network("vit_gated").module, tiny.structure("vit_gated"), plan)
+    small = slice_network(tiny.network("vit_gated").module, tiny.structure("vit_gated"), plan)
     norms = {f"norm{i}.{p}": (16,) for i in (1, 2) for p in ("weight", "bias")}
     assert shapes(small, "blocks.0.") == {
         "attn.qkv.weight": (3 * 8, 16),
@@ -165,7 +165,7 @@ def test_shapes_of_a_sliced_vit() -> None:
 def test_shapes_of_a_sliced_bert() -> None:
     attention, ffn = "encoder.layer.0.attention.self", "encoder.layer.0.intermediate"
     plan = Plan({attention: (2,), ffn: (), "encoder.layer.1.attention.self": ()})
-    small = sliced(tiny.network("bert").module, tiny.structure("bert"), plan)
+    small = slice_network(tiny.network("bert").module, tiny.structure("bert"), plan)
     given = shapes(small, "encoder.layer.0.")
     norms = {k: s for k, s in given.items() if "LayerNorm" in k}
     assert given == {
@@ -182,7 +182,7 @@ def test_shapes_of_a_sliced_bert() -> None:
 
 def test_shapes_of_a_sliced_resnet() -> None:
     plan = Plan({"blocks.0.conv1": (1, 4, 9), "blocks.1.conv1": ()})
-    small = sliced(tiny.network("plain_resnet").module, tiny.structure("plain_resnet"), plan)
+    small = slice_network(tiny.network("plain_resnet").module, tiny.structure("plain_resnet"), plan)
     assert shapes(small, "blocks.0.") == {
         "conv1.weight": (3, 6, 3, 3),
         "conv1.bias": (3,),
@@ -226,7 +226,7 @@ def test_what_an_empty_convolution_gives_can_be_added(how: str) -> None:
 
 def test_attributes_follow_the_parameters() -> None:
     plan = Plan({"blocks.0.attn": (1,), "blocks.0.mlp": (4, 5)})
-    block = sliced(tiny.network("vit").module, tiny.structure("vit"), plan).blocks[0]
+    block = slice_network(tiny.network("vit").module, tiny.structure("vit"), plan).blocks[0]
     assert (block.attn.num_heads, block.attn.attn_dim, block.attn.head_dim) == (1, 4, 4)
     assert (block.attn.qkv.out_features, block.attn.proj.in_features) == (12, 4)
     assert (block.mlp.fc1.out_features, block.mlp.fc2.in_features) == (2, 2)
@@ -240,7 +240,7 @@ def test_features_of_units_with_parts() -> None:
 @pytest.mark.parametrize("name", ["vit", "bert", "hf_vit", "vit_without_biases", *tiny.CNN_NAMES])
 def test_output_bias_with_and_without_units(name: str) -> None:
     module, structure = tiny.network(name).module, tiny.structure(name).without_widths()
-    empty = sliced(module, structure, tiny.empty_plan(structure))
+    empty = slice_network(module, structure, tiny.empty_plan(structure))
     for group in structure.groups:
         own = module.get_submodule(group.output).bias
         assert output_bias(module, group) is own
@@ -255,7 +255,7 @@ def test_output_bias_with_and_without_units(name: str) -> None:
 )
 def test_a_plan_that_does_not_fit_is_refused(kept: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(UserError, match=next(iter(kept))):
-        sliced(tiny.network("vit").module, tiny.structure("vit"), Plan(kept))
+        slice_network(tiny.network("vit").module, tiny.structure("vit"), Plan(kept))
 
 
 def test_a_feed_forward_added_to_in_place() -> None:
@@ -288,8 +288,8 @@ def test_an_empty_feed_forward_keeps_the_shape(residual: bool) -> None:
     network = tiny.network_around(tiny.randomised(nn.Sequential(Head())), {"input": torch.randn(2, 3, 4)})
     structure = describe(network.module, network.inputs)
     assert (structure.groups[0].stream.residual is not None) == residual
-    small = sliced(network.module, structure, Plan({"0.mlp": ()}))
-    with torch.no_grad(), masked(network.module, structure, {"0.mlp": torch.zeros(8)}):
+    small = slice_network(network.module, structure, Plan({"0.mlp": ()}))
+    with torch.no_grad(), mask_units(network.module, structure, {"0.mlp": torch.zeros(8)}):
         expected = network.forward(network.inputs)["output"]
     torch.testing.assert_close(small(**network.inputs), expected, rtol=0, atol=1e-6)
 
@@ -376,7 +376,7 @@ def test_attributes_follow_heads_and_width() -> None:
     }
     for name, (attention, expected) in names.items():
         module, structure = tiny.network(name).module, tiny.structure(name)
-        small = sliced(module, structure, Plan({attention: heads, f"{attention}.width": width}))
+        small = slice_network(module, structure, Plan({attention: heads, f"{attention}.width": width}))
         found = small.get_submodule(attention)
         assert {n: getattr(found, n) for n in expected} == expected
         # A factor of its own, which stays.
@@ -389,7 +389,7 @@ def test_a_width_without_heads_is_left_alone() -> None:
         network, structure = tiny.network(name), tiny.structure(name)
         plan = Plan({attention: (), f"{attention}.width": (1, 2)})
         small = assert_sliced_equals_masked(network, structure, plan)
-        other = sliced(network.module, structure, Plan({attention: ()})).state_dict()
+        other = slice_network(network.module, structure, Plan({attention: ()})).state_dict()
         assert all(torch.equal(other[n], t) for n, t in small.state_dict().items())
 
 

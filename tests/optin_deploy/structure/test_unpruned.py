@@ -16,7 +16,7 @@ from optin_deploy.pruning.pruner import examine
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.results import Unpruned
-from optin_deploy.structure.unpruned import unpruned
+from optin_deploy.structure.unpruned import find_unpruned
 
 
 class Mixer(nn.Module):
@@ -57,7 +57,7 @@ class Mixed(nn.Module):
 
 
 def shares(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Unpruned]:
-    return {each.module: each for each in unpruned(module, describe(module, inputs), inputs)}
+    return {each.module: each for each in find_unpruned(module, describe(module, inputs), inputs)}
 
 
 def test_unknown_modules_are_named_with_their_share() -> None:
@@ -77,7 +77,7 @@ def test_unknown_modules_are_named_with_their_share() -> None:
 def test_what_is_told_is_what_no_plan_removes(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     costs = flop_costs(network.module, structure, network.inputs)
-    told = unpruned(network.module, structure, network.inputs)
+    told = find_unpruned(network.module, structure, network.inputs)
     shares = sum(each.flops_share for each in told if each.module not in {g.name for g in structure.groups})
     fixed = costs.floor / costs.total
     # Up to a hundredth each may be left untold.

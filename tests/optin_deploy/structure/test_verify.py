@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, Stream, Structure, TensorAxis
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
-from optin_deploy.structure.verify import keep_working_placeholders, uncuttable
+from optin_deploy.structure.slicing import slice_network
+from optin_deploy.structure.verify import find_unsliceable, keep_working_placeholders
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +45,14 @@ def pair(up: str, down: str) -> Group:
 
 def test_only_the_group_whose_cut_differs_from_its_mask_is_named() -> None:
     module = tiny.randomised(Mixing())
-    found = uncuttable(module, {"x": torch.randn(2, 4)}, [pair("up1", "down1"), pair("up2", "down2")])
+    found = find_unsliceable(module, {"x": torch.randn(2, 4)}, [pair("up1", "down1"), pair("up2", "down2")])
     assert found.keys() == {"up2"}
     assert re.search("not interchangeable.*3 of 6", found["up2"])
 
 
 def test_a_forward_pass_that_breaks_when_cut_is_told() -> None:
     group = replace(pair("up1", "down1"), sides=(LayerAxis("up1", "out"),))
-    reason = uncuttable(tiny.randomised(Mixing()), {"x": torch.randn(2, 4)}, [group])["up1"]
+    reason = find_unsliceable(tiny.randomised(Mixing()), {"x": torch.randn(2, 4)}, [group])["up1"]
     assert re.search("not interchangeable.*3 of 6.*cannot be run", reason)
     assert "mat1 and mat2 shapes" in reason
 
@@ -60,7 +60,7 @@ def test_a_forward_pass_that_breaks_when_cut_is_told() -> None:
 def test_every_known_group_passes() -> None:
     for name in tiny.ALL_NAMES:
         network = tiny.network(name)
-        assert not uncuttable(network.module, network.inputs, tiny.structure(name).without_widths().groups)
+        assert not find_unsliceable(network.module, network.inputs, tiny.structure(name).without_widths().groups)
 
 
 class Separable(nn.Module):
@@ -99,9 +99,9 @@ def test_grouped_convolutions_and_loose_tensors_are_sliced(kept: tuple[int, ...]
     inputs = {"x": torch.randn(2, 3, 5, 5)}
     structure = Structure((), (group,), 0)
     plan = Plan({"up": kept})
-    with torch.no_grad(), masked(module, structure, tiny.masks_of(structure, plan)):
+    with torch.no_grad(), mask_units(module, structure, tiny.masks_of(structure, plan)):
         expected = module(**inputs)
-    small = sliced(module, structure, plan)
+    small = slice_network(module, structure, plan)
     torch.testing.assert_close(small(**inputs), expected, rtol=0, atol=1e-5)
     assert small.deep.groups == small.deep.in_channels == 2 * len(kept)
     assert small.grouped.groups == len(kept)
@@ -110,7 +110,7 @@ def test_grouped_convolutions_and_loose_tensors_are_sliced(kept: tuple[int, ...]
 def test_parts_of_a_layer_may_have_units_of_different_widths() -> None:
     module = nn.Linear(3, 2 * (4 + 1 + 1), bias=False)
     group = replace(pair("0", "0"), units=2, width=4, sides=(LayerAxis("0", "out", (4, 1, 1)),))
-    small = sliced(nn.Sequential(module), Structure((), (group,), 0), Plan({"0": (1,)}))
+    small = slice_network(nn.Sequential(module), Structure((), (group,), 0), Plan({"0": (1,)}))
     assert torch.equal(small[0].weight, module.weight[[4, 5, 6, 7, 9, 11]])
 
 
@@ -122,7 +122,7 @@ class Narrow(Mixing):
 def test_a_sliced_module_gets_its_slim_class_and_the_dense_one_keeps_its_own() -> None:
     module = nn.Sequential(tiny.randomised(Mixing()))
     group = replace(pair("0.up1", "0.down1"), name="0", resizable=Narrow)
-    small = sliced(module, Structure((), (group,), 0), Plan({"0": (0, 1)}))
+    small = slice_network(module, Structure((), (group,), 0), Plan({"0": (0, 1)}))
     assert type(small[0]) is Narrow and type(module[0]) is Mixing
     assert list(small.state_dict()) == list(module.state_dict())
     assert small(torch.randn(2, 4)).shape == (2, 4)

@@ -23,7 +23,7 @@ from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.costs import token_costs
 from optin_deploy.tokens.find_stack import token_stack
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
@@ -110,7 +110,7 @@ def test_families_merge(family: str) -> None:
     n = stack.tokens
     kept = {g.name: tuple(range(g.units // 2)) for g in structure.groups}
     plan = Plan(kept, (n, n - 3, n - 5))
-    small = sliced(module, structure, plan)
+    small = slice_network(module, structure, plan)
     expected = output(small, inputs)
     with_merging(small, structure, stack, plan)
     entered: list[int] = []
@@ -147,7 +147,7 @@ def test_where_heads_are_gone_tokens_are_compared_as_they_come() -> None:
     made = vit("vit_tiny_patch16_224", img_size=64)
     structure, stack = found(made)
     plan = Plan({"blocks.1.attn": (), "blocks.1.mlp": ()}, (stack.tokens, stack.tokens - 4, stack.tokens - 4))
-    small = sliced(made[0], structure, plan)
+    small = slice_network(made[0], structure, plan)
     with_merging(small, structure, stack, plan)
     assert output(small, made[1]).shape == (2, 5)
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import save_images
 from transformers.modeling_outputs import BaseModelOutput
 
-from optin_deploy.nn.partial_forward import hollow_out
+from optin_deploy.nn.partial_forward import keep_shapes_only
 from optin_deploy.utils.spill import Shelf
 
 LIMIT = 3 * 4 * 1_000
@@ -76,7 +76,7 @@ def test_other_types(written: list[object]) -> None:
 
 def test_outputs_that_only_tell_a_shape_take_no_place(written: list[object]) -> None:
     done = {"block": torch.randn(100, 1_000)}
-    hollow_out(done)
+    keep_shapes_only(done)
     shelf = Shelf([done], in_memory=0)
     assert shelf[0]["block"].shape == (100, 1_000) and not written
 

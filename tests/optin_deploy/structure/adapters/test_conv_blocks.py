@@ -6,6 +6,7 @@ import torchvision
 from timm.models import resnet
 from torch import Tensor, nn
 
+from optin_deploy.structure.adapters.conv_channels import COUPLED
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense, Stream, Structure, channels_last
 
@@ -77,7 +78,6 @@ class Unnormalised(Block):
         return self.conv1(x).relu()
 
 
-COUPLED = "its channels do not stay apart"
 SPOILT: dict[type[nn.Module], str | None] = {
     Dense: COUPLED,
     Concatenating: COUPLED,

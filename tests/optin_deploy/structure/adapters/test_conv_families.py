@@ -24,9 +24,9 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -148,9 +148,9 @@ def test_all_inner_channels_are_found(name: str) -> None:
 def test_sliced_is_masked_and_costs_what_is_predicted(name: str) -> None:
     network, structure = _network(name), _structure(name)
     for plan in (tiny.uneven_plan(structure), _halves(structure), tiny.empty_plan(structure)):
-        small = sliced(network.module, structure, plan)
+        small = slice_network(network.module, structure, plan)
         assert examine(network).costs.of(plan) == pytest.approx(count_flops(small, network.inputs), rel=1e-9)
-        with torch.no_grad(), masked(network.module, structure, tiny.masks_of(structure, plan)):
+        with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(network.inputs)["output"]
         given = network.forward(network.inputs, small)["output"]
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -29,9 +29,9 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -184,9 +184,11 @@ def test_channels_are_found_through_every_kind(name: str, dims: int) -> None:
 def test_sliced_is_masked(name: str, dims: int, data: st.DataObject) -> None:
     dense, found = network(name, dims), structure(name, dims)
     plan = data.draw(tiny.plans(found))
-    with masked(dense.module, found, tiny.masks_of(found, plan)):
+    with mask_units(dense.module, found, tiny.masks_of(found, plan)):
         expected = dense.module(**inputs(dims, 3, 1))
-    torch.testing.assert_close(sliced(dense.module, found, plan)(**inputs(dims, 3, 1)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        slice_network(dense.module, found, plan)(**inputs(dims, 3, 1)), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def half(found: Structure) -> Plan:
@@ -207,7 +209,7 @@ REPAIRED = [*itertools.product(("batch norm", "several"), CONV), ("grouped", 2),
 def test_repair_reduces_the_error(name: str, dims: int) -> None:
     dense, found = network(name, dims), structure(name, dims)
     plan = half(found)
-    small = sliced(dense.module, found, plan)
+    small = slice_network(dense.module, found, plan)
     before = error(dense.module, small, dims)
     compensate(dense, small, found, plan, [inputs(dims, 8, s) for s in range(1, 5)])
     assert error(dense.module, small, dims) < 0.9 * before
@@ -226,9 +228,9 @@ def test_norms_before_the_addition(name: str, dims: int) -> None:
         (f"blocks.{i}", f"blocks.{i}.last") if affine else (None, None) for i in range(2)
     ]
     plan = half(found)
-    with masked(dense.module, found, tiny.masks_of(found, plan)):
+    with mask_units(dense.module, found, tiny.masks_of(found, plan)):
         expected = dense.module(**inputs(dims))
-    small = sliced(dense.module, found, plan)
+    small = slice_network(dense.module, found, plan)
     torch.testing.assert_close(small(**inputs(dims)), expected, rtol=1e-5, atol=1e-5)
     before = error(dense.module, small, dims)
     compensate(dense, small, found, plan, [inputs(dims, 8, s) for s in range(1, 5)])

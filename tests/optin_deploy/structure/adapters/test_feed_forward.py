@@ -26,9 +26,9 @@ from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActD
 from optin_deploy.structure.adapters.feed_forward import feed_forward
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, LeftDense, Stream, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -150,9 +150,9 @@ def test_it_is_cut_as_it_is_masked(name: str, kept: tuple[int, ...]) -> None:
             structure, groups=tuple(replace(g, stream=Stream("0", in_place=True)) for g in structure.groups)
         )
     with torch.no_grad():
-        with masked(module, structure, tiny.masks_of(structure, plan)):
+        with mask_units(module, structure, tiny.masks_of(structure, plan)):
             expected = module(**inputs)
-        small = sliced(module, structure, plan)
+        small = slice_network(module, structure, plan)
         # transformers' global response norm has an eps of its own that does not shrink.
         torch.testing.assert_close(small(**inputs), expected, rtol=1e-4, atol=1e-5)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in module.parameters())
@@ -188,9 +188,9 @@ def test_a_norm_over_all_neurons_of_another_kind_leaves_it_dense() -> None:
 @pytest.mark.parametrize("name", ["layer norm", "grn"])
 def test_a_norm_over_all_neurons_is_cut_twice_as_it_is_cut_once(name: str) -> None:
     module, inputs, structure, group = described(name)
-    once = sliced(module, structure, Plan({group.name: (3, 11, 20)}))
-    half = sliced(module, structure, Plan({group.name: (0, 3, 11, 19, 20, 23)}))
-    twice = sliced(half, describe(half, inputs), Plan({group.name: (1, 2, 4)}))
+    once = slice_network(module, structure, Plan({group.name: (3, 11, 20)}))
+    half = slice_network(module, structure, Plan({group.name: (0, 3, 11, 19, 20, 23)}))
+    twice = slice_network(half, describe(half, inputs), Plan({group.name: (1, 2, 4)}))
     with torch.no_grad():
         torch.testing.assert_close(twice(**inputs), once(**inputs), rtol=0, atol=1e-5)
 

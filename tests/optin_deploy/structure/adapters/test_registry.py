@@ -7,9 +7,9 @@ from optin_deploy.nn.names import child, join
 from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import CostModules, Group, LayerAxis, LeftDense
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -51,9 +51,9 @@ def test_a_registered_adapter_makes_a_module_prunable(kept: tuple[int, ...], mon
     structure = describe(module, inputs)
     assert [(g.name, g.layer) for g in structure.groups] == [("1", 0)]
     plan = Plan({"1": kept})
-    with torch.no_grad(), masked(module, structure, tiny.masks_of(structure, plan)):
+    with torch.no_grad(), mask_units(module, structure, tiny.masks_of(structure, plan)):
         expected = module(**inputs)
-    torch.testing.assert_close(sliced(module, structure, plan)(**inputs), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(slice_network(module, structure, plan)(**inputs), expected, rtol=0, atol=1e-6)
 
 
 def test_the_adapter_registered_last_has_the_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,9 @@ from optin_deploy.pruning.pruner import Anatomy, examine
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -191,9 +191,9 @@ def test_cut_is_masked(name: str) -> None:
     dense = network(name)
     plan = Plan({g.name: kept_some(g, i) for i, g in enumerate(structure(name).groups)})
     with torch.no_grad():
-        with masked(dense.module, structure(name), tiny.masks_of(structure(name), plan)):
+        with mask_units(dense.module, structure(name), tiny.masks_of(structure(name), plan)):
             expected = dense.forward(dense.inputs)["output"]
-        small = sliced(dense.module, structure(name), plan)
+        small = slice_network(dense.module, structure(name), plan)
         given = dense.forward(dense.inputs, small)["output"]
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max().clamp_min(1)))
     costs = flop_costs(dense.module, structure(name), dense.inputs)

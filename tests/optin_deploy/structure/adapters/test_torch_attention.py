@@ -17,11 +17,11 @@ from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.pruner import examine, prune
 from optin_deploy.search.knapsack import BUDGET_WINDOW
-from optin_deploy.structure.adapters.torch_attention import Attention, through_modules
+from optin_deploy.structure.adapters.torch_attention import Attention, replace_torch_attention
 from optin_deploy.structure.describe import describe
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def _network(name: str) -> Network:
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 5}, {"bias": False}])
 def test_attention_through_modules_computes_the_same(sizes: dict, need_weights: bool, batch_first: bool) -> None:
     dense = tiny.randomised(nn.MultiheadAttention(8, 2, batch_first=batch_first, **sizes))
-    ours = through_modules(dense)
+    ours = replace_torch_attention(dense)
     assert isinstance(ours, Attention)
     query, key, value = (torch.randn(3, n, d) for n, d in ((4, 8), (5, dense.kdim), (5, dense.vdim)))
     padding = torch.zeros(3, 5, dtype=torch.bool)
@@ -125,7 +125,7 @@ def test_one_sample_without_a_batch() -> None:
     x = torch.randn(4, 8)
     mask = torch.zeros(4, dtype=torch.bool)
     mask[3] = True
-    for a, b in zip(through_modules(dense)(x, x, x, mask), dense(x, x, x, mask), strict=True):
+    for a, b in zip(replace_torch_attention(dense)(x, x, x, mask), dense(x, x, x, mask), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_what_is_taken_in_computes_the_same_and_leaves_the_module(name: str) -> 
 
 def test_modules_without_such_attention_stay_themselves() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
-    assert through_modules(module) is module
+    assert replace_torch_attention(module) is module
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -157,8 +157,8 @@ def test_sliced_is_masked(name: str) -> None:
     assert kinds.count("head") == kinds.count("width") == attentions and kinds.count("neuron") == 2
     assert structure.left_dense == ()
     for plan in (tiny.uneven_plan(structure.without_widths()), tiny.empty_plan(structure, "head")):
-        small = sliced(network.module, structure, plan)
-        with torch.no_grad(), masked(network.module, structure, tiny.masks_of(structure, plan)):
+        small = slice_network(network.module, structure, plan)
+        with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(network.inputs)["output"]
         torch.testing.assert_close(network.forward(network.inputs, small)["output"], expected, rtol=0, atol=1e-5)
         assert examine(network).costs.of(plan) == pytest.approx(count_flops(small, network.inputs))
@@ -177,9 +177,9 @@ def test_masks_of_single_heads_go_with_the_heads() -> None:
     network = custom_network(tiny.randomised(Masked()), inputs)
     structure = describe(network.module, inputs)
     plan = Plan({"attention": (1, 3)})
-    with torch.no_grad(), masked(network.module, structure, tiny.masks_of(structure, plan)):
+    with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
         expected = network.module(**inputs)
-    torch.testing.assert_close(sliced(network.module, structure, plan)(**inputs), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(slice_network(network.module, structure, plan)(**inputs), expected, rtol=0, atol=1e-5)
 
 
 def test_layers_of_ones_own_with_sequences_first_are_left_dense() -> None:

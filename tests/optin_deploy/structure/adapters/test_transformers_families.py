@@ -18,9 +18,9 @@ from optin_deploy.pruning.pruner import prune
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.masking import masked
+from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
-from optin_deploy.structure.slicing import sliced
+from optin_deploy.structure.slicing import slice_network
 
 pytestmark = pytest.mark.slow
 
@@ -59,9 +59,9 @@ def test_sliced_is_masked_and_costs_what_was_planned(name: str) -> None:
     uneven = tiny.uneven_plan(structure)
     uneven = Plan({n: kept or tuple(range(structure.group(n).min_units)) for n, kept in uneven.kept.items()})
     for plan in (uneven, small_plan(structure)):
-        with masked(network.module, structure, tiny.masks_of(structure, plan)):
+        with mask_units(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(batch)
-        small = sliced(network.module, structure, plan)
+        small = slice_network(network.module, structure, plan)
         assert errors(network.forward(batch, small), expected) < 1e-5
         assert errors(expected, whole) > 1e-3
         assert count_flops(small, network.inputs) == pytest.approx(costs.of(plan), rel=1e-6)
@@ -104,7 +104,7 @@ def test_layers_with_shared_biases_keep_heads_of_their_own_in_several_rounds() -
     batches = families.batches(network, 2)
     structure = describe(network.module, network.inputs)
     pruned = prune(network, batches, 0.6, align=8, rounds=2, ridge=None, narrow=False)
-    with masked(network.module, structure, tiny.masks_of(structure, pruned.plan)):
+    with mask_units(network.module, structure, tiny.masks_of(structure, pruned.plan)):
         expected = network.forward(batches[0])
     assert errors(pruned.network.forward(batches[0]), expected) < 1e-5
     heads = {g.name: pruned.plan.kept[g.name] for g in structure.groups if g.kind == "head"}
@@ -115,7 +115,7 @@ def test_layers_with_shared_biases_keep_heads_of_their_own_in_several_rounds() -
 def test_onnx_gives_what_torch_does_at_other_sizes(name: str, tmp_path: Path) -> None:
     network = families.network(name)
     structure = describe(network.module, network.inputs)
-    small = network.with_module(sliced(network.module, structure, tiny.uneven_plan(structure.without_widths())))
+    small = network.with_module(slice_network(network.module, structure, tiny.uneven_plan(structure.without_widths())))
     names, path = tuple(network.outputs), tmp_path / "model.onnx"
     module = TensorOutputs(small.module, small.outputs)
     program = trace(module, network.inputs, network.dynamic_axes)
