@@ -30,8 +30,8 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.structure.unpruned import UNCOUNTED, never_pruned, unpruned
 from optin_deploy.tokens.costs import token_costs
-from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.find_stack import token_stack
+from optin_deploy.tokens.merge_loss import MergeLoss, measure_merge_loss
 from optin_deploy.tokens.merging import with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
@@ -47,7 +47,7 @@ _LARGEST = 3
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class PruningSpace:
     """The prunable groups of a network and their FLOPs; ``stack`` is the blocks between which tokens may merge."""
 
     structure: Structure
@@ -82,7 +82,7 @@ class PruneSettings:
     narrow: bool | None = None
     tokens: Tokens = "off"
     tokens_share: float | None = None
-    edges: Mapping[str, Sequence[int]] | None = None
+    step_sizes: Mapping[str, Sequence[int]] | None = None
 
     def check(self) -> None:
         """Raise UserError for values out of their range."""
@@ -125,10 +125,10 @@ class Pruned:
     network: Network
     plan: Plan
     scores: Mapping[str, Tensor]
-    anatomy: Anatomy
+    space: PruningSpace
 
     def __repr__(self) -> str:
-        share = count_flops(self.network.module, self.network.inputs) / self.anatomy.costs.total
+        share = count_flops(self.network.module, self.network.inputs) / self.space.costs.total
         parameters = sum(p.numel() for p in self.network.module.parameters())
         return f"<Pruned {self.network.source.name}: {share:.3f} of its FLOPs, {parameters:,} parameters>"
 
@@ -138,10 +138,10 @@ class Pruned:
 
     @property
     def _groups(self) -> tuple[Group, ...]:
-        return self.anatomy.structure.groups
+        return self.space.structure.groups
 
 
-def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> Anatomy:
+def analyze(network: Network, *, narrow: bool = True, tokens: bool = False) -> PruningSpace:
     """Find the prunable groups and count their FLOPs.
 
     Args:
@@ -157,7 +157,7 @@ def examine(network: Network, *, narrow: bool = True, tokens: bool = False) -> A
     if not structure.groups:
         raise UserError(_nothing_prunable(network, structure))
     stack = token_stack(network.module, network.inputs, structure, network.token_mask) if tokens else None
-    return Anatomy(structure, flop_costs(network.module, structure, network.inputs), stack)
+    return PruningSpace(structure, flop_costs(network.module, structure, network.inputs), stack)
 
 
 def validate_on(network: Network, batches: Batches) -> Network:
@@ -173,13 +173,13 @@ def validate_on(network: Network, batches: Batches) -> Network:
     return network
 
 
-def examine_as(network: Network, groups: Collection[str], *, tokens: bool = False) -> Anatomy:
-    """Return `examine` with narrower heads exactly if ``groups``, names of groups, include widths of heads."""
-    anatomy = examine(network, tokens=tokens)
-    if any(group.kind == "width" and group.name in groups for group in anatomy.structure.groups):
-        return anatomy
-    structure = anatomy.structure.without_widths()
-    return replace(anatomy, structure=structure, costs=flop_costs(network.module, structure, network.inputs))
+def analyze_for(network: Network, groups: Collection[str], *, tokens: bool = False) -> PruningSpace:
+    """Return `analyze` with narrower heads exactly if ``groups``, names of groups, include widths of heads."""
+    space = analyze(network, tokens=tokens)
+    if any(group.kind == "width" and group.name in groups for group in space.structure.groups):
+        return space
+    structure = space.structure.without_widths()
+    return replace(space, structure=structure, costs=flop_costs(network.module, structure, network.inputs))
 
 
 def check_share(flops: float) -> None:
@@ -221,16 +221,16 @@ def prune(
     scoring, tokens = settings.scoring or Scoring(), settings.tokens
     network = validate_on(network, batches)
     narrow = scoring.narrows_heads if settings.narrow is None else settings.narrow
-    anatomy = examine(network, narrow=narrow, tokens=tokens != "off")
-    check_budget(anatomy.structure, anatomy.costs, flops)
-    dense = in_principal_bases(network, anatomy.structure, batches)
-    scores = score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=settings.labels)
-    damage = None
-    if anatomy.stack is not None and tokens == "auto":
-        damage = token_damages(dense, anatomy.structure, anatomy.stack, batches, scoring)
-    schedule = token_schedule(dense, anatomy, scores, settings, damage)
-    plan, small = remove_in_rounds(dense, anatomy, scores, batches, settings, schedule)
-    return Pruned(network.with_module(small), plan, scores, anatomy)
+    space = analyze(network, narrow=narrow, tokens=tokens != "off")
+    check_budget(space.structure, space.costs, flops)
+    dense = in_principal_bases(network, space.structure, batches)
+    scores = score(dense, space.structure, space.costs, batches, scoring, labels=settings.labels)
+    merge_loss = None
+    if space.stack is not None and tokens == "auto":
+        merge_loss = measure_merge_loss(dense, space.structure, space.stack, batches, scoring)
+    schedule = token_schedule(dense, space, scores, settings, merge_loss)
+    plan, small = remove_in_rounds(dense, space, scores, batches, settings, schedule)
+    return Pruned(network.with_module(small), plan, scores, space)
 
 
 @torch.inference_mode(False)
@@ -242,44 +242,44 @@ def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "aut
         GateError: the sliced network does not compute what the masked one does.
     """
     network = validate_on(network, batches)
-    anatomy = examine_as(network, plan.kept, tokens=bool(plan.tokens))
-    plan.check(anatomy.structure)
-    if anatomy.stack is not None:
-        anatomy.stack.check(plan.tokens)
-    dense = in_principal_bases(network, anatomy.structure, batches)
-    small = remove(dense, anatomy.structure, plan, batches, ridge, stack=anatomy.stack)
-    return Pruned(network.with_module(small), plan, {}, anatomy)
+    space = analyze_for(network, plan.kept, tokens=bool(plan.tokens))
+    plan.check(space.structure)
+    if space.stack is not None:
+        space.stack.check(plan.tokens)
+    dense = in_principal_bases(network, space.structure, batches)
+    small = remove(dense, space.structure, plan, batches, ridge, stack=space.stack)
+    return Pruned(network.with_module(small), plan, {}, space)
 
 
 def token_schedule(
     dense: Network,
-    anatomy: Anatomy,
+    space: PruningSpace,
     scores: Mapping[str, Tensor],
     settings: PruneSettings,
-    damage: Damages | None = None,
+    merge_loss: MergeLoss | None = None,
 ) -> tuple[int, ...]:
     """Return how many tokens enter each block; empty if none merge.
 
     Args:
-        damage: the cost of merging, by `token_damages`; needed if ``settings.tokens`` is "auto".
+        damage: the cost of merging, by `measure_merge_loss`; needed if ``settings.tokens`` is "auto".
     """
-    stack, structure = anatomy.stack, anatomy.structure
+    stack, structure = space.stack, space.structure
     if settings.tokens == "off" or stack is None:
         return ()
     if settings.tokens != "auto":
         schedule = tuple(int(n) for n in settings.tokens)
         stack.check(schedule)
         return schedule
-    assert damage is not None
-    costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
+    assert merge_loss is not None
+    costs = token_costs(dense.module, structure, space.costs, stack, dense.inputs)
     if settings.tokens_share is not None:
-        return share_schedule(structure, costs, 1 - settings.tokens_share * (1 - settings.flops), damage)
-    return best_schedule(structure, scores, costs, settings.flops, settings.align, damage)
+        return share_schedule(structure, costs, 1 - settings.tokens_share * (1 - settings.flops), merge_loss)
+    return best_schedule(structure, scores, costs, settings.flops, settings.align, merge_loss)
 
 
 def remove_in_rounds(
     dense: Network,
-    anatomy: Anatomy,
+    space: PruningSpace,
     scores: Mapping[str, Tensor],
     batches: Batches,
     settings: PruneSettings,
@@ -293,23 +293,23 @@ def remove_in_rounds(
     Returns:
         the plan, in units of the dense network, and the pruned module.
     """
-    costs: CostModel = anatomy.costs
-    if schedule and anatomy.stack is not None:
-        costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
-    rounds, structure = settings.rounds, anatomy.structure
+    costs: CostModel = space.costs
+    if schedule and space.stack is not None:
+        costs = token_costs(dense.module, space.structure, space.costs, space.stack, dense.inputs).at(schedule)
+    rounds, structure = settings.rounds, space.structure
     budget = Budget(costs, settings.flops ** (1 / rounds))
-    plan = told_plan(batches, lambda: search_all(structure, scores, [budget], settings.align, settings.edges))
+    plan = told_plan(batches, lambda: search_all(structure, scores, [budget], settings.align, settings.step_sizes))
     plan = replace(plan, tokens=schedule)
     with part(1 / rounds):
-        small = remove(dense, structure, plan, batches, settings.ridge, anatomy.stack)
+        small = remove(dense, structure, plan, batches, settings.ridge, space.stack)
     for number in track(range(2, rounds + 1)):
         flops = settings.flops ** (number / rounds)
-        step = next_step(dense.with_module(small), anatomy, batches, replace(settings, flops=flops))
-        plan, small = remove_more(dense, anatomy, (plan, small), step, batches, settings.ridge)
+        step = next_step(dense.with_module(small), space, batches, replace(settings, flops=flops))
+        plan, small = remove_more(dense, space, (plan, small), step, batches, settings.ridge)
     return plan, small
 
 
-def next_step(small: Network, anatomy: Anatomy, batches: Batches, settings: PruneSettings) -> tuple[Structure, Plan]:
+def next_step(small: Network, space: PruningSpace, batches: Batches, settings: PruneSettings) -> tuple[Structure, Plan]:
     """Score a pruned network again and search what it loses next.
 
     Args:
@@ -318,11 +318,11 @@ def next_step(small: Network, anatomy: Anatomy, batches: Batches, settings: Prun
     Returns:
         the structure of ``small``, and the plan in its units.
     """
-    narrow = any(g.kind == "width" for g in anatomy.structure.groups)
-    rest = examine(small, narrow=narrow)
+    narrow = any(g.kind == "width" for g in space.structure.groups)
+    rest = analyze(small, narrow=narrow)
     structure = rest.structure
     scores = score(small, structure, rest.costs, batches, settings.scoring, labels=settings.labels)
-    flops = settings.flops * anatomy.costs.total / rest.costs.total
+    flops = settings.flops * space.costs.total / rest.costs.total
     return structure, told_plan(batches, lambda: search(structure, scores, rest.costs, flops, settings.align))
 
 
@@ -363,7 +363,7 @@ def remove(
 
 def remove_more(
     dense: Network,
-    anatomy: Anatomy,
+    space: PruningSpace,
     before: tuple[Plan, nn.Module],
     step: tuple[Structure, Plan],
     batches: Batches,
@@ -381,7 +381,7 @@ def remove_more(
     together = step[1].after(plan)
     smaller = sliced(small, *step)
     check_cut(dense.with_module(small), smaller, *step, batches)
-    _compensate(dense, smaller, anatomy.structure, together, batches, ridge)
+    _compensate(dense, smaller, space.structure, together, batches, ridge)
     _refit_classifier(dense, smaller, batches, ridge)
     return together, smaller
 

@@ -111,7 +111,7 @@ def search_all(
     scores: Mapping[str, Tensor],
     budgets: Sequence[Budget],
     align: int,
-    edges: Mapping[str, Sequence[int]] | None = None,
+    step_sizes: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """`search` under several budgets, all of which hold.
 
@@ -124,8 +124,8 @@ def search_all(
     """
     for budget in budgets:
         check_budget(structure, budget.costs, budget.fraction, budget.what)
-    if edges is not None:
-        plan = _best_plan(structure, scores, budgets, {**sizes_of(structure, align), **edges})
+    if step_sizes is not None:
+        plan = _best_plan(structure, scores, budgets, {**sizes_of(structure, align), **step_sizes})
         if _is_near(plan, budgets):
             return plan
     while True:
@@ -145,7 +145,7 @@ def _is_near(plan: Plan, budgets: Sequence[Budget]) -> bool:
 
 
 @dataclass(frozen=True)
-class Offers:
+class KnapsackItems:
     """What may be kept of each group that is not inner to another, and what that is worth.
 
     Attributes:
@@ -171,7 +171,9 @@ class Offers:
         return Plan(kept)
 
 
-def offers(structure: Structure, scores: Mapping[str, Tensor], sizes: Mapping[str, Sequence[int]]) -> Offers:
+def build_items(
+    structure: Structure, scores: Mapping[str, Tensor], sizes: Mapping[str, Sequence[int]]
+) -> KnapsackItems:
     """What may be kept when groups come in ``sizes``."""
     values = {g.name: scores[g.name].double().cpu().numpy() for g in structure.groups}
     # Scores of different networks differ by orders of magnitude; the small constant prefers more units among equals.
@@ -192,14 +194,14 @@ def offers(structure: Structure, scores: Mapping[str, Tensor], sizes: Mapping[st
         pairs = [(n, w) for n in sizes[group.name] for w in narrowed if n or w == narrowed[-1]]
         choices.append((*pairs,))
         kept_values.append(np.array(_values_of_pairs(group, inner, gained, pairs)))
-    return Offers(groups, tuple(choices), tuple(kept_values), scale, best)
+    return KnapsackItems(groups, tuple(choices), tuple(kept_values), scale, best)
 
 
 def _best_plan(
     structure: Structure, scores: Mapping[str, Tensor], budgets: Sequence[Budget], sizes: Mapping[str, Sequence[int]]
 ) -> Plan:
-    offered = offers(structure, scores, sizes)
-    return offered.plan(structure, _chosen(offered.groups, offered.choices, offered.values, budgets))
+    items = build_items(structure, scores, sizes)
+    return items.plan(structure, _chosen(items.groups, items.choices, items.values, budgets))
 
 
 def _values_of_pairs(
@@ -267,25 +269,25 @@ def _under_both(
         if not (over_first or over_second):
             return taken
         low, high = (weight, high) if over_first else (low, weight)
-    priced = [_priced(solve, value, *pair) for pair in ((first, second), (second, first))]
-    return max(priced, key=lambda taken: float(value[taken].sum()))
+    charged = [_solve_lagrangian(solve, value, *pair) for pair in ((first, second), (second, first))]
+    return max(charged, key=lambda taken: float(value[taken].sum()))
 
 
-def _priced(
-    solve: Solve, value: NDArray[np.float64], limited: NDArray[np.float64], priced: NDArray[np.float64]
+def _solve_lagrangian(
+    solve: Solve, value: NDArray[np.float64], limited: NDArray[np.float64], charged: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """The choice within the first limit at the lowest price of the second cost for which that holds as well."""
-    low, high, price = 0.0, 0.0, 1.0
+    low, high, multiplier = 0.0, 0.0, 1.0
     best: NDArray[np.int64] | None = None
     for _ in range(_DOUBLINGS + _BISECTIONS):
-        taken = solve(value - price * priced, limited)
-        if priced[taken].sum() > 1 + 1e-9:
-            low, price = price, 2 * price if best is None else (price + high) / 2
+        taken = solve(value - multiplier * charged, limited)
+        if charged[taken].sum() > 1 + 1e-9:
+            low, multiplier = multiplier, 2 * multiplier if best is None else (multiplier + high) / 2
         else:
-            high, best = price, taken
-            price = (low + high) / 2
+            high, best = multiplier, taken
+            multiplier = (low + high) / 2
     # What is free is always a choice.
-    return solve(-priced, limited) if best is None else best
+    return solve(-charged, limited) if best is None else best
 
 
 def _ranked(group: Group, values: np.ndarray) -> np.ndarray:

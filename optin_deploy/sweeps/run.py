@@ -150,7 +150,7 @@ def _check_latencies(prepared: PreparedRun, checked: _Checked, stages: Stages) -
         return
     tables = measure_tables(RunContext(replace(prepared, recipe=pending[0]), checked.directory, stages))
     for recipe in pending:
-        check_latency(prepared.anatomy.structure, recipe, tables)
+        check_latency(prepared.space.structure, recipe, tables)
 
 
 def _finished(place: Path) -> Report | None:

@@ -15,8 +15,8 @@ from optin_deploy.distributed.ranks import ALONE, Ranks, Shared, own_indices, ra
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.pruner import make_sparse, prune
 from optin_deploy.search.costs import flop_costs
-from optin_deploy.tokens.damage import token_damages
 from optin_deploy.tokens.find_stack import token_stack
+from optin_deploy.tokens.merge_loss import measure_merge_loss
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def test_merging_costs_what_it_costs_one_process(tmp_path: Path) -> None:
 
     def measured(ranks: Ranks) -> dict[str, Tensor]:
         batches = Shared(some_batches("vit"), ranks)
-        return {"loss": torch.from_numpy(token_damages(network, structure, stack, batches, Scoring()).loss)}
+        return {"loss": torch.from_numpy(measure_merge_loss(network, structure, stack, batches, Scoring()).loss)}
 
     for found in together(measured, 2, tmp_path):
         torch.testing.assert_close(found["loss"], measured(ALONE)["loss"], rtol=1e-6, atol=0)

@@ -21,7 +21,7 @@ from optin_deploy.errors import GateError
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
 from optin_deploy.pruning import pruner, verify_plan
-from optin_deploy.pruning.pruner import examine, prune, prune_to
+from optin_deploy.pruning.pruner import analyze, prune, prune_to
 from optin_deploy.pruning.verify_plan import check_cut
 from optin_deploy.run.pipeline import prune_export
 from optin_deploy.search.knapsack import lowest
@@ -109,8 +109,8 @@ def test_every_round_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_networks_that_can_be_pruned_pass(name: str, part: float) -> None:
     """``part`` of what may be removed stays."""
     of = tiny.network(name)
-    anatomy = examine(of)
-    least = lowest(anatomy.structure, anatomy.costs) + 0.01
+    space = analyze(of)
+    least = lowest(space.structure, space.costs) + 0.01
     prune(of, tiny.batches(of, 2), least + part * (1 - least), align=1)
 
 

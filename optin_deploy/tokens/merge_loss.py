@@ -28,7 +28,7 @@ _MEASURED = (0.9, 0.75, 0.6, 0.5)
 
 
 @dataclass(frozen=True)
-class Damages:
+class MergeLoss:
     """What merging costs: ``loss[l, i]`` of going on with ``tokens[i]`` tokens (descending) from block l."""
 
     tokens: tuple[int, ...]
@@ -39,7 +39,7 @@ class Damages:
         return {"tokens": list(self.tokens), "loss": self.loss.tolist()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Damages":
+    def from_dict(cls, data: Mapping[str, Any]) -> "MergeLoss":
         """What `to_dict` gave."""
         return cls(tuple(data["tokens"]), np.array(data["loss"], dtype=np.float64))
 
@@ -71,13 +71,13 @@ class Damages:
 
 
 @torch.no_grad()
-def damages(
+def measure_task_loss(
     network: Network,
     structure: Structure,
     stack: TokenStack,
     batches: Sequence[Mapping[str, Tensor]],
     factors: Mapping[str, float],
-) -> Damages:
+) -> MergeLoss:
     """Measure the damage of merging before each block, summed over ``batches``, the running maximum over tokens.
 
     Args:
@@ -99,7 +99,7 @@ def damages(
                     if factor:
                         loss[block, column] += factor * trajectory.task_change(name, dense[name], changed[name], 1)[0]
     total = ranks_of(batches).total({"loss": loss})["loss"].numpy()
-    return Damages((stack.tokens, *counts), np.maximum.accumulate(np.maximum(total, 0), axis=1))
+    return MergeLoss((stack.tokens, *counts), np.maximum.accumulate(np.maximum(total, 0), axis=1))
 
 
 def _measured_counts(stack: TokenStack) -> list[int]:
@@ -131,13 +131,13 @@ def _merging_outputs(
 _MERGED_SAMPLES = 32
 
 
-def token_damages(
+def measure_merge_loss(
     network: Network,
     structure: Structure,
     stack: TokenStack,
     batches: Batches,
     scoring: Scoring,
-) -> Damages:
+) -> MergeLoss:
     """What merging tokens before each block costs, in the unit of the scores of trajectory-OBS on the same batches.
 
     Only outputs are compared, since Gram matrices need all tokens; where scores have a manifold part as well, that is
@@ -151,9 +151,9 @@ def token_damages(
         raise UserError("--task-weight 0: what merging tokens costs is measured at the outputs; give --tokens numbers")
     ready, factors = output_factors(network, structure, batches, scoring)
     some = _merged_batches(batches)
-    found = damages(ready, structure, stack, some, factors)
+    found = measure_task_loss(ready, structure, stack, some, factors)
     part = sum(map(batch_size, batches)) / sum(map(batch_size, some))
-    return Damages(found.tokens, found.loss * part * (1 + manifold / task))
+    return MergeLoss(found.tokens, found.loss * part * (1 + manifold / task))
 
 
 def _merged_batches(batches: Batches) -> Batches:
