@@ -23,7 +23,7 @@ from rich.table import Table
 from optin_deploy.latency.budget import find_step_sizes
 from optin_deploy.latency.tables import measure_latency_model
 from optin_deploy.latency.target import Target, write_network
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import Budget, search_all
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced

@@ -22,7 +22,8 @@ from optin_deploy.export.onnx_file import parity_batches
 from optin_deploy.network import TensorOutputs
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.outputs import named_outputs
-from optin_deploy.pruning.pruner import Pruned, PruningSpace, analyze
+from optin_deploy.pruning.pruner import Pruned
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW, lowest
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan

@@ -27,7 +27,8 @@ from optin_deploy import Network
 from optin_deploy.latency.budget import AIM, LatencySearch, solve_latency_budget
 from optin_deploy.latency.tables import measure_latency_model
 from optin_deploy.latency.target import Target, write_network
-from optin_deploy.pruning.pruner import analyze, remove
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import search
 from profilers import measure_files
 from profilers.stats import Interval, ratio_interval
@@ -78,13 +79,13 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     rows = []
     for flops in (float(f) for f in given.flops.split(",")):
         plan = search(structure, scores, space.costs, flops, 64)
-        first = remove(in_bases, structure, plan, case.batches, "auto")
+        first = Remover(in_bases, space, case.batches, "auto").remove(plan)
         taken = latencies(network, {"dense": network.module, "flops": first}, target, given.seconds)
         part = ratio_interval(taken["flops"], taken["dense"]).value
         # Budgets are aimed at from a little below: asked for so much that the two take equally long.
         search_at = LatencySearch(in_bases, structure, scores, measured, space.costs, part / AIM)
         other = solve_latency_budget(search_at).plan
-        second = remove(in_bases, structure, other, case.batches, "auto")
+        second = Remover(in_bases, space, case.batches, "auto").remove(other)
         modules = {"dense": network.module, "flops": first, "latency": second}
         found = latencies(network, modules, target, given.seconds)
         figures = [case.measure(module) for module in (first, second)]

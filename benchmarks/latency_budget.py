@@ -29,8 +29,9 @@ from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.latency.budget import LatencySearch, solve_latency_budget
 from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.latency.target import Target, write_network
+from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Batches, PruningSpace, analyze
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.structure.slicing import sliced
 from profilers import measure_files
 from profilers.stats import Interval, ratio_interval

@@ -12,7 +12,10 @@ from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearrang
 from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import PruneSettings, PruningSpace, Ridge, analyze, remove, remove_in_rounds
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.rounds import remove_in_rounds
+from optin_deploy.pruning.settings import PruneSettings, Ridge
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
@@ -58,7 +61,7 @@ def by_criterion(
             plan = search(space.structure, scores, space.costs, budget, ALIGN.get(case.name, 64))
             for ridge in repairs:
                 start = perf_counter()
-                module = remove(dense, space.structure, plan, case.batches, ridge)
+                module = Remover(dense, space, case.batches, ridge).remove(plan)
                 seconds = scored + perf_counter() - start
                 yield Outcome(name, "none" if ridge is None else "ridge", budget, plan, module, seconds)
 
@@ -76,9 +79,8 @@ def by_rounds(rounds: int) -> Method:
         scored, align = perf_counter() - start, ALIGN.get(case.name, 64)
         for budget in budgets:
             start = perf_counter()
-            plan, module = remove_in_rounds(
-                dense, space, scores, case.batches, PruneSettings(budget, scoring, align=align, rounds=rounds)
-            )
+            settings = PruneSettings(budget, scoring, align=align, rounds=rounds)
+            plan, module = remove_in_rounds(Remover(dense, space, case.batches, settings.ridge), scores, settings)
             seconds = scored + perf_counter() - start
             yield Outcome(f"{scoring.criterion}, {rounds} rounds", "ridge", budget, plan, module, seconds)
 

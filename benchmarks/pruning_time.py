@@ -24,7 +24,8 @@ import torch
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.scoring import score
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import analyze, remove
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import search
 
 FLOPS = 0.5
@@ -78,7 +79,7 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
     dense = step("turn", lambda: in_principal_bases(network, structure, batches))
     scores = step("score", lambda: score(dense, structure, space.costs, batches))
     plan = step("search", lambda: search(structure, scores, space.costs, FLOPS, align=64))
-    step("repair", lambda: remove(dense, structure, plan, batches, "auto"))
+    step("repair", lambda: Remover(dense, space, batches, "auto").remove(plan))
     return {
         "network": name,
         "samples": calibration.samples,

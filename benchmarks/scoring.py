@@ -13,7 +13,7 @@ import torch
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.evaluation.metrics import spearman
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 
 
 def main() -> None:

@@ -45,7 +45,10 @@ from optin_deploy import Network
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import PruneSettings, analyze, remove_in_rounds
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.rounds import remove_in_rounds
+from optin_deploy.pruning.settings import PruneSettings
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs
 from optin_deploy.tokens.matching import Matching, merge_tokens
@@ -100,7 +103,8 @@ def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float
                 with_merging(module, structure, stack, Plan({}, schedule))
             else:
                 settings = PruneSettings(asked, scoring)
-                _, module = remove_in_rounds(dense, space, scores, batches, settings, schedule)
+                remover = Remover(dense, space, batches, settings.ridge)
+                _, module = remove_in_rounds(remover, scores, settings, schedule)
             flops = count_flops(module, network.inputs) / space.costs.total
             yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
 

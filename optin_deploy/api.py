@@ -35,7 +35,9 @@ from optin_deploy.nn.batches import Batches, batch_size
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning import pruner
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Pruned, PruneOptions, Ridge, analyze, analyze_for
+from optin_deploy.pruning.pruner import Pruned
+from optin_deploy.pruning.settings import PruneOptions, Ridge, check_share
+from optin_deploy.pruning.space import analyze, analyze_for, validate_on
 from optin_deploy.report.profile_view import NetworkProfile
 from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
@@ -94,7 +96,7 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
-    network = pruner.validate_on(network, batches)
+    network = validate_on(network, batches)
     space = analyze(network, narrow=scoring.narrows_heads if narrow is None else narrow)
     dense = in_principal_bases(network, space.structure, batches)
     scores = scorers.score(dense, space.structure, space.costs, batches, scoring, labels=labels)
@@ -122,7 +124,7 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
         >>> optin_deploy.plan(network, scores, flops=0.5)
         Plan(blocks.0.attn: ..., blocks.0.mlp: ..., ...)
     """
-    pruner.check_share(flops)
+    check_share(flops)
     space = analyze_for(validate(network), scores)
     for group in space.structure.groups:
         if group.name not in scores or len(scores[group.name]) != group.units:

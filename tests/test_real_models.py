@@ -15,7 +15,7 @@ from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.masking import masked
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced

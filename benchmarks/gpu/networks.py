@@ -18,7 +18,8 @@ from optin_deploy.criteria.trajectory import exact_scores, task_factors
 from optin_deploy.models import timm_models, transformers_models
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import analyze, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 
 FLOPS = 0.5
 METHODS = ("trajectory-obs", "trajectory", "trajectory-exact")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import PruningSpace
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.knapsack import BUDGET_WINDOW, candidate_sizes, check_budget
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan

@@ -33,7 +33,7 @@ from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
 from optin_deploy.network import Network
 from optin_deploy.nn.partial_forward import recorded_inputs
 from optin_deploy.nn.unfold import valid_rows
-from optin_deploy.pruning.pruner import PruningSpace
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.costs import Costs
 from optin_deploy.search.knapsack import check_budget, search
 from optin_deploy.structure.groups import Group, Structure

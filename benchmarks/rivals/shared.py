@@ -11,7 +11,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.partial_forward import recorded_inputs
 from optin_deploy.nn.unfold import valid_rows
-from optin_deploy.pruning.pruner import PruningSpace
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.costs import Costs
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Group, Structure

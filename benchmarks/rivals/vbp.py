@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import PruningSpace
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan

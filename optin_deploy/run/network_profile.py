@@ -16,7 +16,7 @@ from optin_deploy.latency.tables import measure_latency_model
 from optin_deploy.latency.target import Target, target_of, write_network
 from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
 from optin_deploy.utils.progress import Stages, part, report_progress
 from profilers import LAYER_RUNTIMES, LayerProfile, Summary, layer_profile, measure_files

@@ -24,7 +24,7 @@ from optin_deploy.models.validation.adopt import validate
 from optin_deploy.models.validation.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch, batch_size
-from optin_deploy.pruning.pruner import PruningSpace, analyze
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.run.run_directory import compute_fingerprint
 from optin_deploy.search.knapsack import check_budget
 from optin_deploy.structure.plan import Plan

@@ -20,15 +20,10 @@ from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import (
-    PruneSettings,
-    Ridge,
-    make_sparse,
-    remove,
-    remove_in_rounds,
-    token_schedule,
-    told_plan,
-)
+from optin_deploy.pruning.pruner import token_schedule
+from optin_deploy.pruning.removal import Remover, broadcast_plan
+from optin_deploy.pruning.rounds import remove_in_rounds
+from optin_deploy.pruning.settings import PruneSettings
 from optin_deploy.run import run_directory
 from optin_deploy.run.context import PrunedRun, RunContext
 from optin_deploy.run.latency_stage import latency_fraction, plan_for_latency
@@ -155,7 +150,7 @@ def _read_checkpoint(context: RunContext) -> PrunedRun:
         written = run_directory.read_with_checkpoint(context.directory, _PLAN, _PlanFile)
         plan = Plan(written.kept, written.tokens)
         plan.check(structure)
-        module = remove(context.network, structure, plan, [], None, stack=context.space.stack)
+        module = Remover(context.network, context.space, [], None).remove(plan)
         checkpoint.load_weights(module, context.checkpoint)
         return _on_cpu(context, plan, module)
 
@@ -163,20 +158,19 @@ def _read_checkpoint(context: RunContext) -> PrunedRun:
 def _prune(context: RunContext, scored: _Scored) -> PrunedRun:
     """Search, slice and compensate by all processes together; the main one saves the plan and the checkpoint."""
     recipe = context.recipe
-    ridge: Ridge = recipe.ridge if recipe.compensate else None
+    remover = Remover(scored.dense, context.space, scored.batches, recipe.ridge if recipe.compensate else None)
     schedule = _schedule_tokens(context, scored)
     plan = _plan_for_latency(context, scored, schedule) if recipe.has_latency else None
     with context.stages.stage("slice and repair"):
         with part(1.0 if recipe.sparsity is None else 0.5):
             if plan is not None:
-                space = context.space
-                module = remove(scored.dense, space.structure, plan, scored.batches, ridge, space.stack)
+                module = remover.remove(plan)
             elif recipe.flops is not None:
-                plan, module = _prune_to_flops(context, scored, recipe.flops, schedule)
+                plan, module = _prune_to_flops(context, scored, remover, recipe.flops, schedule)
             else:
                 plan, module = _keep_all_units(context)
         if recipe.sparsity is not None:
-            make_sparse(scored.dense, module, context.space.structure, plan, scored.batches, ridge)
+            remover.make_sparse(module, plan)
         pruned = _on_cpu(context, plan, module)
         if context.ranks.main:
             _save_checkpoint(context, pruned)
@@ -196,19 +190,18 @@ def _plan_for_latency(context: RunContext, scored: _Scored, schedule: tuple[int,
     def plan() -> Plan:
         return plan_for_latency(context, scored.dense, scored.scores, scored.measured, schedule)
 
-    return told_plan(scored.batches, plan)
+    return broadcast_plan(scored.batches, plan)
 
 
 def _prune_to_flops(
-    context: RunContext, scored: _Scored, flops: float, schedule: tuple[int, ...]
+    context: RunContext, scored: _Scored, remover: Remover, flops: float, schedule: tuple[int, ...]
 ) -> tuple[Plan, nn.Module]:
-    recipe, space = context.recipe, context.space
     settings = replace(
-        _settings(recipe, flops),
+        _settings(context.recipe, flops),
         labels=context.prepared.calibration.labels,
-        step_sizes=find_step_sizes(space.structure, scored.tables.costs) if scored.tables else None,
+        step_sizes=find_step_sizes(context.space.structure, scored.tables.costs) if scored.tables else None,
     )
-    return remove_in_rounds(scored.dense, space, scored.scores, scored.batches, settings, schedule)
+    return remove_in_rounds(remover, scored.scores, settings, schedule)
 
 
 def _settings(recipe: Recipe, flops: float) -> PruneSettings:

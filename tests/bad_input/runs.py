@@ -16,7 +16,7 @@ from optin_deploy.latency.block_stacks import block_types
 from optin_deploy.latency.tables import table_key
 from optin_deploy.latency.target import target_of
 from optin_deploy.models.load import load_network
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from profilers.table_cache import table_file
 
 AGAIN = [*pruning("shallow", "--calibration", "images"), "--output", "run"]

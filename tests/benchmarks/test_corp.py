@@ -10,7 +10,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.partial_forward import recorded_inputs
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import output_bias, sliced

@@ -10,7 +10,9 @@ from torch import nn
 from optin_deploy.compensation.batchnorm import reestimate
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import analyze, prune, remove
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 
 
@@ -66,7 +68,7 @@ def test_channels_that_are_all_gone_leave_what_masking_them_would(make: Callable
     network = make()
     space, given = analyze(network), tiny.batches(network, 3)
     gone = [g for g in space.structure.groups if g.kind == "channel" and g.parent is None]
-    small = remove(network, space.structure, Plan({g.name: () for g in gone}), given, None)
+    small = Remover(network, space, given, None).remove(Plan({g.name: () for g in gone}))
     masked = copy.deepcopy(network.module)
     for group in gone:
         masked.get_submodule(group.output).weight.data.zero_()

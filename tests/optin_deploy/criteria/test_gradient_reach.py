@@ -20,7 +20,8 @@ from optin_deploy.criteria.trajectory_loss import is_saturated
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import analyze, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
 from optin_deploy.tokens.merge_loss import measure_merge_loss

@@ -25,7 +25,7 @@ from optin_deploy.data.calibration import from_batches
 from optin_deploy.export import engines
 from optin_deploy.export.engines import EngineRequest, build_engines, engine_config, repeat_builds, requested_engines
 from optin_deploy.network import TensorOutputs
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
 from optin_deploy.run import measure_stages, report_builder

@@ -29,7 +29,8 @@ from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.task_head import HeadKind, answers, class_axis, head_of
-from optin_deploy.pruning.pruner import analyze, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report, wording
 from optin_deploy.report.comparison import lines
 from optin_deploy.run.pipeline import prune_export

@@ -11,7 +11,11 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Pruned, PruneSettings, analyze, next_step, prune, remove, remove_more
+from optin_deploy.pruning.pruner import Pruned, prune
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.rounds import next_step
+from optin_deploy.pruning.settings import PruneSettings
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.utils.progress import shown_by
@@ -145,7 +149,7 @@ def test_two_rounds_are_their_parts(network: Network, ridge: float | None) -> No
     assert rest == analyze(first.network).structure
     dense = in_principal_bases(network, space.structure, batches)
     small = first.network.module
-    together, smaller = remove_more(dense, space, (first.plan, small), (rest, plan), batches, ridge)
+    together, smaller = Remover(dense, space, batches, ridge).remove_more((first.plan, small), (rest, plan))
     assert pruned.plan == together == plan.after(first.plan)
     assert same(pruned.network.module, smaller)
     for name, kept in together.kept.items():
@@ -210,9 +214,9 @@ def test_a_network_without_anything_prunable_is_refused() -> None:
 
 
 def test_remove_reports_progress_only_when_it_repairs(network: Network) -> None:
-    structure, batches = analyze(network).structure, tiny.batches(network, 1)
+    space, batches = analyze(network), tiny.batches(network, 1)
     shown: list[float] = []
-    plan = Plan({structure.groups[0].name: (0,)})
+    plan = Plan({space.structure.groups[0].name: (0,)})
     with shown_by(shown.append):
-        remove(network, structure, plan, batches, 0.1)
+        Remover(network, space, batches, 0.1).remove(plan)
     assert shown == pytest.approx([1 / 3, 2 / 3, 1])

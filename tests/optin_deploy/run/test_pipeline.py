@@ -24,7 +24,8 @@ from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import analyze, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report
 from optin_deploy.run import compare_stage, pipeline, prune_stage
 from optin_deploy.run.pipeline import Result, prune_export

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.custom import custom_network
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.unpruned import unpruned
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.results import Unpruned

@@ -18,7 +18,8 @@ from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import Pruned, analyze, prune
+from optin_deploy.pruning.pruner import Pruned, prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.canonicalize import canonicalize

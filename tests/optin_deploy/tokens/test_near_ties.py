@@ -14,7 +14,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.onnx_file import check_onnx, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import analyze
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.near_ties import NudgedBlocks, alternatives

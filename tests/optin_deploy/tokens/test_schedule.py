@@ -14,7 +14,8 @@ from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import PruningSpace, analyze, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.knapsack import Budget, kept_score, search_all
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs

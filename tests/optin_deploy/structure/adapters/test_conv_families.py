@@ -21,7 +21,8 @@ from optin_deploy.latency.target import LatencySettings
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import analyze, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.masking import masked

@@ -18,7 +18,7 @@ import optin_deploy
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import PruningSpace, analyze
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
