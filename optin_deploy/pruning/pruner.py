@@ -111,7 +111,7 @@ def token_schedule(
     """Return how many tokens enter each block; empty if none merge.
 
     Args:
-        damage: the cost of merging, by `measure_merge_loss`; needed if ``settings.tokens`` is "auto".
+        merge_loss: the loss of merging, by `measure_merge_loss`; needed if ``settings.tokens`` is "auto".
     """
     stack, structure = space.stack, space.structure
     if settings.tokens == "off" or stack is None:

@@ -31,7 +31,7 @@ class PruneSettings:
         narrow: whether heads may also get narrower; None leaves it to the criterion.
         tokens: how many tokens enter each block; "auto" finds it together with the units.
         tokens_share: part of the removed FLOPs that merging tokens removes, in place of the one that "auto" finds.
-        edges: numbers of units worth keeping, by group (see `search.knapsack.search_all`).
+        step_sizes: candidate numbers of units, by group (see `search.knapsack.search_all`).
     """
 
     flops: float
