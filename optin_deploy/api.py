@@ -38,7 +38,7 @@ from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Pruned
 from optin_deploy.pruning.settings import PruneOptions, Ridge, check_share
 from optin_deploy.pruning.space import analyze, analyze_for, validate_on
-from optin_deploy.report.profile_view import NetworkProfile
+from optin_deploy.report.profile_tables import NetworkProfile
 from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan

@@ -17,7 +17,7 @@ from optin_deploy.latency.target import Target, target_of, write_network
 from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.space import analyze
-from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
+from optin_deploy.report.profile_tables import LatencyTables, NetworkProfile, PartTable, PartTime, SizeRow
 from optin_deploy.utils.progress import Stages, part, report_progress
 from profilers import LAYER_RUNTIMES, LayerProfile, Summary, layer_profile, measure_files
 from profilers.latency_table import LatencyTable
@@ -43,7 +43,7 @@ def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool =
             return profile_network(network, target_of(recipe), recipe.profile_seconds)
 
 
-def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> TableView:
+def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> LatencyTables:
     """Return the latency tables of the network that ``recipe`` names; arguments and errors as for `run_profile`."""
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
@@ -130,7 +130,7 @@ def _network_profile(
     return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
 
 
-def network_tables(network: Network, target: Target) -> TableView:
+def network_tables(network: Network, target: Target) -> LatencyTables:
     """Return the latency tables of a network; those that are not in the cache are measured.
 
     Raises:
@@ -146,7 +146,7 @@ def network_tables(network: Network, target: Target) -> TableView:
         for name, group in zip(kind.parts, kind.outer_groups, strict=True):
             rows = _size_rows(table, name, step_sizes.get(group.name, ()))
             parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, rows))
-    return TableView(
+    return LatencyTables(
         target.runtime,
         target.batch_size,
         target.threads,
