@@ -23,7 +23,7 @@ from rich.table import Table
 from optin_deploy.latency.budget import find_step_sizes
 from optin_deploy.latency.tables import measure_latency_model
 from optin_deploy.latency.target import Target, write_network
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import Budget, search_all
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
@@ -63,24 +63,24 @@ def kept_score(plan: Plan, scores: dict[str, torch.Tensor]) -> float:
 def run(model: str, given: argparse.Namespace, size: int) -> list[Row]:
     """All alignments of one network at one batch size."""
     network, calibration = load(model, given.data_root, given.samples)
-    anatomy = examine(network)
-    dense, scores = scored(network, anatomy, calibration.batches)
+    space = analyze(network)
+    dense, scores = scored(network, space, calibration.batches)
     target = Target(given.runtime, size, given.threads)
-    edges = find_step_sizes(anatomy.structure, measure_latency_model(network, anatomy.structure, target).costs)
-    budget = [Budget(anatomy.costs, FLOPS)]
-    plans = {str(step): search_all(anatomy.structure, scores, budget, step) for step in STEPS}
-    plans["auto"] = search_all(anatomy.structure, scores, budget, 8, edges)
+    step_sizes = find_step_sizes(space.structure, measure_latency_model(network, space.structure, target).costs)
+    budget = [Budget(space.costs, FLOPS)]
+    plans = {str(step): search_all(space.structure, scores, budget, step) for step in STEPS}
+    plans["auto"] = search_all(space.structure, scores, budget, 8, step_sizes)
     with TemporaryDirectory(prefix="optin-benchmark-") as name:
         files = {"dense": write_network(dense, dense.module, target, Path(name, "dense"))}
         for align, plan in plans.items():
-            small = slice_network(dense.module, anatomy.structure, plan)
+            small = slice_network(dense.module, space.structure, plan)
             files[align] = write_network(dense, small, target, Path(name, align))
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
         pairs = [("dense", align) for align in plans]
         samples = measure_files(files, sample, target.case(given.seconds, files.values()), pairs).samples_ms
     best = kept_score(plans["1"], scores)
     return [
-        Row(model, given.runtime, size, align, anatomy.costs.of(plan) / anatomy.costs.total,
+        Row(model, given.runtime, size, align, space.costs.of(plan) / space.costs.total,
             kept_score(plan, scores) / best, ratio_interval(samples["dense"], samples[align]))
         for align, plan in plans.items()
     ]  # fmt: skip

@@ -22,7 +22,8 @@ from optin_deploy.export.onnx_file import parity_batches
 from optin_deploy.network import TensorOutputs
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.outputs import named_outputs
-from optin_deploy.pruning.pruner import Anatomy, Pruned, examine
+from optin_deploy.pruning.pruner import Pruned
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW, lowest
 from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
@@ -99,7 +100,7 @@ def examined(architecture: Architecture, measure_seconds: float) -> Row:
         return row
     plan, small = pruned[0].plan, pruned[0].network
     with _step(row, "slice"):
-        _check_sliced(network, pruned[0].anatomy, plan)
+        _check_sliced(network, pruned[0].space, plan)
     with _step(row, "budget"):
         _check_budget(row, network, small)
     with TemporaryDirectory(prefix="optin-coverage-") as folder:
@@ -166,29 +167,29 @@ def _pruned(row: Row, network: Network, batches: list[dict[str, Tensor]]) -> Pru
     try:
         found = optin_deploy.prune(network, batches, FLOPS)
     except UserError:
-        anatomy = examine(network)
-        _describe(row, network, anatomy)
-        floor = lowest(anatomy.structure, anatomy.costs)
+        space = analyze(network)
+        _describe(row, network, space)
+        floor = lowest(space.structure, space.costs)
         if floor <= FLOPS:
             raise
         row.asked = math.ceil((floor + _ROOM) / _STEP) * _STEP
         _expect(row.asked < 1, f"only {row.prunable:.1%} of the FLOPs are prunable")
         found = optin_deploy.prune(network, batches, row.asked)
-    _describe(row, network, found.anatomy)
+    _describe(row, network, found.space)
     odd = [name for name, s in found.scores.items() if not torch.isfinite(s).all() or bool((s < 0).any())]
     _expect(not odd, f"scores of {', '.join(odd[:2])} are not numbers of at least 0")
     return found
 
 
-def _describe(row: Row, network: Network, anatomy: Anatomy) -> None:
-    row.prunable = 1 - anatomy.costs.floor / anatomy.costs.total
-    row.left_dense = [asdict(each) for each in find_unpruned(network.module, anatomy.structure, network.inputs)]
+def _describe(row: Row, network: Network, space: PruningSpace) -> None:
+    row.prunable = 1 - space.costs.floor / space.costs.total
+    row.left_dense = [asdict(each) for each in find_unpruned(network.module, space.structure, network.inputs)]
 
 
 @torch.no_grad()
-def _check_sliced(network: Network, anatomy: Anatomy, plan: Plan) -> None:
+def _check_sliced(network: Network, space: PruningSpace, plan: Plan) -> None:
     """Sliced, not repaired, is masked to 1e-5 of the largest value; in float64 where rounding alone is more."""
-    structure, errors = anatomy.structure, []
+    structure, errors = space.structure, []
     for dtype in (torch.float32, torch.float64):
         module = network.module if dtype == torch.float32 else copy.deepcopy(network.module).double()
         inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in network.inputs.items()}

@@ -27,7 +27,8 @@ from optin_deploy import Network
 from optin_deploy.latency.budget import AIM, LatencySearch, solve_latency_budget
 from optin_deploy.latency.tables import measure_latency_model
 from optin_deploy.latency.target import Target, write_network
-from optin_deploy.pruning.pruner import examine, remove
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import search
 from profilers import measure_files
 from profilers.stats import Interval, ratio_interval
@@ -70,21 +71,21 @@ def latencies(
 def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
     """All FLOP budgets at one batch size."""
     case = stsb(given.data_root, seed, given.samples)
-    network, anatomy = case.network, examine(case.network)
-    in_bases, scores = scored(network, anatomy, case.batches)
+    network, space = case.network, analyze(case.network)
+    in_bases, scores = scored(network, space, case.batches)
     target = Target(given.runtime, size, given.threads, seed=seed)
-    structure, total = anatomy.structure, anatomy.costs.total
+    structure, total = space.structure, space.costs.total
     measured = measure_latency_model(network, structure, target)
     rows = []
     for flops in (float(f) for f in given.flops.split(",")):
-        plan = search(structure, scores, anatomy.costs, flops, 64)
-        first = remove(in_bases, structure, plan, case.batches, "auto")
+        plan = search(structure, scores, space.costs, flops, 64)
+        first = Remover(in_bases, space, case.batches, "auto").remove(plan)
         taken = latencies(network, {"dense": network.module, "flops": first}, target, given.seconds)
         part = ratio_interval(taken["flops"], taken["dense"]).value
         # Budgets are aimed at from a little below: asked for so much that the two take equally long.
-        search_at = LatencySearch(in_bases, structure, scores, measured, anatomy.costs, part / AIM)
+        search_at = LatencySearch(in_bases, structure, scores, measured, space.costs, part / AIM)
         other = solve_latency_budget(search_at).plan
-        second = remove(in_bases, structure, other, case.batches, "auto")
+        second = Remover(in_bases, space, case.batches, "auto").remove(other)
         modules = {"dense": network.module, "flops": first, "latency": second}
         found = latencies(network, modules, target, given.seconds)
         figures = [case.measure(module) for module in (first, second)]
@@ -95,7 +96,7 @@ def run(given: argparse.Namespace, size: int, seed: int) -> list[Row]:
                 flops=flops,
                 latency=tuple(ratio_interval(found[n], found["dense"]).value for n in ("flops", "latency")),
                 ratio=ratio_interval(found["latency"], found["flops"]),
-                flops_left=tuple(anatomy.costs.of(p) / total for p in (plan, other)),
+                flops_left=tuple(space.costs.of(p) / total for p in (plan, other)),
                 spearman=tuple(f[_METRIC] for f in figures),
                 likeness=tuple(f[_LIKENESS] for f in figures),
             )

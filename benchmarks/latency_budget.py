@@ -29,8 +29,9 @@ from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.latency.budget import LatencySearch, solve_latency_budget
 from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.latency.target import Target, write_network
+from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Anatomy, Batches, examine
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.structure.slicing import slice_network
 from profilers import measure_files
 from profilers.stats import Interval, ratio_interval
@@ -91,22 +92,22 @@ def _order(row: Row) -> tuple[str, str, int, float]:
 RESULT = common.ResultFile("latency-budget", Row, key=_order)
 
 
-def scored(network: Network, anatomy: Anatomy, batches: Batches) -> tuple[Network, dict[str, torch.Tensor]]:
+def scored(network: Network, space: PruningSpace, batches: Batches) -> tuple[Network, dict[str, torch.Tensor]]:
     """The network in its principal bases, and the default criterion's scores."""
-    turned = in_principal_bases(network, anatomy.structure, batches)
-    return turned, score(turned, anatomy.structure, anatomy.costs, batches, Scoring())
+    turned = in_principal_bases(network, space.structure, batches)
+    return turned, score(turned, space.structure, space.costs, batches, Scoring())
 
 
 def run(
-    model: str, dense: Network, anatomy: Anatomy, scores: dict[str, torch.Tensor], measured: LatencyModel,
+    model: str, dense: Network, space: PruningSpace, scores: dict[str, torch.Tensor], measured: LatencyModel,
     target: Target, asked: float, seconds: float, table_seconds: float,
 ) -> Row:  # fmt: skip
     """Meet one budget and judge what came of it."""
     start = perf_counter()
-    met = solve_latency_budget(LatencySearch(dense, anatomy.structure, scores, measured, anatomy.costs, asked))
+    met = solve_latency_budget(LatencySearch(dense, space.structure, scores, measured, space.costs, asked))
     spent = perf_counter() - start
     with TemporaryDirectory(prefix="optin-benchmark-") as folder:
-        small = slice_network(dense.module, anatomy.structure, met.plan)
+        small = slice_network(dense.module, space.structure, met.plan)
         file = write_network(dense, dense.module, target, Path(folder, "dense"))
         files = {"dense": file, "dense again": file, "pruned": write_network(dense, small, target, Path(folder, "p"))}
         sample = {n: t[:1].numpy() for n, t in dense.inputs.items()}
@@ -120,7 +121,7 @@ def run(
         measured=ratio_interval(samples["pruned"], samples["dense"]),
         noise=ratio_interval(samples["dense"], samples["dense again"]),
         errors=[i.error for i in met.iterations if i.objective == met.iterations[met.taken].objective],
-        flops=anatomy.costs.of(met.plan) / anatomy.costs.total,
+        flops=space.costs.of(met.plan) / space.costs.total,
         seconds=spent,
         table_seconds=table_seconds,
     )
@@ -173,17 +174,17 @@ def measure(given: argparse.Namespace) -> None:
     """All cases, each row written as it comes."""
     for model in given.models.split(","):
         network, calibration = load(model, given.data_root, given.samples)
-        anatomy = examine(network)
-        dense, scores = scored(network, anatomy, calibration.batches)
+        space = analyze(network)
+        dense, scores = scored(network, space, calibration.batches)
         for size in (int(s) for s in given.batch_sizes.split(",")):
             target = Target(given.runtime, size, given.threads)
             start = perf_counter()
-            measured = measure_latency_model(network, anatomy.structure, target)
+            measured = measure_latency_model(network, space.structure, target)
             table_seconds = perf_counter() - start
             print(f"{model}, batch {size}: tables in {table_seconds:.0f} s, dense {measured.costs.total:.4g} ms, floor "
                   f"{measured.costs.floor:.4g} ms", flush=True)  # fmt: skip
             for asked in (float(f) for f in given.latency.split(",")):
-                row = run(model, dense, anatomy, scores, measured, target, asked, given.seconds, table_seconds)
+                row = run(model, dense, space, scores, measured, target, asked, given.seconds, table_seconds)
                 rows = sorted(RESULT.merge(RESULT.read(), [row]), key=_order)
                 RESULT.write(rows, threads=given.threads, seconds_per_case=given.seconds)
                 print(" | ".join(cells([row])[1][0]) + f" | {row.seconds:.0f} s", flush=True)

@@ -12,7 +12,10 @@ from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearrang
 from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Anatomy, PruneSettings, Ridge, examine, remove, remove_in_rounds
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.rounds import remove_in_rounds
+from optin_deploy.pruning.settings import PruneSettings, Ridge
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
@@ -47,18 +50,18 @@ def by_criterion(
         if criterion == "fisher" and case.labels is None:
             yield from (Outcome(name, "-", b, None, None, 0.0, "needs class labels") for b in budgets)
             return
-        anatomy = examine(case.network, narrow=scoring.narrows_heads if narrow is None else narrow)
-        if narrow is False and anatomy == examine(case.network):
+        space = analyze(case.network, narrow=scoring.narrows_heads if narrow is None else narrow)
+        if narrow is False and space == analyze(case.network):
             return
         start = perf_counter()
-        dense = in_principal_bases(case.network, anatomy.structure, case.batches)
-        scores = score(dense, anatomy.structure, anatomy.costs, case.batches, scoring, labels=case.labels)
+        dense = in_principal_bases(case.network, space.structure, case.batches)
+        scores = score(dense, space.structure, space.costs, case.batches, scoring, labels=case.labels)
         scored = perf_counter() - start
         for budget in budgets:
-            plan = search(anatomy.structure, scores, anatomy.costs, budget, ALIGN.get(case.name, 64))
+            plan = search(space.structure, scores, space.costs, budget, ALIGN.get(case.name, 64))
             for ridge in repairs:
                 start = perf_counter()
-                module = remove(dense, anatomy.structure, plan, case.batches, ridge)
+                module = Remover(dense, space, case.batches, ridge).remove(plan)
                 seconds = scored + perf_counter() - start
                 yield Outcome(name, "none" if ridge is None else "ridge", budget, plan, module, seconds)
 
@@ -69,16 +72,15 @@ def by_rounds(rounds: int) -> Method:
     """The default, but for the budget being approached in so many steps, scored anew each."""
 
     def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
-        anatomy, scoring = examine(case.network), Scoring(seed=seed)
+        space, scoring = analyze(case.network), Scoring(seed=seed)
         start = perf_counter()
-        dense = in_principal_bases(case.network, anatomy.structure, case.batches)
-        scores = score(dense, anatomy.structure, anatomy.costs, case.batches, scoring)
+        dense = in_principal_bases(case.network, space.structure, case.batches)
+        scores = score(dense, space.structure, space.costs, case.batches, scoring)
         scored, align = perf_counter() - start, ALIGN.get(case.name, 64)
         for budget in budgets:
             start = perf_counter()
-            plan, module = remove_in_rounds(
-                dense, anatomy, scores, case.batches, PruneSettings(budget, scoring, align=align, rounds=rounds)
-            )
+            settings = PruneSettings(budget, scoring, align=align, rounds=rounds)
+            plan, module = remove_in_rounds(Remover(dense, space, case.batches, settings.ridge), scores, settings)
             seconds = scored + perf_counter() - start
             yield Outcome(f"{scoring.criterion}, {rounds} rounds", "ridge", budget, plan, module, seconds)
 
@@ -91,17 +93,17 @@ def kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
     if case.labels is None:
         yield from (Outcome(name, repair, b, None, None, 0.0, "needs class labels") for b in budgets)
         return
-    anatomy = examine(case.network, narrow=False)
+    space = analyze(case.network, narrow=False)
     start = perf_counter()
-    gradients = mask_gradients(case.network, anatomy.structure, case.batches, case.labels)
+    gradients = mask_gradients(case.network, space.structure, case.batches, case.labels)
     scores = fisher_scores(gradients)
     scored = perf_counter() - start
     for budget in budgets:
         start = perf_counter()
-        first = search(anatomy.structure, scores, anatomy.costs, budget, ALIGN.get(case.name, 64))
+        first = search(space.structure, scores, space.costs, budget, ALIGN.get(case.name, 64))
         plan = rearranged(first, gradients)
-        module = slice_network(case.network.module, anatomy.structure, plan)
-        rescale(case.network, module, anatomy.structure, plan, case.batches)
+        module = slice_network(case.network.module, space.structure, plan)
+        rescale(case.network, module, space.structure, plan, case.batches)
         yield Outcome(name, repair, budget, plan, module, scored + perf_counter() - start)
 
 
@@ -112,11 +114,11 @@ def rival(name: str, prune: Rival) -> Method:
     """A method of others, with its own repair."""
 
     def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
-        anatomy: Anatomy = examine(case.network, narrow=False)
+        space: PruningSpace = analyze(case.network, narrow=False)
         for budget in budgets:
             start = perf_counter()
             try:
-                plan, module = prune(case.network, anatomy, case.batches, budget, seed=seed)
+                plan, module = prune(case.network, space, case.batches, budget, seed=seed)
             except UserError as error:
                 yield Outcome(name, "own", budget, None, None, 0.0, str(error))
                 continue

@@ -22,7 +22,8 @@ from rich.table import Table
 from exporters import OnnxModule, OnnxSpec, Precision, in_precision, onnx_in_precision, runnable_on_cpu, trace
 from optin_deploy import Network, prune
 from optin_deploy.network import TensorOutputs
-from optin_deploy.pruning.pruner import examine, make_sparse
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 
 # tf32 is a file in fp32.
@@ -47,9 +48,9 @@ def measured(case: Case, network: Network, precision: Precision, threads: int) -
 
 def sparse(case: Case) -> Network:
     """The network with nothing removed, and two of every four weights zero."""
-    structure, small = examine(case.network).structure, deepcopy(case.network.module)
-    whole = Plan({group.name: tuple(range(group.units)) for group in structure.groups})
-    make_sparse(case.network, small, structure, whole, case.batches, "auto")
+    space, small = analyze(case.network), deepcopy(case.network.module)
+    whole = Plan({group.name: tuple(range(group.units)) for group in space.structure.groups})
+    Remover(case.network, space, case.batches, "auto").make_sparse(small, whole)
     return case.network.with_module(small)
 
 

@@ -24,7 +24,8 @@ import torch
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.scoring import score
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import examine, remove
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import search
 
 FLOPS = 0.5
@@ -60,8 +61,8 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
     weights = "pretrained" if name == "MiniLM" else "random"
     network = load_network(common.minilm_directory() if name == "MiniLM" else name, weights=weights)
     calibration = load_calibration(network, **own)
-    anatomy, batches = examine(network), calibration.batches
-    structure, before = anatomy.structure, resident_mib("VmRSS")
+    space, batches = analyze(network), calibration.batches
+    structure, before = space.structure, resident_mib("VmRSS")
     steps: list[Step] = []
 
     def step(what: str, work: Callable[[], Any]) -> Any:
@@ -76,9 +77,9 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
             "inference", lambda: network.forward(max(batches, key=lambda batch: max(map(torch.numel, batch.values()))))
         )
     dense = step("turn", lambda: in_principal_bases(network, structure, batches))
-    scores = step("score", lambda: score(dense, structure, anatomy.costs, batches))
-    plan = step("search", lambda: search(structure, scores, anatomy.costs, FLOPS, align=64))
-    step("repair", lambda: remove(dense, structure, plan, batches, "auto"))
+    scores = step("score", lambda: score(dense, structure, space.costs, batches))
+    plan = step("search", lambda: search(structure, scores, space.costs, FLOPS, align=64))
+    step("repair", lambda: Remover(dense, space, batches, "auto").remove(plan))
     return {
         "network": name,
         "samples": calibration.samples,

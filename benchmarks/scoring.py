@@ -13,7 +13,7 @@ import torch
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.evaluation.metrics import spearman
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
 
     network = load_network(common.minilm_directory())
-    structure = examine(network, narrow=False).structure
+    structure = analyze(network, narrow=False).structure
     batch = load_calibration(network, None, samples=32, seed=given.seed).batches[0]
     factors = task_factors(network, structure, batch, 1.0, given.seed)
     neurons = [(g.name, i) for g in structure.groups if g.kind == "neuron" for i in range(g.units)]

@@ -45,11 +45,14 @@ from optin_deploy import Network
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import PruneSettings, examine, remove_in_rounds
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.rounds import remove_in_rounds
+from optin_deploy.pruning.settings import PruneSettings
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs
-from optin_deploy.tokens.damage import token_damages
 from optin_deploy.tokens.matching import Matching, merge_tokens
+from optin_deploy.tokens.merge_loss import measure_merge_loss
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
@@ -83,25 +86,26 @@ class DroppingBlocks(MergingBlocks):
 def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float]) -> Iterator[tuple[Row, nn.Module]]:
     """The network pruned in all ways to all budgets, from one scoring; ways that do not reach one are left out."""
     scoring = Scoring()
-    anatomy = examine(network, tokens=True)
-    structure, stack = anatomy.structure, anatomy.stack
+    space = analyze(network, tokens=True)
+    structure, stack = space.structure, space.stack
     assert stack is not None
     dense = in_principal_bases(network, structure, batches)
-    scores = score(dense, structure, anatomy.costs, batches, scoring)
-    damage = token_damages(dense, structure, stack, batches, scoring)
-    costs = token_costs(dense.module, structure, anatomy.costs, stack, dense.inputs)
+    scores = score(dense, structure, space.costs, batches, scoring)
+    merge_loss = measure_merge_loss(dense, structure, stack, batches, scoring)
+    costs = token_costs(dense.module, structure, space.costs, stack, dense.inputs)
     for asked in budgets:
-        schedules = {"β": (), "τ": best_schedule(structure, scores, costs, asked, 64, damage)}
+        schedules = {"β": (), "τ": best_schedule(structure, scores, costs, asked, 64, merge_loss)}
         with suppress(optin_deploy.UserError):
-            schedules["tokens"] = share_schedule(structure, costs, asked, damage)
+            schedules["tokens"] = share_schedule(structure, costs, asked, merge_loss)
         for way, schedule in schedules.items():
             if way == "tokens":
                 module = copy.deepcopy(network.module)
                 with_merging(module, structure, stack, Plan({}, schedule))
             else:
                 settings = PruneSettings(asked, scoring)
-                _, module = remove_in_rounds(dense, anatomy, scores, batches, settings, schedule)
-            flops = count_flops(module, network.inputs) / anatomy.costs.total
+                remover = Remover(dense, space, batches, settings.ridge)
+                _, module = remove_in_rounds(remover, scores, settings, schedule)
+            flops = count_flops(module, network.inputs) / space.costs.total
             yield {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule)}, module
 
 
@@ -127,14 +131,14 @@ def schedules(given: Namespace) -> Iterator[Row]:
     """See the module's first lines."""
     case = cases.saliency_maps(given.data_root, 0, given.samples)
     network = case.network
-    anatomy = examine(network, tokens=True)
-    structure, stack = anatomy.structure, anatomy.stack
+    space = analyze(network, tokens=True)
+    structure, stack = space.structure, space.stack
     assert stack is not None
     batches = [dict(batch) for batch in case.batches]
-    costs = token_costs(network.module, structure, anatomy.costs, stack, network.inputs)
-    damage = token_damages(network, structure, stack, batches, Scoring())
+    costs = token_costs(network.module, structure, space.costs, stack, network.inputs)
+    merge_loss = measure_merge_loss(network, structure, stack, batches, Scoring())
     for asked in (float(part) for part in given.flops.split(",")):
-        searched = share_schedule(structure, costs, asked, damage)
+        searched = share_schedule(structure, costs, asked, merge_loss)
         depth = len(stack.blocks)
         found = {
             "merging, as searched": (MergingBlocks, searched),
@@ -150,10 +154,10 @@ def schedules(given: Namespace) -> Iterator[Row]:
             parent, _, name = stack.name.rpartition(".")
             blocks = dict(made.named_children())
             setattr(module.get_submodule(parent), name, kind(blocks, stack, schedule, made.heads).eval())
-            flops = count_flops(module, network.inputs) / anatomy.costs.total
+            flops = count_flops(module, network.inputs) / space.costs.total
             row = {"way": way, "asked": asked, "flops": flops, "schedule": list(schedule), "speed": {}}
             if kind is MergingBlocks:
-                row["predicted"] = damage.of(schedule, stack.prefix)
+                row["predicted"] = merge_loss.of(schedule, stack.prefix)
             yield {**row, **case.measure(module)}
 
 
@@ -196,17 +200,17 @@ def timed(network: Network, modules: Mapping[str, nn.Module], given: Namespace, 
 def deit_small(given: Namespace) -> tuple[Network, TokenStack, Any]:
     """With random weights, which make no difference to its speed."""
     network = optin_deploy.load_network("deit_small", weights="random")
-    anatomy = examine(network, tokens=True)
-    assert anatomy.stack is not None
-    return network, anatomy.stack, anatomy
+    space = analyze(network, tokens=True)
+    assert space.stack is not None
+    return network, space.stack, space
 
 
 def overhead(given: Namespace) -> list[Row]:
     """See the module's first lines."""
-    network, stack, anatomy = deit_small(given)
+    network, stack, space = deit_small(given)
     schedule = tuple(stack.tokens - _RATE * block for block in range(len(stack.blocks)))
     merging = copy.deepcopy(network.module)
-    with_merging(merging, anatomy.structure, stack, Plan({}, schedule))
+    with_merging(merging, space.structure, stack, Plan({}, schedule))
     dropping = copy.deepcopy(network.module)
     dropping.blocks = DroppingBlocks(dict(dropping.blocks.named_children()), stack, schedule, (0,) * len(schedule))
     calibration = optin_deploy.load_calibration(network, None, samples=32)
@@ -214,7 +218,7 @@ def overhead(given: Namespace) -> list[Row]:
     modules = {"merging": merging, "leaving out": dropping.eval(), "τ": pruned.network.module}
     rows = []
     for name, speed in timed(network, modules, given, (8,)).items():
-        flops = count_flops(modules[name], network.inputs) / anatomy.costs.total
+        flops = count_flops(modules[name], network.inputs) / space.costs.total
         rows.append({"way": name, "flops": flops, "speed": speed})
     times = [1 / row["speed"]["8"]["value"] for row in rows]
     rows[0]["overhead"] = times[0] - times[1]
@@ -229,7 +233,7 @@ def tome(given: Namespace) -> list[Row]:
     sys.path.insert(0, str(given.tome))
     from tome.patch import timm as patched  # type: ignore[import-not-found]
 
-    network, stack, anatomy = deit_small(given)
+    network, stack, space = deit_small(given)
     theirs = copy.deepcopy(network.module)
     patched(theirs)
     theirs.r = _RATE
@@ -237,7 +241,7 @@ def tome(given: Namespace) -> list[Row]:
     shift = round(_RATE * 2 / 3)
     schedule = tuple(stack.tokens - shift - _RATE * block for block in range(len(stack.blocks)))
     ours = copy.deepcopy(network.module)
-    with_merging(ours, anatomy.structure, stack, Plan({}, schedule))
+    with_merging(ours, space.structure, stack, Plan({}, schedule))
     modules = {"dense": network.module, "ToMe": theirs, "ours": ours}
     image = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     samples = _in_turns(modules, image)
@@ -245,7 +249,7 @@ def tome(given: Namespace) -> list[Row]:
     return [
         {
             "way": name,
-            "flops": count_flops(module, inputs) / anatomy.costs.total,
+            "flops": count_flops(module, inputs) / space.costs.total,
             "speed": {"8": asdict(ratio_interval(samples["dense"], samples[name]))},
             "ours": asdict(ratio_interval(samples[name], samples["ours"])),
         }

@@ -35,8 +35,10 @@ from optin_deploy.nn.batches import Batches, batch_size
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning import pruner
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Pruned, PruneOptions, Ridge, examine, examine_as
-from optin_deploy.report.profile_view import NetworkProfile
+from optin_deploy.pruning.pruner import Pruned
+from optin_deploy.pruning.settings import PruneOptions, Ridge, check_share
+from optin_deploy.pruning.space import analyze, analyze_for, validate_on
+from optin_deploy.report.profile_tables import NetworkProfile
 from optin_deploy.run.network_profile import profile_network, profile_onnx
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.plan import Plan
@@ -94,10 +96,10 @@ def score(
         torch.Size([192])
     """
     scoring = scoring or Scoring()
-    network = pruner.validate_on(network, batches)
-    anatomy = examine(network, narrow=scoring.narrows_heads if narrow is None else narrow)
-    dense = in_principal_bases(network, anatomy.structure, batches)
-    scores = scorers.score(dense, anatomy.structure, anatomy.costs, batches, scoring, labels=labels)
+    network = validate_on(network, batches)
+    space = analyze(network, narrow=scoring.narrows_heads if narrow is None else narrow)
+    dense = in_principal_bases(network, space.structure, batches)
+    scores = scorers.score(dense, space.structure, space.costs, batches, scoring, labels=labels)
     return Scores(scores, scoring, sum(map(batch_size, batches)))
 
 
@@ -122,12 +124,12 @@ def plan(network: Network, scores: Mapping[str, Tensor], flops: float, *, align:
         >>> optin_deploy.plan(network, scores, flops=0.5)
         Plan(blocks.0.attn: ..., blocks.0.mlp: ..., ...)
     """
-    pruner.check_share(flops)
-    anatomy = examine_as(validate(network), scores)
-    for group in anatomy.structure.groups:
+    check_share(flops)
+    space = analyze_for(validate(network), scores)
+    for group in space.structure.groups:
         if group.name not in scores or len(scores[group.name]) != group.units:
             raise UserError(f"the scores are of another network: they have none for the {group.units} of {group.name}")
-    return search(anatomy.structure, scores, anatomy.costs, flops, align)
+    return search(space.structure, scores, space.costs, flops, align)
 
 
 @overload

@@ -131,7 +131,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(world)
     monkeypatch.setattr("optin_deploy.models.load.load_network", stand_in)
     monkeypatch.setattr(measure_stages, "compare", instantly)
-    monkeypatch.setattr(measure_stages, "_account_layers", lambda *_: [])
+    monkeypatch.setattr(measure_stages, "_break_down_layers", lambda *_: [])
     monkeypatch.setattr(latency_stage, "measure_latency_model", reached)
     yield world
 

@@ -15,7 +15,7 @@ from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.evaluation.agreement import agreement
 from optin_deploy.evaluation.load import load_dataset
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.masking import mask_units
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
@@ -32,7 +32,7 @@ def minilm() -> Network:
 
 
 def test_sliced_minilm_equals_masked(minilm: Network) -> None:
-    structure = examine(minilm).structure
+    structure = analyze(minilm).structure
     batch = load_calibration(minilm, None, samples=8).batches[0]
     generator = torch.Generator().manual_seed(0)
     kept = {}
@@ -118,10 +118,8 @@ def test_an_encoder_without_gradients_is_scored_as_with_them(minilm: Network) ->
             return type(minilm.module.encoder).forward(self, *args, **kwargs)
 
     module.encoder.__class__ = type("Frozen", (type(module.encoder),), {"forward": forward})
-    anatomy = examine(minilm)
+    space = analyze(minilm)
     batches = load_calibration(minilm, None, samples=8).batches[:1]
-    given, expected = (
-        score(n, anatomy.structure, anatomy.costs, batches) for n in (minilm.with_module(module), minilm)
-    )
+    given, expected = (score(n, space.structure, space.costs, batches) for n in (minilm.with_module(module), minilm))
     for name, scores in expected.items():
         torch.testing.assert_close(given[name], scores, rtol=1e-4, atol=1e-6 * float(scores.max()))

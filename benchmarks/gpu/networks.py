@@ -18,7 +18,8 @@ from optin_deploy.criteria.trajectory import exact_scores, task_factors
 from optin_deploy.models import timm_models, transformers_models
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 
 FLOPS = 0.5
 METHODS = ("trajectory-obs", "trajectory", "trajectory-exact")
@@ -112,20 +113,20 @@ def scoring_row(name: str, method: str, device: str, samples: int, size: int, un
     """
     network = on_device(NETWORKS[name](), device)
     batches = random_batches(network, samples, size)
-    anatomy = examine(network, narrow=method == "trajectory-obs")
-    total = sum(group.units for group in anatomy.structure.groups)
+    space = analyze(network, narrow=method == "trajectory-obs")
+    total = sum(group.units for group in space.structure.groups)
     row = {"network": name, "method": method, "samples": len(batches) * size, "units": total, "measured_units": total}
     if method == "trajectory-exact":
         return {**row, **_exact(network, batches, device, units)}
     criterion = Scoring("trajectory-obs" if method == "trajectory-obs" else "trajectory")
-    scored = partial(score, network, anatomy.structure, anatomy.costs, scoring=criterion)
+    scored = partial(score, network, space.structure, space.costs, scoring=criterion)
     scored(batches[:1])
     return {**row, "seconds": seconds_of(device, lambda: scored(batches))}
 
 
 def _exact(network: Network, batches: Sequence[Batch], device: str, units: int) -> dict[str, Any]:
     """Units are spread over their groups; a kind's seconds grow with its units, and all with the batches."""
-    structure = examine(network, narrow=False).structure
+    structure = analyze(network, narrow=False).structure
     # It runs the network forwards and backwards, which warms up.
     factors = task_factors(network, structure, batches[0], 1.0, 0)
     seconds, masked = 0.0, 0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.knapsack import BUDGET_WINDOW, candidate_sizes, check_budget
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
@@ -83,7 +83,7 @@ def active_energy(
 
 def prune(
     network: Network,
-    anatomy: Anatomy,
+    space: PruningSpace,
     batches: Sequence[Batch],
     flops: float,
     *,
@@ -99,7 +99,7 @@ def prune(
     Raises:
         UserError: the budget cannot be reached.
     """
-    linear = transformer_part(network.module, anatomy)
+    linear = transformer_part(network.module, space)
     check_budget(linear.structure, linear.costs, flops)
     sizes = uniform_sizes(linear, flops, align)
     found = moments(network, linear.structure, batches)
@@ -109,34 +109,34 @@ def prune(
         best = scores[name].sort(descending=True, stable=True).indices[:size]
         kept[name] = tuple(best.sort().values.tolist())
     plan = Plan(kept)
-    check_met(plan, anatomy.costs, flops, "CORP")
+    check_met(plan, space.costs, flops, "CORP")
     module = copy.deepcopy(network.module)
     for group in linear.structure.groups:
         if len(kept[group.name]) < group.units:
             compensate(module, group, kept[group.name], found[group.name], ridge)
-    return plan, slice_network(module, anatomy.structure, plan)
+    return plan, slice_network(module, space.structure, plan)
 
 
-def uniform_sizes(anatomy: Anatomy, flops: float, align: int) -> dict[str, int]:
+def uniform_sizes(space: PruningSpace, flops: float, align: int) -> dict[str, int]:
     """The number of units that each group keeps, the same share of each as far as whole heads and steps allow.
 
     Steps are halved until the budget's window is met; the best that there is comes back where none meets it.
     """
-    costs, groups = anatomy.costs, anatomy.structure.groups
+    costs, groups = space.costs, space.structure.groups
     share = (flops * costs.total - costs.floor) / (costs.total - costs.floor)
     heads = {g.name: max(1, min(g.units, round(share * g.units))) for g in groups if g.kind == "head"}
     while True:
-        sizes = _filled(anatomy, heads, flops, align)
+        sizes = _filled(space, heads, flops, align)
         spent = costs.floor + sum(costs.per_unit[name] * n for name, n in sizes.items())
         if align == 1 or (flops - BUDGET_WINDOW) * costs.total <= spent:
             return sizes
         align //= 2
 
 
-def _filled(anatomy: Anatomy, heads: dict[str, int], flops: float, align: int) -> dict[str, int]:
+def _filled(space: PruningSpace, heads: dict[str, int], flops: float, align: int) -> dict[str, int]:
     """``heads``, and of every other group an equal share of what the budget leaves, rounded down and filled up."""
-    costs = anatomy.costs
-    others = {g.name: candidate_sizes(g, align) for g in anatomy.structure.groups if g.name not in heads}
+    costs = space.costs
+    others = {g.name: candidate_sizes(g, align) for g in space.structure.groups if g.name not in heads}
     left = flops * costs.total - costs.floor - sum(costs.per_unit[name] * n for name, n in heads.items())
     whole = sum(costs.per_unit[name] * costs.units[name] for name in others)
     share = min(max(left / whole, 0.0), 1.0) if whole else 0.0
@@ -149,7 +149,7 @@ def _filled(anatomy: Anatomy, heads: dict[str, int], flops: float, align: int) -
         extra = costs.per_unit[name] * (larger - sizes[name])
         if extra <= left:
             sizes[name], left = larger, left - extra
-    return {g.name: sizes[g.name] for g in anatomy.structure.groups}
+    return {g.name: sizes[g.name] for g in space.structure.groups}
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
 from optin_deploy.network import Network
 from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.nn.unfold import valid_rows
-from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.costs import Costs
 from optin_deploy.search.knapsack import check_budget, search
 from optin_deploy.structure.groups import Group, Structure
@@ -48,7 +48,7 @@ REPRESENTATION = 2.5e-4
 
 def prune(
     network: Network,
-    anatomy: Anatomy,
+    space: PruningSpace,
     batches: Sequence[Batch],
     flops: float,
     *,
@@ -64,7 +64,7 @@ def prune(
     Raises:
         UserError: the budget cannot be reached.
     """
-    linear = transformer_part(network.module, anatomy)
+    linear = transformer_part(network.module, space)
     check_budget(linear.structure, linear.costs, flops)
     groups = linear.structure.groups
     dense = dense_logits(network, batches)
@@ -77,7 +77,7 @@ def prune(
         if kept[group.name] and any(len(kept[g.name]) < g.units for g in groups[: position + 1]):
             tune(network, module, linear.structure, group, batches)
     plan = Plan(kept)
-    check_met(plan, anatomy.costs, flops, "K-prune")
+    check_met(plan, space.costs, flops, "K-prune")
     return plan, module
 
 

@@ -11,7 +11,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.nn.unfold import valid_rows
-from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.costs import Costs
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Group, Structure
@@ -20,20 +20,20 @@ from optin_deploy.structure.plan import Plan
 Batch = Mapping[str, Tensor]
 
 
-def part(anatomy: Anatomy, groups: Sequence[Group]) -> Anatomy:
+def part(space: PruningSpace, groups: Sequence[Group]) -> PruningSpace:
     """The same network where only ``groups`` can be pruned; all else is part of the floor."""
     names = [g.name for g in groups]
     costs = replace(
-        anatomy.costs,
-        per_unit={name: anatomy.costs.per_unit[name] for name in names},
-        units={name: anatomy.costs.units[name] for name in names},
+        space.costs,
+        per_unit={name: space.costs.per_unit[name] for name in names},
+        units={name: space.costs.units[name] for name in names},
     )
-    return replace(anatomy, structure=replace(anatomy.structure, groups=tuple(groups)), costs=costs)
+    return replace(space, structure=replace(space.structure, groups=tuple(groups)), costs=costs)
 
 
-def transformer_part(module: nn.Module, anatomy: Anatomy) -> Anatomy:
+def transformer_part(module: nn.Module, space: PruningSpace) -> PruningSpace:
     """Only the groups that end in a linear projection; the rivals know no convolutions."""
-    return part(anatomy, [g for g in anatomy.structure.groups if ends_linear(module, g)])
+    return part(space, [g for g in space.structure.groups if ends_linear(module, g)])
 
 
 def check_met(plan: Plan, costs: Costs, flops: float, method: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.search.knapsack import search
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
@@ -59,14 +59,14 @@ def spreads(network: Network, structure: Structure, batches: Sequence[Batch]) ->
 
 
 def prune(
-    network: Network, anatomy: Anatomy, batches: Sequence[Batch], flops: float, *, align: int = 64, seed: int = 0
+    network: Network, space: PruningSpace, batches: Sequence[Batch], flops: float, *, align: int = 64, seed: int = 0
 ) -> tuple[Plan, nn.Module]:
     """Remove FFN neurons until at most ``flops`` of the FLOPs are left; see the package.
 
     Raises:
         UserError: the budget cannot be reached with neurons alone.
     """
-    whole = transformer_part(network.module, anatomy)
+    whole = transformer_part(network.module, space)
     ffn = part(whole, [g for g in whole.structure.groups if g.kind == "neuron"])
     if flops * ffn.costs.total < ffn.costs.floor:
         raise UserError(
@@ -76,11 +76,11 @@ def prune(
     found = spreads(network, ffn.structure, batches)
     scores = {name: spread.variance.cpu() * ffn.costs.per_unit[name] for name, spread in found.items()}
     plan = search(ffn.structure, scores, ffn.costs, flops, align)
-    check_met(plan, anatomy.costs, flops, "variance-based pruning")
+    check_met(plan, space.costs, flops, "variance-based pruning")
     module = copy.deepcopy(network.module)
     for group in ffn.structure.groups:
         shift_mean(module, group, plan.kept[group.name], found[group.name].mean)
-    return plan, slice_network(module, anatomy.structure, plan)
+    return plan, slice_network(module, space.structure, plan)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""The latency breakdown of a dense and a pruned network, matched part by part."""
+"""The latency breakdown of a dense and a pruned network, matched module by module."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from exporters import BUILDERS
-from optin_deploy.analysis.module_roles import ATTENTION, OTHER, PARTS, Place
+from optin_deploy.analysis.module_roles import ATTENTION, OTHER, PARTS, ModuleRole
 from optin_deploy.analysis.results import TimeRow
 from profilers.layer_times import LayerProfile, LayerRow
 
@@ -40,11 +40,11 @@ _EXACT = {"mm": MATRIX, "t": MOVEMENT, "to": MOVEMENT, "_to_copy": MOVEMENT}
 
 
 @dataclass(frozen=True)
-class Cell:
+class OperatorTime:
     """All operators of one type in one module, dense and pruned: milliseconds and calls in one run."""
 
     module: str
-    place: Place
+    role: ModuleRole
     operator: str
     kind: str
     dense_ms: float = 0.0
@@ -54,11 +54,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Account:
+class LatencyBreakdown:
     """The latency breakdown of both networks at one runtime and batch size.
 
     Attributes:
-        cells: times by module and operator, which the rows sum up.
+        operators: times by module and operator, which the rows sum up.
         parts, blocks, kinds: the same time by part, by block ("" outside them) and by kind of operator; each of the
             three sums, with ``between``, to the measured latencies.
         between: time between operators.
@@ -70,7 +70,7 @@ class Account:
 
     runtime: str
     batch_size: int
-    cells: tuple[Cell, ...]
+    operators: tuple[OperatorTime, ...]
     parts: tuple[TimeRow, ...]
     blocks: tuple[TimeRow, ...]
     kinds: tuple[TimeRow, ...]
@@ -92,46 +92,46 @@ class Account:
         return pruned / dense
 
 
-def account(
+def break_down(
     dense: LayerProfile,
     pruned: LayerProfile,
-    dense_flops: Mapping[str, int],
-    pruned_flops: Mapping[str, int],
-    places: Mapping[str, Place],
+    flops: tuple[Mapping[str, int], Mapping[str, int]],
+    roles: Mapping[str, ModuleRole],
     measured_ms: tuple[float, float],
-) -> Account:
+) -> LatencyBreakdown:
     """Match two profiles module by module and scale each to its measured latency.
 
     Args:
-        dense, pruned: profiles at the same runtime and batch size, of the modules in ``places``.
-        dense_flops, pruned_flops: see `module_roles.own_flops`; "" has the FLOPs outside all modules.
-        places: see `module_roles.places`.
+        dense, pruned: profiles at the same runtime and batch size, of the modules in ``roles``.
+        flops: dense and pruned, see `module_roles.own_flops`; "" has the FLOPs outside all modules.
+        roles: see `module_roles.module_roles`.
         measured_ms: median latencies of unprofiled runs, dense and pruned.
     """
     factors = tuple(ms / sums_to(profile) for ms, profile in zip(measured_ms, (dense, pruned), strict=True))
-    cells = _cells(dense, pruned, places, factors)
-    flops = {name: (dense_flops.get(name, 0), pruned_flops.get(name, 0)) for name in {**dense_flops, **pruned_flops}}
+    operators = _match_operators(dense, pruned, roles, factors)
+    before, after = flops
+    counts = {name: (before.get(name, 0), after.get(name, 0)) for name in {**before, **after}}
 
     def rows(
-        key: Callable[[Cell], str], names: Iterable[str], flops_of: Mapping[str, tuple[int, int]]
+        key: Callable[[OperatorTime], str], names: Iterable[str], flops_of: Mapping[str, tuple[int, int]]
     ) -> list[TimeRow]:
-        return [_row(name, [c for c in cells if key(c) == name], flops_of.get(name, (0, 0))) for name in names]
+        return [_row(name, [c for c in operators if key(c) == name], flops_of.get(name, (0, 0))) for name in names]
 
-    by_part = _grouped(flops, lambda name: places.get(name, Place(OTHER)).part)
-    by_block = _grouped(flops, lambda name: places.get(name, Place(OTHER)).block)
-    blocks = list(dict.fromkeys(c.place.block for c in cells))
-    return Account(
+    by_part = _sum_flops(counts, lambda name: roles.get(name, ModuleRole(OTHER)).part)
+    by_block = _sum_flops(counts, lambda name: roles.get(name, ModuleRole(OTHER)).block)
+    blocks = list(dict.fromkeys(c.role.block for c in operators))
+    return LatencyBreakdown(
         runtime=dense.runtime,
         batch_size=dense.batch_size,
-        cells=cells,
-        parts=_present(rows(lambda c: c.place.part, PARTS, by_part)),
-        blocks=_present(rows(lambda c: c.place.block, sorted(blocks, key=lambda b: b == ""), by_block)),
-        kinds=_present(rows(lambda c: c.kind, KINDS, {})),
+        operators=operators,
+        parts=_drop_empty(rows(lambda c: c.role.part, PARTS, by_part)),
+        blocks=_drop_empty(rows(lambda c: c.role.block, sorted(blocks, key=lambda b: b == ""), by_block)),
+        kinds=_drop_empty(rows(lambda c: c.kind, KINDS, {})),
         between=TimeRow("between operators", dense.overhead_ms * factors[0], pruned.overhead_ms * factors[1]),
         measured_ms=measured_ms,
         profiled_ms=(sums_to(dense), sums_to(pruned)),
         unprofiled_ms=(dense.total_ms, pruned.total_ms),
-        flops=flops,
+        flops=counts,
     )
 
 
@@ -146,35 +146,39 @@ def kind_of(operator: str, runtime: str) -> str:
     A name without a known word is elementwise; in an engine it is a layer that fuses several operators.
     """
     name = operator.lower()
-    found = next((kind for kind, words in _WORDS if any(word in name for word in words)), None)
+    known = next((kind for kind, words in _WORDS if any(word in name for word in words)), None)
     if runtime in BUILDERS:
-        return found or next((kind for word, kind in _BUILT.items() if word in name), COMPILED)
-    return _EXACT.get(name) or found or ELEMENTWISE
+        return known or next((kind for word, kind in _BUILT.items() if word in name), COMPILED)
+    return _EXACT.get(name) or known or ELEMENTWISE
 
 
-def is_fused(cells: Iterable[Cell]) -> bool:
+def is_fused(operators: Iterable[OperatorTime]) -> bool:
     """Return whether the runtime computes attention in one operator."""
-    return any(cell.kind == FUSED for cell in cells if cell.place.part == ATTENTION)
+    return any(op.kind == FUSED for op in operators if op.role.part == ATTENTION)
 
 
-def _cells(
-    dense: LayerProfile, pruned: LayerProfile, places: Mapping[str, Place], factors: tuple[float, ...]
-) -> tuple[Cell, ...]:
-    cells: dict[tuple[str, str], Cell] = {}
+def _match_operators(
+    dense: LayerProfile, pruned: LayerProfile, roles: Mapping[str, ModuleRole], factors: tuple[float, ...]
+) -> tuple[OperatorTime, ...]:
+    operators: dict[tuple[str, str], OperatorTime] = {}
 
-    def cell(row: LayerRow) -> Cell:
-        place = places.get(row.module, Place(OTHER))
+    def operator_of(row: LayerRow) -> OperatorTime:
+        role = roles.get(row.module, ModuleRole(OTHER))
         kind = kind_of(row.operator, dense.runtime)
-        return cells.get((row.module, row.operator)) or Cell(row.module, place, row.operator, kind)
+        return operators.get((row.module, row.operator)) or OperatorTime(row.module, role, row.operator, kind)
 
     for row in dense.rows:
-        cells[row.module, row.operator] = replace(cell(row), dense_ms=row.ms * factors[0], dense_calls=row.calls)
+        operators[row.module, row.operator] = replace(
+            operator_of(row), dense_ms=row.ms * factors[0], dense_calls=row.calls
+        )
     for row in pruned.rows:
-        cells[row.module, row.operator] = replace(cell(row), pruned_ms=row.ms * factors[1], pruned_calls=row.calls)
-    return tuple(cells.values())
+        operators[row.module, row.operator] = replace(
+            operator_of(row), pruned_ms=row.ms * factors[1], pruned_calls=row.calls
+        )
+    return tuple(operators.values())
 
 
-def _grouped(flops: Mapping[str, tuple[int, int]], name_of: Callable[[str], str]) -> dict[str, tuple[int, int]]:
+def _sum_flops(flops: Mapping[str, tuple[int, int]], name_of: Callable[[str], str]) -> dict[str, tuple[int, int]]:
     sums: dict[str, tuple[int, int]] = {}
     for module, (dense, pruned) in flops.items():
         before = sums.get(name_of(module), (0, 0))
@@ -182,10 +186,10 @@ def _grouped(flops: Mapping[str, tuple[int, int]], name_of: Callable[[str], str]
     return sums
 
 
-def _row(name: str, cells: Iterable[Cell], flops: tuple[int, int]) -> TimeRow:
-    cells = list(cells)
-    return TimeRow(name, sum(c.dense_ms for c in cells), sum(c.pruned_ms for c in cells), *flops)
+def _row(name: str, operators: Iterable[OperatorTime], flops: tuple[int, int]) -> TimeRow:
+    operators = list(operators)
+    return TimeRow(name, sum(c.dense_ms for c in operators), sum(c.pruned_ms for c in operators), *flops)
 
 
-def _present(rows: Iterable[TimeRow]) -> tuple[TimeRow, ...]:
+def _drop_empty(rows: Iterable[TimeRow]) -> tuple[TimeRow, ...]:
     return tuple(row for row in rows if row.dense_ms or row.pruned_ms)

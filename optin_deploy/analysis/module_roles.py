@@ -19,46 +19,46 @@ _OF_KIND = {"head": ATTENTION, "width": ATTENTION, "neuron": FFN, "channel": CON
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleRole:
     """The part of the network that a module belongs to, and its block ("" outside the blocks)."""
 
     part: str
     block: str = ""
 
 
-def places(module: nn.Module, structure: Structure) -> dict[str, Place]:
-    """Return module name -> place of the modules whose time is reported separately, in no order.
+def module_roles(module: nn.Module, structure: Structure) -> dict[str, ModuleRole]:
+    """Return module name -> role of the modules whose time is reported separately, in no order.
 
     Modules of a block other than attention and FFN are "norms and residual". Modules registered before the blocks are
     "embedding", those registered after them "head".
     """
-    found = {name: Place(HEAD if behind else EMBEDDING) for name, behind in _outside(module, structure.blocks)}
-    found |= {block: Place(NORMS, block) for block in structure.blocks}
+    roles = {name: ModuleRole(HEAD if after else EMBEDDING) for name, after in _outside(module, structure.blocks)}
+    roles |= {block: ModuleRole(NORMS, block) for block in structure.blocks}
     for left in structure.left_dense:
         block = _block_of(left.module, structure)
         if block:
-            found[left.module] = Place(LEFT_DENSE, block)
+            roles[left.module] = ModuleRole(LEFT_DENSE, block)
     for group in structure.groups:
         for owner in group.cost.modules:
-            found[owner] = Place(_OF_KIND[group.kind], structure.blocks[group.layer])
-    return found
+            roles[owner] = ModuleRole(_OF_KIND[group.kind], structure.blocks[group.layer])
+    return roles
 
 
-def merging_places(module: nn.Module) -> dict[str, Place]:
-    """Return module name -> place of the modules that merge tokens between the blocks of a pruned network."""
-    return {name: Place(MERGING) for name, part in module.named_modules() if isinstance(part, MergingBlocks)}
+def merging_roles(module: nn.Module) -> dict[str, ModuleRole]:
+    """Return module name -> role of the modules that merge tokens between the blocks of a pruned network."""
+    return {name: ModuleRole(MERGING) for name, child in module.named_modules() if isinstance(child, MergingBlocks)}
 
 
 def own_flops(module: nn.Module, inputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, int]:
     """Return the FLOPs of one sample by submodule, without named submodules inside it; "" has the rest."""
     counts = FlopCounts(module, inputs)
     names = {"", *names}
-    own = {name: counts.of(name) for name in names}
+    whole = {name: counts.of(name) for name in names}
     # FLOPs of a submodule count only for the innermost name around it.
-    whole = dict(own)
+    exclusive = dict(whole)
     for name in names - {""}:
-        own[_nearest(name, names)] -= whole[name]
-    return own
+        exclusive[_nearest(name, names)] -= whole[name]
+    return exclusive
 
 
 def narrow_widths(structure: Structure) -> dict[str, tuple[int, ...]]:
@@ -74,13 +74,13 @@ def narrow_widths(structure: Structure) -> dict[str, tuple[int, ...]]:
 def _outside(module: nn.Module, blocks: Iterable[str]) -> list[tuple[str, bool]]:
     """Return the outermost submodules without a block, and whether they are registered after the first block."""
     ancestors = {"", *(".".join(b.split(".")[:i]) for b in blocks for i in range(1, b.count(".") + 2))}
-    found, behind = [], False
+    outermost, after = [], False
     for name, _ in module.named_modules():
         if name in ancestors:
-            behind = behind or name in set(blocks)
+            after = after or name in set(blocks)
         elif name.rpartition(".")[0] in ancestors - set(blocks):
-            found.append((name, behind))
-    return found
+            outermost.append((name, after))
+    return outermost
 
 
 def _block_of(name: str, structure: Structure) -> str:

@@ -7,7 +7,7 @@ from profilers.stats import Above
 
 @dataclass(frozen=True)
 class TimeRow:
-    """Milliseconds of one run and FLOPs of one sample (0 if none are counted) of a part of both networks."""
+    """Milliseconds of one run and FLOPs of one sample (0 if none are counted) of one part of both networks."""
 
     name: str
     dense_ms: float
@@ -25,7 +25,7 @@ class WholeRow(TimeRow):
 
 
 @dataclass(frozen=True)
-class Cause:
+class Bottleneck:
     """A reason why the pruned network takes longer than its FLOPs suggest, and the milliseconds it accounts for."""
 
     lost_ms: float
@@ -33,7 +33,7 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class LayerAccount:
+class LayerBreakdown:
     """The latency breakdown at one runtime and batch size.
 
     Attributes:
@@ -56,13 +56,13 @@ class LayerAccount:
     measured: WholeRow
     profiled: TimeRow
     lost_ms: float
-    causes: tuple[Cause, ...]
+    causes: tuple[Bottleneck, ...]
     doubt: str | None = None
 
 
 @dataclass(frozen=True)
 class Unprofiled:
-    """A runtime whose layers could not be profiled, and why."""
+    """A runtime whose layers could not be profiled, and the reason."""
 
     runtime: str
     unprofiled: str

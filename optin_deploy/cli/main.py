@@ -193,12 +193,12 @@ def export(
         (check_new if kind == "plain" else check_place)(output)
 
     from optin_deploy.export.command import default_name, export_network
-    from optin_deploy.report.terminal import exported_view
+    from optin_deploy.report.terminal import render_exported
 
     folder = output or Path("exports") / default_name(resolved.model)
     with _progress(quiet, verbose) as screen:
         exported = export_network(resolved, folder, kind, name, **screen._asdict())
-    _show_plain(exported_view(exported), exported.to_dict(), json_output)
+    _show_plain(render_exported(exported), exported.to_dict(), json_output)
 
 
 @app.command()
@@ -227,27 +227,27 @@ def profile(
 
 
 def _profile(recipe: Recipe, screen: _Screen) -> tuple[RenderableType, object]:
-    from optin_deploy.report.profile_view import profile_view
+    from optin_deploy.report.profile_tables import render_profile
     from optin_deploy.run.network_profile import run_profile
 
     profiled = run_profile(recipe, **screen._asdict())
-    return profile_view(recipe.model, profiled), profiled.to_dict()
+    return render_profile(recipe.model, profiled), profiled.to_dict()
 
 
 def _tables(recipe: Recipe, screen: _Screen) -> tuple[RenderableType, object]:
-    from optin_deploy.report.profile_view import table_view
+    from optin_deploy.report.profile_tables import render_latency_tables
     from optin_deploy.run.network_profile import run_tables
 
     tables = run_tables(recipe, **screen._asdict())
-    return table_view(recipe.model, tables), tables.to_dict()
+    return render_latency_tables(recipe.model, tables), tables.to_dict()
 
 
 def _cached_tables() -> tuple[RenderableType, object]:
-    from optin_deploy.report.profile_view import cache_view
+    from optin_deploy.report.profile_tables import render_cache
     from profilers.table_cache import cache_folder, cached_settings
 
     settings = cached_settings()
-    return cache_view(settings, str(cache_folder())), settings
+    return render_cache(settings, str(cache_folder())), settings
 
 
 @app.command()

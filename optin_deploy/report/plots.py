@@ -13,10 +13,12 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from optin_deploy.report.schema import LayerAccount, Measurement, PlanEntry
+from optin_deploy.analysis.results import LayerBreakdown
+from optin_deploy.report.schema import PlanEntry
 from optin_deploy.report.svg import INK, STYLE, panel, svg
 from optin_deploy.report.wording import runtime_name
 from optin_deploy.utils import formatting
+from profilers import Measurement
 
 # Blue and vermilion are told apart with every common colour blindness, and both have a contrast of 3:1 or more on
 # white and on near-black. The stylesheet's legend uses the same two.
@@ -75,9 +77,9 @@ def throughput(measurements: Sequence[Measurement]) -> str:
         return svg(figure, f"throughput-{ordered[0].runtime}", "Throughput over batch size, dense and pruned")
 
 
-def parts(account: LayerAccount) -> str:
+def parts(breakdown: LayerBreakdown) -> str:
     """Milliseconds of one run by part of the network, dense above pruned, as an SVG string."""
-    rows = [row for row in (*account.parts, account.between) if row.dense_ms or row.pruned_ms]
+    rows = [row for row in (*breakdown.parts, breakdown.between) if row.dense_ms or row.pruned_ms]
     with matplotlib.rc_context(STYLE):
         figure, axes = panel(0.9 + 0.36 * len(rows))
         positions = np.arange(len(rows))
@@ -92,18 +94,18 @@ def parts(account: LayerAccount) -> str:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("milliseconds of one run")
-        axes.set_title(f"{runtime_name(account.runtime)}, batch {account.batch_size}")
+        axes.set_title(f"{runtime_name(breakdown.runtime)}, batch {breakdown.batch_size}")
         axes.grid(True, axis="x")
         axes.set_axisbelow(True)
-        return svg(figure, f"parts-{account.runtime}-{account.batch_size}", "Time by part, dense and pruned")
+        return svg(figure, f"parts-{breakdown.runtime}-{breakdown.batch_size}", "Time by part, dense and pruned")
 
 
-def blocks(account: LayerAccount) -> str:
+def blocks(breakdown: LayerBreakdown) -> str:
     """Milliseconds of one run by block, in the order they run, dense beside pruned, as SVG; "" for one block or none.
 
     What lies outside the blocks comes last.
     """
-    rows = [row for row in account.blocks if row.dense_ms or row.pruned_ms]
+    rows = [row for row in breakdown.blocks if row.dense_ms or row.pruned_ms]
     if sum(bool(row.name) for row in rows) < 2:
         return ""
     with matplotlib.rc_context(STYLE):
@@ -119,10 +121,10 @@ def blocks(account: LayerAccount) -> str:
         axes.tick_params(axis="x", length=0)
         axes.set_xlabel("block")
         axes.set_ylabel("ms")
-        axes.set_title(f"{runtime_name(account.runtime)}, batch {account.batch_size}")
+        axes.set_title(f"{runtime_name(breakdown.runtime)}, batch {breakdown.batch_size}")
         axes.grid(True, axis="y")
         axes.set_axisbelow(True)
-        return svg(figure, f"blocks-{account.runtime}-{account.batch_size}", "Time by block, dense and pruned")
+        return svg(figure, f"blocks-{breakdown.runtime}-{breakdown.batch_size}", "Time by block, dense and pruned")
 
 
 def architecture(entries: Sequence[PlanEntry], title: str) -> str:

@@ -12,39 +12,12 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field
 
 from exporters import Precision
 from exporters.shapes import Range
-from optin_deploy.analysis.results import Cause, LayerAccount, TimeRow
+from optin_deploy.analysis.results import LayerBreakdown
 from optin_deploy.compensation.results import Sparsity
 from optin_deploy.evaluation.results import Agreement, ExampleImage
 from optin_deploy.structure.results import Unpruned
 from profilers import Interval, Measurement
 from profilers.stats import Above
-
-__all__ = [
-    "VARIANTS",
-    "Agreement",
-    "Budget",
-    "Calibration",
-    "Cause",
-    "Engine",
-    "Evaluation",
-    "ExampleImage",
-    "Gate",
-    "Interval",
-    "LatencyBudget",
-    "LatencyRound",
-    "LayerAccount",
-    "Measurement",
-    "ModelInfo",
-    "Parity",
-    "PlanEntry",
-    "Realised",
-    "Report",
-    "TimeRow",
-    "Unmeasured",
-    "Unpruned",
-    "Variant",
-    "VariantName",
-]
 
 VariantName = Literal["dense", "pruned"]
 VARIANTS: tuple[VariantName, ...] = ("dense", "pruned")
@@ -238,7 +211,7 @@ class Report(_Value):
     parity: list[Parity]
     profile: list[Measurement]
     protocol: dict[str, Any]
-    layers: list[LayerAccount] = []
+    layers: list[LayerBreakdown] = []
     engines: list[Engine] = []
     unmeasured: list[Unmeasured] = []
     gates: list[Gate]

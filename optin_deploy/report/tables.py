@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from optin_deploy.report import wording
-from optin_deploy.report.schema import Measurement, Report
+from optin_deploy.report.schema import Report
 from optin_deploy.utils import formatting
 from optin_deploy.utils.display import Cell, Table
+from profilers import Measurement
 
 if TYPE_CHECKING:
     from torch import Tensor

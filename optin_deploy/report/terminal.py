@@ -43,7 +43,7 @@ def summary(report: Report) -> Group:
     return Group(*parts, Text(), Text(wording.verdict(report), style="bold"))
 
 
-def exported_view(exported: Exported) -> Group:
+def render_exported(exported: Exported) -> Group:
     """Return an export's files and the largest errors of ONNX Runtime and the engines against PyTorch."""
     lines = [f"\nlargest error of ONNX Runtime against PyTorch: {_errors(exported.parity)}"]
     lines += [

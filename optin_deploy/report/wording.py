@@ -6,18 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from optin_deploy.report.schema import (
-    VARIANTS,
-    Agreement,
-    LayerAccount,
-    Measurement,
-    ModelInfo,
-    Report,
-    Unmeasured,
-    Unpruned,
-)
+from optin_deploy.analysis.results import LayerBreakdown
+from optin_deploy.evaluation.results import Agreement
+from optin_deploy.report.schema import VARIANTS, ModelInfo, Report, Unmeasured
+from optin_deploy.structure.results import Unpruned
 from optin_deploy.utils import formatting
-from profilers import GPU_RUNTIMES, SPECS
+from profilers import GPU_RUNTIMES, SPECS, Measurement
 from profilers.gpu_watch import SLOWDOWNS
 
 RANDOM_WEIGHTS = (
@@ -275,7 +269,7 @@ def latency_budget(report: Report) -> str | None:
     )
 
 
-def headline_layers(report: Report) -> LayerAccount | None:
+def headline_layers(report: Report) -> LayerBreakdown | None:
     """Return the latency breakdown of the headline's runtime, at its batch size or else at the largest."""
     item = headline(report)
     entries = [entry for entry in report.layers if item is None or entry.runtime == item.runtime]
@@ -286,7 +280,7 @@ def headline_layers(report: Report) -> LayerAccount | None:
     )
 
 
-def profiled_share(entry: LayerAccount) -> str:
+def profiled_share(entry: LayerBreakdown) -> str:
     """Return the sums of the unscaled profiles as shares of the measured latencies, dense and pruned."""
     dense, pruned = (
         formatting.percent(own / whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.distributed.ranks import ALONE, Ranks
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import Anatomy
+from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.run.prepare import PreparedRun
 from optin_deploy.run.run_directory import CHECKPOINT
 from optin_deploy.structure.plan import Plan
@@ -40,9 +40,9 @@ class RunContext:
         return self.prepared.network
 
     @property
-    def anatomy(self) -> Anatomy:
+    def space(self) -> PruningSpace:
         """The prunable groups and their costs."""
-        return self.prepared.anatomy
+        return self.prepared.space
 
     @property
     def checkpoint(self) -> Path:

@@ -25,9 +25,9 @@ def measure_tables(context: RunContext) -> LatencyModel:
     """Measure the latency tables, or take them from the cache; UserError if the latency cannot be reached."""
     prepared = context.prepared
     with context.stages.stage("latency tables"):
-        tables = measure_latency_model(prepared.deployed(prepared.network), prepared.anatomy.structure, prepared.target)
+        tables = measure_latency_model(prepared.deployed(prepared.network), prepared.space.structure, prepared.target)
     if context.recipe.has_latency:
-        check_latency(prepared.anatomy.structure, context.recipe, tables)
+        check_latency(prepared.space.structure, context.recipe, tables)
     return tables
 
 
@@ -64,10 +64,10 @@ def plan_for_latency(
     with context.stages.stage("meet the latency"):
         search = LatencySearch(
             deployed,
-            prepared.anatomy.structure,
+            prepared.space.structure,
             scores,
             tables,
-            prepared.anatomy.costs,
+            prepared.space.costs,
             fraction,
             flops=recipe.flops,
             align=recipe.alignment,
@@ -79,10 +79,10 @@ def plan_for_latency(
 
 
 def _token_costs(context: RunContext, dense: Network, schedule: tuple[int, ...]) -> TokenCosts | None:
-    anatomy = context.anatomy
-    if anatomy.stack is None or not schedule:
+    space = context.space
+    if space.stack is None or not schedule:
         return None
-    return token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
+    return token_costs(dense.module, space.structure, space.costs, space.stack, dense.inputs).at(schedule)
 
 
 def _latency_budget(

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporters import BUILDERS, OnnxModule, OutputParity, check_engine, runnable_on_cpu
-from optin_deploy.analysis.bottlenecks import layer_account
-from optin_deploy.analysis.breakdown import account
-from optin_deploy.analysis.module_roles import merging_places, narrow_widths, own_flops, places
-from optin_deploy.analysis.results import LayerAccount, Unprofiled
+from optin_deploy.analysis.bottlenecks import summarize_breakdown
+from optin_deploy.analysis.breakdown import break_down
+from optin_deploy.analysis.module_roles import merging_roles, module_roles, narrow_widths, own_flops
+from optin_deploy.analysis.results import LayerBreakdown, Unprofiled
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.export.engine_parity import check_engine_parity, checkable_engines
@@ -55,7 +55,7 @@ class DeploymentResults:
 
     parity: list[Parity]
     profile: Comparison
-    layers: list[LayerAccount | Unprofiled]
+    layers: list[LayerBreakdown | Unprofiled]
     metric: float | None
 
 
@@ -84,8 +84,8 @@ def export_and_measure(context: RunContext, pruned: Network) -> DeploymentResult
             profile = _profile(context, networks, files)
         with stages.stage("profile layers"):
             path = directory / "layers.json"
-            kind = list[LayerAccount | Unprofiled]
-            layers = load_or_compute(path, kind, _account_layers, context, networks, files, profile.measurements)
+            kind = list[LayerBreakdown | Unprofiled]
+            layers = load_or_compute(path, kind, _break_down_layers, context, networks, files, profile.measurements)
         metric = _evaluate(context, networks["pruned"], files["pruned"].onnx)
     return DeploymentResults(parity, profile, layers, metric)
 
@@ -224,19 +224,19 @@ def _build_again(variant: Variant, recipe: Recipe, folder: Path) -> Variant:
     return replace(variant, engines={**variant.engines, **{case: builds[file] for case, file in measured.items()}})
 
 
-def _account_layers(
+def _break_down_layers(
     context: RunContext, networks: Networks, files: Files, measurements: Sequence[Measurement]
-) -> list[LayerAccount | Unprofiled]:
+) -> list[LayerBreakdown | Unprofiled]:
     """Break the latency down by layer, for each runtime at the batch size of its headline figure."""
     dense, pruned = networks["dense"], networks["pruned"]
-    roles = places(dense.module, context.anatomy.structure)
-    merging = merging_places(pruned.module)
+    roles = module_roles(dense.module, context.space.structure)
+    merging = merging_roles(pruned.module)
     flops = (own_flops(dense.module, dense.inputs, roles), own_flops(pruned.module, pruned.inputs, roles | merging))
     roles |= merging
     widths = narrow_widths(describe(pruned.module, pruned.inputs))
     batch_size = context.recipe.headline_batch_size
     cases = [m for m in measurements if m.runtime in LAYER_RUNTIMES and m.batch_size == batch_size]
-    accounts: list[LayerAccount | Unprofiled] = []
+    breakdowns: list[LayerBreakdown | Unprofiled] = []
     for case in track(cases):
         try:
             before, after = (_profile_layers(context, dense, files[name], case, list(roles)) for name in VARIANTS)
@@ -244,11 +244,11 @@ def _account_layers(
             # An engine that runs may still not be profiled; the rest of the report does not need it.
             if case.runtime not in BUILDERS:
                 raise
-            accounts.append(Unprofiled(case.runtime, str(error)))
+            breakdowns.append(Unprofiled(case.runtime, str(error)))
             continue
         p50s_ms = (case.summary.dense.p50_ms, case.summary.pruned.p50_ms)
-        accounts.append(layer_account(account(before, after, *flops, roles, p50s_ms), widths))
-    return accounts
+        breakdowns.append(summarize_breakdown(break_down(before, after, flops, roles, p50s_ms), widths))
+    return breakdowns
 
 
 def _profile_layers(

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from rich.console import Console
 
-from optin_deploy.analysis.module_roles import PARTS, merging_places, places
+from optin_deploy.analysis.module_roles import PARTS, merging_roles, module_roles
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.requirements import check_measurable, check_runtimes
 from optin_deploy.latency.budget import find_step_sizes
@@ -16,8 +16,8 @@ from optin_deploy.latency.tables import measure_latency_model
 from optin_deploy.latency.target import Target, target_of, write_network
 from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine
-from optin_deploy.report.profile_view import NetworkProfile, PartTable, PartTime, SizeRow, TableView
+from optin_deploy.pruning.space import analyze
+from optin_deploy.report.profile_tables import LatencyTables, NetworkProfile, PartTable, PartTime, SizeRow
 from optin_deploy.utils.progress import Stages, part, report_progress
 from profilers import LAYER_RUNTIMES, LayerProfile, Summary, layer_profile, measure_files
 from profilers.latency_table import LatencyTable
@@ -43,7 +43,7 @@ def run_profile(recipe: Recipe, *, console: Console | None = None, quiet: bool =
             return profile_network(network, target_of(recipe), recipe.profile_seconds)
 
 
-def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> TableView:
+def run_tables(recipe: Recipe, *, console: Console | None = None, quiet: bool = False) -> LatencyTables:
     """Return the latency tables of the network that ``recipe`` names; arguments and errors as for `run_profile`."""
     with Stages(console or Console(stderr=True), quiet=quiet) as stages:
         network = _load(recipe, stages)
@@ -66,7 +66,7 @@ def profile_network(network: Network, target: Target, seconds: float) -> Network
         ProfilingError: the runtime failed.
     """
     sample = network.sample_arrays()
-    roles = places(network.module, examine(network).structure) | merging_places(network.module)
+    roles = module_roles(network.module, analyze(network).structure) | merging_roles(network.module)
     with TemporaryDirectory(prefix="optin-profile-") as folder:
         file = write_network(network, network.module, target, Path(folder, "network"))
         summary = _measure_latency(file, sample, target, seconds)
@@ -130,14 +130,14 @@ def _network_profile(
     return NetworkProfile(target.runtime, target.batch_size, target.threads, summary, times)
 
 
-def network_tables(network: Network, target: Target) -> TableView:
+def network_tables(network: Network, target: Target) -> LatencyTables:
     """Return the latency tables of a network; those that are not in the cache are measured.
 
     Raises:
         UserError: the network has nothing to prune.
         ProfilingError: the runtime failed, or a cached table is damaged.
     """
-    structure = examine(network).structure
+    structure = analyze(network).structure
     model = measure_latency_model(network, structure, target)
     step_sizes = find_step_sizes(structure, model.costs)
     parts = []
@@ -146,7 +146,7 @@ def network_tables(network: Network, target: Target) -> TableView:
         for name, group in zip(kind.parts, kind.outer_groups, strict=True):
             rows = _size_rows(table, name, step_sizes.get(group.name, ()))
             parts.append(PartTable(kind.class_name, len(kind.blocks), name, table.block_ms, rows))
-    return TableView(
+    return LatencyTables(
         target.runtime,
         target.batch_size,
         target.threads,

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from rich.console import Console
 
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.data.calibration import Calibration
 from optin_deploy.distributed.ranks import ALONE, Ranks
 from optin_deploy.distributed.torchrun import joined, launched_ranks, local_device
 from optin_deploy.errors import UserError
@@ -26,6 +26,7 @@ from optin_deploy.run.compare_stage import compare_outputs
 from optin_deploy.run.context import PrunedRun, RunContext
 from optin_deploy.run.latency_stage import measure_tables, read_latency
 from optin_deploy.run.measure_stages import export_and_measure
+from optin_deploy.run.options import RunArguments, RunOptions
 from optin_deploy.run.prepare import PreparedRun, prepare
 from optin_deploy.run.prune_stage import prune_network, read_notes
 from optin_deploy.run.report_builder import StageResults, build_report, rerun_command
@@ -48,39 +49,30 @@ class Result:
         return self.report._repr_html_()
 
 
-def prune_export(
-    recipe: Recipe,
-    *,
-    output: Path | None = None,
-    network: Network | None = None,
-    calibration: Calibration | None = None,
-    command: str | None = None,
-    console: Console | None = None,
-    quiet: bool = False,
-) -> Result:
+def prune_export(recipe: Recipe, **options: Unpack[RunOptions]) -> Result:
     """Run ``recipe`` in this process: score, slice, compensate, make sparse, export, check, measure and report.
 
+    Example:
+        ``prune_export(Recipe(model="deit_small_patch16_224", flops=0.5), output=Path("run"), quiet=True)``
+
     Args:
-        output: run directory; ``runs/MODEL-flopsF-HASH`` when None. A directory of the same run is continued.
-        network: used instead of the model that ``recipe`` names, for a module of your own.
-        calibration: used instead of the calibration data that ``recipe`` names.
-        command: the command that repeats the run, for the report; derived from the other arguments when None.
-        console: shows the progress; the standard error stream when None.
+        options: see `RunOptions`.
 
     Raises:
-        UserError: an input is wrong; nothing is left behind.
-        GateError: the sliced network computes something else than the masked one; there is no checkpoint then.
+        UserError: an input is wrong; no file is written.
+        GateError: the sliced network differs from the masked one; no checkpoint is written.
         ExportError, ProfilingError: the export or a runtime failed; finished stages are kept.
     """
-    with Stages(console or Console(stderr=True), quiet=quiet) as stages:
+    arguments = RunArguments(**options)
+    with arguments.show_stages() as stages:
         with stages.checks():
-            context = _in_directory(prepare(recipe, network, calibration), output, stages, ALONE)
+            prepared = prepare(recipe, arguments.network, arguments.calibration)
+            context = _in_directory(prepared, arguments.output, stages, ALONE)
         tables = _measure_tables(context)
         with _hold_directory(context):
             pruned = prune_network(context, tables)
-            arguments = {"network": network, "calibration": calibration}
-            replaced = [name for name, argument in arguments.items() if argument is not None]
-            return _finish(context, pruned, command or rerun_command(context.directory, replaced))
+            replaced = [name for name in ("network", "calibration") if getattr(arguments, name) is not None]
+            return _finish(context, pruned, arguments.command or rerun_command(context.directory, replaced))
 
 
 def prune_export_together(
@@ -91,23 +83,25 @@ def prune_export_together(
     console: Console | None = None,
     quiet: bool = False,
 ) -> Result | None:
-    """Run `prune_export` in all processes that torchrun has started: they prune together, the main one does the rest.
+    """Run `prune_export` in all processes that torchrun has started.
+
+    They prune together; the main process does the rest.
 
     Returns:
-        None in the other processes, once the network is pruned.
+        the result in the main process; None in the others, once the network is pruned.
 
     Raises:
-        RankLostError: a process has ended too early.
+        RankLostError: a process ended too early.
     """
     main = launched_ranks()[0] == 0
     with Stages(console or Console(stderr=True), quiet=quiet or not main) as stages, ExitStack() as held:
         on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
         with joined(lambda: stages.current, cuda=on_gpu) as ranks:
             with stages.checks():
-                make = partial(_prepare_together, recipe, output, stages, ranks)
+                make = partial(_prepare_on_rank, recipe, output, stages, ranks)
                 context = ranks.agreed(make, attrgetter("prepared.fingerprint"))
             if ranks.told(context.checkpoint.exists):
-                # The network is pruned: nothing is left to do together.
+                # The network is already pruned, so the main process continues alone.
                 context = replace(context, ranks=ALONE)
                 if not main:
                     return None
@@ -117,11 +111,11 @@ def prune_export_together(
         return _finish(context, pruned, command or rerun_command(context.directory, ())) if main else None
 
 
-def _prepare_together(recipe: Recipe, output: Path | None, stages: Stages, ranks: Ranks) -> RunContext:
-    return _in_directory(_on_own_device(prepare(recipe), ranks), output, stages, ranks)
+def _prepare_on_rank(recipe: Recipe, output: Path | None, stages: Stages, ranks: Ranks) -> RunContext:
+    return _in_directory(_assign_device(prepare(recipe), ranks), output, stages, ranks)
 
 
-def _on_own_device(prepared: PreparedRun, ranks: Ranks) -> PreparedRun:
+def _assign_device(prepared: PreparedRun, ranks: Ranks) -> PreparedRun:
     """Return the run on this process's own GPU if there are several processes."""
     batches = len(prepared.calibration.batches)
     if ranks.world > batches:
@@ -148,7 +142,7 @@ def _in_directory(prepared: PreparedRun, output: Path | None, stages: Stages, ra
 def _measure_tables(context: RunContext) -> LatencyModel | None:
     """Measure latency tables if the search needs them.
 
-    This comes before the run directory is made: an unreachable latency leaves nothing behind.
+    This happens before the run directory is made, so that an unreachable latency writes no file.
     """
     needed = context.recipe.needs_table and not context.checkpoint.exists()
     return measure_tables(context) if needed else None
@@ -170,7 +164,7 @@ def _finish(context: RunContext, pruned: PrunedRun, command: str) -> Result:
 
 
 def _write_card(report: Report, context: RunContext) -> None:
-    """Write the model card into the checkpoint, over that of an earlier try."""
+    """Write the model card into the checkpoint, replacing that of an earlier try."""
     directory, network = context.checkpoint, context.network
     remove_partial(directory)
     facts = Facts(

@@ -24,7 +24,7 @@ from optin_deploy.models.validation.adopt import validate
 from optin_deploy.models.validation.inputs import check_batches
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch, batch_size
-from optin_deploy.pruning.pruner import Anatomy, examine
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.run.run_directory import compute_fingerprint
 from optin_deploy.search.knapsack import check_budget
 from optin_deploy.structure.plan import Plan
@@ -47,7 +47,7 @@ class PreparedRun:
     recipe: Recipe
     network: Network
     earlier: Plan
-    anatomy: Anatomy
+    space: PruningSpace
     calibration: Calibration
     dataset: Dataset | None
     device: torch.device
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     check_runtimes(recipe)
     device = _find_device(recipe.device)
     network, earlier = _load_network(recipe) if network is None else (validate(network), Plan({}))
-    anatomy = _find_groups(recipe, network)
+    space = _find_groups(recipe, network)
     if calibration is None:
         data = _load_calibration(recipe, network)
     else:
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
     _check_labels(recipe, network, data)
     _check_finite(network, data)
     if recipe.has_budget:
-        check_reach(network, anatomy.structure, data.batches, scoring_of(recipe))
+        check_reach(network, space.structure, data.batches, scoring_of(recipe))
     dataset = load_dataset(network, recipe.evaluate, recipe.evaluate_columns) if recipe.evaluate else None
     if dataset is not None and dataset.pairs and calibration is None and not _has_pairs(recipe):
         logger.warning(
@@ -101,7 +101,7 @@ def prepare(recipe: Recipe, network: Network | None = None, calibration: Calibra
             dataset.name,
         )
     fingerprint = compute_fingerprint(recipe, network.module, data.digest, VERSION)
-    prepared = PreparedRun(recipe, network, earlier, anatomy, data, dataset, device, fingerprint)
+    prepared = PreparedRun(recipe, network, earlier, space, data, dataset, device, fingerprint)
     _log_inputs(prepared)
     return prepared
 
@@ -113,23 +113,23 @@ def _load_network(recipe: Recipe) -> tuple[Network, Plan]:
     return network, checkpoint.read_plan(Path(recipe.model)) if is_checkpoint else Plan({})
 
 
-def _find_groups(recipe: Recipe, network: Network) -> Anatomy:
+def _find_groups(recipe: Recipe, network: Network) -> PruningSpace:
     """Find the prunable groups, and check that the options of ``recipe`` fit the network."""
     if recipe.has_budget and any(isinstance(module, MergingBlocks) for module in network.module.modules()):
         raise UserError(f"--model {recipe.model}: its tokens merge already; prune the network that it was made of")
     if recipe.pooling_in_graph:
         check_pooling(network)
-    anatomy = examine(network, narrow=recipe.narrows_heads and recipe.has_budget, tokens=recipe.tokens != "off")
-    if anatomy.stack is not None and not isinstance(recipe.tokens, str):
-        anatomy.stack.check(recipe.tokens)
-    if recipe.sparsity is not None and not can_be_sparse(network.module, anatomy.structure):
+    space = analyze(network, narrow=recipe.narrows_heads and recipe.has_budget, tokens=recipe.tokens != "off")
+    if space.stack is not None and not isinstance(recipe.tokens, str):
+        space.stack.check(recipe.tokens)
+    if recipe.sparsity is not None and not can_be_sparse(network.module, space.structure):
         raise UserError(
             f"--sparsity {recipe.sparsity}: no linear layer or convolution in the blocks of {network.source.name} has "
             "inputs in groups of four; prune it with --flops instead"
         )
     if recipe.flops is not None:
-        check_budget(anatomy.structure, anatomy.costs, recipe.flops)
-    return anatomy
+        check_budget(space.structure, space.costs, recipe.flops)
+    return space
 
 
 def _load_calibration(recipe: Recipe, network: Network) -> Calibration:
@@ -145,7 +145,7 @@ def _load_calibration(recipe: Recipe, network: Network) -> Calibration:
 
 def _log_inputs(prepared: PreparedRun) -> None:
     recipe, network, data = prepared.recipe, prepared.network, prepared.calibration
-    source, structure = network.source, prepared.anatomy.structure
+    source, structure = network.source, prepared.space.structure
     inputs = ", ".join(f"{name} {tuple(t.shape)}" for name, t in network.inputs.items())
     logger.info("network: %s %s, weights: %s, inputs: %s", source.library, source.name, network.weights, inputs)
     for group in structure.groups:
@@ -153,7 +153,7 @@ def _log_inputs(prepared: PreparedRun) -> None:
         logger.info("prunable: %s, %s, %d units%s", group.name, group.kind, group.units, together)
     for left in structure.left_dense:
         logger.info("left dense: %s, %s", left.module, left.reason)
-    logger.info("dense network: %.4g FLOPs a sample", prepared.anatomy.costs.total)
+    logger.info("dense network: %.4g FLOPs a sample", prepared.space.costs.total)
     held_out = sum(map(batch_size, data.held_out))
     logger.info(
         "calibration: %s, %d samples in %d batches, %d held out", data.source, data.samples, len(data.batches), held_out

@@ -20,15 +20,10 @@ from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import (
-    PruneSettings,
-    Ridge,
-    make_sparse,
-    remove,
-    remove_in_rounds,
-    token_schedule,
-    told_plan,
-)
+from optin_deploy.pruning.pruner import token_schedule
+from optin_deploy.pruning.removal import Remover, broadcast_plan
+from optin_deploy.pruning.rounds import remove_in_rounds
+from optin_deploy.pruning.settings import PruneSettings
 from optin_deploy.run import run_directory
 from optin_deploy.run.context import PrunedRun, RunContext
 from optin_deploy.run.latency_stage import latency_fraction, plan_for_latency
@@ -36,14 +31,14 @@ from optin_deploy.run.prepare import PreparedRun, scoring_of
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
-from optin_deploy.tokens.damage import Damages, token_damages
+from optin_deploy.tokens.merge_loss import MergeLoss, measure_merge_loss
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.paths import regular
 from optin_deploy.utils.progress import part
 from optin_deploy.utils.spill import Shelf
 
 logger = logging.getLogger(__name__)
-_SCORES, _NOTES, _PLAN, _DAMAGES = "scores.safetensors", "scoring.json", "plan.json", "merging.json"
+_SCORES, _NOTES, _PLAN, _MERGE_LOSS = "scores.safetensors", "scoring.json", "plan.json", "merging.json"
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ def prune_network(context: RunContext, tables: LatencyModel | None) -> PrunedRun
         pruned = _read_checkpoint(context)
     else:
         pruned = _prune(context, _Scored(dense, scores, batches, tables))
-    logger.info("units kept: %s", ", ".join(_count_kept(prepared.anatomy.structure, pruned.plan)))
+    logger.info("units kept: %s", ", ".join(_count_kept(prepared.space.structure, pruned.plan)))
     return pruned
 
 
@@ -110,7 +105,7 @@ def _batches_on_device(prepared: PreparedRun) -> Batches:
 
 def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Tensor]]:
     """Return the network in the basis that it is scored and pruned in, and its scores."""
-    path, structure, ranks = context.directory / _SCORES, context.anatomy.structure, context.ranks
+    path, structure, ranks = context.directory / _SCORES, context.space.structure, context.ranks
     with context.stages.stage("score"):
         if context.checkpoint.exists() and path.is_file():
             return context.network, _keep_scores(path, structure)
@@ -118,7 +113,7 @@ def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Ten
         if ranks.told(path.is_file):
             return dense, _keep_scores(path, structure) if ranks.main else {}
         notes: list[str] = []
-        costs, labels = context.anatomy.costs, context.prepared.calibration.labels
+        costs, labels = context.space.costs, context.prepared.calibration.labels
         scores = score(dense, structure, costs, batches, scoring_of(context.recipe), labels=labels, tell=notes.append)
         for note in notes:
             logger.warning(note)
@@ -149,13 +144,13 @@ def _keep_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
 
 def _read_checkpoint(context: RunContext) -> PrunedRun:
     """Read the pruned network of an earlier try."""
-    structure = context.anatomy.structure
+    structure = context.space.structure
     with context.stages.stage("slice and repair"):
         run_directory.keep(context.checkpoint)
         written = run_directory.read_with_checkpoint(context.directory, _PLAN, _PlanFile)
         plan = Plan(written.kept, written.tokens)
         plan.check(structure)
-        module = remove(context.network, structure, plan, [], None, stack=context.anatomy.stack)
+        module = Remover(context.network, context.space, [], None).remove(plan)
         checkpoint.load_weights(module, context.checkpoint)
         return _on_cpu(context, plan, module)
 
@@ -163,20 +158,19 @@ def _read_checkpoint(context: RunContext) -> PrunedRun:
 def _prune(context: RunContext, scored: _Scored) -> PrunedRun:
     """Search, slice and compensate by all processes together; the main one saves the plan and the checkpoint."""
     recipe = context.recipe
-    ridge: Ridge = recipe.ridge if recipe.compensate else None
+    remover = Remover(scored.dense, context.space, scored.batches, recipe.ridge if recipe.compensate else None)
     schedule = _schedule_tokens(context, scored)
     plan = _plan_for_latency(context, scored, schedule) if recipe.has_latency else None
     with context.stages.stage("slice and repair"):
         with part(1.0 if recipe.sparsity is None else 0.5):
             if plan is not None:
-                anatomy = context.anatomy
-                module = remove(scored.dense, anatomy.structure, plan, scored.batches, ridge, anatomy.stack)
+                module = remover.remove(plan)
             elif recipe.flops is not None:
-                plan, module = _prune_to_flops(context, scored, recipe.flops, schedule)
+                plan, module = _prune_to_flops(context, scored, remover, recipe.flops, schedule)
             else:
                 plan, module = _keep_all_units(context)
         if recipe.sparsity is not None:
-            make_sparse(scored.dense, module, context.anatomy.structure, plan, scored.batches, ridge)
+            remover.make_sparse(module, plan)
         pruned = _on_cpu(context, plan, module)
         if context.ranks.main:
             _save_checkpoint(context, pruned)
@@ -196,19 +190,18 @@ def _plan_for_latency(context: RunContext, scored: _Scored, schedule: tuple[int,
     def plan() -> Plan:
         return plan_for_latency(context, scored.dense, scored.scores, scored.measured, schedule)
 
-    return told_plan(scored.batches, plan)
+    return broadcast_plan(scored.batches, plan)
 
 
 def _prune_to_flops(
-    context: RunContext, scored: _Scored, flops: float, schedule: tuple[int, ...]
+    context: RunContext, scored: _Scored, remover: Remover, flops: float, schedule: tuple[int, ...]
 ) -> tuple[Plan, nn.Module]:
-    recipe, anatomy = context.recipe, context.anatomy
     settings = replace(
-        _settings(recipe, flops),
+        _settings(context.recipe, flops),
         labels=context.prepared.calibration.labels,
-        edges=find_step_sizes(anatomy.structure, scored.tables.costs) if scored.tables else None,
+        step_sizes=find_step_sizes(context.space.structure, scored.tables.costs) if scored.tables else None,
     )
-    return remove_in_rounds(scored.dense, anatomy, scored.scores, scored.batches, settings, schedule)
+    return remove_in_rounds(remover, scored.scores, settings, schedule)
 
 
 def _settings(recipe: Recipe, flops: float) -> PruneSettings:
@@ -225,44 +218,44 @@ def _settings(recipe: Recipe, flops: float) -> PruneSettings:
 
 
 def _keep_all_units(context: RunContext) -> tuple[Plan, nn.Module]:
-    structure = context.anatomy.structure
+    structure = context.space.structure
     plan = Plan({group.name: tuple(range(group.units)) for group in structure.groups})
     return plan, slice_network(context.network.module, structure, plan)
 
 
 def _schedule_tokens(context: RunContext, scored: _Scored) -> tuple[int, ...]:
     """Return how many tokens enter each block; empty if none merge."""
-    stack = context.anatomy.stack
+    stack = context.space.stack
     if stack is None:
         return ()
-    damages = _measure_damages(context, scored, stack) if context.recipe.tokens == "auto" else None
-    return tuple(context.ranks.told(partial(_search_schedule, context, scored, damages)))
+    merge_loss = _measure_merge_loss(context, scored, stack) if context.recipe.tokens == "auto" else None
+    return tuple(context.ranks.told(partial(_search_schedule, context, scored, merge_loss)))
 
 
-def _search_schedule(context: RunContext, scored: _Scored, damages: Damages | None) -> tuple[int, ...]:
+def _search_schedule(context: RunContext, scored: _Scored, merge_loss: MergeLoss | None) -> tuple[int, ...]:
     """Search the schedule for the FLOPs budget, or under a latency budget alone, for the same fraction of the FLOPs."""
     recipe = context.recipe
     flops = latency_fraction(recipe, scored.measured) if recipe.flops is None else recipe.flops
     settings = _settings(recipe, flops)
-    return token_schedule(scored.dense, context.anatomy, scored.scores, settings, damages)
+    return token_schedule(scored.dense, context.space, scored.scores, settings, merge_loss)
 
 
-def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) -> Damages | None:
+def _measure_merge_loss(context: RunContext, scored: _Scored, stack: TokenStack) -> MergeLoss | None:
     """Measure what merging tokens costs, once for all budgets; or let the main process read an earlier result."""
-    path, ranks = context.directory / _DAMAGES, context.ranks
+    path, ranks = context.directory / _MERGE_LOSS, context.ranks
     with context.stages.stage("try merging"):
         if ranks.told(path.is_file):
-            return ranks.on_main(partial(_keep_damages, path))
+            return ranks.on_main(partial(_read_merge_loss, path))
         scoring = scoring_of(context.recipe)
-        damages = token_damages(scored.dense, context.anatomy.structure, stack, scored.batches, scoring)
+        merge_loss = measure_merge_loss(scored.dense, context.space.structure, stack, scored.batches, scoring)
         if ranks.main:
-            run_directory.write_json(path, damages.to_dict())
-        return damages
+            run_directory.write_json(path, merge_loss.to_dict())
+        return merge_loss
 
 
-def _keep_damages(path: Path) -> Damages:
+def _read_merge_loss(path: Path) -> MergeLoss:
     run_directory.keep(path)
-    return Damages.from_dict(run_directory.read_json(path, dict[str, list[object]]))
+    return MergeLoss.from_dict(run_directory.read_json(path, dict[str, list[object]]))
 
 
 def _on_cpu(context: RunContext, plan: Plan, module: nn.Module) -> PrunedRun:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from exporters import BUILDERS, check_engine
-from optin_deploy.analysis.results import LayerAccount, Unprofiled
+from optin_deploy.analysis.results import LayerBreakdown, Unprofiled
 from optin_deploy.compensation.sparsity import measure_sparsity
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.engine_parity import why_unchecked
@@ -50,7 +50,7 @@ class StageResults:
 
 def build_report(context: RunContext, pruned: PrunedRun, results: StageResults, command: str) -> Report:
     """Build the report of a run; ``command`` repeats it."""
-    recipe, network, structure = context.recipe, context.network, context.anatomy.structure
+    recipe, network, structure = context.recipe, context.network, context.space.structure
     data, outputs, deployment = context.prepared.calibration, results.outputs, results.deployment
     dense_size, pruned_size = (
         _measure_size(n, name, context.directory) for name, n in zip(VARIANTS, (network, pruned.network), strict=True)
@@ -77,7 +77,7 @@ def build_report(context: RunContext, pruned: PrunedRun, results: StageResults, 
         parity=deployment.parity,
         profile=list(deployment.profile.measurements),
         protocol=deployment.profile.protocol,
-        layers=[layers for layers in deployment.layers if isinstance(layers, LayerAccount)],
+        layers=[layers for layers in deployment.layers if isinstance(layers, LayerBreakdown)],
         engines=_describe_engines(recipe, context.directory),
         unmeasured=[
             Unmeasured(runtime=r, reason=reason) for r in recipe.measured_runtimes if (reason := lacking_device(r))
@@ -146,11 +146,11 @@ def _plan_entries(context: RunContext, plan: Plan) -> list[PlanEntry]:
     """Return how many units are kept of every group, and how many tokens enter every block if they merge."""
     entries = [
         PlanEntry(group=g.name, kind=g.kind, layer=g.layer, units=g.units, kept=len(plan.kept[g.name]))
-        for g in context.anatomy.structure.groups
+        for g in context.space.structure.groups
         # Without heads there is no width of heads.
         if plan.kept.get(g.parent or "") != ()
     ]
-    stack = context.anatomy.stack
+    stack = context.space.stack
     if stack is not None:
         entries += [
             PlanEntry(group=block, kind="token", layer=layer, units=stack.tokens, kept=tokens)
@@ -159,7 +159,7 @@ def _plan_entries(context: RunContext, plan: Plan) -> list[PlanEntry]:
     return entries
 
 
-def _warnings(recipe: Recipe, layers: Sequence[LayerAccount | Unprofiled]) -> list[str]:
+def _warnings(recipe: Recipe, layers: Sequence[LayerBreakdown | Unprofiled]) -> list[str]:
     """Return a sentence for each thing that was asked for and could not be done."""
     sentence = why_unchecked(recipe)
     unprofiled = [

@@ -12,7 +12,7 @@ from optin_deploy.structure.plan import Plan
 
 
 class CostModel(Protocol):
-    """What a search must know of a cost, in FLOPs or in milliseconds."""
+    """A cost that a search keeps below a budget, in FLOPs or in milliseconds."""
 
     @property
     def total(self) -> float:
@@ -25,20 +25,25 @@ class CostModel(Protocol):
         ...
 
     def of(self, plan: Plan) -> float:
-        """The cost of the network that ``plan`` leaves."""
+        """Return the cost of the network that ``plan`` leaves."""
         ...
 
     def option(self, group: str, units: int, width: int | None) -> float:
-        """What so many units of a group, with so many of its inner group where it has one, cost above the floor."""
+        """Return the cost above the floor of ``units`` units of a group, with ``width`` units of its child group."""
         ...
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a network costs: in all, and per unit of each group. The unit is FLOPs for one sample.
+    """The FLOPs of a network for one sample, by group.
 
-    ``widths`` says which group is the inner one of which, and ``shared`` what the modules that both own cost, in
-    proportion to both. Where it does not say, they own all together, as heads and their width do.
+    Attributes:
+        total: of the dense network.
+        per_unit: of one unit of each group.
+        units: number of units of each group.
+        widths: parent group -> child group.
+        shared: parent group -> FLOPs of the modules that belong to both it and its child; they shrink in proportion to
+            both. A parent that is not listed shares all its modules with its child, like heads and their width.
     """
 
     total: float
@@ -53,20 +58,20 @@ class Costs:
         return self.total - sum(self.option(name, self.units[name], None) for name in self._removable)
 
     def of(self, plan: Plan) -> float:
-        """The cost of the network that ``plan`` leaves."""
+        """Return the cost of the network that ``plan`` leaves."""
         return self.floor + sum(self.option(name, *kept_size(self, plan, name)) for name in self._removable)
 
     def option(self, group: str, units: int, width: int | None) -> float:
-        """See `CostModel`; a width of None is all of it."""
+        """See `CostModel`; None keeps the whole width."""
         inner = self.widths.get(group)
         if inner is None or not units:
             return self.per_unit[group] * units
-        part, inner_part = units / self.units[group], 1.0 if width is None else width / self.units[inner]
+        share, inner_share = units / self.units[group], 1.0 if width is None else width / self.units[inner]
         if group not in self.shared:
-            return self.per_unit[group] * units * inner_part
+            return self.per_unit[group] * units * inner_share
         shared = self.shared[group]
         alone, inner_alone = (self.per_unit[g] * self.units[g] - shared for g in (group, inner))
-        return alone * part + inner_alone * inner_part + shared * part * inner_part
+        return alone * share + inner_alone * inner_share + shared * share * inner_share
 
     @property
     def _removable(self) -> list[str]:
@@ -82,7 +87,7 @@ class _Sized(Protocol):
 
 
 def kept_size(costs: _Sized, plan: Plan, group: str) -> tuple[int, int | None]:
-    """Units of a group that ``plan`` keeps, and those of its inner group, None where it has none."""
+    """Return the number of units that ``plan`` keeps of a group, and of its child group (None without a child)."""
 
     def kept(name: str) -> int:
         return len(plan.kept[name]) if name in plan.kept else costs.units[name]
@@ -91,7 +96,7 @@ def kept_size(costs: _Sized, plan: Plan, group: str) -> tuple[int, int | None]:
 
 
 def flop_costs(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> Costs:
-    """`Costs` of ``module`` for one sample of ``inputs``, from one counted forward pass."""
+    """Return the `Costs` of ``module`` for one sample of ``inputs``, from one counted forward pass."""
     counts = FlopCounts(module, inputs)
 
     def cost(modules: Iterable[str]) -> int:

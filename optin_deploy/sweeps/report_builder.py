@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from optin_deploy.report import Report
-from optin_deploy.report.schema import Interval
 from optin_deploy.sweeps.pareto import pareto_front
 from optin_deploy.sweeps.schema import DENSE, Front, Point, Quality, SweepReport, SweepRun
+from profilers import Interval
 
 
 def assemble(reports: Mapping[str, Report], settings: dict[str, Any], command: str) -> SweepReport:

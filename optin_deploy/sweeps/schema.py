@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, model_validator
 
-from optin_deploy.report.schema import Budget, Calibration, Gate, Interval, ModelInfo
+from optin_deploy.report.schema import Budget, Calibration, Gate, ModelInfo
+from profilers import Interval
 
 DENSE = "dense"
 

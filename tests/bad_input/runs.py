@@ -16,7 +16,7 @@ from optin_deploy.latency.block_stacks import block_types
 from optin_deploy.latency.tables import table_key
 from optin_deploy.latency.target import target_of
 from optin_deploy.models.load import load_network
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from profilers.table_cache import table_file
 
 AGAIN = [*pruning("shallow", "--calibration", "images"), "--output", "run"]
@@ -71,7 +71,7 @@ def _latency_table(content: str) -> Callable[[Material], Sequence[str]]:
     def make(material: Material) -> Sequence[str]:
         material.copy("shallow")
         network = load_network("shallow")
-        (kind,) = block_types(network.module, examine(network).structure, network.inputs)
+        (kind,) = block_types(network.module, analyze(network).structure, network.inputs)
         path = table_file(table_key(kind, target_of(Recipe(model="shallow", threads=1, runtimes=("ort-cpu",)))))
         path.parent.mkdir(parents=True)
         path.write_text(content, encoding="utf-8")

@@ -10,7 +10,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.partial_forward import record_inputs
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import output_bias, slice_network
@@ -40,7 +40,7 @@ def features(kept: tuple[int, ...], group: Group) -> list[int]:
 
 
 def repaired(network: Network, plan: Plan, ridge: float) -> nn.Module:
-    structure = examine(network, narrow=False).structure
+    structure = analyze(network, narrow=False).structure
     found = corp.moments(network, structure, tiny.batches(network, BATCHES))
     module = copy.deepcopy(network.module)
     for name, kept in plan.kept.items():
@@ -76,7 +76,7 @@ def test_compensation_is_ridge_regression_on_all_activations(name: str) -> None:
 
 def test_units_that_depend_linearly_on_others_leave_without_a_trace() -> None:
     network = tiny.vit()
-    structure = examine(network, narrow=False).structure
+    structure = analyze(network, narrow=False).structure
     block = network.module.blocks[0]
     half = tiny.NEURONS // 2
     for parameter in block.mlp.fc1.parameters():
@@ -123,30 +123,30 @@ def test_shrinkage() -> None:
 @pytest.mark.parametrize("flops", [0.8, 0.6])
 def test_budgets_hold_and_layers_keep_the_same_share(name: str, flops: float) -> None:
     network = tiny.network(name)
-    anatomy = examine(network, narrow=False)
-    plan, module = corp.prune(network, anatomy, tiny.batches(network, BATCHES), flops)
-    share = anatomy.costs.of(plan) / anatomy.costs.total
+    space = analyze(network, narrow=False)
+    plan, module = corp.prune(network, space, tiny.batches(network, BATCHES), flops)
+    share = space.costs.of(plan) / space.costs.total
     assert flops - 0.01 <= share <= flops
-    assert count_flops(module, network.inputs) == pytest.approx(anatomy.costs.of(plan), rel=1e-6)
+    assert count_flops(module, network.inputs) == pytest.approx(space.costs.of(plan), rel=1e-6)
     for kind, step in (("head", 0), ("neuron", 3)):
-        sizes = [len(plan.kept[g.name]) for g in anatomy.structure.groups if g.kind == kind]
+        sizes = [len(plan.kept[g.name]) for g in space.structure.groups if g.kind == kind]
         assert max(sizes) - min(sizes) <= step
-    again, _ = corp.prune(network, anatomy, tiny.batches(network, BATCHES), flops, seed=1)
+    again, _ = corp.prune(network, space, tiny.batches(network, BATCHES), flops, seed=1)
     assert again == plan
 
 
 def test_the_repair_brings_the_network_nearer_to_the_dense_one() -> None:
     network = tiny.network("vit")
-    anatomy = examine(network, narrow=False)
-    plan, module = corp.prune(network, anatomy, tiny.batches(network, 20), 0.7)
+    space = analyze(network, narrow=False)
+    plan, module = corp.prune(network, space, tiny.batches(network, 20), 0.7)
     batch = tiny.images("x", 20, seed=99)
     with torch.no_grad():
         dense = network.module(**batch)
-        without = slice_network(network.module, anatomy.structure, plan)(**batch)
+        without = slice_network(network.module, space.structure, plan)(**batch)
         assert float((module(**batch) - dense).norm()) < 0.9 * float((without - dense).norm())
 
 
 def test_a_budget_below_the_floor_is_told() -> None:
     network = tiny.network("vit")
     with pytest.raises(UserError, match="cannot be reached"):
-        corp.prune(network, examine(network, narrow=False), tiny.batches(network, 1), 0.2)
+        corp.prune(network, analyze(network, narrow=False), tiny.batches(network, 1), 0.2)

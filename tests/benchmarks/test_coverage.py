@@ -115,12 +115,12 @@ def test_a_cut_that_is_not_the_mask_fails_its_column(monkeypatch: pytest.MonkeyP
             return self.module(x) * 1.001
 
     network = worker.network_of(architecture(Block))
-    anatomy = worker.examine(network)
+    space = worker.analyze(network)
     plan = worker.Plan({"mlp": tuple(range(10))})
-    worker._check_sliced(network, anatomy, plan)
-    monkeypatch.setattr(worker, "slice_network", Wrong)
+    worker._check_sliced(network, space, plan)
+    monkeypatch.setattr(worker, "sliced", Wrong)
     with pytest.raises(Exception, match="off masked"):
-        worker._check_sliced(network, anatomy, plan)
+        worker._check_sliced(network, space, plan)
 
 
 def test_a_budget_that_has_to_be_too_large_is_rounded_up() -> None:

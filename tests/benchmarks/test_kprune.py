@@ -11,7 +11,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.partial_forward import record_inputs, record_outputs
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
@@ -132,32 +132,32 @@ def test_weights_are_the_least_squares_solution_on_all_activations(name: str) ->
 @pytest.mark.parametrize("flops", [0.8, 0.6])
 def test_budgets_hold(name: str, flops: float) -> None:
     network = tiny.network(name)
-    anatomy = examine(network, narrow=False)
+    space = analyze(network, narrow=False)
     before = copy.deepcopy(network.module.state_dict())
-    plan, module = kprune.prune(network, anatomy, tiny.batches(network, BATCHES), flops)
-    assert flops - 0.01 <= anatomy.costs.of(plan) / anatomy.costs.total <= flops
-    assert count_flops(module, network.inputs) == pytest.approx(anatomy.costs.of(plan), rel=1e-6)
+    plan, module = kprune.prune(network, space, tiny.batches(network, BATCHES), flops)
+    assert flops - 0.01 <= space.costs.of(plan) / space.costs.total <= flops
+    assert count_flops(module, network.inputs) == pytest.approx(space.costs.of(plan), rel=1e-6)
     assert all(torch.equal(before[k], v) for k, v in network.module.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def test_a_seed_changes_nothing() -> None:
     network = tiny.network("vit")
-    anatomy, batches = examine(network, narrow=False), tiny.batches(network, BATCHES)
-    plan, module = kprune.prune(network, anatomy, batches, 0.7, seed=0)
-    again, same = kprune.prune(network, anatomy, batches, 0.7, seed=1)
+    space, batches = analyze(network, narrow=False), tiny.batches(network, BATCHES)
+    plan, module = kprune.prune(network, space, batches, 0.7, seed=0)
+    again, same = kprune.prune(network, space, batches, 0.7, seed=1)
     assert plan == again
     assert all(torch.equal(same.state_dict()[k], v) for k, v in module.state_dict().items())
 
 
 def test_tuning_brings_the_network_nearer_to_the_dense_one() -> None:
     network = tiny.network("bert")
-    anatomy = examine(network, narrow=False)
-    plan, module = kprune.prune(network, anatomy, tiny.batches(network, 20), 0.7)
+    space = analyze(network, narrow=False)
+    plan, module = kprune.prune(network, space, tiny.batches(network, 20), 0.7)
     batch = tiny.texts(20, seed=99)
     with torch.no_grad():
         dense, given = network.forward(batch), network.forward(batch, module)
-        without = network.forward(batch, slice_network(network.module, anatomy.structure, plan))
+        without = network.forward(batch, slice_network(network.module, space.structure, plan))
     real = batch["attention_mask"].bool()
     name = next(iter(dense))
     errors = [float((found[name] - dense[name])[real].norm()) for found in (given, without)]
@@ -167,4 +167,4 @@ def test_tuning_brings_the_network_nearer_to_the_dense_one() -> None:
 def test_a_budget_below_the_floor_is_told() -> None:
     network = tiny.network("vit")
     with pytest.raises(UserError, match="cannot be reached"):
-        kprune.prune(network, examine(network, narrow=False), tiny.batches(network, 1), 0.2)
+        kprune.prune(network, analyze(network, narrow=False), tiny.batches(network, 1), 0.2)

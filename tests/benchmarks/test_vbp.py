@@ -10,7 +10,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.nn.partial_forward import record_inputs
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.groups import Group
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import output_bias
@@ -49,11 +49,11 @@ def test_running_statistics_are_those_of_all_activations(name: str) -> None:
 @pytest.mark.parametrize(("name", "flops"), BUDGETS)
 def test_the_module_is_the_dense_one_with_means_in_place_of_neurons(name: str, flops: float) -> None:
     network = tiny.network(name)
-    anatomy = examine(network, narrow=False)
-    plan, module = vbp.prune(network, anatomy, tiny.batches(network, BATCHES), flops)
+    space = analyze(network, narrow=False)
+    plan, module = vbp.prune(network, space, tiny.batches(network, BATCHES), flops)
     dense = copy.deepcopy(network.module)
     for group_name, kept in plan.kept.items():
-        group = anatomy.structure.group(group_name)
+        group = space.structure.group(group_name)
         assert group.kind == "neuron"
         mean = activations(network, group).mean(0).float()
         removed = [u for u in range(group.units) if u not in kept]
@@ -77,14 +77,14 @@ def test_the_module_is_the_dense_one_with_means_in_place_of_neurons(name: str, f
 @pytest.mark.parametrize(("name", "flops"), BUDGETS)
 def test_budgets_hold(name: str, flops: float) -> None:
     network = tiny.network(name)
-    anatomy = examine(network, narrow=False)
-    plan, module = vbp.prune(network, anatomy, tiny.batches(network, BATCHES), flops)
+    space = analyze(network, narrow=False)
+    plan, module = vbp.prune(network, space, tiny.batches(network, BATCHES), flops)
     assert isinstance(plan, Plan)
-    assert flops - 0.01 <= anatomy.costs.of(plan) / anatomy.costs.total <= flops
-    assert count_flops(module, network.inputs) == pytest.approx(anatomy.costs.of(plan), rel=1e-6)
+    assert flops - 0.01 <= space.costs.of(plan) / space.costs.total <= flops
+    assert count_flops(module, network.inputs) == pytest.approx(space.costs.of(plan), rel=1e-6)
 
 
 def test_a_budget_that_needs_heads_is_told() -> None:
     network = tiny.network("vit")
     with pytest.raises(UserError, match=r"FFN neurons.* 0\.759"):
-        vbp.prune(network, examine(network, narrow=False), tiny.batches(network, 1), 0.6)
+        vbp.prune(network, analyze(network, narrow=False), tiny.batches(network, 1), 0.6)

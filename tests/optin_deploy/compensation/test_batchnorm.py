@@ -10,7 +10,9 @@ from torch import nn
 from optin_deploy.compensation.batchnorm import reestimate
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine, prune, remove
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 
 
@@ -64,9 +66,9 @@ def plain_resnet() -> Network:
 @pytest.mark.parametrize("make", [resnet_network, plain_resnet])
 def test_channels_that_are_all_gone_leave_what_masking_them_would(make: Callable[[], Network]) -> None:
     network = make()
-    anatomy, given = examine(network), tiny.batches(network, 3)
-    gone = [g for g in anatomy.structure.groups if g.kind == "channel" and g.parent is None]
-    small = remove(network, anatomy.structure, Plan({g.name: () for g in gone}), given, None)
+    space, given = analyze(network), tiny.batches(network, 3)
+    gone = [g for g in space.structure.groups if g.kind == "channel" and g.parent is None]
+    small = Remover(network, space, given, None).remove(Plan({g.name: () for g in gone}))
     masked = copy.deepcopy(network.module)
     for group in gone:
         masked.get_submodule(group.output).weight.data.zero_()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from optin_deploy.compensation.classifier import fit, logits_map, refit_classifier
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine, remove
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import with_merging
 
@@ -138,14 +139,14 @@ def divergence(network: Network, pruned: nn.Module, batches: list[dict[str, Tens
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
 def test_a_repaired_network_comes_nearer_to_the_dense_distribution(name: str) -> None:
     network = tiny.network(name)
-    structure = examine(network, narrow=False).structure
-    plan = Plan({g.name: tuple(range(g.units // 2)) for g in structure.groups})
+    space = analyze(network, narrow=False)
+    plan = Plan({g.name: tuple(range(g.units // 2)) for g in space.structure.groups})
     batches = tiny.batches(network, 8)
-    pruned = remove(network, structure, plan, batches, None)
+    pruned = Remover(network, space, batches, None).remove(plan)
     before = divergence(network, pruned, batches)
     refit_classifier(network, pruned, batches, (0.01,))
     assert divergence(network, pruned, batches) < before
-    others = remove(network, structure, plan, batches, None).named_parameters()
+    others = Remover(network, space, batches, None).remove(plan).named_parameters()
     last = logits_map(network, pruned, batches[0])
     assert all(torch.equal(t, pruned.get_parameter(n)) for n, t in others if not n.startswith(f"{last}."))
 
@@ -160,13 +161,13 @@ def test_an_unpruned_network_stays_as_it_is() -> None:
 @torch.no_grad()
 def test_the_last_map_follows_merged_tokens() -> None:
     network = tiny.network("vit")
-    anatomy = examine(network, narrow=False, tokens=True)
-    assert anatomy.stack is not None
-    tokens = anatomy.stack.tokens
-    kept = {g.name: tuple(range(g.units // 2)) for g in anatomy.structure.groups}
-    plan = Plan(kept, (tokens, *[anatomy.stack.least_behind(tokens)] * (len(anatomy.stack.blocks) - 1)))
+    space = analyze(network, narrow=False, tokens=True)
+    assert space.stack is not None
+    tokens = space.stack.tokens
+    kept = {g.name: tuple(range(g.units // 2)) for g in space.structure.groups}
+    plan = Plan(kept, (tokens, *[space.stack.least_behind(tokens)] * (len(space.stack.blocks) - 1)))
     batches = tiny.batches(network, 8)
-    before_merging = remove(network, anatomy.structure, Plan(kept), batches, 0.01)
-    with_merging(before_merging, anatomy.structure, anatomy.stack, plan)
-    pruned = remove(network, anatomy.structure, plan, batches, 0.01, stack=anatomy.stack)
+    before_merging = Remover(network, space, batches, 0.01).remove(Plan(kept))
+    with_merging(before_merging, space.structure, space.stack, plan)
+    pruned = Remover(network, space, batches, 0.01).remove(plan)
     assert divergence(network, pruned, batches) < divergence(network, before_merging, batches)

@@ -20,10 +20,11 @@ from optin_deploy.criteria.trajectory_loss import is_saturated
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
-from optin_deploy.tokens.damage import token_damages
+from optin_deploy.tokens.merge_loss import measure_merge_loss
 
 pytestmark = pytest.mark.slow
 
@@ -283,10 +284,10 @@ def test_modes_end_with_the_pass_and_see_nothing_without_gradients() -> None:
 
 def test_merging_tokens_counts_in_a_network_that_cuts_its_derivatives_off() -> None:
     plain, network = tiny.network("vit"), changed("vit", "blocks.1.mlp", in_no_grad)
-    anatomy = examine(plain, tokens=True)
-    assert anatomy.stack is not None
+    space = analyze(plain, tokens=True)
+    assert space.stack is not None
     given, expected = (
-        token_damages(n, anatomy.structure, anatomy.stack, tiny.batches(plain, 1), OBS).loss for n in (network, plain)
+        measure_merge_loss(n, space.structure, space.stack, tiny.batches(plain, 1), OBS).loss for n in (network, plain)
     )
     torch.testing.assert_close(torch.tensor(given), torch.tensor(expected))
     assert expected.max() > 0

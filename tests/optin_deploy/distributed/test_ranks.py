@@ -13,10 +13,11 @@ from optin_deploy.criteria import scoring
 from optin_deploy.criteria.scoring import Criterion, Scoring, score
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared, own_indices, ranks_of
 from optin_deploy.errors import UserError
-from optin_deploy.pruning.pruner import make_sparse, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.removal import Remover
 from optin_deploy.search.costs import flop_costs
-from optin_deploy.tokens.damage import token_damages
 from optin_deploy.tokens.find_stack import token_stack
+from optin_deploy.tokens.merge_loss import measure_merge_loss
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +87,7 @@ def test_merging_costs_what_it_costs_one_process(tmp_path: Path) -> None:
 
     def measured(ranks: Ranks) -> dict[str, Tensor]:
         batches = Shared(some_batches("vit"), ranks)
-        return {"loss": torch.from_numpy(token_damages(network, structure, stack, batches, Scoring()).loss)}
+        return {"loss": torch.from_numpy(measure_merge_loss(network, structure, stack, batches, Scoring()).loss)}
 
     for found in together(measured, 2, tmp_path):
         torch.testing.assert_close(found["loss"], measured(ALONE)["loss"], rtol=1e-6, atol=0)
@@ -147,10 +148,10 @@ def test_batches_of_nobody_else() -> None:
 
 
 def sparse(ranks: Ranks) -> dict[str, Tensor]:
-    network, structure = tiny.network("vit"), tiny.structure("vit")
+    network = tiny.network("vit")
     batches = Shared(some_batches("vit"), ranks)
     found = prune(network, batches, 0.7, align=4)
-    make_sparse(network, found.network.module, structure, found.plan, batches, "auto")
+    Remover(network, found.space, batches, "auto").make_sparse(found.network.module, found.plan)
     return dict(found.network.module.state_dict())
 
 

@@ -25,7 +25,7 @@ from optin_deploy.data.calibration import from_batches
 from optin_deploy.export import engines
 from optin_deploy.export.engines import EngineRequest, build_engines, engine_config, repeat_builds, requested_engines
 from optin_deploy.network import TensorOutputs
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report
 from optin_deploy.report.web_page import render
 from optin_deploy.run import measure_stages, report_builder
@@ -188,20 +188,20 @@ def test_an_engine_that_tells_nothing_of_its_layers_is_told_of(monkeypatch: pyte
 
     monkeypatch.setattr(measure_stages, "layer_profile", fail)
     network = own_network()
-    context: Any = SimpleNamespace(recipe=recipe(), anatomy=examine(network))
+    context: Any = SimpleNamespace(recipe=recipe(), space=analyze(network))
     networks: Any = {"dense": network, "pruned": network}
     files: Any = {
         name: Variant(tmp_path / f"{name}.onnx", engines={("rtx", 2): tmp_path / f"{name}.engine"})
         for name in ("dense", "pruned")
     }
     measured = Measurement.from_samples("rtx", 2, RawSamples(dict.fromkeys(VARIANTS, [[1.0]] * 3), True, 1.0))
-    layers = measure_stages._account_layers(context, networks, files, [measured])
+    layers = measure_stages._break_down_layers(context, networks, files, [measured])
     monkeypatch.setattr(report_builder, "why_unchecked", lambda _: None)
     assert report_builder._warnings(context.recipe, layers) == [
         "No account of where the time goes with TensorRT for RTX: profiling the layers failed: it said nothing."
     ]
     with pytest.raises(ProfilingError):
-        measure_stages._account_layers(context, networks, files, [replace(measured, runtime="ort-cpu")])
+        measure_stages._break_down_layers(context, networks, files, [replace(measured, runtime="ort-cpu")])
 
 
 def test_further_builds_are_made_anew_and_of_the_same(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from optin_deploy.models.custom import custom_network
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.task_head import HeadKind, answers, class_axis, head_of
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report, wording
 from optin_deploy.report.comparison import lines
 from optin_deploy.run.pipeline import prune_export
@@ -191,7 +192,7 @@ def images(count: int = 4, size: int = 6) -> list[dict[str, Tensor]]:
 
 def test_one_logit_scores_units_as_two_do(two: Network) -> None:
     """Masked one by one, with the same weight of the task part: no draws differ."""
-    one, structure = one_of_two(two, "head"), examine(two).structure
+    one, structure = one_of_two(two, "head"), analyze(two).structure
     found = [
         exact_scores(n, structure, structure.groups, images(1), factors={"logits": 1e6}, seed=0) for n in (one, two)
     ]
@@ -226,7 +227,7 @@ def test_a_refit_of_yes_and_no_comes_nearer(shape: tuple[int, ...]) -> None:
 
 
 def test_fisher_is_the_same_for_one_logit_and_for_two(two: Network) -> None:
-    one, structure = one_of_two(two, "head"), examine(two, narrow=False).structure
+    one, structure = one_of_two(two, "head"), analyze(two, narrow=False).structure
     labels = [torch.tensor([0, 1, 1, 0, 1, 0])]
     found = [fisher_scores(mask_gradients(n, structure, images(1), labels)) for n in (one, two)]
     for name, scores in found[0].items():
@@ -452,12 +453,12 @@ def test_labels_that_fisher_cannot_take(outputs: int, head: HeadKind, labels: Te
     network = replace(own_network(), head=head)
     network.module.head = nn.Linear(32, outputs)
     with pytest.raises(UserError, match=told):
-        mask_gradients(network, examine(network, narrow=False).structure, own_batches(1), [labels])
+        mask_gradients(network, analyze(network, narrow=False).structure, own_batches(1), [labels])
 
 
 def test_fisher_of_several_labels_is_the_mean_over_them() -> None:
     network = replace(own_network(), head="binary")
-    structure, batches = examine(network, narrow=False).structure, own_batches(1)
+    structure, batches = analyze(network, narrow=False).structure, own_batches(1)
     labels = (torch.arange(24).reshape(8, 3) % 2).float()
     whole = mask_gradients(network, structure, batches, [labels])
     parts = []

@@ -11,7 +11,11 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import Pruned, PruneSettings, examine, next_step, prune, remove, remove_more
+from optin_deploy.pruning.pruner import Pruned, prune
+from optin_deploy.pruning.removal import Remover
+from optin_deploy.pruning.rounds import next_step
+from optin_deploy.pruning.settings import PruneSettings
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
 from optin_deploy.utils.progress import shown_by
@@ -43,10 +47,10 @@ def test_a_pruned_network_meets_its_budget(network: Network, flops: float, score
     scoring = Scoring("trajectory", scorer=scorer)
     pruned = prune(network, tiny.batches(network, 2), flops, scoring=scoring, align=8)
     assert flops - 0.01 <= share(pruned, network) <= flops
-    assert pruned.anatomy.costs.of(pruned.plan) == count_flops(pruned.network.module, network.inputs)
+    assert pruned.space.costs.of(pruned.plan) == count_flops(pruned.network.module, network.inputs)
     assert pruned.network.forward(network.inputs)["output"].shape == (3, 3)
-    assert pruned.scores.keys() == pruned.plan.kept.keys() == {g.name for g in pruned.anatomy.structure.groups}
-    assert all(g.kind != "width" for g in pruned.anatomy.structure.groups)
+    assert pruned.scores.keys() == pruned.plan.kept.keys() == {g.name for g in pruned.space.structure.groups}
+    assert all(g.kind != "width" for g in pruned.space.structure.groups)
 
 
 @pytest.mark.parametrize("narrow", [None, True, False])
@@ -57,7 +61,7 @@ def test_every_criterion_prunes_to_the_budget(network: Network, criterion: Crite
     pruned = prune(network, batches, 0.5, scoring=scoring, labels=classes(batches), align=8, narrow=narrow)
     assert 0.49 <= share(pruned, network) <= 0.5
     narrows = criterion == "trajectory-obs" if narrow is None else narrow
-    assert ({g.kind for g in pruned.anatomy.structure.groups} == {"head", "width", "neuron"}) == narrows
+    assert ({g.kind for g in pruned.space.structure.groups} == {"head", "width", "neuron"}) == narrows
     assert pruned.network.forward(network.inputs)["output"].isfinite().all()
 
 
@@ -73,7 +77,7 @@ def test_the_default_prunes_networks_of_all_kinds(name: str) -> None:
 def test_heads_get_narrower_and_keep_their_first_dimensions() -> None:
     dense = tiny.vit(embed_dim=32, num_heads=2, depth=2)
     pruned = prune(dense, tiny.batches(dense, 3), 0.5)
-    kept = {g.name: pruned.plan.kept[g.name] for g in pruned.anatomy.structure.groups if g.kind == "width"}
+    kept = {g.name: pruned.plan.kept[g.name] for g in pruned.space.structure.groups if g.kind == "width"}
     assert all(units == tuple(range(len(units))) for units in kept.values())
     assert any(len(units) < 16 for units in kept.values())
     for name, units in kept.items():
@@ -93,9 +97,9 @@ def test_pruning_twice_gives_the_same_bytes(network: Network) -> None:
 def test_without_repair_it_is_only_sliced_in_principal_bases(network: Network, narrow: bool) -> None:
     batches = tiny.batches(network, 1)
     pruned = prune(network, batches, 0.5, ridge=None, narrow=narrow)
-    turned = in_principal_bases(network, pruned.anatomy.structure, batches)
+    turned = in_principal_bases(network, pruned.space.structure, batches)
     assert (turned is network) == (not narrow)
-    assert same(pruned.network.module, slice_network(turned.module, pruned.anatomy.structure, pruned.plan))
+    assert same(pruned.network.module, slice_network(turned.module, pruned.space.structure, pruned.plan))
 
 
 def test_repair_brings_the_outputs_closer(network: Network) -> None:
@@ -116,7 +120,7 @@ def test_pruning_what_was_pruned(network: Network) -> None:
     first = prune(network, batches, 0.7, ridge=None, narrow=False)
     second = prune(first.network, batches, 0.6, ridge=None, narrow=False)
     assert second.network.inputs is network.inputs
-    expected = slice_network(network.module, examine(network).structure, second.plan.after(first.plan))
+    expected = slice_network(network.module, analyze(network).structure, second.plan.after(first.plan))
     assert same(second.network.module, expected)
 
 
@@ -130,28 +134,28 @@ def test_rounds_meet_the_budget(network: Network, criterion: Criterion, rounds: 
     pruned = prune(network, batches, 0.5, scoring=Scoring(criterion), rounds=rounds, align=8)
     assert 0.49 <= share(pruned, network) <= 0.5
     # The plan counts units of the dense network, also where it came about in several steps.
-    assert pruned.anatomy.costs.of(pruned.plan) == count_flops(pruned.network.module, network.inputs)
-    assert pruned.plan.kept.keys() == {g.name for g in pruned.anatomy.structure.groups}
+    assert pruned.space.costs.of(pruned.plan) == count_flops(pruned.network.module, network.inputs)
+    assert pruned.plan.kept.keys() == {g.name for g in pruned.space.structure.groups}
 
 
 @pytest.mark.parametrize("ridge", [None, 0.1])
 def test_two_rounds_are_their_parts(network: Network, ridge: float | None) -> None:
     batches, scoring = tiny.batches(network, 2), Scoring()
     pruned = prune(network, batches, 0.5, scoring=scoring, rounds=2, ridge=ridge, align=8)
-    anatomy = examine(network)
+    space = analyze(network)
     first = prune(network, batches, 0.5**0.5, scoring=scoring, ridge=ridge, align=8)
     assert 0.5**0.5 - 0.01 <= share(first, network) <= 0.5**0.5
-    rest, plan = next_step(first.network, anatomy, batches, PruneSettings(0.5, scoring, align=8))
-    assert rest == examine(first.network).structure
-    dense = in_principal_bases(network, anatomy.structure, batches)
+    rest, plan = next_step(first.network, space, batches, PruneSettings(0.5, scoring, align=8))
+    assert rest == analyze(first.network).structure
+    dense = in_principal_bases(network, space.structure, batches)
     small = first.network.module
-    together, smaller = remove_more(dense, anatomy, (first.plan, small), (rest, plan), batches, ridge)
+    together, smaller = Remover(dense, space, batches, ridge).remove_more((first.plan, small), (rest, plan))
     assert pruned.plan == together == plan.after(first.plan)
     assert same(pruned.network.module, smaller)
     for name, kept in together.kept.items():
         assert set(kept) <= set(first.plan.kept[name])
     if ridge is None:
-        directly = slice_network(dense.module, anatomy.structure, together)
+        directly = slice_network(dense.module, space.structure, together)
         with torch.no_grad():
             given, expected = smaller(**network.inputs), directly(**network.inputs)
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
@@ -198,7 +202,7 @@ def test_no_rounds_are_refused(network: Network) -> None:
 
 
 def test_a_budget_below_the_floor_is_refused_before_any_work(network: Network) -> None:
-    costs = examine(network).costs
+    costs = analyze(network).costs
     with pytest.raises(UserError, match=f"{costs.floor / costs.total:.3f}"):
         prune(network, [], 0.001)
 
@@ -206,13 +210,13 @@ def test_a_budget_below_the_floor_is_refused_before_any_work(network: Network) -
 def test_a_network_without_anything_prunable_is_refused() -> None:
     plain = tiny.network_around(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), {"input": torch.ones(2, 4)})
     with pytest.raises(UserError, match="nothing prunable"):
-        examine(plain)
+        analyze(plain)
 
 
 def test_remove_reports_progress_only_when_it_repairs(network: Network) -> None:
-    structure, batches = examine(network).structure, tiny.batches(network, 1)
+    space, batches = analyze(network), tiny.batches(network, 1)
     shown: list[float] = []
-    plan = Plan({structure.groups[0].name: (0,)})
+    plan = Plan({space.structure.groups[0].name: (0,)})
     with shown_by(shown.append):
-        remove(network, structure, plan, batches, 0.1)
+        Remover(network, space, batches, 0.1).remove(plan)
     assert shown == pytest.approx([1 / 3, 2 / 3, 1])

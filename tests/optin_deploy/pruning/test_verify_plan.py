@@ -20,8 +20,9 @@ from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
 from optin_deploy.errors import GateError
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
-from optin_deploy.pruning import pruner, verify_plan
-from optin_deploy.pruning.pruner import examine, prune, prune_to
+from optin_deploy.pruning import removal, verify_plan
+from optin_deploy.pruning.pruner import prune, prune_to
+from optin_deploy.pruning.space import analyze
 from optin_deploy.pruning.verify_plan import check_cut
 from optin_deploy.run.pipeline import prune_export
 from optin_deploy.search.knapsack import lowest
@@ -77,7 +78,7 @@ ODD = (True, True, True)
 def test_a_plan_that_no_trial_foresaw_is_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     of = network(*ODD)
     assert len(describe(of.module, of.inputs).groups) == 3
-    monkeypatch.setattr(pruner, "_compensate", lambda *_: pytest.fail("repaired"))
+    monkeypatch.setattr(removal.Remover, "_compensate", lambda *_: pytest.fail("repaired"))
     with pytest.raises(GateError, match=LINE) as found:
         prune(of, batches(), 0.5, align=8)
     assert "\n" not in str(found.value)
@@ -98,7 +99,7 @@ def test_every_round_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         check_cut(dense, small, structure, plan, batches)
         checked.append(sum(p.numel() for p in small.parameters()))
 
-    monkeypatch.setattr(pruner, "check_cut", note)
+    monkeypatch.setattr(removal, "check_cut", note)
     of = tiny.network("vit")
     prune(of, tiny.batches(of, 2), 0.5, align=1, rounds=3)
     assert len(checked) == 3 and checked == sorted(checked, reverse=True)
@@ -109,8 +110,8 @@ def test_every_round_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_networks_that_can_be_pruned_pass(name: str, part: float) -> None:
     """``part`` of what may be removed stays."""
     of = tiny.network(name)
-    anatomy = examine(of)
-    least = lowest(anatomy.structure, anatomy.costs) + 0.01
+    space = analyze(of)
+    least = lowest(space.structure, space.costs) + 0.01
     prune(of, tiny.batches(of, 2), least + part * (1 - least), align=1)
 
 

@@ -12,18 +12,18 @@ from exporters import OutputParity, Precision
 from optin_deploy.export.command import Exported
 from optin_deploy.report import Report, markdown, model_card, wording
 from optin_deploy.report.comparison import as_markdown, lines, view
-from optin_deploy.report.profile_view import (
+from optin_deploy.report.profile_tables import (
+    LatencyTables,
     NetworkProfile,
     PartTable,
     PartTime,
     SizeRow,
-    TableView,
-    cache_view,
     profile_line,
-    profile_view,
-    table_view,
+    render_cache,
+    render_latency_tables,
+    render_profile,
 )
-from optin_deploy.report.terminal import exported_view, summary
+from optin_deploy.report.terminal import render_exported, summary
 from optin_deploy.report.web_page import render
 from optin_deploy.sweeps.report_builder import assemble
 from optin_deploy.sweeps.terminal import summary as sweep_summary
@@ -192,8 +192,8 @@ def test_export(check_golden: CheckGolden) -> None:
     parity = (OutputParity("logits", 3.1e-6, 1e-6, 9.31, 1e-4, True, (4, 10), 12, 2),)
     files = {"net.onnx": 87_000_000, "net.rtx.engine": 512}
     views = [
-        exported_view(Exported(files, parity, {"net.rtx.engine": parity})),
-        exported_view(Exported(files, parity, unchecked="Engines are not checked: no GPU is present.")),
+        render_exported(Exported(files, parity, {"net.rtx.engine": parity})),
+        render_exported(Exported(files, parity, unchecked="Engines are not checked: no GPU is present.")),
     ]
     check_golden("export.txt", "\n".join(map(terminal_text, views)))
 
@@ -202,7 +202,7 @@ def test_profile(check_golden: CheckGolden) -> None:
     parts = (PartTime("attention", 3.0), PartTime("FFN", 6.5), PartTime("between operators", 0.5))
     latency = Summary(p50_ms=10.0, p90_ms=11.0, p99_ms=15.0, mean_ms=10.2, min_ms=9.5, count=97)
     profile = NetworkProfile("ort-cpu", 8, 1, latency, parts)
-    views = [profile_view("shallow", profile), profile_view("shallow", NetworkProfile("torch", 1, 4, latency, ()))]
+    views = [render_profile("shallow", profile), render_profile("shallow", NetworkProfile("torch", 1, 4, latency, ()))]
     text = "\n".join(terminal_text(each) for each in views)
     check_golden("profile/profile.txt", f"{text}\n{profile_line(profile)}")
 
@@ -214,7 +214,8 @@ def test_tables(check_golden: CheckGolden) -> None:
     heads = tuple(SizeRow(n, w, ms, ms / 4, 0.2, False) for n, w, ms in ((0, 0, 2.0), (2, 8, 3.0), (4, 8, 4.0)))
     parts = (PartTable("Block", 12, "FFN", 4.0, neurons), PartTable("Block", 1, "attention", 4.0, heads))
     check_golden(
-        "profile/tables.txt", terminal_text(table_view("shallow", TableView("ort-cpu", 8, 4, 52.0, 16.0, 1, parts)))
+        "profile/tables.txt",
+        terminal_text(render_latency_tables("shallow", LatencyTables("ort-cpu", 8, 4, 52.0, 16.0, 1, parts))),
     )
 
 
@@ -227,5 +228,5 @@ def test_cache(check_golden: CheckGolden) -> None:
         "device": "AMD EPYC 7763 64-Core Processor",
         "versions": {"onnxruntime": "1.32.0"},
     }
-    views = [cache_view([], "cache/optin-deploy"), cache_view([setting], "cache/optin-deploy")]
+    views = [render_cache([], "cache/optin-deploy"), render_cache([setting], "cache/optin-deploy")]
     check_golden("profile/cache.txt", "\n".join(map(terminal_text, views)))

@@ -104,10 +104,10 @@ def test_its_texts_are_escaped(told: dict[str, Any]) -> None:
 
 
 def test_the_picture_is_valid_and_the_same_every_time(told: dict[str, Any]) -> None:
-    account = Report.model_validate(told).layers[0]
-    picture = plots.parts(account)
+    breakdown = Report.model_validate(told).layers[0]
+    picture = plots.parts(breakdown)
     ET.fromstring(picture)
-    assert picture == plots.parts(account)
+    assert picture == plots.parts(breakdown)
     assert "embedding" in picture and "between operators" in picture
 
 

@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from optin_deploy.report import Report
-from optin_deploy.report.schema import Interval
 from optin_deploy.report.terminal import summary
 from optin_deploy.utils import formatting
+from profilers import Interval
 
 
 def shown(report: Report) -> str:

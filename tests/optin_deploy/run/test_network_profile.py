@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from optin_deploy.analysis.module_roles import ATTENTION, FFN, PARTS
 from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.report.profile_view import NetworkProfile, TableView, profile_view, table_view
+from optin_deploy.report.profile_tables import LatencyTables, NetworkProfile, render_latency_tables, render_profile
 from optin_deploy.run import network_profile
 from optin_deploy.run.network_profile import run_profile, run_tables
 from profilers.table_cache import cache_folder, cached_settings
@@ -32,7 +32,7 @@ def profiled(shallow: str) -> NetworkProfile:
 
 
 @pytest.fixture(scope="module")
-def tables(shallow: str) -> TableView:
+def tables(shallow: str) -> LatencyTables:
     return run_tables(Recipe(model=shallow, **QUICK), quiet=True)
 
 
@@ -71,7 +71,7 @@ def test_parts_sum_to_the_median(profiled: NetworkProfile) -> None:
 
 
 def test_a_profile_as_text(profiled: NetworkProfile) -> None:
-    text = shown(profile_view("shallow", profiled))
+    text = shown(render_profile("shallow", profiled))
     assert max(map(len, map(str.rstrip, text.splitlines()))) <= 100
     assert all(fact in text for fact in ("shallow", "ONNX Runtime", "batch 2", "1 thread"))
     for part in profiled.parts:
@@ -82,7 +82,7 @@ def test_a_runtime_without_layers_says_so(shallow: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(network_profile, "LAYER_RUNTIMES", ())
     found = run_profile(Recipe(model=shallow, **QUICK), quiet=True)
     assert found.parts == ()
-    assert "no profile" in shown(profile_view("shallow", found))
+    assert "no profile" in shown(render_profile("shallow", found))
 
 
 def test_a_profile_as_json(shallow: str, told: Told) -> None:
@@ -97,7 +97,7 @@ def test_a_profile_as_json(shallow: str, told: Told) -> None:
 # Its tables
 
 
-def test_tables_of_every_part(tables: TableView) -> None:
+def test_tables_of_every_part(tables: LatencyTables) -> None:
     assert tables.cached == 0
     assert 0 < tables.floor_ms < tables.dense_ms
     assert [part.blocks for part in tables.parts] == [1, 1]
@@ -108,7 +108,7 @@ def test_tables_of_every_part(tables: TableView) -> None:
         assert all(row.spread >= 0 for row in part.rows)
 
 
-def test_tables_are_kept_and_listed(tables: TableView, shallow: str, told: Told) -> None:
+def test_tables_are_kept_and_listed(tables: LatencyTables, shallow: str, told: Told) -> None:
     again = run_tables(Recipe(model=shallow, **QUICK), quiet=True)
     assert again.cached == len(cached_settings()) == 1
     assert [[row.units for row in part.rows] for part in again.parts] == [
@@ -122,8 +122,8 @@ def test_tables_are_kept_and_listed(tables: TableView, shallow: str, told: Told)
     assert json.loads(output) == cached_settings()
 
 
-def test_tables_as_text_and_json(tables: TableView) -> None:
-    text = shown(table_view("shallow", tables))
+def test_tables_as_text_and_json(tables: LatencyTables) -> None:
+    text = shown(render_latency_tables("shallow", tables))
     assert max(map(len, map(str.rstrip, text.splitlines()))) <= 100
     assert "prunable" in text
     assert text.count("edge") == sum(row.edge for part in tables.parts for row in part.rows)

@@ -24,7 +24,8 @@ from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning.head_rotation import in_principal_bases
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report
 from optin_deploy.run import compare_stage, pipeline, prune_stage
 from optin_deploy.run.pipeline import Result, prune_export
@@ -353,7 +354,7 @@ def test_without_compensation(shallow: str, vision: Result, tmp_path: Path, narr
     recipe = vision_recipe(shallow, compensate=False, narrow_heads=narrow)
     run_until_export(recipe, tmp_path / "run")
     dense = load_network(shallow)
-    structure = examine(dense, narrow=narrow).structure
+    structure = analyze(dense, narrow=narrow).structure
     turned = in_principal_bases(dense, structure, load_calibration(dense, None, samples=8).batches)
     assert (turned is dense) == (not narrow)
     plan = checkpoint.read_plan(tmp_path / "run" / "checkpoint")
@@ -446,7 +447,7 @@ def test_fisher_with_labels(labelled: Path, tmp_path: Path, rounds: int) -> None
     run_until_export(recipe, tmp_path / "run")
     dense = load_network(recipe.model, sequence_length=16)
     given = load_calibration(dense, recipe.calibration, column="text", labels="class", samples=24)
-    gradients = mask_gradients(dense, examine(dense, narrow=False).structure, given.batches, given.labels)
+    gradients = mask_gradients(dense, analyze(dense, narrow=False).structure, given.batches, given.labels)
     scores = load_file(tmp_path / "run" / "scores.safetensors")
     assert scores.keys() == gradients.keys()
     for name, expected in fisher_scores(gradients).items():

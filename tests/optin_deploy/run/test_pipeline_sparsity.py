@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_the_sparse_weights_of_its_checkpoint(
         patch.setattr(pipeline, "export_and_measure", interrupt)
         run()
     stored = checkpoint.load(tmp_path / "run" / "checkpoint", TinyModule()).state_dict()
-    monkeypatch.setattr(prune_stage, "make_sparse", interrupt)
+    monkeypatch.setattr(prune_stage.Remover, "make_sparse", interrupt)
     result = run()
     assert all(torch.equal(t, stored[n]) for n, t in result.network.module.state_dict().items())
     report, inside = result.report, maps(result.network.module, "blocks.")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from optin_deploy.analysis.results import Cause, LayerAccount, TimeRow, Unprofiled, WholeRow
+from optin_deploy.analysis.results import Bottleneck, LayerBreakdown, TimeRow, Unprofiled, WholeRow
 from optin_deploy.errors import UserError
 from optin_deploy.report.schema import Evaluation, LatencyBudget, Parity
 from optin_deploy.run.run_directory import read_json, read_with_checkpoint, write_json
@@ -20,16 +20,16 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def account() -> LayerAccount:
+def breakdown() -> LayerBreakdown:
     row = TimeRow("attention", 2.0, 1.0, 10, 5)
     whole = WholeRow("measured", 3.0, 2.0, 10, 5)
-    return LayerAccount("ort-cpu", 1, (row,), (row,), (row,), row, whole, row, 0.5, (Cause(0.5, "why"),))
+    return LayerBreakdown("ort-cpu", 1, (row,), (row,), (row,), row, whole, row, 0.5, (Bottleneck(0.5, "why"),))
 
 
 def test_layers_come_back_the_same(directory: Path) -> None:
-    layers = [account(), Unprofiled("rtx", "it says nothing")]
+    layers = [breakdown(), Unprofiled("rtx", "it says nothing")]
     write_json(directory / "layers.json", layers)
-    assert read_json(directory / "layers.json", list[LayerAccount | Unprofiled]) == layers
+    assert read_json(directory / "layers.json", list[LayerBreakdown | Unprofiled]) == layers
 
 
 def test_a_profile_comes_back_the_same(directory: Path) -> None:
@@ -61,11 +61,11 @@ def test_an_evaluation_of_an_earlier_version_is_read(directory: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"measured": None}, {"parts": [{"name": "attention"}]}, {"lost_ms": "much"}])
 def test_a_result_of_another_layout_is_refused_in_one_line(directory: Path, change: dict[str, object]) -> None:
-    write_json(directory / "layers.json", [account()])
+    write_json(directory / "layers.json", [breakdown()])
     (entry,) = json.loads((directory / "layers.json").read_text())
     (directory / "layers.json").write_text(json.dumps([entry | change]))
     with pytest.raises(UserError, match=r"layers\.json") as caught:
-        read_json(directory / "layers.json", list[LayerAccount | Unprofiled])
+        read_json(directory / "layers.json", list[LayerBreakdown | Unprofiled])
     assert "\n" not in str(caught.value)
 
 

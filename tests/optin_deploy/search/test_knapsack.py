@@ -43,7 +43,7 @@ def group(name: str, kind: Kind, units: int) -> Group:
     )
 
 
-def anatomy(layers: int, heads: int, neurons: int) -> tuple[Structure, Costs]:
+def space(layers: int, heads: int, neurons: int) -> tuple[Structure, Costs]:
     groups = tuple(
         g for i in range(layers) for g in (group(f"{i}.attn", "head", heads), group(f"{i}.mlp", "neuron", neurons))
     )
@@ -105,7 +105,7 @@ def test_knapsack_without_a_budget_takes_what_is_free() -> None:
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.2, 0.99), align=st.sampled_from([1, 3, 8, 64]))
 def test_the_budget_holds_and_is_used(seed: int, fraction: float, align: int) -> None:
-    structure, costs = anatomy(layers=3, heads=4, neurons=300)
+    structure, costs = space(layers=3, heads=4, neurons=300)
     plan = search(structure, random_scores(structure, seed), costs, fraction, align)
     assert costs.of(plan) <= fraction * costs.total
     # A head may be more than the window; then nothing that is gone has room.
@@ -116,7 +116,7 @@ def test_the_budget_holds_and_is_used(seed: int, fraction: float, align: int) ->
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.2, 0.95), align=st.sampled_from([1, 16]))
 def test_the_best_units_of_a_group_are_kept(seed: int, fraction: float, align: int) -> None:
-    structure, costs = anatomy(layers=2, heads=4, neurons=160)
+    structure, costs = space(layers=2, heads=4, neurons=160)
     scores = random_scores(structure, seed)
     plan = search(structure, scores, costs, fraction, align)
     plan.check(structure)
@@ -129,7 +129,7 @@ def test_the_best_units_of_a_group_are_kept(seed: int, fraction: float, align: i
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.35, 0.95))
 def test_no_other_sizes_are_worth_more(seed: int, fraction: float) -> None:
-    structure, costs = anatomy(layers=1, heads=4, neurons=60)
+    structure, costs = space(layers=1, heads=4, neurons=60)
     scores = random_scores(structure, seed)
     plan = search(structure, scores, costs, fraction, align=1)
     sums = {n: [0.0, *s.sort(descending=True).values.cumsum(0).tolist()] for n, s in scores.items()}
@@ -145,14 +145,14 @@ def test_no_other_sizes_are_worth_more(seed: int, fraction: float) -> None:
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.3, 0.95))
 def test_neurons_are_aligned_where_the_window_allows_it(seed: int, fraction: float) -> None:
-    structure, costs = anatomy(layers=4, heads=4, neurons=512)
+    structure, costs = space(layers=4, heads=4, neurons=512)
     plan = search(structure, random_scores(structure, seed), costs, fraction, align=16)
     # One step is 16 of 2,788: finer than the window.
     assert all(len(kept) % 16 == 0 for name, kept in plan.kept.items() if name.endswith("mlp"))
 
 
 def test_the_alignment_is_halved_where_it_is_too_coarse() -> None:
-    structure, costs = anatomy(layers=1, heads=1, neurons=1024)
+    structure, costs = space(layers=1, heads=1, neurons=1024)
     scores = {"0.attn": torch.ones(1), "0.mlp": torch.ones(1024)}
     plan = search(structure, scores, costs, 0.52, align=128)
     assert (0.52 - BUDGET_WINDOW) * costs.total <= costs.of(plan) <= 0.52 * costs.total
@@ -182,8 +182,8 @@ def test_heads_are_never_aligned() -> None:
 
 
 def with_widths(layers: int, heads: int, width: int, neurons: int) -> tuple[Structure, Costs]:
-    """`anatomy` with heads that can get narrower."""
-    structure, costs = anatomy(layers, heads, neurons)
+    """The space with heads that can get narrower."""
+    structure, costs = space(layers, heads, neurons)
     groups: list[Group] = []
     for found in structure.groups:
         groups.append(found)
@@ -343,7 +343,7 @@ def test_sizes_of_widths(units: int, align: int, expected: list[int]) -> None:
 
 
 def test_a_budget_below_the_floor_names_the_floor() -> None:
-    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    structure, costs = space(layers=2, heads=4, neurons=100)
     floor = f"{REST / costs.total:.3f}"
     with pytest.raises(UserError, match=floor):
         search(structure, random_scores(structure, 0), costs, 0.1, 8)
@@ -354,20 +354,20 @@ def test_a_budget_below_the_floor_names_the_floor() -> None:
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e9])
 def test_at_the_floor_nothing_is_kept(unit: float) -> None:
-    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    structure, costs = space(layers=2, heads=4, neurons=100)
     scaled = Costs(costs.total * unit, {n: c * unit for n, c in costs.per_unit.items()}, costs.units)
     plan = search(structure, random_scores(structure, 0), scaled, scaled.floor / scaled.total, 1)
     assert not any(plan.kept.values())
 
 
 def test_the_same_scores_give_the_same_plan() -> None:
-    structure, costs = anatomy(layers=3, heads=4, neurons=100)
+    structure, costs = space(layers=3, heads=4, neurons=100)
     scores = random_scores(structure, 1)
     assert search(structure, scores, costs, 0.5, 8) == search(structure, scores, costs, 0.5, 8)
 
 
 def test_among_equals_the_first_units_and_as_many_as_possible_are_kept() -> None:
-    structure, costs = anatomy(layers=1, heads=2, neurons=100)
+    structure, costs = space(layers=1, heads=2, neurons=100)
     scores = {"0.attn": torch.tensor([1.0, 1.0]), "0.mlp": torch.zeros(100)}
     plan = search(structure, scores, costs, 0.75, 1)
     assert plan.kept["0.attn"] == (0, 1)
@@ -376,7 +376,7 @@ def test_among_equals_the_first_units_and_as_many_as_possible_are_kept() -> None
 
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_the_size_of_scores_does_not_matter(factor: float) -> None:
-    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    structure, costs = space(layers=2, heads=4, neurons=100)
     scores = random_scores(structure, 2)
     scaled = {n: s * factor for n, s in scores.items()}
     assert search(structure, scaled, costs, 0.5, 8) == search(structure, scores, costs, 0.5, 8)
@@ -412,7 +412,7 @@ def total_value(plan: Plan, scores: dict[str, Tensor]) -> float:
 @settings(max_examples=15)
 @given(seed=st.integers(0, 10_000), first=st.floats(0.4, 0.95), second=st.floats(0.4, 0.95))
 def test_two_budgets_hold_and_little_is_lost(seed: int, first: float, second: float) -> None:
-    structure, costs = anatomy(layers=2, heads=3, neurons=24)
+    structure, costs = space(layers=2, heads=3, neurons=24)
     other = other_costs(structure, seed)
     scores = random_scores(structure, seed)
     budgets = [Budget(costs, first), Budget(other, second, "latency")]
@@ -434,7 +434,7 @@ def test_two_budgets_hold_and_little_is_lost(seed: int, first: float, second: fl
 
 @given(seed=st.integers(0, 10_000), fraction=st.floats(0.35, 0.95))
 def test_a_second_budget_that_is_wide_changes_nothing(seed: int, fraction: float) -> None:
-    structure, costs = anatomy(layers=2, heads=4, neurons=100)
+    structure, costs = space(layers=2, heads=4, neurons=100)
     scores = random_scores(structure, seed)
     alone = search(structure, scores, costs, fraction, align=4)
     both = search_all(structure, scores, [Budget(costs, fraction), Budget(other_costs(structure, seed), 0.9999)], 4)
@@ -443,19 +443,19 @@ def test_a_second_budget_that_is_wide_changes_nothing(seed: int, fraction: float
 
 
 def test_each_budget_is_checked_against_its_floor() -> None:
-    structure, costs = anatomy(layers=1, heads=2, neurons=20)
+    structure, costs = space(layers=1, heads=2, neurons=20)
     with pytest.raises(UserError, match=r"0\.01 of the latency cannot be reached"):
         search_all(structure, random_scores(structure, 0), [Budget(costs, 0.9), Budget(costs, 0.01, "latency")], 1)
 
 
 def test_edges_are_used_where_they_come_near_the_budget() -> None:
-    structure, costs = anatomy(layers=2, heads=2, neurons=100)
+    structure, costs = space(layers=2, heads=2, neurons=100)
     scores = random_scores(structure, 1)
-    edges = {g.name: [0, 33, 66, 99, 100] for g in structure.groups if g.kind == "neuron"}
+    step_sizes = {g.name: [0, 33, 66, 99, 100] for g in structure.groups if g.kind == "neuron"}
     near = Budget(costs, 0.75, window=0.2)
-    plan = search_all(structure, scores, [near], 8, edges)
-    assert {len(plan.kept[n]) for n in edges} <= {0, 33, 66, 99, 100}
-    exact = search_all(structure, scores, [Budget(costs, 0.753, window=0.002)], 8, edges)
+    plan = search_all(structure, scores, [near], 8, step_sizes)
+    assert {len(plan.kept[n]) for n in step_sizes} <= {0, 33, 66, 99, 100}
+    exact = search_all(structure, scores, [Budget(costs, 0.753, window=0.002)], 8, step_sizes)
     assert 0.751 * costs.total <= costs.of(exact) <= 0.753 * costs.total
 
 
@@ -464,7 +464,7 @@ def in_a_row(groups: tuple[Group, ...]) -> tuple[Group, ...]:
 
 
 def test_what_has_no_stream_around_it_keeps_a_unit() -> None:
-    structure, costs = anatomy(2, 4, 16)
+    structure, costs = space(2, 4, 16)
     row = replace(structure, groups=in_a_row(structure.groups))
     scores = {g.name: torch.zeros(g.units) for g in row.groups}
     scores["0.attn"] += 1.0

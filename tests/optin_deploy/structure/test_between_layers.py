@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.models.custom import custom_network
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.unpruned import find_unpruned
 
@@ -108,7 +108,7 @@ OBSTACLES: dict[str, tuple[nn.Module, nn.Module, str]] = {
 
 def message(module: nn.Module, inputs: dict[str, Tensor]) -> str:
     with pytest.raises(UserError) as raised:
-        examine(custom_network(module, inputs))
+        analyze(custom_network(module, inputs))
     assert "\n" not in str(raised.value)
     return str(raised.value).partition("; looked for")[0]
 

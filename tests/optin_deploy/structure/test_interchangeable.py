@@ -350,7 +350,7 @@ def test_networks_in_tuples_are_pruned_saved_and_read(name: str, tmp_path: Path)
     pruned = prune(of, batches, 0.6, align=8)
     pruned.plan.check(structure)
     assert any(0 < len(pruned.plan.kept[g.name]) < g.units for g in structure.groups)
-    assert 0.45 < pruned.anatomy.costs.of(pruned.plan) / pruned.anatomy.costs.total <= 0.6
+    assert 0.45 < pruned.space.costs.of(pruned.plan) / pruned.space.costs.total <= 0.6
     checkpoint.save(pruned.network, pruned.plan, tmp_path / "checkpoint")
     # The user's module is built anew, with other weights.
     fresh = nn.Sequential(*(type(m)(ALL[name]()) if isinstance(m, Block) else ALL[name]() for m in of.module))

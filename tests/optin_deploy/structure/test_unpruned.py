@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.errors import UserError
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe, prunable
 from optin_deploy.structure.results import Unpruned
@@ -99,7 +99,7 @@ def test_refused_modules_are_told_however_small_and_without_the_groups_inside() 
 def test_nothing_prunable_says_what_was_looked_for_and_where_the_flops_are() -> None:
     network = tiny.network_around(nn.Sequential(Mixer(), nn.Linear(8, 8)), {"input": torch.randn(2, 4, 8)})
     with pytest.raises(UserError) as raised:
-        examine(network)
+        analyze(network)
     message = str(raised.value)
     assert "\n" not in message
     assert re.search(r"nothing prunable .*Sequential", message)

@@ -18,7 +18,8 @@ from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import Pruned, examine, prune
+from optin_deploy.pruning.pruner import Pruned, prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.adapters import registry
 from optin_deploy.structure.canonicalize import canonicalize
@@ -139,7 +140,7 @@ def token_ids(batch: int = 3, seed: int = 0) -> dict[str, Tensor]:
 
 def run(network: Network, batches: list, dense: nn.Module, path: Path) -> Pruned:
     """Prune, save, load and export; the budget and the outputs are checked on the way."""
-    total = examine(network).costs.total
+    total = analyze(network).costs.total
     pruned = prune(network, batches, 0.6, align=1)
     small = pruned.network.module
     assert 0.6 - BUDGET_WINDOW <= count_flops(small, network.inputs) / total <= 0.6

@@ -16,7 +16,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.onnx_file import check_onnx, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.choices import Choice, choose, regret
 from optin_deploy.tokens.decisions import decision_names
@@ -29,9 +29,9 @@ LOW: tuple[Precision, ...] = ("fp16", "bf16", "int8")
 
 
 def merging(network: Network, schedule: tuple[int, ...]) -> Network:
-    anatomy = examine(network, tokens=True)
-    assert anatomy.stack is not None
-    with_merging(network.module, anatomy.structure, anatomy.stack, Plan({}, schedule))
+    space = analyze(network, tokens=True)
+    assert space.stack is not None
+    with_merging(network.module, space.structure, space.stack, Plan({}, schedule))
     return network
 
 

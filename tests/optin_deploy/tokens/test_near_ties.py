@@ -14,7 +14,7 @@ from optin_deploy.config.recipe import Recipe
 from optin_deploy.export.onnx_file import check_onnx, export_files
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network
-from optin_deploy.pruning.pruner import examine
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.merging import MergingBlocks, with_merging
 from optin_deploy.tokens.near_ties import NudgedBlocks, alternatives
@@ -26,9 +26,9 @@ RECIPE = Recipe(model="mine", flops=0.5, runtimes=("ort-cpu",), threads=1)
 
 
 def merging(network: Network, schedule: tuple[int, ...]) -> Network:
-    anatomy = examine(network, tokens=True)
-    assert anatomy.stack is not None
-    with_merging(network.module, anatomy.structure, anatomy.stack, Plan({}, schedule))
+    space = analyze(network, tokens=True)
+    assert space.stack is not None
+    with_merging(network.module, space.structure, space.stack, Plan({}, schedule))
     return network
 
 

@@ -14,11 +14,12 @@ from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import Anatomy, examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.knapsack import Budget, kept_score, search_all
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import TokenCosts, token_costs
-from optin_deploy.tokens.damage import Damages, damages
+from optin_deploy.tokens.merge_loss import MergeLoss, measure_task_loss
 from optin_deploy.tokens.merging import with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 
@@ -34,39 +35,39 @@ def network() -> Network:
 
 
 @pytest.fixture(scope="module")
-def anatomy(network: Network) -> Anatomy:
-    return examine(network, narrow=False, tokens=True)
+def space(network: Network) -> PruningSpace:
+    return analyze(network, narrow=False, tokens=True)
 
 
 @pytest.fixture(scope="module")
-def costs(network: Network, anatomy: Anatomy) -> TokenCosts:
-    assert anatomy.stack is not None
-    return token_costs(network.module, anatomy.structure, anatomy.costs, anatomy.stack, network.inputs)
+def costs(network: Network, space: PruningSpace) -> TokenCosts:
+    assert space.stack is not None
+    return token_costs(network.module, space.structure, space.costs, space.stack, network.inputs)
 
 
 def batch(seed: int = 1) -> dict[str, Tensor]:
     return {"image": torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))}
 
 
-def drawn_scores(anatomy: Anatomy, seed: int) -> dict[str, Tensor]:
+def drawn_scores(space: PruningSpace, seed: int) -> dict[str, Tensor]:
     made = torch.Generator().manual_seed(seed)
-    return {g.name: torch.rand(g.units, generator=made).double() for g in anatomy.structure.groups}
+    return {g.name: torch.rand(g.units, generator=made).double() for g in space.structure.groups}
 
 
 def inputs_of(network: Network, seed: int = 1) -> dict[str, Tensor]:
     return {next(iter(network.inputs)): next(iter(batch(seed).values()))}
 
 
-def test_damage_is_the_change_of_the_outputs(network: Network, anatomy: Anatomy) -> None:
-    assert anatomy.stack is not None
-    stack, inputs = anatomy.stack, inputs_of(network)
-    found = damages(network, anatomy.structure, stack, [inputs], {"logits": 2.0})
+def test_damage_is_the_change_of_the_outputs(network: Network, space: PruningSpace) -> None:
+    assert space.stack is not None
+    stack, inputs = space.stack, inputs_of(network)
+    found = measure_task_loss(network, space.structure, stack, [inputs], {"logits": 2.0})
     dense = network.forward(inputs)["logits"].detach().double()
     for block in range(3):
         merging = copy.deepcopy(network.module)
         tokens = found.tokens[-1]
         plan = Plan({}, (stack.tokens,) * block + (tokens,) * (3 - block))
-        with_merging(merging, anatomy.structure, stack, plan)
+        with_merging(merging, space.structure, stack, plan)
         changed = network.forward(inputs, merging)["logits"].detach().double()
         p, q = (torch.log_softmax(y / TEMPERATURE, -1) for y in (dense, changed))
         loss = 2.0 * TEMPERATURE**2 * float((p.exp() * (p - q)).sum())
@@ -77,32 +78,37 @@ def test_damage_is_the_change_of_the_outputs(network: Network, anatomy: Anatomy)
 
 
 def worth(
-    anatomy: Anatomy, scores: dict[str, Tensor], costs: TokenCosts, tokens: tuple[int, ...], damage: Damages, f: float
+    space: PruningSpace,
+    scores: dict[str, Tensor],
+    costs: TokenCosts,
+    tokens: tuple[int, ...],
+    merge_loss: MergeLoss,
+    f: float,
 ) -> float:
     """The score that the best units keep at a schedule, less its damage; −∞ where the budget is below the floor."""
     try:
-        plan = search_all(anatomy.structure, scores, [Budget(costs.at(tokens), f)], 8)
+        plan = search_all(space.structure, scores, [Budget(costs.at(tokens), f)], 8)
     except UserError:
         return -np.inf
-    return kept_score(anatomy.structure, scores, plan) - damage.of(tokens, costs.stack.prefix)
+    return kept_score(space.structure, scores, plan) - merge_loss.of(tokens, costs.stack.prefix)
 
 
-def made_up(stack_tokens: int, blocks: int, weight: float) -> Damages:
+def made_up(stack_tokens: int, blocks: int, weight: float) -> MergeLoss:
     """Merging costs more the earlier and the more of it."""
     tokens = (stack_tokens, stack_tokens - 4, stack_tokens // 2)
     base: NDArray[np.float64] = np.array([0.0, 1.0, 4.0])
-    return Damages(tokens, weight * np.stack([base * (blocks - i) for i in range(blocks)]))
+    return MergeLoss(tokens, weight * np.stack([base * (blocks - i) for i in range(blocks)]))
 
 
 def test_a_step_costs_between_what_is_left_of_the_whole_way_and_a_fresh_start() -> None:
     """101 tokens, one of them protected; measured: 20, 40 and 50 gone cost 1, 4 and 10."""
-    damage = Damages((101, 81, 61, 51), np.array([[0.0, 1.0, 4.0, 10.0]]))
+    merge_loss = MergeLoss((101, 81, 61, 51), np.array([[0.0, 1.0, 4.0, 10.0]]))
 
     def at(tokens: float) -> float:
-        return float(damage.at(0, np.array(tokens)))
+        return float(merge_loss.at(0, np.array(tokens)))
 
     def step(before: float, after: float) -> float:
-        return float(damage.step(0, 1, np.array(before), np.array(after)))
+        return float(merge_loss.step(0, 1, np.array(before), np.array(after)))
 
     # Fewer gone than measured: twice as many cost four times as much, as from 20 to 40. Between, and beyond: linear.
     assert [at(n) for n in (101, 91, 71, 46)] == pytest.approx([0, 0.25, 2.5, 13])
@@ -110,51 +116,53 @@ def test_a_step_costs_between_what_is_left_of_the_whole_way_and_a_fresh_start() 
     # From 80 patches to 60: on the way from all that costs 3; so large a part of all, 25 of 100 gone, costs 1.75.
     assert step(81, 61) == pytest.approx((3 * 1.75) ** 0.5)
     assert step(81, 81) == 0
-    assert damage.of((81,), 1) == pytest.approx(1) and damage.of((101,), 1) == 0
+    assert merge_loss.of((81,), 1) == pytest.approx(1) and merge_loss.of((101,), 1) == 0
 
 
 @pytest.mark.parametrize(("weight", "fraction"), [(3.0, 0.4), (0.5, 0.6), (3.0, 0.8)])
 def test_the_schedule_is_nearly_the_best_of_all(
-    anatomy: Anatomy, costs: TokenCosts, weight: float, fraction: float
+    space: PruningSpace, costs: TokenCosts, weight: float, fraction: float
 ) -> None:
     stack = costs.stack
-    scores, damage = drawn_scores(anatomy, 0), made_up(stack.tokens, 3, weight)
-    found = best_schedule(anatomy.structure, scores, costs, fraction, 8, damage)
+    scores, merge_loss = drawn_scores(space, 0), made_up(stack.tokens, 3, weight)
+    found = best_schedule(space.structure, scores, costs, fraction, 8, merge_loss)
     stack.check(found)
     levels = sorted({stack.tokens, 14, 11, 9, 7, 5, 4, 3})
     each = [t for t in product(levels, repeat=3) if stack.possible(t)]
-    best = max(worth(anatomy, scores, costs, t, damage, fraction) for t in each)
+    best = max(worth(space, scores, costs, t, merge_loss, fraction) for t in each)
     total = sum(float(v.sum()) for v in scores.values())
     # Prices reach the corners of what is possible only, and units come in steps.
-    assert worth(anatomy, scores, costs, found, damage, fraction) >= best - 0.015 * total
+    assert worth(space, scores, costs, found, merge_loss, fraction) >= best - 0.015 * total
 
 
-def test_dear_merging_is_left_and_free_merging_taken(anatomy: Anatomy, costs: TokenCosts) -> None:
-    scores, n = drawn_scores(anatomy, 0), costs.stack.tokens
-    dear = best_schedule(anatomy.structure, scores, costs, 0.6, 8, made_up(n, 3, 1e6))
-    free = best_schedule(anatomy.structure, scores, costs, 0.6, 8, made_up(n, 3, 0.0))
+def test_dear_merging_is_left_and_free_merging_taken(space: PruningSpace, costs: TokenCosts) -> None:
+    scores, n = drawn_scores(space, 0), costs.stack.tokens
+    dear = best_schedule(space.structure, scores, costs, 0.6, 8, made_up(n, 3, 1e6))
+    free = best_schedule(space.structure, scores, costs, 0.6, 8, made_up(n, 3, 0.0))
     assert dear == (n,) * 3 and free[-1] < n
 
 
-def test_a_share_of_the_flops_is_left_to_tokens(anatomy: Anatomy, costs: TokenCosts) -> None:
-    found = share_schedule(anatomy.structure, costs, 0.8, made_up(costs.stack.tokens, 3, 1.0))
+def test_a_share_of_the_flops_is_left_to_tokens(space: PruningSpace, costs: TokenCosts) -> None:
+    found = share_schedule(space.structure, costs, 0.8, made_up(costs.stack.tokens, 3, 1.0))
     whole = Plan({})
     assert 0.6 < costs.at(found).of(whole) / costs.total <= 0.8
 
 
 @pytest.mark.parametrize("loss", [(0.0, 0.0), (1.0, 1.0)])
-def test_merging_takes_no_more_than_its_share(anatomy: Anatomy, costs: TokenCosts, loss: tuple[float, float]) -> None:
+def test_merging_takes_no_more_than_its_share(
+    space: PruningSpace, costs: TokenCosts, loss: tuple[float, float]
+) -> None:
     """Neither where it costs nothing, nor where the first step costs as much as all: no price is between the two."""
     n = costs.stack.tokens
-    steps = Damages((n, n - 2, (n + 1) // 2), np.array([(0.0, *loss)] * 3))
-    found = share_schedule(anatomy.structure, costs, 0.8, steps)
+    steps = MergeLoss((n, n - 2, (n + 1) // 2), np.array([(0.0, *loss)] * 3))
+    found = share_schedule(space.structure, costs, 0.8, steps)
     costs.stack.check(found)
     assert 0.75 < costs.at(found).of(Plan({})) / costs.total <= 0.8
 
 
-def test_what_merging_alone_cannot_reach_is_told(anatomy: Anatomy, costs: TokenCosts) -> None:
+def test_what_merging_alone_cannot_reach_is_told(space: PruningSpace, costs: TokenCosts) -> None:
     with pytest.raises(UserError, match=r"0\.\d+ of the FLOPs.* 0\.050.*--tokens-share"):
-        share_schedule(anatomy.structure, costs, 0.05, made_up(costs.stack.tokens, 3, 1.0))
+        share_schedule(space.structure, costs, 0.05, made_up(costs.stack.tokens, 3, 1.0))
 
 
 def test_scores_without_outputs_do_not_make_merging_free(network: Network) -> None:

@@ -21,7 +21,8 @@ from optin_deploy.latency.target import LatencySettings
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.masking import mask_units
@@ -133,7 +134,7 @@ def _network(name: str) -> Network:
 
 @cache
 def _structure(name: str) -> Structure:
-    return examine(_network(name)).structure
+    return analyze(_network(name)).structure
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -149,7 +150,7 @@ def test_sliced_is_masked_and_costs_what_is_predicted(name: str) -> None:
     network, structure = _network(name), _structure(name)
     for plan in (tiny.uneven_plan(structure), _halves(structure), tiny.empty_plan(structure)):
         small = slice_network(network.module, structure, plan)
-        assert examine(network).costs.of(plan) == pytest.approx(count_flops(small, network.inputs), rel=1e-9)
+        assert analyze(network).costs.of(plan) == pytest.approx(count_flops(small, network.inputs), rel=1e-9)
         with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(network.inputs)["output"]
         given = network.forward(network.inputs, small)["output"]
@@ -177,7 +178,7 @@ def test_a_run_with_repair_checkpoint_and_export(name: str, tmp_path: Path) -> N
     network = _network(name)
     argument = next(iter(network.inputs))
     batches = [{argument: _images(4, seed)["x"]} for seed in range(4)]
-    costs = examine(network).costs
+    costs = analyze(network).costs
     flops = costs.floor / costs.total * 0.4 + 0.6
     pruned = prune(network, batches, flops, align=1)
     small = pruned.network.module

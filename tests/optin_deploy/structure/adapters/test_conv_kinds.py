@@ -26,7 +26,8 @@ from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.masking import mask_units
@@ -362,7 +363,7 @@ def test_from_end_to_end(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = tiny.randomised(make(), gain=1.2)
     network = custom_network(dense, inputs(dims), logits="output")
-    costs = examine(network).costs
+    costs = analyze(network).costs
     batches = [inputs(dims, 4, s) for s in range(4)]
     budget = 0.4 + 0.6 * costs.floor / costs.total
     pruned = prune(network, batches, budget, align=1)
@@ -386,7 +387,7 @@ def test_from_end_to_end(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dims", CONV)
 def test_criteria(criterion: Any, dims: int) -> None:
     dense, found = network("several", dims), structure("several", dims)
-    costs = examine(dense).costs
+    costs = analyze(dense).costs
     labels = [torch.tensor([0, 1, 2, 0])] if criterion == "fisher" else None
     scores = score(dense, found, costs, [inputs(dims, 4, 1)], Scoring(criterion), labels=labels)
     assert {n: tuple(s.shape) for n, s in scores.items()} == {g.name: (g.units,) for g in found.groups}

@@ -18,7 +18,7 @@ import optin_deploy
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import Anatomy, examine
+from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
@@ -210,9 +210,9 @@ def kept_some(group: Group, seed: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def test_half_of_the_flops(name: str) -> None:
     dense = network(name)
-    anatomy = examine(dense)
-    asked = max(0.5, round(lowest(anatomy) + 0.06, 2))
-    if anatomy.costs.floor <= 0.4 * anatomy.costs.total:
+    space = analyze(dense)
+    asked = max(0.5, round(lowest(space) + 0.06, 2))
+    if space.costs.floor <= 0.4 * space.costs.total:
         assert asked == 0.5
     shape = (3, *dense.inputs["x"].shape[1:])
     batches = [{"x": torch.randn(shape, generator=torch.Generator().manual_seed(i))} for i in (1, 2)]
@@ -224,7 +224,7 @@ def test_half_of_the_flops(name: str) -> None:
     assert given.isfinite().all()
 
 
-def lowest(anatomy: Anatomy) -> float:
+def lowest(space: PruningSpace) -> float:
     """What can be reached, as a part of the FLOPs."""
-    kept = {g.name: range(g.min_units if g.kind != "width" else 1) for g in anatomy.structure.groups}
-    return anatomy.costs.of(Plan({name: tuple(units) for name, units in kept.items()})) / anatomy.costs.total
+    kept = {g.name: range(g.min_units if g.kind != "width" else 1) for g in space.structure.groups}
+    return space.costs.of(Plan({name: tuple(units) for name, units in kept.items()})) / space.costs.total

@@ -15,7 +15,8 @@ from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.pruner import examine, prune
+from optin_deploy.pruning.pruner import prune
+from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import BUDGET_WINDOW
 from optin_deploy.structure.adapters.torch_attention import Attention, replace_torch_attention
 from optin_deploy.structure.describe import describe
@@ -151,7 +152,7 @@ def test_modules_without_such_attention_stay_themselves() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_sliced_is_masked(name: str) -> None:
     network = _network(name)
-    structure = examine(network).structure
+    structure = analyze(network).structure
     kinds = [g.kind for g in structure.groups]
     attentions = 3 if name == "transformer" else 2
     assert kinds.count("head") == kinds.count("width") == attentions and kinds.count("neuron") == 2
@@ -161,7 +162,7 @@ def test_sliced_is_masked(name: str) -> None:
         with torch.no_grad(), mask_units(network.module, structure, tiny.masks_of(structure, plan)):
             expected = network.forward(network.inputs)["output"]
         torch.testing.assert_close(network.forward(network.inputs, small)["output"], expected, rtol=0, atol=1e-5)
-        assert examine(network).costs.of(plan) == pytest.approx(count_flops(small, network.inputs))
+        assert analyze(network).costs.of(plan) == pytest.approx(count_flops(small, network.inputs))
 
 
 def test_masks_of_single_heads_go_with_the_heads() -> None:
@@ -219,7 +220,7 @@ def test_keys_of_its_own_leave_it_dense() -> None:
 @pytest.mark.parametrize("name", ["sequence first", "transformer"])
 def test_a_run_with_repair_checkpoint_and_export(name: str, tmp_path: Path) -> None:
     network, make = _network(name), MODULES[name][1]
-    costs = examine(network).costs
+    costs = analyze(network).costs
     pruned = prune(network, [make(4, seed) for seed in range(4)], 0.6, align=1)
     small = pruned.network.module
     assert 0.6 - BUDGET_WINDOW <= count_flops(small, network.inputs) / costs.total <= 0.6

@@ -44,7 +44,7 @@ class NetworkProfile:
         return f"<NetworkProfile {profile_line(self)}>"
 
     def _repr_html_(self) -> str:
-        return html_of(profile_view("network", self))
+        return html_of(render_profile("network", self))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict whose keys are the attributes."""
@@ -78,7 +78,7 @@ class PartTable:
 
 
 @dataclass(frozen=True)
-class TableView:
+class LatencyTables:
     """The latency tables of a network: its dense latency, what is left with every unit removed, and every part's sizes.
 
     ``dense_ms``, ``floor_ms`` are of now, the tables' own figures of when they were measured.
@@ -97,7 +97,7 @@ class TableView:
         return asdict(self)
 
 
-def profile_view(name: str, profile: NetworkProfile) -> Group:
+def render_profile(name: str, profile: NetworkProfile) -> Group:
     """Return latency, throughput and latency breakdown for a rich console."""
     summary = profile.summary
     latencies = [formatting.milliseconds(ms) for ms in (summary.p50_ms, summary.p90_ms, summary.p99_ms)]
@@ -127,7 +127,7 @@ def profile_line(profile: NetworkProfile) -> str:
     return f"{_where(profile)}: {latencies}{where}"
 
 
-def table_view(name: str, view: TableView) -> Group:
+def render_latency_tables(name: str, view: LatencyTables) -> Group:
     """Return the dense latency, the latency floor, and the sizes of every part for a rich console."""
     head = Text.assemble(
         (f"{name}: {_where(view)}\n", "bold"),
@@ -137,7 +137,7 @@ def table_view(name: str, view: TableView) -> Group:
     return Group(head, *(_part(part) for part in view.parts))
 
 
-def cache_view(settings: Sequence[Mapping[str, Any]], folder: str) -> RenderableType:
+def render_cache(settings: Sequence[Mapping[str, Any]], folder: str) -> RenderableType:
     """Return the latency tables in the cache, a row each."""
     if not settings:
         return Text(f"no latency tables in {folder}: --model measures those of a network")
@@ -167,5 +167,5 @@ def _part(part: PartTable) -> RenderableType:
     return render_table(Table(heading, rows, left=frozenset({len(heading) - 1})), title)
 
 
-def _where(of: NetworkProfile | TableView) -> str:
+def _where(of: NetworkProfile | LatencyTables) -> str:
     return f"{wording.runtime_name(of.runtime)}, batch {of.batch_size}, {wording.threads(of.threads)}"
