@@ -9,7 +9,8 @@ from cases import Case
 from torch import nn
 
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
-from optin_deploy.criteria.scoring import Criterion, Scoring, score
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Anatomy, PruneSettings, Ridge, examine, remove, remove_in_rounds

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optin_deploy.distributed.ranks import own_indices
+from optin_deploy.criteria.scoring import ScoringInputs
+from optin_deploy.distributed.ranks import own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.freezing import frozen
@@ -27,6 +28,14 @@ from optin_deploy.utils.progress import track
 IGNORED = -100
 
 Batch = Mapping[str, Tensor]
+
+
+def score_fisher(inputs: ScoringInputs) -> dict[str, Tensor]:
+    """Return `fisher_scores` of all batches, those of other processes too."""
+    gradients = mask_gradients(inputs.network, inputs.structure, inputs.batches, inputs.labels)
+    sums = {name: len(gradients[name]) * score for name, score in fisher_scores(gradients).items()}
+    samples = sum(len(next(iter(batch.values()))) for batch in inputs.batches)
+    return {name: total / samples for name, total in ranks_of(inputs.batches).total(sums).items()}
 
 
 def mask_gradients(

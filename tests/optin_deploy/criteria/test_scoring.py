@@ -13,7 +13,8 @@ from optin_deploy.criteria import scoring
 from optin_deploy.criteria.fisher import mask_gradients
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.criteria.random_baseline import random_scores
-from optin_deploy.criteria.scoring import Criterion, Scoring, save_scores, score
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, save_scores, score
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError

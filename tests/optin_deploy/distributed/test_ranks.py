@@ -10,7 +10,8 @@ from together import together
 from torch import Tensor
 
 from optin_deploy.criteria import scoring
-from optin_deploy.criteria.scoring import Criterion, Scoring, score
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.distributed.ranks import ALONE, Ranks, Shared, own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.pruner import make_sparse, prune

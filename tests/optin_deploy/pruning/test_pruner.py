@@ -6,7 +6,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.criteria.scoring import Criterion, Scorer, Scoring
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scorer, Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
