@@ -325,7 +325,7 @@ class _Repair:
             old[-1] = bias.double()
         free = isinstance(bias, Tensor) or norm_bias is not None
         name = None if found.vanished else found.module
-        solution = self.ranks.given(lambda: self.refit(name, training, held_out, old, bias=free), old)
+        solution = self.ranks.broadcast(lambda: self.refit(name, training, held_out, old, bias=free), old)
         if not found.vanished:
             set_weight_matrix(module, solution[:-1].T)
         if isinstance(bias, Tensor):

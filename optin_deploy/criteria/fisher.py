@@ -35,7 +35,7 @@ def score_fisher(inputs: ScoringInputs) -> dict[str, Tensor]:
     gradients = mask_gradients(inputs.network, inputs.structure, inputs.batches, inputs.labels)
     sums = {name: len(gradients[name]) * score for name, score in fisher_scores(gradients).items()}
     samples = sum(len(next(iter(batch.values()))) for batch in inputs.batches)
-    return {name: total / samples for name, total in ranks_of(inputs.batches).total(sums).items()}
+    return {name: total / samples for name, total in ranks_of(inputs.batches).all_reduce(sums).items()}
 
 
 def mask_gradients(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ def score(
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
     if not spec.ignores_network:
         first = batches[0] if len(batches) else network.inputs
-        arbitrary = ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
+        arbitrary = ranks_of(batches).broadcast_object(lambda: check_signal(network, structure, first, scores))
         if arbitrary is not None:
             tell(arbitrary)
     return scores
@@ -169,7 +169,7 @@ def _with_derivatives(
     if not scoring.spec.needs_derivatives:
         yield network, False
         return
-    if scoring.spec.measures_loss and ranks_of(batches).told(lambda: is_saturated(network, batches)):
+    if scoring.spec.measures_loss and ranks_of(batches).broadcast_object(lambda: is_saturated(network, batches)):
         tell(
             f"{network.logits} is saturated: probabilities are 0 or 1 on all calibration data, where small changes of "
             "the logits change none; units are scored by the squared change of the logits"
@@ -200,7 +200,7 @@ def check_reach(network: Network, structure: Structure, batches: Batches, scorin
 def _reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> Reach:
     forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
     find = find_forward_reach if forth else find_reach
-    reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
+    reach = ranks_of(batches).broadcast_object(lambda: find(network, structure, batches[0]))
     # Passes with gradients may leave on a module what passes without do not.
     copyable(network.module)
     masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
@@ -304,13 +304,13 @@ def _forward(network: Network, structure: Structure, batches: Batches, scoring: 
 
 def _own_groups(batches: Batches, groups: Sequence[Group], cost: Callable[[Group], float]) -> tuple[Group, ...]:
     """Those of ``groups``, scored one by one at such a cost, that are this process's."""
-    return tuple(groups[index] for index in ranks_of(batches).weighed([cost(group) for group in groups]))
+    return tuple(groups[index] for index in ranks_of(batches).balanced_shard([cost(group) for group in groups]))
 
 
 def _together(batches: Batches, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scores of all ``groups`` out of those that each process has found."""
     nothing = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
-    return ranks_of(batches).total(nothing | dict(scores))
+    return ranks_of(batches).all_reduce(nothing | dict(scores))
 
 
 def _factors(

@@ -1,7 +1,7 @@
 """From a network and calibration batches to a smaller network, in memory."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, Unpack
 
 import torch
@@ -298,7 +298,9 @@ def remove_in_rounds(
         costs = token_costs(dense.module, anatomy.structure, anatomy.costs, anatomy.stack, dense.inputs).at(schedule)
     rounds, structure = settings.rounds, anatomy.structure
     budget = Budget(costs, settings.flops ** (1 / rounds))
-    plan = told_plan(batches, lambda: search_all(structure, scores, [budget], settings.align, settings.edges))
+    plan = ranks_of(batches).broadcast_object(
+        lambda: search_all(structure, scores, [budget], settings.align, settings.edges)
+    )
     plan = replace(plan, tokens=schedule)
     with part(1 / rounds):
         small = remove(dense, structure, plan, batches, settings.ridge, anatomy.stack)
@@ -323,13 +325,9 @@ def next_step(small: Network, anatomy: Anatomy, batches: Batches, settings: Prun
     structure = rest.structure
     scores = score(small, structure, rest.costs, batches, settings.scoring, labels=settings.labels)
     flops = settings.flops * anatomy.costs.total / rest.costs.total
-    return structure, told_plan(batches, lambda: search(structure, scores, rest.costs, flops, settings.align))
-
-
-def told_plan(batches: Batches, make: Callable[[], Plan]) -> Plan:
-    """Return the plan that the main process makes, on all processes that share ``batches``."""
-    plan = ranks_of(batches).told(lambda: asdict(make()))
-    return Plan({name: tuple(units) for name, units in plan["kept"].items()}, tuple(plan["tokens"]))
+    return structure, ranks_of(batches).broadcast_object(
+        lambda: search(structure, scores, rest.costs, flops, settings.align)
+    )
 
 
 def remove(

@@ -27,7 +27,6 @@ from optin_deploy.pruning.pruner import (
     remove,
     remove_in_rounds,
     token_schedule,
-    told_plan,
 )
 from optin_deploy.run import run_directory
 from optin_deploy.run.context import PrunedRun, RunContext
@@ -87,7 +86,7 @@ def prune_network(context: RunContext, tables: LatencyModel | None) -> PrunedRun
     prepared.network.module.to(prepared.device)
     batches = Shared(_batches_on_device(prepared), ranks)
     dense, scores = _score(context, batches) if context.recipe.has_budget else (context.network, {})
-    if ranks.told(context.checkpoint.exists):
+    if ranks.broadcast_object(context.checkpoint.exists):
         pruned = _read_checkpoint(context)
     else:
         pruned = _prune(context, _Scored(dense, scores, batches, tables))
@@ -115,7 +114,7 @@ def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Ten
         if context.checkpoint.exists() and path.is_file():
             return context.network, _keep_scores(path, structure)
         dense = in_principal_bases(context.network, structure, batches)
-        if ranks.told(path.is_file):
+        if ranks.broadcast_object(path.is_file):
             return dense, _keep_scores(path, structure) if ranks.main else {}
         notes: list[str] = []
         costs, labels = context.anatomy.costs, context.prepared.calibration.labels
@@ -196,7 +195,7 @@ def _plan_for_latency(context: RunContext, scored: _Scored, schedule: tuple[int,
     def plan() -> Plan:
         return plan_for_latency(context, scored.dense, scored.scores, scored.measured, schedule)
 
-    return told_plan(scored.batches, plan)
+    return context.ranks.broadcast_object(plan)
 
 
 def _prune_to_flops(
@@ -236,7 +235,7 @@ def _schedule_tokens(context: RunContext, scored: _Scored) -> tuple[int, ...]:
     if stack is None:
         return ()
     damages = _measure_damages(context, scored, stack) if context.recipe.tokens == "auto" else None
-    return tuple(context.ranks.told(partial(_search_schedule, context, scored, damages)))
+    return context.ranks.broadcast_object(partial(_search_schedule, context, scored, damages))
 
 
 def _search_schedule(context: RunContext, scored: _Scored, damages: Damages | None) -> tuple[int, ...]:
@@ -251,7 +250,7 @@ def _measure_damages(context: RunContext, scored: _Scored, stack: TokenStack) ->
     """Measure what merging tokens costs, once for all budgets; or let the main process read an earlier result."""
     path, ranks = context.directory / _DAMAGES, context.ranks
     with context.stages.stage("try merging"):
-        if ranks.told(path.is_file):
+        if ranks.broadcast_object(path.is_file):
             return ranks.on_main(partial(_keep_damages, path))
         scoring = scoring_of(context.recipe)
         damages = token_damages(scored.dense, context.anatomy.structure, stack, scored.batches, scoring)
