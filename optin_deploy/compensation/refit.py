@@ -42,7 +42,7 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import first_tensor, stream_scale, stream_shift
 from optin_deploy.structure.slicing import output_bias
 from optin_deploy.utils.progress import track
-from optin_deploy.utils.spill import Shelf
+from optin_deploy.utils.spill import SpillList
 
 Batch = Mapping[str, Tensor]
 
@@ -126,8 +126,8 @@ class _Repair:
         self.hold_out = hold_out and any(is_held_out(index, len(batches)) for index in range(len(batches)))
         self.ranks, self.own = ranks_of(batches), own_indices(batches)
         # Of this process's batches only; those of many do not fit in memory.
-        self.dense_done: Shelf[dict[str, Any]] = Shelf({} for _ in self.own)
-        self.pruned_done: Shelf[dict[str, Any]] = Shelf({} for _ in self.own)
+        self.dense_done: SpillList[dict[str, Any]] = SpillList({} for _ in self.own)
+        self.pruned_done: SpillList[dict[str, Any]] = SpillList({} for _ in self.own)
         self.changed = False
         # Maps that have had their turn, also those that were left as they are.
         self.passed: set[str] = set()
@@ -151,7 +151,7 @@ class _Repair:
             self._pass(self.network.module, self.dense_done, block)
         self._pass(self.pruned, self.pruned_done, block)
 
-    def _pass(self, module: nn.Module, dones: Shelf[dict[str, Any]], block: str) -> None:
+    def _pass(self, module: nn.Module, dones: SpillList[dict[str, Any]], block: str) -> None:
         for place, index in enumerate(self.own):
             done = dones[place]
             with resumed(module, done):

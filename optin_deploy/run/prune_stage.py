@@ -39,7 +39,7 @@ from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.paths import regular
 from optin_deploy.utils.progress import part
-from optin_deploy.utils.spill import Shelf
+from optin_deploy.utils.spill import SpillList
 
 logger = logging.getLogger(__name__)
 _SCORES, _NOTES, _PLAN, _DAMAGES = "scores.safetensors", "scoring.json", "plan.json", "merging.json"
@@ -104,7 +104,9 @@ def _batches_on_device(prepared: PreparedRun) -> Batches:
     """Return the calibration batches on the run's device; a spill list keeps only some of them in its memory."""
     if prepared.device.type == "cpu":
         return prepared.calibration.batches
-    return Shelf({name: t.to(prepared.device) for name, t in batch.items()} for batch in prepared.calibration.batches)
+    return SpillList(
+        {name: t.to(prepared.device) for name, t in batch.items()} for batch in prepared.calibration.batches
+    )
 
 
 def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Tensor]]:
