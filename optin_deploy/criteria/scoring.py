@@ -25,7 +25,7 @@ from optin_deploy.nn.copies import copyable
 from optin_deploy.search.costs import Costs
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.utils.atomic_files import write_tensors
-from optin_deploy.utils.progress import part
+from optin_deploy.utils.progress import progress_until
 
 Scorer = Literal["sketch", "exact", "forward"]
 Batches = Sequence[Mapping[str, Tensor]]
@@ -233,7 +233,7 @@ def score_trajectory_obs(inputs: ScoringInputs) -> dict[str, Tensor]:
     network, structure, batches, scoring = inputs.network, inputs.structure, inputs.batches, inputs.scoring
     samples = _samples_at_once(network, structure, batches)
     factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
-    with part(_PROBING):
+    with progress_until(_PROBING):
         moments = probe_moments(
             network,
             structure,
@@ -272,7 +272,7 @@ def score_trajectory(inputs: ScoringInputs) -> dict[str, Tensor]:
         first = chunks(batches[:1], _FACTOR_SAMPLES)[0]
         factors = _factors(network, structure, batches, first, scoring, masked_totals)
     own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
-    with part(1.0 if scoring.scorer == "exact" else _MASKING):
+    with progress_until(1.0 if scoring.scorer == "exact" else _MASKING):
         found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed)
     scores = _per_sample(_together(batches, exactly, found), some)
     if scoring.scorer == "sketch":

@@ -38,7 +38,7 @@ from optin_deploy.data.texts import (
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch, Batches, batch_size
-from optin_deploy.utils.paths import check_there
+from optin_deploy.utils.paths import check_exists
 from optin_deploy.utils.spill import SpillList
 
 _Kind = Literal["image", "text", "tensor"]
@@ -132,7 +132,7 @@ def load_calibration(
     """
     if samples is not None and samples < 1:
         raise UserError(f"--calibration-samples {samples}: at least 1 is needed")
-    check_there(path, "calibration data")
+    check_exists(path, "calibration data")
     if column is not None and not is_table(path):
         raise UserError(
             f"--calibration-column {column}: only a table ({TABLE_KINDS}) given as --calibration has columns"

@@ -36,7 +36,7 @@ from optin_deploy.tokens.merging import with_merging
 from optin_deploy.tokens.schedule import best_schedule, share_schedule
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.utils.display import html_of, render_kept
-from optin_deploy.utils.progress import part, track
+from optin_deploy.utils.progress import progress_until, track
 
 # Strength of the ridge: chosen on held-out batches, fixed, or None for no compensation.
 Ridge = float | Literal["auto"] | None
@@ -302,7 +302,7 @@ def remove_in_rounds(
         lambda: search_all(structure, scores, [budget], settings.align, settings.edges)
     )
     plan = replace(plan, tokens=schedule)
-    with part(1 / rounds):
+    with progress_until(1 / rounds):
         small = remove(dense, structure, plan, batches, settings.ridge, anatomy.stack)
     for number in track(range(2, rounds + 1)):
         flops = settings.flops ** (number / rounds)

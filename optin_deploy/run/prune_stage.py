@@ -37,8 +37,8 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
 from optin_deploy.tokens.damage import Damages, token_damages
 from optin_deploy.tokens.stack import TokenStack
-from optin_deploy.utils.paths import regular
-from optin_deploy.utils.progress import part
+from optin_deploy.utils.paths import require_regular
+from optin_deploy.utils.progress import progress_until
 from optin_deploy.utils.spill import SpillList
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _keep_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
     """Read the scores of an earlier try; UserError unless they fit ``structure``."""
     run_directory.keep(path)
     try:
-        scores = load_file(regular(path))
+        scores = load_file(require_regular(path))
     except (OSError, SafetensorError):
         scores = {}
     if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:
@@ -168,7 +168,7 @@ def _prune(context: RunContext, scored: _Scored) -> PrunedRun:
     schedule = _schedule_tokens(context, scored)
     plan = _plan_for_latency(context, scored, schedule) if recipe.has_latency else None
     with context.stages.stage("slice and repair"):
-        with part(1.0 if recipe.sparsity is None else 0.5):
+        with progress_until(1.0 if recipe.sparsity is None else 0.5):
             if plan is not None:
                 anatomy = context.anatomy
                 module = remove(scored.dense, anatomy.structure, plan, scored.batches, ridge, anatomy.stack)

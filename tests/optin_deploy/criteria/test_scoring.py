@@ -21,7 +21,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
-from optin_deploy.utils.progress import shown_by
+from optin_deploy.utils.progress import show_progress
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +163,7 @@ def test_progress_rises_to_one(criterion: Criterion, scorer: scoring.Scorer) -> 
     batches = tiny.batches(network, 3)
     options: dict[str, Any] = {"criterion": criterion, "scorer": scorer, "probes": 5}
     shown: list[float] = []
-    with shown_by(shown.append):
+    with show_progress(shown.append):
         scored(network, structure, batches, labels=some_labels(batches), **options)
     assert len(shown) >= 3
     assert shown == sorted(shown) and shown[-1] == 1.0

@@ -15,7 +15,7 @@ from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import Pruned, PruneSettings, examine, next_step, prune, remove, remove_more
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import sliced
-from optin_deploy.utils.progress import shown_by
+from optin_deploy.utils.progress import show_progress
 
 pytestmark = pytest.mark.slow
 
@@ -214,6 +214,6 @@ def test_remove_reports_progress_only_when_it_repairs(network: Network) -> None:
     structure, batches = examine(network).structure, tiny.batches(network, 1)
     shown: list[float] = []
     plan = Plan({structure.groups[0].name: (0,)})
-    with shown_by(shown.append):
+    with show_progress(shown.append):
         remove(network, structure, plan, batches, 0.1)
     assert shown == pytest.approx([1 / 3, 2 / 3, 1])
