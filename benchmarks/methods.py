@@ -1,15 +1,16 @@
-"""Ways to prune a case to budgets: ours by every criterion, and the rivals. Each scores once for all its budgets."""
+"""Ways to prune a case to budgets: ours by every criterion, and the baselines. Each scores once for all its budgets."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+from baselines import corp, kprune, kwon, vbp
 from cases import Case
-from rivals import corp, kprune, vbp
 from torch import nn
 
-from optin_deploy.criteria.fisher import fisher_scores, mask_gradients, rearranged, rescale
-from optin_deploy.criteria.scoring import Criterion, Scoring, score
+from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.removal import Remover
@@ -87,7 +88,7 @@ def by_rounds(rounds: int) -> Method:
     return run
 
 
-def kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
+def by_kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
     """Kwon et al. in full: Fisher scores, rearrangement, least-squares rescaling of the masks."""
     name, repair = "fisher, rearranged", "rescale"
     if case.labels is None:
@@ -101,16 +102,16 @@ def kwon(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
     for budget in budgets:
         start = perf_counter()
         first = search(space.structure, scores, space.costs, budget, ALIGN.get(case.name, 64))
-        plan = rearranged(first, gradients)
+        plan = kwon.rearrange(first, gradients)
         module = slice_network(case.network.module, space.structure, plan)
-        rescale(case.network, module, space.structure, plan, case.batches)
+        kwon.rescale(case.network, module, space.structure, plan, case.batches)
         yield Outcome(name, repair, budget, plan, module, scored + perf_counter() - start)
 
 
-Rival = Callable[..., tuple[Plan, nn.Module]]
+Baseline = Callable[..., tuple[Plan, nn.Module]]
 
 
-def rival(name: str, prune: Rival) -> Method:
+def baseline(name: str, prune: Baseline) -> Method:
     """A method of others, with its own repair."""
 
     def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
@@ -133,10 +134,10 @@ METHODS: dict[str, Method] = {
     "trajectory-obs-2-rounds": by_rounds(2),
     "trajectory": by_criterion("trajectory"),
     "fisher": by_criterion("fisher"),
-    "kwon": kwon,
+    "kwon": by_kwon,
     "magnitude": by_criterion("magnitude"),
     "random": by_criterion("random"),
-    "corp": rival("CORP", corp.prune),
-    "vbp": rival("variance-based", vbp.prune),
-    "kprune": rival("K-prune", kprune.prune),
+    "corp": baseline("CORP", corp.prune),
+    "vbp": baseline("variance-based", vbp.prune),
+    "kprune": baseline("K-prune", kprune.prune),
 }

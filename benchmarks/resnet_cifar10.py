@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import optin_deploy
 from optin_deploy import ImagePreprocessing, Network
-from optin_deploy.utils.atomic_files import whole_directory
+from optin_deploy.utils.atomic_files import atomic_directory
 
 Split = Literal["train", "test"]
 
@@ -126,7 +126,7 @@ def _decode(archive: Path, folder: Path) -> None:
                 with Image.open(io.BytesIO(content.read())) as picture:
                     images[split, label, name] = np.asarray(picture.convert("RGB"))
     classes = sorted({label for _, label, _ in images})
-    with whole_directory(folder) as directory:
+    with atomic_directory(folder) as directory:
         for wanted in ("train", "test"):
             keys = sorted(key for key in images if key[0] == wanted)
             labels = np.array([classes.index(label) for _, label, _ in keys])

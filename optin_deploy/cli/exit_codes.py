@@ -15,7 +15,7 @@ from rich.text import Text
 
 from optin_deploy.distributed.torchrun import launched_ranks
 from optin_deploy.errors import GateError, UserError
-from optin_deploy.utils.signals import Ended, signals_raised, told
+from optin_deploy.utils.signals import Terminated, describe_end, raise_on_signals
 
 if TYPE_CHECKING:
     from click import UsageError
@@ -36,7 +36,7 @@ def exit_code(run: Callable[[], int], command: str) -> int:
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
-        with signals_raised():
+        with raise_on_signals():
             return run()
     except GateError as error:
         _print_line(errors, "gate failed:", error)
@@ -54,10 +54,10 @@ def exit_code(run: Callable[[], int], command: str) -> int:
         file = error.filename2 or error.filename or f"a file, of the output or in {tempfile.gettempdir()},"
         _print_line(errors, "error:", f"{file} cannot be read or written: {error.strerror}; fix it and run again")
         return 2
-    except Ended as ended:
+    except Terminated as terminated:
         if launched_ranks()[0] == 0:
-            errors.print(told(ended, command), highlight=False, markup=False)
-        return ended.code
+            errors.print(describe_end(terminated, command), highlight=False, markup=False)
+        return terminated.code
 
 
 def _print_line(console: Console, kind: str, error: Exception | str) -> None:

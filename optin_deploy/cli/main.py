@@ -26,7 +26,7 @@ from optin_deploy.config.sweep_plan import plan, read_sweep
 from optin_deploy.config.validation import check_layout, check_profile
 from optin_deploy.distributed.torchrun import quiet_unless_main, refuse_several
 from optin_deploy.errors import GateError, UserError
-from optin_deploy.utils.paths import check_new, check_place, check_there
+from optin_deploy.utils.paths import check_exists, check_new, check_writable
 from optin_deploy.utils.signals import Interruptible
 
 if TYPE_CHECKING:
@@ -116,10 +116,10 @@ def _check_not_both(quiet: bool, verbose: bool) -> None:
 
 def _check_paths(recipe: Recipe, output: Path | None = None) -> None:
     """Raise UserError for data that do not exist, and for a directory that cannot be made."""
-    check_there(recipe.calibration, "calibration data")
-    check_there(recipe.evaluate, "evaluation data")
+    check_exists(recipe.calibration, "calibration data")
+    check_exists(recipe.evaluate, "evaluation data")
     if output is not None:
-        check_place(output, f"--output {output}")
+        check_writable(output, f"--output {output}")
 
 
 class _Screen(NamedTuple):
@@ -190,7 +190,7 @@ def export(
     kind = check_layout(resolved, layout, name)
     _check_paths(resolved)
     if output is not None:
-        (check_new if kind == "plain" else check_place)(output)
+        (check_new if kind == "plain" else check_writable)(output)
 
     from optin_deploy.export.command import default_name, export_network
     from optin_deploy.report.terminal import render_exported

@@ -36,7 +36,7 @@ def reestimate(module: nn.Module, batches: Batches) -> None:
     every: list[nn.Module] = [*norms, *instances]
     for module_with_statistics in every:
         for buffer in module_with_statistics.buffers(recurse=False):
-            buffer.copy_(ranks_of(batches).given(buffer.clone, buffer))
+            buffer.copy_(ranks_of(batches).broadcast(buffer.clone, buffer))
 
 
 def _run(module: nn.Module, norms: Sequence[_Norm], batches: Batches) -> None:

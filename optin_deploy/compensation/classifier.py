@@ -63,7 +63,7 @@ def refit_classifier(
         return fit(x, p, held_out, old, strengths, bias=bias is not None, head=network.head)
 
     # It is short work for one process, and the rows of all batches are needed together.
-    solution = ranks_of(batches).given(fitted, old)
+    solution = ranks_of(batches).broadcast(fitted, old)
     layer.weight.copy_(solution[:-1].T)
     if bias is not None:
         bias.copy_(solution[-1])

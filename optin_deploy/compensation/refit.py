@@ -52,7 +52,7 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.residual import stream_scale, stream_shift
 from optin_deploy.structure.slicing import output_bias
 from optin_deploy.utils.progress import track
-from optin_deploy.utils.spill import Shelf
+from optin_deploy.utils.spill import SpillList
 
 Batch = Mapping[str, Tensor]
 
@@ -136,8 +136,8 @@ class _Repair:
         self.hold_out = hold_out and any(is_held_out(index, len(batches)) for index in range(len(batches)))
         self.ranks, self.own = ranks_of(batches), own_indices(batches)
         # Of this process's batches only; those of many do not fit in memory.
-        self.dense_done: Shelf[dict[str, Any]] = Shelf({} for _ in self.own)
-        self.pruned_done: Shelf[dict[str, Any]] = Shelf({} for _ in self.own)
+        self.dense_done: SpillList[dict[str, Any]] = SpillList({} for _ in self.own)
+        self.pruned_done: SpillList[dict[str, Any]] = SpillList({} for _ in self.own)
         self.changed = False
         # Maps that have had their turn, also those that were left as they are.
         self.passed: set[str] = set()
@@ -161,7 +161,7 @@ class _Repair:
             self._pass(self.network.module, self.dense_done, block)
         self._pass(self.pruned, self.pruned_done, block)
 
-    def _pass(self, module: nn.Module, dones: Shelf[dict[str, Any]], block: str) -> None:
+    def _pass(self, module: nn.Module, dones: SpillList[dict[str, Any]], block: str) -> None:
         for place, index in enumerate(self.own):
             done = dones[place]
             with replay_blocks(module, done):
@@ -328,7 +328,7 @@ class _Repair:
             old[-1] = bias.double()
         free = isinstance(bias, Tensor) or norm_bias is not None
         name = None if found.vanished else found.module
-        solution = self.ranks.given(lambda: self.refit(name, training, held_out, old, bias=free), old)
+        solution = self.ranks.broadcast(lambda: self.refit(name, training, held_out, old, bias=free), old)
         if not found.vanished:
             set_weight_matrix(module, solution[:-1].T)
         if isinstance(bias, Tensor):

@@ -54,7 +54,9 @@ class Moments:
 
     def total(self, ranks: Ranks) -> "Moments":
         """The sum over all processes."""
-        found = ranks.total({"gram": self.gram, "cross": self.cross, "targets": torch.tensor(self.targets).double()})
+        found = ranks.all_reduce(
+            {"gram": self.gram, "cross": self.cross, "targets": torch.tensor(self.targets).double()}
+        )
         return Moments(found["gram"], found["cross"], float(found["targets"]))
 
     def of_nothing(self) -> "Moments":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from pydantic_core import PydanticUndefined
 
+from optin_deploy.criteria.registry import CRITERIA, LABEL_CRITERIA, LOSS_CRITERIA, list_names
 from profilers import ENGINE_RUNTIMES
 
 if TYPE_CHECKING:
@@ -48,13 +49,12 @@ class Needs:
         lambda recipe: any(runtime in ENGINE_RUNTIMES for runtime in recipe.measured_runtimes),
     )
     OPTIN = Condition("--criterion trajectory", lambda recipe: recipe.criterion == "trajectory")
-    TRAJECTORY = Condition(
-        "--criterion trajectory-obs or trajectory", lambda recipe: recipe.criterion.startswith("trajectory")
-    )
+    TRAJECTORY = Condition(f"--criterion {list_names(LOSS_CRITERIA)}", lambda recipe: recipe.criterion in LOSS_CRITERIA)
     PROBES = Condition(
-        "random probes", lambda recipe: recipe.criterion.startswith("trajectory") and recipe.scorer != "exact"
+        "random probes",
+        lambda recipe: CRITERIA[recipe.criterion].probes is not None and recipe.scorer != "exact",
     )
-    FISHER = Condition("--criterion fisher", lambda recipe: recipe.criterion == "fisher")
+    LABELS = Condition(f"--criterion {list_names(LABEL_CRITERIA)}", lambda recipe: recipe.criterion in LABEL_CRITERIA)
     COMPENSATION = Condition("--compensate", lambda recipe: recipe.compensate)
     TOKENS_AUTO = Condition("--tokens auto", lambda recipe: recipe.tokens == "auto")
 

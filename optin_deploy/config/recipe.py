@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from exporters import Precision
 from optin_deploy.config.options import ALL, RUNS, RUNS_AND_EXPORT, RUNS_AND_PROFILE, Needs, Option, Panel
 from optin_deploy.config.recipe_yaml import read_options
+from optin_deploy.criteria.registry import CRITERIA, LABEL_CRITERIA, Criterion, list_names
 from optin_deploy.errors import UserError
 from optin_deploy.utils.atomic_files import write_text
 from profilers import SPECS, Runtime
@@ -68,8 +69,8 @@ class Recipe(BaseModel):
         commands=RUNS_AND_EXPORT,
     ).field(None, max_length=_MOST_CHARACTERS)
     calibration_labels: str | None = _data(
-        "Labels for --criterion fisher: a column of a table, or `folders`: one class each",
-        needs=(Needs.BUDGET, Needs.FISHER),
+        f"Labels for --criterion {list_names(LABEL_CRITERIA)}: a column of a table, or `folders`: one class each",
+        needs=(Needs.BUDGET, Needs.LABELS),
     ).field(None, max_length=_MOST_CHARACTERS)
     calibration_samples: int | None = _data("Number of calibration samples to draw", "128 images or 1024 texts").field(
         None, ge=1, le=_MOST_SAMPLES
@@ -98,8 +99,8 @@ class Recipe(BaseModel):
         needs=(Needs.BUDGET, Needs.TABLE),
         profile=_measure("Time limit for measuring a table that is not cached, in seconds"),
     ).field(60.0, gt=0, le=_MOST_SECONDS)
-    criterion: Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"] = _prune_to_budget(
-        "How units are scored: trajectory-obs, trajectory (OPTIN), fisher, magnitude or random"
+    criterion: Criterion = _prune_to_budget(
+        f"How units are scored: {list_names(tuple(spec.label for spec in CRITERIA.values()))}"
     ).field("trajectory-obs")
     scorer: Literal["sketch", "exact", "forward"] = _prune(
         "How --criterion trajectory is computed: sketch (neurons by random probes, heads exactly), exact or forward",
@@ -258,7 +259,7 @@ class Recipe(BaseModel):
     @property
     def narrows_heads(self) -> bool:
         """Whether the width of heads may be reduced; by default if the criterion accounts for compensation."""
-        return self.criterion == "trajectory-obs" if self.narrow_heads is None else self.narrow_heads
+        return CRITERIA[self.criterion].after_compensation if self.narrow_heads is None else self.narrow_heads
 
     def save(self, path: Path) -> None:
         """Write all options as YAML."""

@@ -7,6 +7,7 @@ from typing import Literal, cast, get_args
 from exporters import is_quantized
 from optin_deploy.config.options import RUNS, Command
 from optin_deploy.config.recipe import Recipe, flag, recipe_options
+from optin_deploy.criteria.registry import COMPENSATED_CRITERIA, list_names
 from optin_deploy.errors import UserError
 from profilers import GPU_RUNTIMES, RUNTIMES
 
@@ -89,7 +90,9 @@ def _check_tokens(recipe: Recipe) -> None:
     }
     if recipe.tokens == "auto":
         conflicts |= {
-            "it needs --criterion trajectory-obs; give numbers of tokens": recipe.criterion != "trajectory-obs",
+            f"it needs --criterion {list_names(COMPENSATED_CRITERIA)}; give numbers of tokens": (
+                recipe.criterion not in COMPENSATED_CRITERIA
+            ),
             "with --task-weight 0 no output counts; give numbers of tokens": recipe.task_weight == 0,
         }
     for reason, is_conflict in conflicts.items():

@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.criteria.scoring import ScoringInputs
 from optin_deploy.nn.unfold import feature_dim
 from optin_deploy.structure.groups import Group, LayerAxis, Structure
+
+
+def score_magnitude(inputs: ScoringInputs) -> dict[str, Tensor]:
+    """Return `magnitude_scores` of the network."""
+    return magnitude_scores(inputs.network.module, inputs.structure)
 
 
 @torch.no_grad()

@@ -1,10 +1,16 @@
-"""Scores out of thin air: what every criterion has to beat."""
+"""Random scores: the baseline for every criterion."""
 
 import torch
 from torch import Tensor
 
+from optin_deploy.criteria.scoring import ScoringInputs
 from optin_deploy.search.costs import Costs
 from optin_deploy.structure.groups import Structure
+
+
+def score_random(inputs: ScoringInputs) -> dict[str, Tensor]:
+    """Return `random_scores` of the structure."""
+    return random_scores(inputs.structure, inputs.costs, inputs.scoring.seed)
 
 
 def random_scores(structure: Structure, costs: Costs, seed: int) -> dict[str, Tensor]:

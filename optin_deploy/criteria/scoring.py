@@ -3,17 +3,15 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.criteria.gradient_reach import Reach, find_forward_reach, find_reach
-from optin_deploy.criteria.magnitude import magnitude_scores
-from optin_deploy.criteria.random_baseline import random_scores
+from optin_deploy.criteria.registry import CRITERIA, Criterion, CriterionSpec
 from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored
 from optin_deploy.criteria.score_signal import check_signal, named
 from optin_deploy.criteria.trajectory import exact_scores, masked_totals, sketch_scores, task_factors
@@ -27,14 +25,12 @@ from optin_deploy.nn.copies import check_copyable
 from optin_deploy.search.costs import Costs
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.utils.atomic_files import write_tensors
-from optin_deploy.utils.progress import part
+from optin_deploy.utils.progress import progress_until
 
-Criterion = Literal["trajectory-obs", "trajectory", "fisher", "magnitude", "random"]
 Scorer = Literal["sketch", "exact", "forward"]
 Batches = Sequence[Mapping[str, Tensor]]
 logger = logging.getLogger(__name__)
 
-_WITH_DERIVATIVES = ("trajectory-obs", "trajectory", "fisher")
 # Beside a sketch, heads are scored exactly on the first batches that hold this many tokens together.
 _EXACT_TOKENS = 3_000
 # A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
@@ -73,21 +69,45 @@ class Scoring:
     seed: int = 0
 
     @property
+    def spec(self) -> CriterionSpec:
+        """The criterion's row in the table."""
+        return CRITERIA[self.criterion]
+
+    @property
     def draws(self) -> int:
         """Random draws per batch."""
-        return self.probes or (4 if self.criterion == "trajectory" else 1)
+        return self.probes or self.spec.probes or 1
 
     def weights(self, network: Network, structure: Structure) -> tuple[float, float]:
         """Weights of the manifold part and of the task part."""
         if self.task_weight is not None:
             return 1.0, self.task_weight
         alone = network.logits is not None or all(group.axis == 1 for group in structure.groups)
-        return (0.0 if alone and self.criterion == "trajectory-obs" else 1.0), 1.0
+        return (0.0 if alone and self.spec.after_compensation else 1.0), 1.0
 
     @property
     def narrows_heads(self) -> bool:
         """Whether heads may get narrower where nothing else is said: where what is lost there can be compared."""
-        return self.criterion == "trajectory-obs"
+        return self.spec.after_compensation
+
+
+@dataclass(frozen=True)
+class ScoringInputs:
+    """What a criterion's function scores.
+
+    Attributes:
+        batches: calibration batches on the network's device, perhaps shared with other processes.
+        labels: class numbers for each batch; empty for a criterion that needs none.
+        has_derivatives: whether a derivative of the network's outputs reaches all units.
+    """
+
+    network: Network
+    structure: Structure
+    costs: Costs
+    batches: Batches
+    scoring: Scoring
+    labels: Sequence[Tensor] = ()
+    has_derivatives: bool = False
 
 
 def save_scores(scores: Mapping[str, Tensor], path: Path) -> None:
@@ -120,39 +140,20 @@ def score(
             some units; scores say nothing of them.
     """
     scoring = scoring or Scoring()
-    with plain_checkpoints(), _with_derivatives(network, structure, batches, scoring, tell) as (ready, gradients):
-        scores = _scores(ready, structure, costs, batches, scoring, labels, gradients)
+    spec = scoring.spec
+    if spec.needs_labels and labels is None:
+        raise UserError(f"the criterion {spec.name} needs labels for the calibration data: give --calibration-labels")
+    with plain_checkpoints(), _with_derivatives(network, structure, batches, scoring, tell) as (ready, derivatives):
+        scores = spec.load()(ScoringInputs(ready, structure, costs, batches, scoring, labels or (), derivatives))
     bad = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
     if bad:
         raise UserError(f"scores of {bad} are not finite: the network gives NaN or infinity on the calibration data")
-    if scoring.criterion != "random":
+    if not spec.ignores_network:
         first = batches[0] if len(batches) else network.inputs
-        arbitrary = ranks_of(batches).told(lambda: check_signal(network, structure, first, scores))
+        arbitrary = ranks_of(batches).broadcast_object(lambda: check_signal(network, structure, first, scores))
         if arbitrary is not None:
             tell(arbitrary)
     return scores
-
-
-def _scores(
-    network: Network,
-    structure: Structure,
-    costs: Costs,
-    batches: Batches,
-    scoring: Scoring,
-    labels: Sequence[Tensor] | None,
-    gradients: bool,
-) -> dict[str, Tensor]:
-    if scoring.criterion == "trajectory-obs":
-        return _obs(network, structure, batches, scoring)
-    if scoring.criterion == "trajectory":
-        return _trajectory(network, structure, batches, scoring, gradients)
-    if scoring.criterion == "fisher":
-        if labels is None:
-            raise UserError("the criterion fisher needs labels for the calibration data: give --calibration-labels")
-        return _fisher(network, structure, batches, labels)
-    if scoring.criterion == "magnitude":
-        return magnitude_scores(network.module, structure)
-    return random_scores(structure, costs, scoring.seed)
 
 
 @contextmanager
@@ -165,10 +166,10 @@ def _with_derivatives(
     Raises:
         UserError: the scorer needs derivatives that the network does not give.
     """
-    if scoring.criterion not in _WITH_DERIVATIVES:
+    if not scoring.spec.needs_derivatives:
         yield network, False
         return
-    if scoring.criterion != "fisher" and ranks_of(batches).told(lambda: is_saturated(network, batches)):
+    if scoring.spec.measures_loss and ranks_of(batches).broadcast_object(lambda: is_saturated(network, batches)):
         tell(
             f"{network.logits} is saturated: probabilities are 0 or 1 on all calibration data, where small changes of "
             "the logits change none; units are scored by the squared change of the logits"
@@ -191,7 +192,7 @@ def _with_derivatives(
 
 def check_reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> None:
     """Raise UserError where `score` would, since no derivative reaches some units: in little time, on two samples."""
-    if scoring.criterion in _WITH_DERIVATIVES:
+    if scoring.spec.needs_derivatives:
         with plain_checkpoints():
             _reach(network, structure, batches, scoring)
 
@@ -199,7 +200,7 @@ def check_reach(network: Network, structure: Structure, batches: Batches, scorin
 def _reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> Reach:
     forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
     find = find_forward_reach if forth else find_reach
-    reach = Reach(**ranks_of(batches).told(lambda: asdict(find(network, structure, batches[0]))))
+    reach = ranks_of(batches).broadcast_object(lambda: find(network, structure, batches[0]))
     # Passes with gradients may leave on a module what passes without do not.
     check_copyable(network.module)
     masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
@@ -227,10 +228,12 @@ def _nothing(_: str) -> None:
     pass
 
 
-def _obs(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> dict[str, Tensor]:
+def score_trajectory_obs(inputs: ScoringInputs) -> dict[str, Tensor]:
+    """Score by the trajectory loss after compensation; see `criteria.trajectory_obs`."""
+    network, structure, batches, scoring = inputs.network, inputs.structure, inputs.batches, inputs.scoring
     samples = _samples_at_once(network, structure, batches)
     factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
-    with part(_PROBING):
+    with progress_until(_PROBING):
         moments = probe_moments(
             network,
             structure,
@@ -246,17 +249,6 @@ def _obs(network: Network, structure: Structure, batches: Batches, scoring: Scor
     return _together(batches, structure.groups, scores)
 
 
-def _fisher(
-    network: Network,
-    structure: Structure,
-    batches: Batches,
-    labels: Sequence[Tensor],
-) -> dict[str, Tensor]:
-    gradients = mask_gradients(network, structure, batches, labels)
-    sums = {name: len(gradients[name]) * score for name, score in fisher_scores(gradients).items()}
-    return _per_sample(ranks_of(batches).total(sums), batches)
-
-
 def _samples_at_once(network: Network, structure: Structure, batches: Batches) -> int:
     """How much of a batch a backward pass takes: a quarter, but not so little that matrices get thin; and of samples
     that are long themselves as many as hold 256 tokens."""
@@ -267,24 +259,20 @@ def _samples_at_once(network: Network, structure: Structure, batches: Batches) -
     return max(-(-_size(batches[0]) // _CHUNKS), -(-_CHUNK_TOKENS // max(1, tokens)))
 
 
-def _trajectory(
-    network: Network,
-    structure: Structure,
-    batches: Batches,
-    scoring: Scoring,
-    gradients: bool,
-) -> dict[str, Tensor]:
+def score_trajectory(inputs: ScoringInputs) -> dict[str, Tensor]:
+    """Score by the trajectory loss of masking each unit; see `criteria.trajectory`."""
+    network, structure, batches, scoring = inputs.network, inputs.structure, inputs.batches, inputs.scoring
     if scoring.scorer == "forward":
         return _forward(network, structure, batches, scoring)
     exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
     some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
-    if gradients:
+    if inputs.has_derivatives:
         factors = _factors(network, structure, batches, batches[0], scoring)
     else:
         first = chunks(batches[:1], _FACTOR_SAMPLES)[0]
         factors = _factors(network, structure, batches, first, scoring, masked_totals)
     own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
-    with part(1.0 if scoring.scorer == "exact" else _MASKING):
+    with progress_until(1.0 if scoring.scorer == "exact" else _MASKING):
         found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed)
     scores = _per_sample(_together(batches, exactly, found), some)
     if scoring.scorer == "sketch":
@@ -316,13 +304,13 @@ def _forward(network: Network, structure: Structure, batches: Batches, scoring: 
 
 def _own_groups(batches: Batches, groups: Sequence[Group], cost: Callable[[Group], float]) -> tuple[Group, ...]:
     """Those of ``groups``, scored one by one at such a cost, that are this process's."""
-    return tuple(groups[index] for index in ranks_of(batches).weighed([cost(group) for group in groups]))
+    return tuple(groups[index] for index in ranks_of(batches).balanced_shard([cost(group) for group in groups]))
 
 
 def _together(batches: Batches, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scores of all ``groups`` out of those that each process has found."""
     nothing = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
-    return ranks_of(batches).total(nothing | dict(scores))
+    return ranks_of(batches).all_reduce(nothing | dict(scores))
 
 
 def _factors(

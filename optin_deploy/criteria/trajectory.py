@@ -54,7 +54,7 @@ def sketch_scores(
     joint = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in structure.groups}
     single = {name: zeros.clone() for name, zeros in joint.items()}
     ranks = ranks_of(batches)
-    own = ranks.share(len(batches) * probes)
+    own = ranks.shard(len(batches) * probes)
     for index in track(range(own.start // probes, -(-own.stop // probes))):
         trajectory = Trajectory(network, structure, batches[index], seed + index)
         generator = torch.Generator(device).manual_seed(seed + index)
@@ -71,7 +71,7 @@ def sketch_scores(
                 for name, gradient in zip(joint, gradients(loss, masks, keep=True), strict=True):
                     joint[name] += gradient.double().sum(0).square() / probes
                     single[name] += gradient.double().square().sum(0) / probes
-    joint, single = ranks.total(joint), ranks.total(single)
+    joint, single = ranks.all_reduce(joint), ranks.all_reduce(single)
     return {n: (s * (joint[n].sum() / s.sum().clamp_min(1e-300))).cpu() for n, s in single.items()}
 
 

@@ -80,7 +80,7 @@ class Moments:
 
     def total(self, ranks: Ranks) -> "Moments":
         """The sum over all processes."""
-        return Moments(**ranks.total({each.name: getattr(self, each.name) for each in fields(self)}))
+        return Moments(**ranks.all_reduce({each.name: getattr(self, each.name) for each in fields(self)}))
 
     @property
     def coherence(self) -> float:

@@ -38,8 +38,8 @@ from optin_deploy.data.texts import (
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch, Batches, batch_size
-from optin_deploy.utils.paths import check_there
-from optin_deploy.utils.spill import Shelf
+from optin_deploy.utils.paths import check_exists
+from optin_deploy.utils.spill import SpillList
 
 _Kind = Literal["image", "text", "tensor"]
 DEFAULT_SAMPLES: dict[_Kind, int] = {"image": 128, "text": 1024, "tensor": 1024}
@@ -132,7 +132,7 @@ def load_calibration(
     """
     if samples is not None and samples < 1:
         raise UserError(f"--calibration-samples {samples}: at least 1 is needed")
-    check_there(path, "calibration data")
+    check_exists(path, "calibration data")
     if column is not None and not is_table(path):
         raise UserError(
             f"--calibration-column {column}: only a table ({TABLE_KINDS}) given as --calibration has columns"
@@ -264,7 +264,7 @@ def _draw(pool: _Samples, count: int, seed: int) -> Calibration:
     unused = order[len(used) : len(used) + held]
     if isinstance(pool.preprocess, TextPreprocessing):
         warn_truncated(pool.take(used + unused), pool.preprocess, pool.source)
-    batches: Shelf[Batch] = Shelf()
+    batches: SpillList[Batch] = SpillList()
     batch_indices = []
     for indices, batch in _batches(pool, _group_by_length(pool, used, seed)):
         batch_indices.append(indices)

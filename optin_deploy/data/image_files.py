@@ -19,7 +19,7 @@ from optin_deploy.data.preprocessing import (
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch
-from optin_deploy.utils.paths import hidden
+from optin_deploy.utils.paths import is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _walk(folder: Path, parents: frozenset[tuple[int, int]]) -> Iterator[Path]:
         logger.warning("%s links to a folder that contains it and is not followed", folder)
         return
     for entry in entries:
-        if hidden(entry.name):
+        if is_hidden(entry.name):
             continue
         # A folder with an image's suffix is reported as an image that cannot be read.
         if entry.is_dir() and entry.suffix.lower() not in IMAGE_SUFFIXES:

@@ -20,7 +20,7 @@ from timm.utils.misc import natural_key
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.task_head import is_single
-from optin_deploy.utils.paths import hidden
+from optin_deploy.utils.paths import is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ def _check_unknown(path: Path, names: _ClassNames, folders: Sequence[str], unkno
             f"{examples} but {known}{by_order}: name folders by these, or by class number from 0"
         )
     if len(folders) != names.classes:
-        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in folders and not hidden(p.name))
+        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in folders and not is_hidden(p.name))
         why = (
             f"{', '.join(map(repr, empty))[:80]} without images"
             if empty

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from optin_deploy.errors import UserError, one_line
-from optin_deploy.utils.paths import hidden, regular
+from optin_deploy.utils.paths import is_hidden, require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def _unknown(path: Path) -> str:
 
 def _check_regular(path: Path, what: str) -> None:
     try:
-        regular(path)
+        require_regular(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read as {what} in UTF-8: {error}") from error
 
@@ -229,7 +229,7 @@ def _check_regular(path: Path, what: str) -> None:
 def _read_text(path: Path, what: str) -> str:
     """Return the text of a UTF-8 file with its line ends; UserError with the likely encoding if it is another."""
     try:
-        data = regular(path).read_bytes()
+        data = require_regular(path).read_bytes()
         if path.suffix.lower() == ".gz":
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
@@ -317,7 +317,7 @@ def _json_columns(path: Path, content: Mapping[str, Any]) -> Table:
 
 def _shards(directory: Path) -> list[Path]:
     files = (p for p in sorted(directory.rglob("*")) if p.suffix.lower() in (".parquet", ".arrow"))
-    return [p for p in files if p.is_file() and not any(map(hidden, p.relative_to(directory).parts))]
+    return [p for p in files if p.is_file() and not any(map(is_hidden, p.relative_to(directory).parts))]
 
 
 def _arrow_files(directory: Path) -> list[Path]:
@@ -337,7 +337,7 @@ def _arrow_files(directory: Path) -> list[Path]:
             raise UserError(f"{directory} holds several data sets ({', '.join(sets)[:120]}): name one file of them")
         return files
     try:
-        content = json.loads(regular(state).read_text(encoding="utf-8"))
+        content = json.loads(require_regular(state).read_text(encoding="utf-8"))
         names = [str(entry["filename"]) for entry in content["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{state} is not the state of a data set: {one_line(error, 120)}") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch, dtype_name
-from optin_deploy.utils.paths import regular
+from optin_deploy.utils.paths import require_regular
 
 # Types that can be converted to an input's own type: no 8-bit floats, no complex numbers.
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -23,10 +23,10 @@ def read_tensors(network: Network, path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix.lower() == ".npz":
             # np.load would also read a pickle or a single array with this suffix.
-            with regular(path).open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
+            with require_regular(path).open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
-            tensors = load_file(regular(path))
+            tensors = load_file(require_regular(path))
     except Exception as error:  # zip files, numpy's headers and safetensors each have their own error types
         raise UserError(f"calibration tensors {path} cannot be read: {one_line(error)}") from error
     _check_tensors(network, path, tensors)

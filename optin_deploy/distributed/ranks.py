@@ -1,14 +1,13 @@
-"""Calibration batches that several processes work through together: each takes a share, and sums are added up.
+"""Calibration batches that several processes share: each works on a shard, and sums are added up.
 
-Functions take their batches as a sequence. A `Shared` one names the processes ("ranks") beside; any other belongs to
-this process alone, and nothing here does anything.
+Functions take their batches as a sequence. A `Shared` sequence also names the processes ("ranks"). Any other sequence
+belongs to this process alone, and nothing here communicates then.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -21,13 +20,16 @@ T = TypeVar("T")
 
 
 class BrokenGroupError(Exception):
-    """Another process is gone, or cannot be reached."""
+    """Another process has ended or cannot be reached."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share the work, and which of them this one is. With more than one, torch's default process
-    group is theirs, and all must call the methods that exchange something, in the same order."""
+    """The processes that share the work, and the number of this one.
+
+    With more than one process, they are torch's default process group. All of them must call the methods that
+    communicate, in the same order.
+    """
 
     rank: int = 0
     world: int = 1
@@ -37,98 +39,86 @@ class Ranks:
         """Whether this is the process that writes, prints and measures."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
-        """Which of ``count`` pieces of equal work are this process's: neighbours, so that they are of few batches."""
+    def shard(self, count: int) -> range:
+        """Return the indices of this process among ``count`` pieces of equal work: neighbours, from few batches."""
         return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
-    def weighed(self, costs: Sequence[float]) -> list[int]:
-        """Which pieces of work of such ``costs`` are this process's: the dearest first, to who has least so far."""
-        loads, own = [0.0] * self.world, []
+    def balanced_shard(self, costs: Sequence[float]) -> list[int]:
+        """Return the indices of this process among pieces of work of different ``costs``.
+
+        The most expensive piece goes first, each to the process with the least work so far.
+        """
+        loads, indices = [0.0] * self.world, []
         for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             rank = min(range(self.world), key=lambda r: (loads[r], r))
             loads[rank] += costs[index]
-            own += [index] if rank == self.rank else []
-        return sorted(own)
+            indices += [index] if rank == self.rank else []
+        return sorted(indices)
 
-    def total(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over all processes, in float64, of tensors that all have by the same names in the same order."""
+    def all_reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all processes, in float64. All must have the same names in the same order."""
         if self.world == 1:
             return dict(tensors)
         sums = {name: tensor.detach().double().contiguous().clone() for name, tensor in tensors.items()}
         for tensor in sums.values():
-            _exchange(partial(dist.all_reduce, tensor))
+            _communicate(partial(dist.all_reduce, tensor))
         return sums
 
-    def given(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """What ``make`` gives the main process, for all; of the shape and precision of ``like``."""
-        if self.world == 1:
-            return make()
-        made = make().contiguous() if self.main else torch.empty_like(like).contiguous()
-        _exchange(lambda: dist.broadcast(made, 0))
-        return made
+    def broadcast(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Return in all processes the tensor that ``make`` returns in the main one, of the shape and type of ``like``.
 
-    def told(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives the main process, a value for JSON, for all; its UserError is raised by all."""
+        Only the main process calls ``make``.
+        """
         if self.world == 1:
             return make()
-        return self._from_main(_outcome(make) if self.main else "")
+        tensor = make().contiguous() if self.main else torch.empty_like(like).contiguous()
+        _communicate(partial(dist.broadcast, tensor, 0))
+        return tensor
+
+    def broadcast_object(self, make: Callable[[], T]) -> T:
+        """Return in all processes what ``make`` returns in the main one, or raise its UserError in all.
+
+        Only the main process calls ``make``.
+        """
+        if self.world == 1:
+            return make()
+        outcomes: list[T | UserError] = [_attempt(make) if self.main else UserError()]
+        _communicate(partial(dist.broadcast_object_list, outcomes, 0))
+        return _value_of(outcomes[0])
 
     def on_main(self, make: Callable[[], T]) -> T | None:
-        """Call ``make`` in the main process only, whose UserError all raise; None in the others."""
+        """Call ``make`` in the main process only; all raise its UserError. The other processes return None."""
+        values: list[T] = []
+        self.broadcast_object(lambda: values.append(make()))
+        return next(iter(values), None)
+
+    def check_consistent(self, make: Callable[[], T], key: Callable[[T], str]) -> T:
+        """Call ``make`` in every process and return its result.
+
+        Raises:
+            UserError: the first of any process, in all of them; or ``key`` of the results differs between processes.
+        """
         if self.world == 1:
             return make()
-        value = _attempt(make) if self.main else None
-        self._from_main(json.dumps({"error": str(value)} if isinstance(value, UserError) else {"value": None}))
-        return None if isinstance(value, UserError) else value
-
-    def agreed(self, make: Callable[[], T], key: Callable[[T], str]) -> T:
-        """Call ``make`` in every process; UserError unless ``key`` of its results is the same everywhere.
-
-        All raise the first UserError of any process.
-        """
-        value = _attempt(make)
-        if self.world > 1:
-            self._check_outcomes({"error": str(value)} if isinstance(value, UserError) else {"value": key(value)})
-        if isinstance(value, UserError):
-            raise value
-        return value
-
-    def _check_outcomes(self, own: dict[str, str]) -> None:
-        outcomes = [json.loads(text) for text in self._gathered(json.dumps(own))]
-        for rank, outcome in enumerate(outcomes):
-            if "error" in outcome:
-                raise UserError(outcome["error"] if rank == 0 else f"rank {rank}: {outcome['error']}")
-        for rank, outcome in enumerate(outcomes):
-            if outcome != outcomes[0]:
+        outcome = _attempt(make)
+        keys: list[str | UserError] = [""] * self.world
+        own_key = outcome if isinstance(outcome, UserError) else key(outcome)
+        _communicate(partial(dist.all_gather_object, keys, own_key))
+        for rank, error in enumerate(keys):
+            if isinstance(error, UserError):
+                raise UserError(str(error) if rank == 0 else f"rank {rank}: {error}")
+        for rank, other in enumerate(keys):
+            if other != keys[0]:
                 raise UserError(f"rank {rank} has other weights, calibration data, options or versions than rank 0")
-
-    def _from_main(self, text: str) -> Any:
-        size = torch.tensor([len(text.encode())])
-        _exchange(lambda: dist.broadcast(size, 0))
-        data = _bytes(text) if self.main else torch.empty(int(size), dtype=torch.uint8)
-        _exchange(lambda: dist.broadcast(data, 0))
-        found = json.loads(_text(data))
-        if "error" in found:
-            raise UserError(found["error"])
-        return found["value"]
-
-    def _gathered(self, text: str) -> list[str]:
-        own = _bytes(text)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        _exchange(lambda: dist.all_gather(sizes, torch.tensor([len(own)])))
-        longest = int(max(sizes))
-        all_data = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        padded = torch.nn.functional.pad(own, (0, longest - len(own)))
-        _exchange(lambda: dist.all_gather(all_data, padded))
-        return [_text(data[: int(size)]) for data, size in zip(all_data, sizes, strict=True)]
+        return _value_of(outcome)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True)
 class Shared(Sequence[Batch]):
-    """Batches that ``ranks`` work through together."""
+    """Batches that ``ranks`` share."""
 
     batches: Sequence[Batch]
     ranks: Ranks
@@ -152,17 +142,17 @@ class Shared(Sequence[Batch]):
 
 
 def ranks_of(batches: Sequence[Batch]) -> Ranks:
-    """The processes that share ``batches``: this one `ALONE` where nothing else is said."""
-    return batches.ranks if isinstance(batches, Shared) else ALONE
+    """Return the processes that share ``batches``; `SINGLE_PROCESS` unless they are `Shared`."""
+    return batches.ranks if isinstance(batches, Shared) else SINGLE_PROCESS
 
 
 def own_indices(batches: Sequence[Batch]) -> range:
-    """Which batches are this process's."""
-    return ranks_of(batches).share(len(batches))
+    """Return the indices of the batches that belong to this process."""
+    return ranks_of(batches).shard(len(batches))
 
 
 def shared_like(batches: Sequence[Batch], others: Sequence[Batch]) -> Sequence[Batch]:
-    """``others``, shared by those that share ``batches``."""
+    """Return ``others``, shared by the processes that share ``batches``."""
     return Shared(others, batches.ranks) if isinstance(batches, Shared) else others
 
 
@@ -170,24 +160,18 @@ def _attempt(make: Callable[[], T]) -> T | UserError:
     try:
         return make()
     except UserError as error:
-        return error
+        # Subclasses may take other arguments, which a copy in another process would lack.
+        return UserError(str(error))
 
 
-def _outcome(make: Callable[[], Any]) -> str:
-    value = _attempt(make)
-    return json.dumps({"error": str(value)} if isinstance(value, UserError) else {"value": value})
+def _value_of(outcome: T | UserError) -> T:
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
-def _exchange(collective: Callable[[], Any]) -> None:
+def _communicate(collective: Callable[[], object]) -> None:
     try:
         collective()
     except RuntimeError as error:
         raise BrokenGroupError(str(error)) from error
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _text(data: Tensor) -> str:
-    return data.numpy().tobytes().decode()

@@ -1,14 +1,17 @@
-"""A process of several that torchrun has started: which one it is, and how all end with one message when one fails."""
+"""One of several processes that torchrun started: its number, and how all end with one message when one fails.
+
+``torch.distributed.elastic``'s ``record`` cannot replace this: it records tracebacks of exceptions for torchrun's table
+of failures, and no line of the table says what the run was doing, what is kept and how to continue.
+"""
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from time import sleep
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -19,13 +22,11 @@ if TYPE_CHECKING:
 
     from optin_deploy.distributed.ranks import Ranks
 
-# The others wait for the main process while it measures, perhaps for hours. That one is gone is told by its connection,
-# which closes, and by torchrun's signal: no timeout is needed for it.
+# The others wait while the main process measures, perhaps for hours. They notice its end without a timeout: its
+# connection closes, and torchrun sends a signal.
 _TIMEOUT = timedelta(days=1)
-# A process that has ended is seen to be gone when torchrun has taken note of it.
-_NOTICED_SECONDS = 5.0
-# How long a process waits for the main one, which has the same error, to tell it: torchrun ends all when one ends.
-_TOLD_SECONDS = 60.0
+# How long a process waits for the main one, which has the same error, to print it: torchrun ends all when one ends.
+_PRINT_SECONDS = 60.0
 
 
 class RankLostError(UserError):
@@ -37,7 +38,7 @@ class _TerminatedError(BaseException):
 
 
 def launched_ranks() -> tuple[int, int]:
-    """This process's number and how many there are, by what torchrun has set; 0 of 1 without it."""
+    """Return this process's number and the number of processes that torchrun started; 0 and 1 without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     try:
@@ -49,21 +50,21 @@ def launched_ranks() -> tuple[int, int]:
 
 
 def refuse_several(command: str) -> None:
-    """Raise UserError when torchrun has started several processes of a command that has no use for them."""
+    """Raise UserError if torchrun started several processes of a command that cannot use them."""
     if launched_ranks()[1] > 1:
         raise UserError(f"{command} runs in one process: start it without torchrun, which is for prune-export")
 
 
 def local_device() -> int:
-    """The number of this process's GPU on its host."""
+    """Return the number of this process's GPU on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
 def quiet_unless_main() -> Iterator[None]:
-    """Let the main process tell the errors that all have, wrong options too.
+    """Let only the main process print the errors that all processes have, such as wrong options.
 
-    The others wait for it: torchrun ends all processes when it takes note that one has ended.
+    The others wait for it, since torchrun ends all processes when one has ended.
     """
     try:
         yield
@@ -71,101 +72,69 @@ def quiet_unless_main() -> Iterator[None]:
         shared = isinstance(error, UserError | GateError | typer.Abort) or hasattr(error, "exit_code")
         if isinstance(error, RankLostError) or launched_ranks()[0] == 0 or not shared:
             raise
-        sleep(_TOLD_SECONDS)
+        sleep(_PRINT_SECONDS)
         sys.exit(3 if isinstance(error, GateError) else 2)
 
 
 @contextmanager
-def joined(doing: Callable[[], str], *, cuda: bool) -> Iterator["Ranks"]:
-    """The processes of this run, for as long as they work together.
+def process_group(current_stage: Callable[[], str], *, cuda: bool) -> Iterator["Ranks"]:
+    """Yield the processes of this run, connected while the context lasts.
 
     Args:
-        doing: what this process is at, for the message.
-        cuda: whether sums lie on GPUs.
+        current_stage: returns the stage that this process is at, for the message.
+        cuda: whether the tensors to be added up are on GPUs.
 
     Raises:
-        RankLostError: another process has ended; in one of those that are left, and the others end in silence.
+        RankLostError: another process has ended. Only one process raises it, the others exit without a message.
     """
-    from optin_deploy.distributed.ranks import ALONE, BrokenGroupError, Ranks
+    from optin_deploy.distributed.ranks import SINGLE_PROCESS, BrokenGroupError, Ranks
 
     rank, world = launched_ranks()
     if world == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
 
     import torch.distributed as dist
 
-    def terminated(*_: Any) -> None:
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    members: _Members | None = None
+    default_handler = signal.signal(signal.SIGTERM, _raise_terminated)
+    store: Store | None = None
     try:
-        members = _Members(_store(rank, world), rank, world)
+        store = _connect(rank, world)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        group = dist.PrefixStore("group", members.store)
-        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=_TIMEOUT)
+        group_store = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=world, timeout=_TIMEOUT)
         yield Ranks(rank, world)
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, default_handler)
     except (BrokenGroupError, _TerminatedError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        what = members.told_by_one(doing()) if members else None
-        if what is None:
+        if store is None or not _claim_message(store):
             sys.exit(2)
-        raise RankLostError(what) from error
+        raise RankLostError(
+            f"a process of {world} ended during '{current_stage()}', torchrun's table says which and how; what was "
+            "finished is kept, give the same command again"
+        ) from error
     except BaseException:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == 0 else signal.SIG_DFL)
-        if members and rank == 0:
-            members.tell()
+        if store is not None and rank == 0:
+            _claim_message(store)
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _store(rank: int, world: int) -> "Store":
+def _raise_terminated(*_: object) -> None:
+    raise _TerminatedError
+
+
+def _connect(rank: int, world: int) -> "Store":
+    """Return the store that torchrun keeps; it outlives the processes."""
     from torch.distributed.rendezvous import rendezvous
 
     store, *_ = next(iter(rendezvous("env://", rank, world, timeout=_TIMEOUT)))
     return store
 
 
-class _Members:
-    """Who takes part, in the store that torchrun keeps: it outlives them."""
-
-    def __init__(self, store: "Store", rank: int, world: int) -> None:
-        self.store, self.rank, self.world = store, rank, world
-        store.set(f"member{rank}", f"{socket.gethostname()} {os.getpid()}")
-
-    def tell(self) -> None:
-        """Let the others know that the error is being told."""
-        self.store.set("told", "1")
-
-    def told_by_one(self, doing: str) -> str | None:
-        """What has happened; None where another process tells it."""
-        until, gone = monotonic() + _NOTICED_SECONDS, self._gone()
-        while not gone and monotonic() < until:
-            sleep(0.05)
-            gone = self._gone()
-        if self.store.check(["told"]) or self.rank != min(set(range(self.world)) - set(gone)):
-            return None
-        self.tell()
-        who = f"rank {gone[0]} of {self.world} ended" if gone else "torchrun ended the run"
-        return f"{who} during '{doing}'; what was finished is kept, give the same command again"
-
-    def _gone(self) -> list[int]:
-        return [rank for rank in range(self.world) if rank != self.rank and not self._lives(rank)]
-
-    def _lives(self, rank: int) -> bool:
-        """False for one on this host that has ended; what is on others cannot be seen."""
-        import psutil
-
-        if not self.store.check([f"member{rank}"]):
-            return True
-        host, number = self.store.get(f"member{rank}").decode().rsplit(" ", 1)
-        if host != socket.gethostname():
-            return True
-        try:
-            return psutil.Process(int(number)).status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+def _claim_message(store: "Store") -> bool:
+    """Return whether this process is the first that asks, and so the one that prints an error."""
+    return store.add("messages", 1) == 1

@@ -9,7 +9,7 @@ from optin_deploy.evaluation.dataset import Dataset
 from optin_deploy.evaluation.images import load_images
 from optin_deploy.evaluation.texts import load_texts
 from optin_deploy.network import Network
-from optin_deploy.utils.paths import check_there
+from optin_deploy.utils.paths import check_exists
 
 
 def load_dataset(network: Network, path: Path, columns: str | None = None) -> Dataset:
@@ -26,7 +26,7 @@ def load_dataset(network: Network, path: Path, columns: str | None = None) -> Da
     Raises:
         UserError: the data is unreadable, empty, or does not suit the network.
     """
-    check_there(path, "evaluation data")
+    check_exists(path, "evaluation data")
     preprocessing = network.preprocessing
     if isinstance(preprocessing, VisionPreprocessing):
         return load_images(network, preprocessing, path)

@@ -21,7 +21,7 @@ from optin_deploy.export.onnx_file import Parity, require_parity, write_onnx
 from optin_deploy.export.requirements import check_pooling, check_runtimes
 from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
-from optin_deploy.utils.atomic_files import whole_directory
+from optin_deploy.utils.atomic_files import atomic_directory
 from optin_deploy.utils.paths import check_new
 from optin_deploy.utils.progress import Stages
 
@@ -135,7 +135,7 @@ def _load(recipe: Recipe, stages: Stages) -> _Exporter:
 
 def _export_plain(exporter: _Exporter, output: Path) -> Exported:
     engines: dict[str, Parity] = {}
-    with whole_directory(output) as folder:
+    with atomic_directory(output) as folder:
         onnx = folder / "model.onnx"
         parity = exporter.write_onnx(onnx)
         for request in requested_engines(exporter.recipe):
@@ -149,7 +149,7 @@ def _export_triton(exporter: _Exporter, models: Mapping[Backend, Path]) -> Expor
     engines: dict[str, Parity] = {}
     built: dict[Backend, Engine] = {}
     with ExitStack() as whole:
-        folders = {backend: whole.enter_context(whole_directory(model)) for backend, model in models.items()}
+        folders = {backend: whole.enter_context(atomic_directory(model)) for backend, model in models.items()}
         onnx = model_file(folders["onnxruntime"], "onnxruntime")
         parity = exporter.write_onnx(onnx)
         for request in requested_engines(recipe):

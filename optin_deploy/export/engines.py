@@ -10,7 +10,7 @@ from exporters.shapes import Range
 from exporters.trt_engine import builder_version, device_name
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.network import Network
-from optin_deploy.utils.atomic_files import tell_kept, tell_written
+from optin_deploy.utils.atomic_files import log_kept, log_written
 from optin_deploy.utils.progress import track
 from profilers.table_cache import cache_folder
 
@@ -74,10 +74,10 @@ def build_engines(
         for name, network in track(networks.items()):
             file, onnx, ranges = request.file(directory, name), directory / f"{name}.onnx", request.ranges(network)
             if _is_built(file, onnx, config, ranges):
-                tell_kept(file)
+                log_kept(file)
             else:
                 build_engine(onnx, file, ranges, config, timing_cache(request.runtime))
-                tell_written(file)
+                log_written(file)
             engines[name] |= {(request.runtime, size): file for size in request.batch_sizes}
     return engines
 

@@ -25,7 +25,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.tokens.decisions import WithDecisions, decision_names, follow_decisions
 from optin_deploy.tokens.near_ties import alternatives
-from optin_deploy.utils.atomic_files import tell_written
+from optin_deploy.utils.atomic_files import log_written
 from optin_deploy.utils.progress import Stages
 
 Parity = tuple[OutputParity, ...]
@@ -40,7 +40,7 @@ def export_files(network: Network, onnx: Path, program: Path, recipe: Recipe, ba
     if decision_names(network, recipe.precision):
         traced = _trace(network, WithDecisions(network), recipe)
     _write_unchecked(network, traced, onnx, recipe, batches)
-    tell_written(onnx)
+    log_written(onnx)
 
 
 def write_onnx(network: Network, path: Path, recipe: Recipe, samples: Calibration, stages: Stages) -> Parity:

@@ -20,7 +20,7 @@ from optin_deploy.latency.costs import LatencyCosts, latency_costs
 from optin_deploy.latency.target import LatencySettings, Target, write_module, write_network
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
-from optin_deploy.utils.progress import part, report_progress, track
+from optin_deploy.utils.progress import progress_until, report_progress, track
 from profilers import GPU_RUNTIMES, environment, measure_each, measure_files
 from profilers.latency_table import LatencyTable, Row
 from profilers.runners.base import Feeds
@@ -132,10 +132,10 @@ def _measure_table(writer: _StackWriter, kind: BlockType, key: TableKey) -> Late
     files: dict[str, Path] = {}
     sample: Feeds = {}
     with TemporaryDirectory(prefix="optin-table-") as folder:
-        with part(0.5):
+        with progress_until(0.5):
             for label, (sizes, blocks) in track(stacks.items()):
                 files[label], sample = writer.write(kind, sizes, blocks, Path(folder, label))
-        with part(1.0):
+        with progress_until(1.0):
             case = target.case(target.seconds, files.values())
             measured = measure_files(files, sample, case, (), report_progress)
     samples = measured.samples_ms

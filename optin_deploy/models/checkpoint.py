@@ -45,8 +45,8 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.find_stack import token_stack
 from optin_deploy.tokens.merging import with_merging
-from optin_deploy.utils.atomic_files import whole_directory, write_tensors
-from optin_deploy.utils.paths import regular
+from optin_deploy.utils.atomic_files import atomic_directory, write_tensors
+from optin_deploy.utils.paths import require_regular
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def save(network: Network, plan: Plan, path: Path) -> None:
         sentences=network.sentences is not None and not network.sentences.is_default,
         versions={name: importlib.metadata.version(name) for name in ("torch", "timm", "transformers")},
     )
-    with whole_directory(path) as directory:
+    with atomic_directory(path) as directory:
         # Tied parameters are stored under every name, so that any reader finds them.
         state = {name: t.detach().cpu().contiguous().clone() for name, t in network.module.state_dict().items()}
         write_tensors(directory / WEIGHTS_NAME, state)
@@ -249,7 +249,7 @@ def _read(path: Path) -> _Description:
     if not is_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of optin-deploy: it has no {JSON_NAME}")
     try:
-        return _Description.model_validate_json(regular(path / JSON_NAME).read_text(encoding="utf-8"))
+        return _Description.model_validate_json(require_regular(path / JSON_NAME).read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -281,7 +281,7 @@ def _load(path: Path, module: nn.Module | None) -> tuple[nn.Module, _Description
 def load_weights(small: nn.Module, path: Path) -> None:
     """Load the weights of the checkpoint at ``path`` into a module sliced by its plan; UserError if they do not fit."""
     try:
-        state = load_file(regular(path / WEIGHTS_NAME))
+        state = load_file(require_regular(path / WEIGHTS_NAME))
         check_kinds(small, state, path / WEIGHTS_NAME)
         small.load_state_dict(state)
     except (OSError, *LIBRARY_ERRORS) as error:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from yaml import YAMLError
 
 from optin_deploy.network import Origin
-from optin_deploy.utils.paths import regular
+from optin_deploy.utils.paths import require_regular
 
 CARD_NAME = "README.md"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -56,7 +56,7 @@ def read_file(model: str, name: str) -> bytes | None:
     """Return a file of a local directory or model id; None if it does not exist or cannot be read."""
     try:
         path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
-        return regular(path).read_bytes()
+        return require_regular(path).read_bytes()
     except (EntryNotFoundError, OSError):
         return None
 

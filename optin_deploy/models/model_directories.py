@@ -12,7 +12,7 @@ from optin_deploy.models.hub import PROCESSOR_FILES, TOKENIZER_FILES
 from optin_deploy.models.pickles import SUFFIXES as PICKLES
 from optin_deploy.models.pickles import conversion_command, python_command
 from optin_deploy.models.weight_files import FOREIGN_FORMATS, INDEX_SUFFIX, LFS_POINTER, SHARD, shards
-from optin_deploy.utils.paths import regular
+from optin_deploy.utils.paths import require_regular
 
 WEIGHTS, INDEX = "model.safetensors", f"model.safetensors{INDEX_SUFFIX}"
 _VARIANT = re.compile(r"model\.([^.]+)\.safetensors|model\.safetensors\.index\.([^.]+)\.json")
@@ -94,7 +94,7 @@ def is_pointer(path: Path) -> bool:
         return (
             path.is_file()
             and path.stat().st_size <= _LARGEST_POINTER
-            and regular(path).read_bytes().startswith(LFS_POINTER)
+            and require_regular(path).read_bytes().startswith(LFS_POINTER)
         )
     except OSError:
         return False
@@ -106,7 +106,7 @@ def _pointer_error(path: Path) -> str:
 
 def _check_library(config: Path) -> None:
     try:
-        content = json.loads(regular(config).read_bytes())
+        content = json.loads(require_regular(config).read_bytes())
     except (OSError, ValueError, RecursionError):
         return
     if isinstance(content, dict) and "_class_name" in content and "model_type" not in content:
@@ -152,7 +152,7 @@ def _no_weights_error(directory: Path, names: Sequence[str], variants: Sequence[
 
 def _adapter_error(directory: Path) -> str:
     try:
-        config = json.loads(regular(directory / _ADAPTER).read_bytes())
+        config = json.loads(require_regular(directory / _ADAPTER).read_bytes())
         base, kind, task = (config.get(name) for name in ("base_model_name_or_path", "peft_type", "task_type"))
     except (OSError, ValueError, AttributeError, RecursionError):
         return f"{directory / _ADAPTER} cannot be read: merge the adapter into its network, and give the result"
@@ -190,7 +190,7 @@ def _merge_command(directory: Path, target: Path, base: object, task: object) ->
 def _label_count(directory: Path) -> int | None:
     """Return the number of classes of the head that is saved with an adapter; None without a head."""
     try:
-        with safe_open(regular(directory / "adapter_model.safetensors"), framework="pt") as file:
+        with safe_open(require_regular(directory / "adapter_model.safetensors"), framework="pt") as file:
             heads = [n for n in file.keys() if re.search(r"(classifier|score|head)(\.\w+)*\.weight$", n)]  # noqa: SIM118
             return int(file.get_slice(heads[-1]).get_shape()[0]) if heads else None
     except (OSError, SafetensorError, IndexError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.models.pickles import SUFFIXES as PICKLES
 from optin_deploy.models.pickles import conversion_command, converted_path
-from optin_deploy.utils.paths import regular
+from optin_deploy.utils.paths import require_regular
 
 INDEX_SUFFIX = ".index.json"
 # The part of a shard's name after that of the whole.
@@ -66,7 +66,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     shapes = {}
     for shard in shards(path):
-        with safe_open(regular(shard), framework="pt") as file:
+        with safe_open(require_regular(shard), framework="pt") as file:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     return shapes
 
@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards(path):
         try:
-            tensors.update(load_file(regular(shard)))
+            tensors.update(load_file(require_regular(shard)))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
             reason = _describe_unreadable(shard) or one_line(error)
             raise UserError(f"weights file {shard} cannot be read: {reason}") from error
@@ -97,7 +97,7 @@ def shards(path: Path) -> list[Path]:
     if path.suffix != ".json":
         return [path]
     try:
-        names = set(json.loads(regular(path).read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(require_regular(path).read_text(encoding="utf-8"))["weight_map"].values())
         outside = next((name for name in names if Path(name).name != name), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as an index of weights") from error
@@ -144,7 +144,7 @@ def _describe_unreadable(path: Path) -> str | None:
 
 def _first_bytes(path: Path) -> bytes | None:
     try:
-        with regular(path).open("rb") as file:
+        with require_regular(path).open("rb") as file:
             return file.read(64)
     except OSError:
         return None

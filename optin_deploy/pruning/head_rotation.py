@@ -47,7 +47,7 @@ class _Sums:
     def over(self, ranks: Ranks) -> "_Sums":
         """The sum over all processes."""
         own = {"q": self.queries, "k": self.keys, "given": self.given, "total": self.total}
-        found = ranks.total({**own, "count": torch.tensor(self.count)})
+        found = ranks.all_reduce({**own, "count": torch.tensor(self.count)})
         return _Sums(found["q"], found["k"], found["given"], found["total"], int(found["count"]))
 
 

@@ -1,7 +1,6 @@
 """Slicing by a plan, and compensation for the removed units."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -10,7 +9,6 @@ from optin_deploy.compensation.classifier import refit_classifier
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.compensation.ridge import STRENGTHS
 from optin_deploy.compensation.sparsity import sparsify
-from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.settings import Ridge
@@ -103,9 +101,3 @@ class Remover:
             refit_classifier(self.dense, small, self.batches)
         elif self.ridge is not None:
             refit_classifier(self.dense, small, self.batches, (self.ridge,))
-
-
-def broadcast_plan(batches: Batches, make: Callable[[], Plan]) -> Plan:
-    """Return the plan that the main process makes, on all processes that share ``batches``."""
-    plan = ranks_of(batches).told(lambda: asdict(make()))
-    return Plan({name: tuple(units) for name, units in plan["kept"].items()}, tuple(plan["tokens"]))

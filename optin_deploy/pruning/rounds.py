@@ -6,9 +6,10 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from optin_deploy.criteria.scoring import score
+from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
-from optin_deploy.pruning.removal import Remover, broadcast_plan
+from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.settings import PruneSettings
 from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.search.costs import CostModel
@@ -16,7 +17,7 @@ from optin_deploy.search.knapsack import Budget, search, search_all
 from optin_deploy.structure.groups import Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.tokens.costs import token_costs
-from optin_deploy.utils.progress import part, track
+from optin_deploy.utils.progress import progress_until, track
 
 
 def remove_in_rounds(
@@ -41,8 +42,8 @@ def remove_in_rounds(
     def first_plan() -> Plan:
         return search_all(space.structure, scores, [budget], settings.align, settings.step_sizes)
 
-    plan = replace(broadcast_plan(batches, first_plan), tokens=schedule)
-    with part(1 / rounds):
+    plan = replace(ranks_of(batches).broadcast_object(first_plan), tokens=schedule)
+    with progress_until(1 / rounds):
         small = remover.remove(plan)
     for number in track(range(2, rounds + 1)):
         flops = settings.flops ** (number / rounds)
@@ -65,4 +66,6 @@ def next_step(small: Network, space: PruningSpace, batches: Batches, settings: P
     structure = rest.structure
     scores = score(small, structure, rest.costs, batches, settings.scoring, labels=settings.labels)
     flops = settings.flops * space.costs.total / rest.costs.total
-    return structure, broadcast_plan(batches, lambda: search(structure, scores, rest.costs, flops, settings.align))
+    return structure, ranks_of(batches).broadcast_object(
+        lambda: search(structure, scores, rest.costs, flops, settings.align)
+    )

@@ -31,7 +31,7 @@ def check_cut(network: Network, small: nn.Module, structure: Structure, plan: Pl
     Raises:
         GateError: it does not, with the group to blame.
     """
-    found = ranks_of(batches).told(lambda: _difference(network, small, structure, plan, batches))
+    found = ranks_of(batches).broadcast_object(lambda: _difference(network, small, structure, plan, batches))
     if found is not None:
         raise GateError(found)
 

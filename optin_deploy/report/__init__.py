@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from optin_deploy.errors import UserError
 from optin_deploy.report.schema import Report
-from optin_deploy.utils.atomic_files import PARTIAL, tell_written
+from optin_deploy.utils.atomic_files import write_text
 
 __all__ = ["Report", "read_report", "write_report"]
 
@@ -29,12 +28,8 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
         "report.html": render(report),
         "report.md": markdown.render(report),
     }
-    with tempfile.TemporaryDirectory(prefix=".report.", suffix=PARTIAL, dir=folder) as temporary:
-        for name, text in texts.items():
-            file = Path(temporary) / name
-            file.write_text(text, encoding="utf-8")
-            file.replace(folder / name)
-            tell_written(folder / name)
+    for name, text in texts.items():
+        write_text(folder / name, text)
     return folder / "report.json", folder / "report.html"
 
 

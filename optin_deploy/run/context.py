@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.distributed.ranks import ALONE, Ranks
+from optin_deploy.distributed.ranks import SINGLE_PROCESS, Ranks
 from optin_deploy.network import Network
 from optin_deploy.pruning.space import PruningSpace
 from optin_deploy.run.prepare import PreparedRun
@@ -27,7 +27,7 @@ class RunContext:
     prepared: PreparedRun
     directory: Path
     stages: Stages
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
 
     @property
     def recipe(self) -> Recipe:

@@ -18,7 +18,7 @@ from optin_deploy.models.load import load_recipe_network
 from optin_deploy.network import Network
 from optin_deploy.pruning.space import analyze
 from optin_deploy.report.profile_tables import LatencyTables, NetworkProfile, PartTable, PartTime, SizeRow
-from optin_deploy.utils.progress import Stages, part, report_progress
+from optin_deploy.utils.progress import Stages, progress_until, report_progress
 from profilers import LAYER_RUNTIMES, LayerProfile, Summary, layer_profile, measure_files
 from profilers.latency_table import LatencyTable
 from profilers.layer_times import OTHER, LayerRow
@@ -91,7 +91,7 @@ def profile_onnx(file: Path, sample: Mapping[str, NDArray[Any]], target: Target,
 
 
 def _measure_latency(file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float) -> Summary:
-    with part(0.5):
+    with progress_until(0.5):
         samples = measure_files({"network": file}, dict(sample), target.case(seconds), (), report_progress)
     return summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
 

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from optin_deploy.config.recipe import Recipe
-from optin_deploy.distributed.ranks import ALONE, Ranks
-from optin_deploy.distributed.torchrun import joined, launched_ranks, local_device
+from optin_deploy.distributed.ranks import SINGLE_PROCESS, Ranks
+from optin_deploy.distributed.torchrun import launched_ranks, local_device, process_group
 from optin_deploy.errors import UserError
 from optin_deploy.latency.tables import LatencyModel
 from optin_deploy.models.hub import CARD_NAME
@@ -67,7 +67,7 @@ def prune_export(recipe: Recipe, **options: Unpack[RunOptions]) -> Result:
     with arguments.show_stages() as stages:
         with stages.checks():
             prepared = prepare(recipe, arguments.network, arguments.calibration)
-            context = _in_directory(prepared, arguments.output, stages, ALONE)
+            context = _in_directory(prepared, arguments.output, stages, SINGLE_PROCESS)
         tables = _measure_tables(context)
         with _hold_directory(context):
             pruned = prune_network(context, tables)
@@ -96,13 +96,13 @@ def prune_export_together(
     main = launched_ranks()[0] == 0
     with Stages(console or Console(stderr=True), quiet=quiet or not main) as stages, ExitStack() as held:
         on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
-        with joined(lambda: stages.current, cuda=on_gpu) as ranks:
+        with process_group(lambda: stages.current, cuda=on_gpu) as ranks:
             with stages.checks():
                 make = partial(_prepare_on_rank, recipe, output, stages, ranks)
-                context = ranks.agreed(make, attrgetter("prepared.fingerprint"))
-            if ranks.told(context.checkpoint.exists):
+                context = ranks.check_consistent(make, attrgetter("prepared.fingerprint"))
+            if ranks.broadcast_object(context.checkpoint.exists):
                 # The network is already pruned, so the main process continues alone.
-                context = replace(context, ranks=ALONE)
+                context = replace(context, ranks=SINGLE_PROCESS)
                 if not main:
                     return None
             tables = context.ranks.on_main(partial(_measure_tables, context))

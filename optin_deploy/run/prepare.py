@@ -11,6 +11,7 @@ from optin_deploy.compensation.sparsity import can_be_sparse
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.config.validation import check_options
 from optin_deploy.criteria.fisher import check_head
+from optin_deploy.criteria.registry import CRITERIA
 from optin_deploy.criteria.scoring import Scoring, check_reach
 from optin_deploy.data.calibration import Calibration, load_calibration
 from optin_deploy.errors import UserError
@@ -176,11 +177,13 @@ def _has_pairs(recipe: Recipe) -> bool:
 
 
 def _check_labels(recipe: Recipe, network: Network, calibration: Calibration) -> None:
-    if recipe.criterion != "fisher":
+    if not CRITERIA[recipe.criterion].needs_labels:
         return
     check_head(network)
     if calibration.labels is None:
-        raise UserError("--criterion fisher needs labels for the calibration data: give --calibration-labels")
+        raise UserError(
+            f"--criterion {recipe.criterion} needs labels for the calibration data: give --calibration-labels"
+        )
 
 
 def _check_finite(network: Network, calibration: Calibration) -> None:

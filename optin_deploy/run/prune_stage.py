@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.criteria.scoring import save_scores, score
-from optin_deploy.distributed.ranks import Shared
+from optin_deploy.distributed.ranks import Shared, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.latency.budget import find_step_sizes
 from optin_deploy.latency.tables import LatencyModel
@@ -21,7 +21,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.pruning.head_rotation import in_principal_bases
 from optin_deploy.pruning.pruner import token_schedule
-from optin_deploy.pruning.removal import Remover, broadcast_plan
+from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.rounds import remove_in_rounds
 from optin_deploy.pruning.settings import PruneSettings
 from optin_deploy.run import run_directory
@@ -33,9 +33,9 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
 from optin_deploy.tokens.merge_loss import MergeLoss, measure_merge_loss
 from optin_deploy.tokens.stack import TokenStack
-from optin_deploy.utils.paths import regular
-from optin_deploy.utils.progress import part
-from optin_deploy.utils.spill import Shelf
+from optin_deploy.utils.paths import require_regular
+from optin_deploy.utils.progress import progress_until
+from optin_deploy.utils.spill import SpillList
 
 logger = logging.getLogger(__name__)
 _SCORES, _NOTES, _PLAN, _MERGE_LOSS = "scores.safetensors", "scoring.json", "plan.json", "merging.json"
@@ -82,7 +82,7 @@ def prune_network(context: RunContext, tables: LatencyModel | None) -> PrunedRun
     prepared.network.module.to(prepared.device)
     batches = Shared(_batches_on_device(prepared), ranks)
     dense, scores = _score(context, batches) if context.recipe.has_budget else (context.network, {})
-    if ranks.told(context.checkpoint.exists):
+    if ranks.broadcast_object(context.checkpoint.exists):
         pruned = _read_checkpoint(context)
     else:
         pruned = _prune(context, _Scored(dense, scores, batches, tables))
@@ -100,7 +100,9 @@ def _batches_on_device(prepared: PreparedRun) -> Batches:
     """Return the calibration batches on the run's device; a spill list keeps only some of them in its memory."""
     if prepared.device.type == "cpu":
         return prepared.calibration.batches
-    return Shelf({name: t.to(prepared.device) for name, t in batch.items()} for batch in prepared.calibration.batches)
+    return SpillList(
+        {name: t.to(prepared.device) for name, t in batch.items()} for batch in prepared.calibration.batches
+    )
 
 
 def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Tensor]]:
@@ -110,7 +112,7 @@ def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Ten
         if context.checkpoint.exists() and path.is_file():
             return context.network, _keep_scores(path, structure)
         dense = in_principal_bases(context.network, structure, batches)
-        if ranks.told(path.is_file):
+        if ranks.broadcast_object(path.is_file):
             return dense, _keep_scores(path, structure) if ranks.main else {}
         notes: list[str] = []
         costs, labels = context.space.costs, context.prepared.calibration.labels
@@ -134,7 +136,7 @@ def _keep_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
     """Read the scores of an earlier try; UserError unless they fit ``structure``."""
     run_directory.keep(path)
     try:
-        scores = load_file(regular(path))
+        scores = load_file(require_regular(path))
     except (OSError, SafetensorError):
         scores = {}
     if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:
@@ -162,7 +164,7 @@ def _prune(context: RunContext, scored: _Scored) -> PrunedRun:
     schedule = _schedule_tokens(context, scored)
     plan = _plan_for_latency(context, scored, schedule) if recipe.has_latency else None
     with context.stages.stage("slice and repair"):
-        with part(1.0 if recipe.sparsity is None else 0.5):
+        with progress_until(1.0 if recipe.sparsity is None else 0.5):
             if plan is not None:
                 module = remover.remove(plan)
             elif recipe.flops is not None:
@@ -190,7 +192,7 @@ def _plan_for_latency(context: RunContext, scored: _Scored, schedule: tuple[int,
     def plan() -> Plan:
         return plan_for_latency(context, scored.dense, scored.scores, scored.measured, schedule)
 
-    return broadcast_plan(scored.batches, plan)
+    return ranks_of(scored.batches).broadcast_object(plan)
 
 
 def _prune_to_flops(
@@ -229,7 +231,7 @@ def _schedule_tokens(context: RunContext, scored: _Scored) -> tuple[int, ...]:
     if stack is None:
         return ()
     merge_loss = _measure_merge_loss(context, scored, stack) if context.recipe.tokens == "auto" else None
-    return tuple(context.ranks.told(partial(_search_schedule, context, scored, merge_loss)))
+    return tuple(context.ranks.broadcast_object(partial(_search_schedule, context, scored, merge_loss)))
 
 
 def _search_schedule(context: RunContext, scored: _Scored, merge_loss: MergeLoss | None) -> tuple[int, ...]:
@@ -244,7 +246,7 @@ def _measure_merge_loss(context: RunContext, scored: _Scored, stack: TokenStack)
     """Measure what merging tokens costs, once for all budgets; or let the main process read an earlier result."""
     path, ranks = context.directory / _MERGE_LOSS, context.ranks
     with context.stages.stage("try merging"):
-        if ranks.told(path.is_file):
+        if ranks.broadcast_object(path.is_file):
             return ranks.on_main(partial(_read_merge_loss, path))
         scoring = scoring_of(context.recipe)
         merge_loss = measure_merge_loss(scored.dense, context.space.structure, stack, scored.batches, scoring)

@@ -20,9 +20,9 @@ from torch import nn
 
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.errors import UserError
-from optin_deploy.utils.atomic_files import is_partial, remove_partial, tell_kept, write_text
-from optin_deploy.utils.paths import check_place, regular
-from optin_deploy.utils.signals import kept_in
+from optin_deploy.utils.atomic_files import is_partial, log_kept, remove_partial, write_text
+from optin_deploy.utils.paths import check_writable, require_regular
+from optin_deploy.utils.signals import note_kept
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def check(directory: Path, fingerprint: str) -> None:
     Raises:
         UserError: it contains another run or something else, or files of the run have changed since it wrote them.
     """
-    check_place(directory, f"--output {directory}")
+    check_writable(directory, f"--output {directory}")
     # A run that was killed in its first moments leaves only its lock and partial files.
     if not directory.is_dir() or all(entry.name == _LOCK_NAME or is_partial(entry) for entry in directory.iterdir()):
         return
@@ -105,7 +105,7 @@ class _Run(BaseModel):
 
 def _read(directory: Path) -> _Run:
     try:
-        return _Run.model_validate_json(regular(directory / _RUN_NAME).read_bytes())
+        return _Run.model_validate_json(require_regular(directory / _RUN_NAME).read_bytes())
     except (OSError, ValidationError):
         raise UserError(f"--output {directory} is not empty and holds no run: choose another directory") from None
 
@@ -133,7 +133,7 @@ def record(path: Path) -> None:
 def keep(path: Path) -> None:
     """Record the file or directory ``path`` of an earlier try, and log that it is used as it is."""
     record(path)
-    tell_kept(path)
+    log_kept(path)
 
 
 def _with_digest(run: _Run, name: str, digest: str | None) -> _Run:
@@ -173,7 +173,7 @@ def hold(directory: Path, fingerprint: str, recipe: Recipe) -> Iterator[None]:
             files = _read(directory).files if (directory / _RUN_NAME).exists() else {}
             _write(directory, _Run(fingerprint=fingerprint, files=files))
             recipe.save(directory / "recipe.yaml")
-        with kept_in(directory):
+        with note_kept(directory):
             yield
     finally:
         lock.release()
@@ -213,7 +213,7 @@ def write_json(path: Path, result: object, *, indent: int | None = 1) -> None:
 def read_json(path: Path, kind: type[T], advice: str = "remove it, and it is made again") -> T:
     """Read the result of type ``kind`` that a stage wrote to ``path``; UserError with ``advice`` if it is damaged."""
     try:
-        return TypeAdapter(kind).validate_json(regular(path).read_bytes())
+        return TypeAdapter(kind).validate_json(require_regular(path).read_bytes())
     except (OSError, ValidationError):
         raise UserError(f"{path} is damaged: {advice}") from None
 

@@ -103,7 +103,7 @@ def measure_task_loss(
                 for name, factor in factors.items():
                     if factor:
                         loss[block, column] += factor * trajectory.task_change(name, dense[name], changed[name], 1)[0]
-    total = ranks_of(batches).total({"loss": loss})["loss"].numpy()
+    total = ranks_of(batches).all_reduce({"loss": loss})["loss"].numpy()
     return MergeLoss((stack.tokens, *counts), np.maximum.accumulate(np.maximum(total, 0), axis=1))
 
 

@@ -1,6 +1,6 @@
-"""Files and directories that appear whole or not at all.
+"""Files and directories that appear complete or not at all.
 
-What is being written stands beside its place as ``.NAME.….partial``: all that a writer that was killed leaves behind.
+They are written under the name ``.NAME.XXXXXXXX.partial`` in the same directory; a killed writer leaves nothing else.
 """
 
 import logging
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
+_PARTIAL = ".partial"
 
 
 def is_partial(path: Path) -> bool:
-    """Whether ``path`` is named like something that is being written, or that was when its writer was killed."""
-    return path.name.startswith(".") and path.name.endswith(PARTIAL)
+    """Return whether ``path`` has the name of an unfinished file or directory."""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def remove_partial(directory: Path) -> None:
-    """Remove what killed writers have left in ``directory``, in which nobody may be writing meanwhile."""
+    """Remove what killed writers left in ``directory``. Nobody may be writing there."""
     for path in filter(is_partial, list(directory.iterdir())):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -40,85 +41,86 @@ def remove_partial(directory: Path) -> None:
             path.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary name beside ``path``, then rename it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same directory, whose file replaces ``path`` if the context ends without an error.
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+    """
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}{_PARTIAL}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-        tell_written(path)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    log_written(path)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``path`` if the context ends without an error.
+
+    UserError if ``path`` exists.
+    """
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            log_written(file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, completely or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
-    """Write ``tensors`` as safetensors to a temporary name beside ``path``, then rename it; OSError if that fails."""
-    # Wrong options are told before torch is loaded.
+    """Write ``tensors`` as safetensors, completely or not at all; OSError if that fails."""
+    # Wrong options are reported before torch is loaded.
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        tell_written(path)
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        # It tells the system's error in words only.
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The number of the system's error is only in its message.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source`` or, across file systems, a copy; nothing where it exists already."""
+    """Link ``target`` to the file ``source``, or copy it to another file system. Nothing is done if it exists."""
     if target.exists():
         return
     try:
         os.link(source, target)
     except OSError:
-        temporary = target.with_name(f".{target.name}{PARTIAL}")
-        try:
+        with atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
-@contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes ``path`` when the context ends without an error; UserError if it exists."""
-    check_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(path)
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                tell_written(file)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def tell_written(path: Path) -> None:
-    """Log a file's size; not of one in a directory that is not whole yet, which `whole_directory` tells of."""
+def log_written(path: Path) -> None:
+    """Log the size of a file. Files in an unfinished directory are logged by `atomic_directory` at its end."""
     if not path.parent.name.startswith("."):
         logger.info("wrote %s, %s", path, decimal(path.stat().st_size))
 
 
-def tell_kept(path: Path) -> None:
-    """Log that what an earlier run of the same directory has made is taken, and when that was."""
-    made = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
-    logger.info("%s is kept from an earlier run, of %s", path, made)
+def log_kept(path: Path) -> None:
+    """Log that a file of an earlier run is used, and when that was written."""
+    written = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds")
+    logger.info("%s is kept from an earlier run, of %s", path, written)

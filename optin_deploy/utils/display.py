@@ -1,4 +1,4 @@
-"""Tables as values, and how values are displayed in a terminal and in a notebook."""
+"""Tables as values, and values as displayed in a terminal and in a notebook."""
 
 from __future__ import annotations
 

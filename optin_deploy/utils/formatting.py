@@ -1,4 +1,4 @@
-"""How figures are written, the same in every rendering."""
+"""Figures as text, the same in every rendering."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interval(Protocol):
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`value` to so many significant digits, in plain notation: 0.0123, 1.23, 123, 12300."""
+    """Return ``value`` to ``digits`` significant digits, in plain notation: 0.0123, 1.23, 123, 12300."""
     if not math.isfinite(value) or value == 0:
         return str(value) if value else "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -24,7 +24,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def scaled(value: float) -> str:
-    """A large count with its SI prefix, as "22.1 M"; the unit follows it: "9.2 G" + "FLOPs"."""
+    """Return a large count with its SI prefix: "22.1 M". The unit follows it: "9.2 G" + "FLOPs"."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
             return f"{significant(value / factor)} {prefix}"
@@ -32,47 +32,47 @@ def scaled(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A latency in milliseconds, without its unit."""
+    """Return a latency in milliseconds, without its unit."""
     return significant(value)
 
 
 def per_second(value: float) -> str:
-    """A throughput, without its unit."""
+    """Return a throughput, without its unit."""
     return f"{value:,.0f}" if value >= 100 else significant(value)
 
 
 def times(value: float) -> str:
-    """A factor, as "1.83×"."""
+    """Return a factor: "1.83×"."""
     return f"{value:.2f}×"
 
 
 def bounds(interval: Interval) -> str:
-    """An interval's bounds, as "1.79–1.87"."""
+    """Return the bounds of an interval: "1.79–1.87"."""
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
 
 def ratio(before: float, after: float) -> str:
-    """What is left of a figure, as "0.62"; a dash where there was nothing."""
+    """Return ``after`` as a fraction of ``before``: "0.62"; a dash if ``before`` is 0."""
     return f"{after / before:.2f}" if before else "—"
 
 
 def percent(share: float) -> str:
-    """A share of 1, as "49.8 %"."""
+    """Return a fraction as percent: "49.8 %"."""
     return f"{100 * share:.1f} %"
 
 
 def change(before: float, after: float) -> str:
-    """A relative change, as "−49.8 %"."""
+    """Return a relative change: "−49.8 %"."""
     relative = 100 * (after / before - 1)
     return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
 
 
 def noise(interval: Interval) -> str:
-    """How far an A/A interval reaches from 1, as "±2.8 %"."""
+    """Return the largest distance of an A/A interval from 1: "±2.8 %"."""
     reach = 100 * max(abs(interval.low - 1), abs(interval.high - 1))
     return f"±{reach:.1f} %"
 
 
 def scientific(value: float) -> str:
-    """An error, as "3.1e-06"."""
+    """Return an error: "3.1e-06"."""
     return f"{value:.1e}"

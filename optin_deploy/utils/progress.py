@@ -1,9 +1,9 @@
-"""The progress display of a run: a bar for each stage with the time left on a terminal, else a line for each stage.
+"""The progress of a run: on a terminal a bar with the time left for each stage, elsewhere a line for each.
 
-Algorithms show their progress by `track`, which needs no parameter: the display of the stage is a context variable.
+Algorithms report progress by `track`. It needs no parameter, because a context variable holds the stage's bar.
 
     with Stages(console) as stages, stages.stage("score"):
-        with part(0.9):
+        with progress_until(0.9):
             for batch in track(batches):
                 ...
         for group in track(groups):
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Bar:
-    """The bar of one stage; ``done`` is the fraction shown, which never falls."""
+    """The bar of one stage; ``done`` is the fraction shown and never falls."""
 
     def __init__(self, show: Callable[[float], None]) -> None:
         self._show = show
@@ -41,7 +41,7 @@ class _Bar:
 
 @dataclass(frozen=True)
 class _Section:
-    """The part of a bar that the work at hand fills."""
+    """The range of a bar that the current work fills."""
 
     bar: _Bar
     start: float
@@ -55,21 +55,21 @@ _section: ContextVar[_Section | None] = ContextVar("section", default=None)
 
 
 @contextmanager
-def shown_by(show: Callable[[float], None]) -> Iterator[None]:
-    """Call ``show`` with the fraction of the work inside that is done, whenever it rises; with 1 at the end."""
+def show_progress(show: Callable[[float], None]) -> Iterator[None]:
+    """Call ``show`` with the finished fraction of the work inside whenever it rises, and with 1 at the end."""
     with _filling(_Section(_Bar(show), 0.0, 1.0)):
         yield
 
 
 def report_progress(fraction: float) -> None:
-    """Show that ``fraction`` of the work at hand is done, 0 to 1."""
+    """Show that ``fraction`` of the current work is done, 0 to 1."""
     if (section := _section.get()) is not None:
         section.bar.move_to(section.at(fraction))
 
 
 @contextmanager
-def part(until: float) -> Iterator[None]:
-    """Let the work inside fill the bar from where it is to the fraction ``until`` of the work at hand."""
+def progress_until(until: float) -> Iterator[None]:
+    """Let the work inside fill the bar up to the fraction ``until`` of the current work."""
     section = _section.get()
     if section is None:
         yield
@@ -79,12 +79,12 @@ def part(until: float) -> Iterator[None]:
 
 
 def track(items: Collection[T], weights: Sequence[float] | None = None) -> Iterator[T]:
-    """Yield ``items`` and show how many are done; what is done with one item may track its own steps.
+    """Yield ``items`` and show how many are done, until the current work is complete.
 
-    The items fill the work at hand from where its bar is.
+    The work on one item may `track` its own steps.
 
     Args:
-        weights: how long each item takes compared with the others; all the same when None.
+        weights: the time each item takes relative to the others; all the same when None.
     """
     outer = _section.get()
     if outer is None:
@@ -101,14 +101,14 @@ def track(items: Collection[T], weights: Sequence[float] | None = None) -> Itera
 
 @contextmanager
 def _filling(section: _Section) -> Iterator[None]:
-    """Make ``section`` the work at hand; at the end it is full, unless an error ended it."""
+    """Make ``section`` the current work, and fill it at the end unless an error occurs."""
     before = _section.get()
     _section.set(section)
     try:
         yield
         section.bar.move_to(section.stop)
     finally:
-        # A loop that an error has ended is closed late, perhaps in another stage.
+        # A loop that an error stopped is closed late, perhaps in another stage.
         if _section.get() is section:
             _section.set(before)
 
@@ -117,14 +117,14 @@ class Stages:
     """The stages of a run, shown and timed. A context manager around the whole run.
 
     Attributes:
-        seconds: time of each stage that is done, by name.
-        current: the name of the last stage begun.
+        seconds: time of each finished stage, by name.
+        current: name of the last stage that started.
     """
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.seconds: dict[str, float] = {}
         self.current = ""
-        # Without ipywidgets a notebook shows no bars, and rich warns each time that it would draw one.
+        # Without ipywidgets a notebook shows no bars, and rich warns for each one.
         bars = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         self._lines = None if quiet or bars else console
         columns = (SpinnerColumn(), TextColumn("{task.description:<32}"), BarColumn(), TaskProgressColumn())
@@ -139,7 +139,7 @@ class Stages:
 
     @contextmanager
     def checks(self) -> Iterator[None]:
-        """Show the stage that checks the input. It prints no line, so that an error stands alone."""
+        """Show the stage that checks the input. It prints no line, so that an error is the only output."""
         with self._bar("load and check"):
             yield
 
@@ -158,7 +158,7 @@ class Stages:
         task = self._progress.add_task(name, total=1.0)
         logger.info("%s: started", name)
         self.current, start = name, perf_counter()
-        with shown_by(lambda fraction: self._progress.update(task, completed=fraction)):
+        with show_progress(lambda fraction: self._progress.update(task, completed=fraction)):
             yield
         spent = perf_counter() - start
         logger.info("%s: done in %.1f s", name, spent)

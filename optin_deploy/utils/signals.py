@@ -1,4 +1,4 @@
-"""How a command ends before it is done: by Ctrl-C or by a signal, everything temporary removed."""
+"""Commands that Ctrl-C or a signal terminates: temporary files are removed, and a line says how to continue."""
 
 import signal
 import threading
@@ -8,13 +8,13 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-# By a terminal that is closed, a batch system, a container that is stopped. Windows has no SIGHUP.
+# Sent by a closed terminal, a batch system or a stopped container. Windows has no SIGHUP.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _KEPT = "finished stages are kept in "
 
 
-class Ended(BaseException):
-    """A signal has ended the command. Nothing takes it for an error that can be worked around."""
+class Terminated(BaseException):
+    """A signal has terminated the command. No handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -22,60 +22,61 @@ class Ended(BaseException):
 
     @property
     def code(self) -> int:
-        """The exit code that shells give a process that the signal killed."""
+        """The exit code that shells report for a process killed by the signal."""
         return 128 + self.number
 
 
 class Interruptible(TyperGroup):
-    """Commands that let Ctrl-C through as `Ended`; the parser would make an exit code of it, and all else is lost."""
+    """Commands that raise `Terminated` on Ctrl-C. The parser would only return an exit code."""
 
-    def invoke(self, ctx: Any) -> Any:
+    # `typer.Context` is a subclass of what the parser passes; the base class has no public name.
+    def invoke(self, ctx: Any) -> object:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            ended = Ended(signal.SIGINT)
+            terminated = Terminated(signal.SIGINT)
             for note in getattr(error, "__notes__", ()):
-                ended.add_note(note)
-            raise ended from error
+                terminated.add_note(note)
+            raise terminated from error
 
 
 @contextmanager
-def signals_raised() -> Iterator[None]:
-    """Raise `Ended` in the main thread where a signal would else end the process; one that is ignored stays so."""
+def raise_on_signals() -> Iterator[None]:
+    """Raise `Terminated` in the main thread where a signal would end the process. Ignored signals stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handled = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
 
-    def end(number: int, _: object) -> None:
-        # What cleans up is not to be cut short.
-        for each in taken:
-            signal.signal(each, signal.SIG_IGN)
-        raise Ended(number)
+    def terminate(number: int, _: object) -> None:
+        # A second signal must not interrupt the cleanup.
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
 
-    taken = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     try:
-        for number in taken:
-            signal.signal(number, end)
+        for number in handled:
+            signal.signal(number, terminate)
         yield
     finally:
-        for number in taken:
+        for number in handled:
             signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
-def kept_in(directory: object) -> Iterator[None]:
-    """Note on an interrupt that the stages which were finished are kept in ``directory``."""
+def note_kept(directory: object) -> Iterator[None]:
+    """Add a note to an interrupt that finished stages are kept in ``directory``."""
     try:
         yield
-    except (KeyboardInterrupt, Ended) as error:
+    except (KeyboardInterrupt, Terminated) as error:
         error.add_note(f"{_KEPT}{directory}")
         raise
 
 
-def told(ended: Ended, command: str) -> str:
-    """One line for the user: what is kept, and how to go on."""
-    what = "interrupted" if ended.number == signal.SIGINT else str(ended)
-    # The outermost one comes last: a sweep's directory, that runs are in.
-    notes = [note for note in getattr(ended, "__notes__", ()) if note.startswith(_KEPT)]
+def describe_end(terminated: Terminated, command: str) -> str:
+    """Return one line that says what is kept and how to continue."""
+    what = "interrupted" if terminated.number == signal.SIGINT else str(terminated)
+    # The last note is the outermost directory: that of a sweep, which contains its runs.
+    notes = [note for note in getattr(terminated, "__notes__", ()) if note.startswith(_KEPT)]
     return f"{what}; {notes[-1]}, go on with: {command}" if notes else f"{what}; nothing is kept, again: {command}"

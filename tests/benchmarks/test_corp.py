@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rivals import corp
+from benchmarks.baselines import corp
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops

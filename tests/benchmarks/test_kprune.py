@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rivals import kprune
+from benchmarks.baselines import kprune
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops

@@ -204,7 +204,7 @@ def test_interrupt_before_there_is_a_directory_promises_nothing(
 def test_a_terminated_run_leaves_nothing_temporary(tmp_path: Path) -> None:
     save_shallow(tmp_path / "shallow")
     (tmp_path / "tmp").mkdir()
-    # Ended while it measures, which would take minutes.
+    # Terminated while it measures, which would take minutes.
     long = [*QUICK, "--profile-seconds", "600", "--calibration-samples", "8", "--flops", "0.6", "--output", "run"]
     command = [sys.executable, "-m", "optin_deploy", "prune-export", "--model", "shallow", *long]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")}

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from optin_deploy.criteria.gradient_reach import find_reach
 from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored, watched
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.criteria.trajectory_loss import is_saturated
-from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
+from optin_deploy.distributed.ranks import SINGLE_PROCESS, Ranks, Shared
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.pruning.pruner import prune
@@ -382,29 +383,28 @@ def test_equal_scores_of_units_that_are_equal_are_scores() -> None:
     assert float(scores.max()) == pytest.approx(float(scores.min()))
 
 
+def shared_scores(way: Callable[[Call, Any, Any], Any], scoring: Scoring, ranks: Ranks) -> dict[str, Tensor]:
+    network, structure = changed("vit", "blocks.1", way), tiny.structure("vit")
+    costs = flop_costs(tiny.network("vit").module, structure, network.inputs)
+    return score(network, structure, costs, Shared(tiny.batches(network, 3), ranks), scoring)
+
+
 @pytest.mark.parametrize("scoring", [OBS, SKETCH], ids=["obs", "sketch"])
 def test_several_processes_bring_back_the_same(scoring: Scoring, tmp_path: Path) -> None:
-    network, structure = changed("vit", "blocks.1", in_no_grad), tiny.structure("vit")
-    costs = flop_costs(tiny.network("vit").module, structure, network.inputs)
-
-    def work(ranks: Ranks) -> dict[str, Tensor]:
-        return score(network, structure, costs, Shared(tiny.batches(network, 3), ranks), scoring)
-
-    expected = work(ALONE)
+    work = partial(shared_scores, in_no_grad, scoring)
+    expected = work(SINGLE_PROCESS)
     for found in together(work, 2, tmp_path):
         same(found, expected)
 
 
+def refused_scores(ranks: Ranks) -> dict[str, Tensor]:
+    with pytest.raises(UserError, match="no derivative reaches"):
+        shared_scores(without_torch, OBS, ranks)
+    return {"done": torch.ones(1)}
+
+
 def test_several_processes_refuse_together(tmp_path: Path) -> None:
-    network, structure = changed("vit", "blocks.1", without_torch), tiny.structure("vit")
-    costs = flop_costs(tiny.network("vit").module, structure, network.inputs)
-
-    def work(ranks: Ranks) -> dict[str, Tensor]:
-        with pytest.raises(UserError, match="no derivative reaches"):
-            score(network, structure, costs, Shared(tiny.batches(network, 3), ranks), OBS)
-        return {"done": torch.ones(1)}
-
-    assert len(together(work, 2, tmp_path)) == 2
+    assert len(together(refused_scores, 2, tmp_path)) == 2
 
 
 def test_a_whole_pruning_is_the_plain_networks() -> None:

@@ -13,14 +13,15 @@ from optin_deploy.criteria import scoring
 from optin_deploy.criteria.fisher import mask_gradients
 from optin_deploy.criteria.magnitude import magnitude_scores
 from optin_deploy.criteria.random_baseline import random_scores
-from optin_deploy.criteria.scoring import Criterion, Scoring, save_scores, score
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, save_scores, score
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.search.costs import flop_costs
 from optin_deploy.structure.groups import Structure
-from optin_deploy.utils.progress import shown_by
+from optin_deploy.utils.progress import show_progress
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +163,7 @@ def test_progress_rises_to_one(criterion: Criterion, scorer: scoring.Scorer) -> 
     batches = tiny.batches(network, 3)
     options: dict[str, Any] = {"criterion": criterion, "scorer": scorer, "probes": 5}
     shown: list[float] = []
-    with shown_by(shown.append):
+    with show_progress(shown.append):
         scored(network, structure, batches, labels=some_labels(batches), **options)
     assert len(shown) >= 3
     assert shown == sorted(shown) and shown[-1] == 1.0

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, get_args
@@ -10,8 +11,9 @@ from together import together
 from torch import Tensor
 
 from optin_deploy.criteria import scoring
-from optin_deploy.criteria.scoring import Criterion, Scoring, score
-from optin_deploy.distributed.ranks import ALONE, Ranks, Shared, own_indices, ranks_of
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, score
+from optin_deploy.distributed.ranks import SINGLE_PROCESS, Ranks, Shared, own_indices, ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.pruning.removal import Remover
@@ -50,8 +52,8 @@ def all_scores(name: str, ranks: Ranks) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "world"), [("vit", 2), ("vit", 3), ("bert", 3), ("plain_resnet", 2)])
 def test_scores_are_those_of_one_process(name: str, world: int, tmp_path: Path) -> None:
-    expected = all_scores(name, ALONE)
-    for found in together(lambda ranks: all_scores(name, ranks), world, tmp_path):
+    expected = all_scores(name, SINGLE_PROCESS)
+    for found in together(partial(all_scores, name), world, tmp_path):
         assert found.keys() == expected.keys()
         for key, values in expected.items():
             torch.testing.assert_close(found[key], values, rtol=1e-6, atol=0, msg=key)
@@ -75,22 +77,31 @@ def pruned(name: str, ranks: Ranks, **options: Any) -> dict[str, Tensor]:
     ids=str,
 )
 def test_weights_are_those_of_one_process(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    expected = pruned(name, ALONE, **options)
-    for found in together(lambda ranks: pruned(name, ranks, **options), 3, tmp_path):
+    expected = pruned(name, SINGLE_PROCESS, **options)
+    for found in together(partial(pruned, name, **options), 3, tmp_path):
         for key, weights in expected.items():
             torch.testing.assert_close(found[key], weights, rtol=1e-5, atol=1e-5, msg=key)
 
 
-def test_merging_costs_what_it_costs_one_process(tmp_path: Path) -> None:
+def measured(ranks: Ranks) -> dict[str, Tensor]:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     stack = token_stack(network.module, network.inputs, structure)
+    batches = Shared(some_batches("vit"), ranks)
+    return {"loss": torch.from_numpy(measure_merge_loss(network, structure, stack, batches, Scoring()).loss)}
 
-    def measured(ranks: Ranks) -> dict[str, Tensor]:
-        batches = Shared(some_batches("vit"), ranks)
-        return {"loss": torch.from_numpy(measure_merge_loss(network, structure, stack, batches, Scoring()).loss)}
 
+def test_merging_costs_what_it_costs_one_process(tmp_path: Path) -> None:
     for found in together(measured, 2, tmp_path):
-        torch.testing.assert_close(found["loss"], measured(ALONE)["loss"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(found["loss"], measured(SINGLE_PROCESS)["loss"], rtol=1e-6, atol=0)
+
+
+class PositionError(UserError):
+    def __init__(self, line: int, column: int) -> None:
+        super().__init__("of a subclass")
+
+
+def refused_by_subclass() -> None:
+    raise PositionError(1, 2)
 
 
 def exchanged(ranks: Ranks) -> dict[str, Tensor]:
@@ -99,22 +110,23 @@ def exchanged(ranks: Ranks) -> dict[str, Tensor]:
     def refused(message: str) -> str:
         raise UserError(message)
 
-    told = ranks.told(lambda: {"rank": ranks.rank})
-    assert told == {"rank": 0}
-    assert ranks.agreed(lambda: ("same", ranks.rank), itemgetter(0)) == ("same", ranks.rank)
+    assert ranks.broadcast_object(lambda: {"rank": ranks.rank, "kept": (1, 2)}) == {"rank": 0, "kept": (1, 2)}
+    assert ranks.check_consistent(lambda: ("same", ranks.rank), itemgetter(0)) == ("same", ranks.rank)
     assert ranks.on_main(lambda: {1, 2}) == (None if ranks.rank else {1, 2})
     with pytest.raises(UserError, match=r"^from the main one$"):
-        ranks.told(lambda: refused("from the main one"))
+        ranks.broadcast_object(lambda: refused("from the main one"))
+    with pytest.raises(UserError, match=r"^of a subclass$"):
+        ranks.on_main(refused_by_subclass)
     with pytest.raises(UserError, match=r"^rank 1: no file$"):
-        ranks.agreed(lambda: refused("no file") if ranks.rank == 1 else "fine", str)
+        ranks.check_consistent(lambda: refused("no file") if ranks.rank == 1 else "fine", str)
     with pytest.raises(UserError, match=r"^no model$"):
-        ranks.agreed(lambda: refused("no model"), str)
+        ranks.check_consistent(lambda: refused("no model"), str)
     with pytest.raises(UserError, match=r"^rank 1 has other weights"):
-        ranks.agreed(lambda: f"mine {ranks.rank}" * (1 + ranks.rank), str)
+        ranks.check_consistent(lambda: f"mine {ranks.rank}" * (1 + ranks.rank), str)
     own = torch.full((2, 3), float(ranks.rank + 1))
     return {
-        "given": ranks.given(lambda: own, own),
-        **ranks.total({"sum": own, "count": torch.tensor(ranks.rank)}),
+        "given": ranks.broadcast(lambda: own, own),
+        **ranks.all_reduce({"sum": own, "count": torch.tensor(ranks.rank)}),
     }
 
 
@@ -129,11 +141,11 @@ def test_processes_exchange(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_every_piece_of_work_is_done_once(count: int, world: int) -> None:
     everyone = [Ranks(rank, world) for rank in range(world)]
-    shares = [ranks.share(count) for ranks in everyone]
+    shares = [ranks.shard(count) for ranks in everyone]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     costs = [float((7 * i) % 5 + 1) for i in range(count)]
-    weighed = [ranks.weighed(costs) for ranks in everyone]
+    weighed = [ranks.balanced_shard(costs) for ranks in everyone]
     assert sorted(i for share in weighed for i in share) == list(range(count))
     loads = [sum(costs[i] for i in share) for share in weighed]
     assert max(loads) - min(loads) <= max(costs, default=0)
@@ -141,7 +153,7 @@ def test_every_piece_of_work_is_done_once(count: int, world: int) -> None:
 
 def test_batches_of_nobody_else() -> None:
     batches: Sequence[tiny.Batch] = [{"x": torch.zeros(1)}] * 3
-    assert ranks_of(batches) == ALONE and own_indices(batches) == range(3)
+    assert ranks_of(batches) == SINGLE_PROCESS and own_indices(batches) == range(3)
     shared = Shared(batches, Ranks(1, 2))
     assert own_indices(shared) == range(1, 3)
     assert ranks_of(shared[:2]) == Ranks(1, 2) and len(shared[:2]) == 2
@@ -156,7 +168,7 @@ def sparse(ranks: Ranks) -> dict[str, Tensor]:
 
 
 def test_sparse_weights_are_those_of_one_process(tmp_path: Path) -> None:
-    expected = sparse(ALONE)
+    expected = sparse(SINGLE_PROCESS)
     for found in together(sparse, 2, tmp_path):
         for key, weights in expected.items():
             torch.testing.assert_close(found[key], weights, rtol=1e-5, atol=1e-5, msg=key)

@@ -6,7 +6,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.criteria.scoring import Criterion, Scorer, Scoring
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scorer, Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
@@ -18,7 +19,7 @@ from optin_deploy.pruning.settings import PruneSettings
 from optin_deploy.pruning.space import analyze
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
-from optin_deploy.utils.progress import shown_by
+from optin_deploy.utils.progress import show_progress
 
 pytestmark = pytest.mark.slow
 
@@ -217,6 +218,6 @@ def test_remove_reports_progress_only_when_it_repairs(network: Network) -> None:
     space, batches = analyze(network), tiny.batches(network, 1)
     shown: list[float] = []
     plan = Plan({space.structure.groups[0].name: (0,)})
-    with shown_by(shown.append):
+    with show_progress(shown.append):
         Remover(network, space, batches, 0.1).remove(plan)
     assert shown == pytest.approx([1 / 3, 2 / 3, 1])

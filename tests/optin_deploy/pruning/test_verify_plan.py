@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from optin_deploy.cli.main import main
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.data.calibration import from_batches
-from optin_deploy.distributed.ranks import ALONE, Ranks, Shared
+from optin_deploy.distributed.ranks import SINGLE_PROCESS, Ranks, Shared
 from optin_deploy.errors import GateError
 from optin_deploy.models.custom import custom_network
 from optin_deploy.network import Network
@@ -162,17 +162,16 @@ def test_a_calibration_batch_tells_what_the_sample_does_not() -> None:
         prune(of, [{"input": 100 * b["input"]} for b in batches()], 0.5, align=1)
 
 
-def test_all_processes_end_with_the_gate(tmp_path: Path) -> None:
-    def work(ranks: Ranks) -> dict[str, Tensor]:
-        try:
-            prune(network(*ODD), Shared(batches(), ranks), 0.5, align=8)
-        except GateError as error:
-            return {"told": torch.tensor(list(str(error).encode()))}
-        return {}
+def gate_message(ranks: Ranks) -> dict[str, Tensor]:
+    with pytest.raises(GateError) as raised:
+        prune(network(*ODD), Shared(batches(), ranks), 0.5, align=8)
+    return {"message": torch.tensor(list(str(raised.value).encode()))}
 
-    expected = work(ALONE)
-    for found in together(work, 2, tmp_path):
-        assert torch.equal(found["told"], expected["told"])
+
+def test_all_processes_end_with_the_gate(tmp_path: Path) -> None:
+    expected = gate_message(SINGLE_PROCESS)
+    for found in together(gate_message, 2, tmp_path):
+        assert torch.equal(found["message"], expected["message"])
 
 
 def test_a_run_leaves_no_checkpoint(tmp_path: Path) -> None:

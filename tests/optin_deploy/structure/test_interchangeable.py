@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optin_deploy import export_onnx
-from optin_deploy.criteria.scoring import Criterion, Scoring, score
+from optin_deploy.criteria.registry import Criterion
+from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.errors import UserError
 from optin_deploy.latency.block_stacks import block_types, build_stack
 from optin_deploy.latency.tables import table_points

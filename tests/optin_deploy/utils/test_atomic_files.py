@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from optin_deploy.errors import UserError
-from optin_deploy.utils.atomic_files import whole_directory, write_tensors, write_text
+from optin_deploy.utils.atomic_files import (
+    atomic_directory,
+    atomic_path,
+    is_partial,
+    link_or_copy,
+    write_tensors,
+    write_text,
+)
 
 
 def test_write_text_replaces_the_file(tmp_path: Path) -> None:
@@ -35,9 +42,33 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_path_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"1")
+        assert not path.exists() and temporary.parent == tmp_path and is_partial(temporary)
+    assert path.read_bytes() == b"1"
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
+        temporary.write_bytes(b"2")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"1"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_copies_where_links_are_not_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another device")
+
+    (tmp_path / "a").write_text("1")
+    monkeypatch.setattr("os.link", refuse)
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "1"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
 def test_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "made"
-    with whole_directory(path) as directory:
+    with atomic_directory(path) as directory:
         (directory / "a").write_text("1")
         assert not path.exists()
     assert [p.name for p in path.iterdir()] == ["a"]
@@ -45,7 +76,7 @@ def test_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_interrupted_directory_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "made") as directory:
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "made") as directory:
         (directory / "a").write_text("1")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -55,7 +86,7 @@ def test_interrupted_directory_leaves_nothing(tmp_path: Path) -> None:
 def test_existing_path_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "made"
     path.mkdir() if kind == "directory" else path.touch()
-    with pytest.raises(UserError, match="exists already"), whole_directory(path):
+    with pytest.raises(UserError, match="exists already"), atomic_directory(path):
         pytest.fail("must not be entered")
 
 
@@ -92,5 +123,5 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(small_disk: Pa
 
 def test_a_link_to_nothing_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "made").symlink_to("gone")
-    with pytest.raises(UserError, match="exists already"), whole_directory(tmp_path / "made"):
+    with pytest.raises(UserError, match="exists already"), atomic_directory(tmp_path / "made"):
         pytest.fail("must not be entered")

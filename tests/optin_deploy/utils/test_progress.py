@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from optin_deploy.utils import progress
-from optin_deploy.utils.progress import Stages, part, report_progress, shown_by, track
+from optin_deploy.utils.progress import Stages, progress_until, report_progress, show_progress, track
 
 
 def shown(*, terminal: bool, quiet: bool) -> str:
@@ -47,7 +47,7 @@ def test_a_notebook_gets_bars_where_it_can_show_them(widgets: bool, monkeypatch:
 
 def fractions(work: Callable[[], object]) -> list[float]:
     shown: list[float] = []
-    with shown_by(shown.append):
+    with show_progress(shown.append):
         work()
     return shown
 
@@ -70,7 +70,7 @@ def test_loops_inside_loops_share_the_time_of_an_item() -> None:
 
 def test_work_in_parts() -> None:
     def work() -> None:
-        with part(0.5):
+        with progress_until(0.5):
             list(track("ab"))
         report_progress(0.75)
         list(track("a"))
@@ -88,7 +88,7 @@ def test_progress_never_falls() -> None:
 
 
 def test_without_a_display_nothing_happens() -> None:
-    with part(0.5):
+    with progress_until(0.5):
         report_progress(0.5)
     assert list(track("ab")) == ["a", "b"]
 
@@ -107,10 +107,10 @@ def test_a_loop_that_is_left_or_fails_leaves_the_display_as_it_was() -> None:
 
 def test_a_loop_that_is_closed_late_does_not_touch_the_next_display() -> None:
     shown: list[float] = []
-    with shown_by(lambda _: None):
+    with show_progress(lambda _: None):
         late = track(range(3))
         next(late)
-    with shown_by(shown.append):
+    with show_progress(shown.append):
         late.close()  # type: ignore[attr-defined]
         report_progress(0.5)
     assert shown == [0.5, 1.0]
@@ -126,6 +126,6 @@ def test_items_are_taken_one_by_one() -> None:
                 yield item
 
     items = Counted([1, 2, 3])
-    with shown_by(lambda _: None):
+    with show_progress(lambda _: None):
         next(iter(track(items)))
     assert items.taken == 1

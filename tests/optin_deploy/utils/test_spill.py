@@ -10,7 +10,7 @@ from tiny_models import save_images
 from transformers.modeling_outputs import BaseModelOutput
 
 from optin_deploy.nn.partial_forward import keep_shapes_only
-from optin_deploy.utils.spill import Shelf
+from optin_deploy.utils.spill import SpillList
 
 LIMIT = 3 * 4 * 1_000
 
@@ -41,23 +41,23 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     yield files
 
 
-def test_a_shelf_is_a_list(written: list[object]) -> None:
+def test_a_spill_list_is_a_list(written: list[object]) -> None:
     expected = [value(i) for i in range(8)]
-    shelf = Shelf(expected, in_memory=LIMIT)
+    spill_list = SpillList(expected, in_memory=LIMIT)
     assert len(written) == 1
-    assert len(shelf) == 8 and all(map(same, shelf, expected))
+    assert len(spill_list) == 8 and all(map(same, spill_list, expected))
     # What is as large goes where the one before was, what is larger behind all others.
     for index, size in ((6, 1_000), (5, 3_000), (0, 10), (7, 2_000), (6, 500), (-1, 2_500)):
-        expected[index] = shelf[index] = value(20 + index, size)
-        assert all(map(same, shelf, expected))
-    assert all(map(same, shelf[2:7][1:], expected[3:7]))
-    assert same(shelf[1::2][-1], expected[7])
+        expected[index] = spill_list[index] = value(20 + index, size)
+        assert all(map(same, spill_list, expected))
+    assert all(map(same, spill_list[2:7][1:], expected[3:7]))
+    assert same(spill_list[1::2][-1], expected[7])
 
 
 def test_what_fits_stays_as_it_is(written: list[object]) -> None:
     own = value(0)
-    shelf = Shelf([own, value(1)], in_memory=LIMIT)
-    assert shelf[0]["x"] is own["x"] and not written
+    spill_list = SpillList([own, value(1)], in_memory=LIMIT)
+    assert spill_list[0]["x"] is own["x"] and not written
 
 
 def test_other_types(written: list[object]) -> None:
@@ -67,9 +67,9 @@ def test_other_types(written: list[object]) -> None:
         "none": torch.zeros(0, 5),
         "flags": torch.rand(2_000) > 0.5,
     }
-    assert same(Shelf([odd], in_memory=0)[0], odd)
+    assert same(SpillList([odd], in_memory=0)[0], odd)
     output = BaseModelOutput(last_hidden_state=torch.randn(2, 700))
-    found = Shelf([output], in_memory=0)[0]
+    found = SpillList([output], in_memory=0)[0]
     assert isinstance(found, BaseModelOutput) and torch.equal(found.last_hidden_state, output.last_hidden_state)
     assert len(written) == 2
 
@@ -77,7 +77,7 @@ def test_other_types(written: list[object]) -> None:
 def test_outputs_that_only_tell_a_shape_take_no_place(written: list[object]) -> None:
     done = {"block": torch.randn(100, 1_000)}
     keep_shapes_only(done)
-    shelf = Shelf([done], in_memory=0)
+    shelf = SpillList([done], in_memory=0)
     assert shelf[0]["block"].shape == (100, 1_000) and not written
 
 

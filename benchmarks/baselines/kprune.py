@@ -29,7 +29,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.criteria.fisher import sample_gradients, sublayer_moments
+from optin_deploy.criteria.fisher import sample_gradients
 from optin_deploy.network import Network
 from optin_deploy.nn.partial_forward import record_inputs
 from optin_deploy.nn.unfold import valid_rows
@@ -40,7 +40,7 @@ from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import slice_network
 
-from .shared import Batch, check_met, transformer_part
+from .shared import Batch, check_met, sublayer_moments, transformer_part
 
 TEMPERATURE = 2.0
 REPRESENTATION = 2.5e-4
