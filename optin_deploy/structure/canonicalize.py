@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import nn
 
-from optin_deploy.errors import UserError
+from optin_deploy.errors import UserError, one_line
 from optin_deploy.nn.copies import copy_module
 from optin_deploy.structure.adapters.torch_attention import replace_torch_attention
 from optin_deploy.structure.parametrizations import bake_weights
@@ -54,7 +54,7 @@ def _try_merge(adapters: object, merge: Callable[[], nn.Module]) -> nn.Module:
         return merge()
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise UserError(
-            f"the adapters in {type(adapters).__name__} cannot be merged ({' '.join(str(error).split())[:120]}): merge "
+            f"the adapters in {type(adapters).__name__} cannot be merged ({one_line(error, 120)}): merge "
             "or remove them first"
         ) from error
 

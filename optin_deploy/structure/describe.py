@@ -27,6 +27,8 @@ from optin_deploy.structure.verify import (
 _LISTS = nn.ModuleList | nn.Sequential
 # A group and the name of its block.
 _GroupInBlock = tuple[Group, str]
+# The groups that a step keeps, and the modules that it leaves dense.
+_Step = tuple[list[_GroupInBlock], list[LeftDense]]
 
 
 def prunable() -> list[str]:
@@ -70,7 +72,7 @@ class _Trial:
         self.position = {call.name: i for i, call in reversed(list(enumerate(self.calls)))}
 
 
-def _running(trial: _Trial, groups: Sequence[Group]) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+def _running(trial: _Trial, groups: Sequence[Group]) -> _Step:
     """Return the groups that run in the trial with their blocks, and the others."""
     placed = [(group, _enclosing_block(trial.module, group, trial.runs)) for group in groups]
     kept = [(g, block) for g, block in placed if g.output in trial.position and block in trial.position]
@@ -78,9 +80,7 @@ def _running(trial: _Trial, groups: Sequence[Group]) -> tuple[list[_GroupInBlock
     return kept, [LeftDense(g.name, "does not run in a forward pass") for g in groups if g.name not in running]
 
 
-def _with_channels(
-    trial: _Trial, matched: Sequence[_GroupInBlock], refused: Collection[str]
-) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+def _with_channels(trial: _Trial, matched: Sequence[_GroupInBlock], refused: Collection[str]) -> _Step:
     """Return the groups with those of channels between two convolutions, and channels that depend on each other.
 
     Neurons of convolutions are channels. Where both are found, the channels are kept, because a forward pass shows more
@@ -100,9 +100,7 @@ def _with_channels(
     return others + channels, mixing
 
 
-def _independent_in_tuples(
-    trial: _Trial, coupled: Sequence[_GroupInBlock]
-) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+def _independent_in_tuples(trial: _Trial, coupled: Sequence[_GroupInBlock]) -> _Step:
     """Return the groups whose channels are independent in tuples although single ones are not, and the others. No two
     of those returned meet in a convolution."""
     able = {g.name: g for g in regroup_in_tuples(trial.module, trial.inputs, [g for g, _ in coupled])}
@@ -130,9 +128,7 @@ def _with_disjoint_blocks(trial: _Trial, groups: Sequence[_GroupInBlock]) -> lis
     return [(group, inner_block(group, block)) for group, block in groups]
 
 
-def _computed_by_their_weights(
-    trial: _Trial, groups: Sequence[_GroupInBlock]
-) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+def _computed_by_their_weights(trial: _Trial, groups: Sequence[_GroupInBlock]) -> _Step:
     """Return the groups whose projection and block run once, with the batch first, on weights of their own."""
     alone, block_of = [g for g, _ in groups], {g.name: block for g, block in groups}
     shared = "runs several times, and so does what holds it: put that into a module of its own that runs once"
@@ -147,7 +143,7 @@ def _computed_by_their_weights(
     return _without(groups, reasons)
 
 
-def _interchangeable(trial: _Trial, groups: Sequence[_GroupInBlock]) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+def _interchangeable(trial: _Trial, groups: Sequence[_GroupInBlock]) -> _Step:
     """Return the groups that can be sliced, some of them only in tuples of units, and the others."""
     alone = [g for g, _ in groups]
     reasons = find_unsliceable(trial.module, trial.inputs, alone)
@@ -157,9 +153,7 @@ def _interchangeable(trial: _Trial, groups: Sequence[_GroupInBlock]) -> tuple[li
     return _without([(changed.get(g.name, g), block) for g, block in groups], still)
 
 
-def _without(
-    groups: Sequence[_GroupInBlock], reasons: Mapping[str, str]
-) -> tuple[list[_GroupInBlock], list[LeftDense]]:
+def _without(groups: Sequence[_GroupInBlock], reasons: Mapping[str, str]) -> _Step:
     """Return the groups without those that have a reason to be left dense, and these. Children of these stay."""
     kept = [(g, block) for g, block in groups if g.name not in reasons]
     kept = [(replace(g, parent=None) if g.parent in reasons else g, block) for g, block in kept]

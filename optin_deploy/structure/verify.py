@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.errors import one_line
 from optin_deploy.structure.groups import Group, LayerAxis, Structure, Together
 from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.slicing import layer_size, slice_network
-from optin_deploy.structure.verify_slices import Verdict, compare_slices, error_text
+from optin_deploy.structure.verify_slices import Verdict, compare_slices
 
 Inputs = Mapping[str, Tensor]
 Keep = Callable[[Group], tuple[int, ...]]
@@ -192,5 +193,5 @@ def _try_slicing(
     try:
         small = slice_network(module, Structure((), tuple(groups), 0), Plan(kept))
     except Exception as error:
-        return Verdict({}, 0.0, error_text(error))
+        return Verdict({}, 0.0, one_line(error, 120))
     return compare_slices(module, small, groups, kept, inputs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from optin_deploy.errors import one_line
 from optin_deploy.nn.copies import copy_module
 from optin_deploy.nn.hooks import forward_hooks
 from optin_deploy.nn.outputs import named_outputs
@@ -98,7 +99,7 @@ def _compare(
         with _replace_outputs(small, staying, wanted, differences):
             actual = named_outputs(small(**inputs))
     except Exception as error:
-        return Verdict({}, 0.0, error_text(error))
+        return Verdict({}, 0.0, one_line(error, 120))
     same = actual.keys() == expected.keys()
     outputs = max((_relative_error(actual[n], t) for n, t in expected.items()), default=0.0) if same else math.inf
     failed = {name: error for name, error in differences.items() if error > tolerance}
@@ -114,11 +115,6 @@ def _keep_outputs(module: nn.Module, group: Group, groups: Sequence[Group], kept
                 index = features_of(torch.tensor(kept[other.name]), other, features, side.widths)
                 output = output.index_select(group.axis, index.to(output.device))
     return output
-
-
-def error_text(error: Exception) -> str:
-    """Return the beginning of an error message on one line."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _mask(module: nn.Module, group: Group, kept: Sequence[int]) -> Tensor:

@@ -48,8 +48,11 @@ def _pool(module: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if pool is None else module.act(x)
 
 
-def _keys_and_values(module: Any, x: Tensor) -> list[Tensor]:
-    return [_split(part, module.num_heads) for part in module.kv(x).chunk(2, -1)]
+def _attend_to_fewer(module: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Attend to fewer keys and values than queries."""
+    q = _split(module.q(x), module.num_heads)
+    k, v = (_split(part, module.num_heads) for part in module.kv(_pool(module, x, size)).chunk(2, -1))
+    return _project(module, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=module.scale)))
 
 
 class BeitAttention(beit.Attention):
@@ -122,18 +125,14 @@ class PvtAttention(pvt_v2.Attention):
     """Attention with fewer keys and values than queries."""
 
     def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
-        q = _split(self.q(x), self.num_heads)
-        k, v = _keys_and_values(self, _pool(self, x, feat_size))
-        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        return _attend_to_fewer(self, x, feat_size)
 
 
 class TwinsGlobalAttention(twins.GlobalSubSampleAttn):
     """Attention with fewer keys and values than queries."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        q = _split(self.q(x), self.num_heads)
-        k, v = _keys_and_values(self, _pool(self, x, size))
-        return _project(self, _join_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scale)))
+        return _attend_to_fewer(self, x, size)
 
 
 class TwinsLocalAttention(twins.LocallyGroupedAttn):

@@ -71,7 +71,7 @@ def test_every_name_stands_for_its_own_tensor() -> None:
 
 
 @pytest.mark.parametrize("output", [None, 3, "text", {A}, iter([A])])
-def test_what_is_no_container_of_tensors(output: Any) -> None:
+def test_outputs_without_tensors_are_refused(output: Any) -> None:
     with pytest.raises(UserError, match=f"a {type(output).__name__}"):
         named_outputs(output)
 
@@ -105,7 +105,7 @@ def test_a_list_that_holds_itself() -> None:
         (A.to_sparse(), A[:1].to_sparse(), "sparse"),
     ],
 )
-def test_what_cannot_be_an_output(value: Any, alone: Any, reason: str | None) -> None:
+def test_values_that_cannot_be_outputs(value: Any, alone: Any, reason: str | None) -> None:
     found = unfit_reason(value, alone, 2)
     assert found is None if reason is None else reason in (found or "")
 
@@ -192,7 +192,7 @@ def test_no_output_is_an_error(make: Any, reason: str | None) -> None:
         giving(make)
 
 
-def test_what_is_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_omitted_outputs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     network = giving(lambda f, y, x: {"loss": f.mean(), "logits": y, "cache": object(), "rows": None})
     (note,) = network.notes
     assert re.search("loss .*, cache .*object, rows is None", note)
@@ -204,7 +204,7 @@ def test_logits_may_be_named_as_the_module_does() -> None:
     assert network.logits == "x_output"
 
 
-def test_an_output_that_is_missing_later_is_told() -> None:
+def test_an_output_that_is_missing_later_is_reported() -> None:
     network = giving(lambda f, y, x: {"logits": y, "large": f} if float(x.detach().abs().max()) < 50 else {"logits": y})
     with pytest.raises(UserError, match="large for this batch"):
         network.forward({"x": 100 * torch.ones(1, 3, 16, 16)})

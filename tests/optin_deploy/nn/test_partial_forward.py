@@ -113,7 +113,7 @@ def test_recording_keyword_inputs() -> None:
     assert returned["0"] is x
 
 
-def test_what_runs_several_times_is_put_one_behind_the_other() -> None:
+def test_several_runs_are_concatenated() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

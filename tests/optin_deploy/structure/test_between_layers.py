@@ -173,7 +173,7 @@ def test_attention_of_parameters() -> None:
     assert re.search(r"Attention.*queries, keys", told)
 
 
-def test_what_stays_dense_beside_groups_is_explained_too() -> None:
+def test_dense_modules_next_to_groups_are_explained() -> None:
     class Block(Row):
         def forward(self, x: Tensor) -> Tensor:
             return x + super().forward(x)

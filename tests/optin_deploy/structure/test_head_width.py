@@ -55,7 +55,7 @@ def around(attention: nn.Module, width: int = 16) -> Network:
 
 
 @pytest.mark.parametrize("name", NARROWABLE)
-def test_the_width_stands_behind_its_heads(name: str) -> None:
+def test_the_width_follows_its_heads(name: str) -> None:
     structure = tiny.structure(name)
     heads = [g for g in structure.groups if g.kind == "head"]
     assert len(heads) == tiny.LAYERS

@@ -380,7 +380,7 @@ def test_every_criterion_chooses_whole_tuples(criterion: Criterion) -> None:
     pruned.plan.check(structure)
 
 
-def test_scores_of_tuples_are_those_of_what_leaves_at_once() -> None:
+def test_scores_of_tuples_are_those_of_removing_them_at_once() -> None:
     """Against elimination of the same units by permuted weights, as plain groups of twice the width."""
     of, structure = structure_of("halves")
     batches = [{"input": torch.randn(4, 5, WIDTH)} for _ in range(2)]

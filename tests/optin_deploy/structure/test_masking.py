@@ -90,7 +90,7 @@ def test_masks_leave_with_the_context() -> None:
     assert not any(m._forward_pre_hooks for m in network.module.modules())
 
 
-def test_frozen_gives_back_what_was_there() -> None:
+def test_freezing_restores_gradients() -> None:
     module = torch.nn.Linear(2, 2)
     module.bias.requires_grad_(False)
     with pytest.raises(ZeroDivisionError), freeze_parameters(module):

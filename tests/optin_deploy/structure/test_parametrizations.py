@@ -237,7 +237,7 @@ def test_wrappers_are_taken_off(name: str) -> None:
         torch.testing.assert_close(other(**images()), other.head.bias.expand(3, -1))
 
 
-def test_what_is_wrapped_and_bare_stays_one_module() -> None:
+def test_a_module_with_and_without_a_wrapper_stays_one_module() -> None:
     form = canonicalize(shared_wrapper())
     assert form.blocks[0] is form.blocks[1]
 

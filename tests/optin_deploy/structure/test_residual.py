@@ -7,7 +7,7 @@ from timm.layers import LayerScale
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
-from optin_deploy.nn.calls import first_tensor, trace_calls
+from optin_deploy.nn.calls import trace_calls
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Stream
 from optin_deploy.structure.residual import residual_stream, stream_scale, stream_shift
@@ -75,7 +75,7 @@ def test_a_projection_without_a_residual_has_no_stream() -> None:
     assert stream(Plain()) == (None, None)
 
 
-def test_a_norm_behind_the_projection_hides_the_stream() -> None:
+def test_a_norm_after_the_projection_hides_the_stream() -> None:
     network = tiny.vit(block_fn=ResPostBlock)
     groups = describe(network.module, network.inputs).groups
     assert [(g.stream.residual, g.stream.scale) for g in groups] == [(None, None)] * 6
@@ -92,37 +92,19 @@ def test_small_layer_scales_are_found() -> None:
     assert [g.stream.residual for g in groups] == streams
 
 
-def test_trial_forward_in_the_order_calls_end() -> None:
-    module = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU()))
-    x = torch.randn(1, 2)
-    calls = trace_calls(module, {"input": x})
-    assert [c.name for c in calls] == ["0", "1.0", "1"]
-    assert torch.equal(calls[0].input, x)
-    assert calls[0].output is calls[1].input
-    assert not any(call.changed for call in calls)
-    assert not any(m._forward_hooks for m in module.modules())
-
-
-def test_tensors_are_recorded_as_they_were() -> None:
+def test_an_addition_in_place_is_marked() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.relu = nn.Linear(4, 4), nn.ReLU(inplace=True)
+            self.linear = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             update = self.linear(x)
             update += x
-            return self.relu(update)
+            return update
 
-    module = tiny.randomised(nn.Sequential(InPlace()))
-    x = torch.randn(5, 4)
-    linear, relu, block = trace_calls(module, {"input": x})
-    assert linear.changed
-    assert torch.equal(linear.output, module[0].linear(x))
-    assert torch.equal(relu.input, linear.output + x)
-    assert torch.equal(relu.output, relu.input.relu())
-    assert torch.equal(block.output, relu.output)
-    assert residual_stream([linear, relu, block], "0", "0.linear") == Stream("0", in_place=True)
+    calls = trace_calls(tiny.randomised(nn.Sequential(InPlace())), {"input": torch.randn(5, 4)})
+    assert residual_stream(calls, "0", "0.linear") == Stream("0", in_place=True)
 
 
 @pytest.mark.parametrize("name", tiny.CNN_NAMES)
@@ -174,16 +156,6 @@ def test_a_batch_norm_and_a_layer_scale() -> None:
     calls = trace_calls(module, {"input": torch.randn(2, 4, 4, 4)})
     found = residual_stream(calls, "0", "0.conv")
     assert found == Stream("0", norm="0.norm", scale="0.scale.gamma")
-
-
-def test_first_tensor() -> None:
-    x = torch.ones(1)
-    assert first_tensor(x) is x
-    assert first_tensor((x, None)) is x
-    assert first_tensor([x]) is x
-    assert first_tensor((None, x)) is None
-    assert first_tensor(()) is None
-    assert first_tensor({"a": x}) is x
 
 
 class OwnScale(nn.Module):
@@ -238,7 +210,7 @@ class Afterwards(nn.Module):
         return x + self.dropped(self.ffn(x))
 
 
-def test_what_is_made_of_the_output_is_no_shortcut() -> None:
+def test_modules_after_the_output_are_no_shortcut() -> None:
     module = tiny.randomised(nn.Sequential(Afterwards(), nn.Linear(4, 4)))
     calls = trace_calls(module, {"input": torch.randn(2, 5, 4)})
     assert residual_stream(calls, "0", "0.linear") == Stream()

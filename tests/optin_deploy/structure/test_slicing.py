@@ -210,7 +210,7 @@ def test_an_empty_convolution_keeps_its_size(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("how", ["in place", "broadcast", "no stream"])
-def test_what_an_empty_convolution_gives_can_be_added(how: str) -> None:
+def test_the_output_of_an_empty_convolution_can_be_added(how: str) -> None:
     module = tiny.randomised(nn.Sequential(TwoConvolutions(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), how)))
     network = tiny.network_around(module, {"input": torch.randn(2, 3, 4, 5)})
     structure = describe(module, network.inputs)

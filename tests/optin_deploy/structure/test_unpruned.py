@@ -74,7 +74,7 @@ def test_unknown_modules_are_named_with_their_share() -> None:
 
 
 @pytest.mark.parametrize("name", tiny.ALL_NAMES)
-def test_what_is_told_is_what_no_plan_removes(name: str) -> None:
+def test_listed_modules_are_those_that_no_plan_removes(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     costs = flop_costs(network.module, structure, network.inputs)
     told = find_unpruned(network.module, structure, network.inputs)
@@ -84,7 +84,7 @@ def test_what_is_told_is_what_no_plan_removes(name: str) -> None:
     assert fixed - 0.03 <= shares <= fixed + 1e-9
 
 
-def test_refused_modules_are_told_however_small_and_without_the_groups_inside() -> None:
+def test_refused_modules_are_listed_at_any_size_and_without_the_groups_inside() -> None:
     module = nn.Sequential(
         nn.Linear(8, 2000), timm.layers.Mlp(2000, 8, norm_layer=nn.RMSNorm), timm.layers.Mlp(2000, 4)
     )

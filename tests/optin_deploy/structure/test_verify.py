@@ -50,7 +50,7 @@ def test_only_the_group_whose_cut_differs_from_its_mask_is_named() -> None:
     assert re.search("not interchangeable.*3 of 6", found["up2"])
 
 
-def test_a_forward_pass_that_breaks_when_cut_is_told() -> None:
+def test_a_forward_pass_that_fails_when_sliced_is_reported() -> None:
     group = replace(pair("up1", "down1"), sides=(LayerAxis("up1", "out"),))
     reason = find_unsliceable(tiny.randomised(Mixing()), {"x": torch.randn(2, 4)}, [group])["up1"]
     assert re.search("not interchangeable.*3 of 6.*cannot be run", reason)
@@ -128,7 +128,7 @@ def test_a_sliced_module_gets_its_slim_class_and_the_dense_one_keeps_its_own() -
     assert small(torch.randn(2, 4)).shape == (2, 4)
 
 
-def test_describe_leaves_dense_what_cannot_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_describe_leaves_unsliceable_groups_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     def mixing(name: str, module: nn.Module, parent_name: str, parent: nn.Module) -> Group | None:
         return pair("0.up2", "0.down2") if isinstance(module, Mixing) else None
 

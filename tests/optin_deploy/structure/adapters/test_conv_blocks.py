@@ -102,7 +102,7 @@ def test_only_blocks_that_run_as_they_look_are_pruned(spoilt: type[nn.Module]) -
     assert structure.left_dense == (() if reason is None else (LeftDense("1.conv1", reason),))
 
 
-def test_what_runs_between_is_found_whatever_it_is_called() -> None:
+def test_modules_between_are_found_under_any_name() -> None:
     structure = described(PreActivation(), Extra(), Unnormalised())
     found = [(g.name, g.output, g.parent, [s.module[2:] for s in g.sides]) for g in structure.groups]
     assert found == [
@@ -187,7 +187,7 @@ def test_the_network_itself_is_no_block() -> None:
 
 
 @pytest.mark.parametrize("pool", [timm.layers.BlurPool2d, nn.AvgPool2d])
-def test_what_changes_the_size_ends_the_channels_way(pool: type[nn.Module]) -> None:
+def test_a_change_of_size_ends_the_path_of_channels(pool: type[nn.Module]) -> None:
     module = tiny.randomised(resnet.ResNet(resnet.BasicBlock, (1, 2, 1, 1), 3, channels=(8,) * 4, aa_layer=pool))
     structure = describe(module, {"x": torch.randn(1, 3, 64, 64)})
     assert {g.name for g in structure.groups} == {"layer1.0.conv1", "layer2.1.conv1"}

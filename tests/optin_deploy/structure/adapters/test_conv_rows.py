@@ -109,7 +109,7 @@ def test_plain_convolutions_only(second: nn.Module) -> None:
     assert len(described(row).groups) == int(isinstance(second, nn.Conv2d) and second.groups == 1)
 
 
-def test_what_stands_in_a_block_is_left_to_it() -> None:
+def test_convolutions_in_a_block_are_left_to_it() -> None:
     assert [g.output for g in tiny.structure("resnet").groups] == [
         f"{b}.conv2" for b in tiny.structure("resnet").blocks
     ]

@@ -164,7 +164,7 @@ def test_a_module_that_holds_nothing_else_is_one_owner() -> None:
     assert [(s.module, s.axis) for s in group.sides] == [("0.fc1_g", "out"), ("0.fc1_x", "out"), ("0.fc2", "in")]
 
 
-def test_beside_other_things_the_maps_are_the_owners() -> None:
+def test_maps_next_to_other_layers_are_the_cost_modules() -> None:
     group = described("torch")[-1]
     assert (group.name, group.cost.modules) == ("0.linear1", ("0.linear1", "0.linear2"))
     assert group.placeholders == (("0.linear1", "pass"), ("0.linear2", "constant"))
@@ -214,5 +214,5 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_none_is_not_taken_for_one(name: str) -> None:
+def test_other_modules_are_not_matched(name: str) -> None:
     assert feed_forward("module", OTHERS[name](), "", nn.Module()) is None

@@ -179,7 +179,7 @@ NAMES = (*FAMILIES, *OWN)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_can_be_cut(name: str) -> None:
+def test_groups_of_families(name: str) -> None:
     expected = (FAMILIES[name] if name in FAMILIES else OWN[name])[-2:]
     groups = structure(name).without_widths().groups
     kinds = tuple(sum(g.kind == kind for g in groups) for kind in ("head", "neuron", "channel"))

@@ -131,7 +131,7 @@ def test_one_sample_without_a_batch() -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_what_is_taken_in_computes_the_same_and_leaves_the_module(name: str) -> None:
+def test_the_replacement_computes_the_same_and_leaves_the_module(name: str) -> None:
     dense, network = _dense(name), _network(name)
     assert not any(isinstance(m, Attention) for m in dense.modules())
     assert not any(isinstance(m, nn.MultiheadAttention) for m in network.module.modules())
