@@ -19,7 +19,7 @@ from optin_deploy.latency.tables import LatencyModel
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.pruner import token_schedule
 from optin_deploy.pruning.removal import Remover, broadcast_plan
 from optin_deploy.pruning.rounds import remove_in_rounds
@@ -109,7 +109,7 @@ def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Ten
     with context.stages.stage("score"):
         if context.checkpoint.exists() and path.is_file():
             return context.network, _keep_scores(path, structure)
-        dense = in_principal_bases(context.network, structure, batches)
+        dense = rotate_heads_to_pca(context.network, structure, batches)
         if ranks.told(path.is_file):
             return dense, _keep_scores(path, structure) if ranks.main else {}
         notes: list[str] = []

@@ -109,7 +109,7 @@ def measure_task_loss(
 
 def _measured_counts(stack: TokenStack) -> list[int]:
     patches = stack.tokens - stack.prefix
-    wanted = {max(stack.least_behind(stack.tokens), stack.prefix + round(share * patches)) for share in _MEASURED}
+    wanted = {max(stack.fewest_after(stack.tokens), stack.prefix + round(share * patches)) for share in _MEASURED}
     return sorted(wanted - {stack.tokens}, reverse=True)
 
 
