@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from optin_deploy.report import markdown, wording
 from optin_deploy.report.schema import Report
 
-# What transformers loads from which of the files.
+# Which class of transformers loads a checkpoint, by its files.
 _LOADERS = {
     "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
     "preprocessor_config.json": ("image_processor", "AutoImageProcessor"),
@@ -29,7 +29,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says and a report does not know.
+    """Facts of a model card that are not in the report.
 
     Attributes:
         files: names in the folder that the card is for.
@@ -45,7 +45,7 @@ class Facts:
 
 
 def render(report: Report, facts: Facts) -> str:
-    """The header that the hub reads, the verdict, how to load the network, its figures, how it was made and where.
+    """Return the card: the hub's header, the verdict, how to load the network, its figures, and how it was made.
 
     A card is for others: of data it has the names, not where they lie.
     """

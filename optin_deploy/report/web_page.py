@@ -1,4 +1,4 @@
-"""The report as one self-contained web page: style and pictures are inline, without scripts or requests."""
+"""The report as one self-contained web page: style and images are inline, without scripts or requests."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _ANSWERS = (
 
 
 def template_environment(folder: Path) -> Environment:
-    """Return an environment for the templates in ``folder``, which escapes all text and has filters for figures."""
+    """Return an environment for the templates in ``folder`` and the shared ones; it escapes text and formats figures."""
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, _FOLDER]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -81,7 +81,7 @@ def render(report: Report) -> str:
         precision=wording.precision(report),
         headline=item,
         likeness=_likeness(report),
-        answers=[each for each in _ANSWERS if any(getattr(row, each[0]) is not None for row in report.agreement)],
+        answers=[a for a in _ANSWERS if any(getattr(row, a[0]) is not None for row in report.agreement)],
         random=wording.has_random_weights(report.model),
         device=wording.device_name(report, item.runtime) if item else None,
         faster=wording.faster,
