@@ -82,14 +82,14 @@ def _header(report: Report, facts: Facts) -> str:
 
 
 def _loading(report: Report, facts: Facts) -> str:
-    own = report.model.library == "custom"
+    custom = report.model.library == "custom"
     lines = ["import optin_deploy"]
-    found = [_loader(report, name) for name in _LOADERS if name in facts.files]
-    if found:
-        lines.append(f"from transformers import {', '.join(loader for _, loader in found)}")
-    given = '"path/to/this/folder"' + (", module=MyModule()" if own else "")
-    lines += ["", f"module = optin_deploy.load({given})" + ("  # the dense module is yours" if own else "")]
-    lines += [f'{name} = {loader}.from_pretrained("path/to/this/folder")' for name, loader in found]
+    loaders = [_loader(report, name) for name in _LOADERS if name in facts.files]
+    if loaders:
+        lines.append(f"from transformers import {', '.join(loader for _, loader in loaders)}")
+    arguments = '"path/to/this/folder"' + (", module=MyModule()" if custom else "")
+    lines += ["", f"module = optin_deploy.load({arguments})" + ("  # the dense module is yours" if custom else "")]
+    lines += [f'{name} = {loader}.from_pretrained("path/to/this/folder")' for name, loader in loaders]
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ class NetworkProfile:
     def _repr_html_(self) -> str:
         return html_of(render_profile("network", self))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return a dict of plain JSON values, with the attributes as keys."""
         return {**asdict(self), "throughput_per_s": self.throughput_per_s}
 
@@ -92,7 +92,7 @@ class LatencyTables:
     cached: int
     parts: tuple[PartTable, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return a dict of plain JSON values, with the attributes as keys."""
         return asdict(self)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from html import escape
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 INK = "#010203"
 """Replaced by currentColor, which matplotlib cannot write."""
 
-STYLE: dict[str, Any] = {
+STYLE: dict[str, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "optin-deploy",
     "font.family": "sans-serif",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -35,7 +34,7 @@ _ANSWERS = (
 
 
 def template_environment(folder: Path) -> Environment:
-    """Return an environment for the templates in ``folder`` and the shared ones; it escapes text and formats figures."""
+    """Return an environment for the templates in ``folder`` and the shared ones, with filters for figures."""
     environment = Environment(
         loader=FileSystemLoader([folder, _FOLDER]),
         autoescape=True,
@@ -140,7 +139,7 @@ def _architectures(plan: list[PlanEntry]) -> list[str]:
     return pictures
 
 
-def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _rows(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Return a nested mapping as (label, text) rows, with inner keys after their outer ones."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
@@ -152,7 +151,7 @@ def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None:
         return "—"
     if isinstance(value, bool):

@@ -119,7 +119,7 @@ def token_costs(
     """
     counts = FlopCounts(module, inputs)
 
-    def counted(name: str) -> tuple[float, float]:
+    def flops_of(name: str) -> tuple[float, float]:
         """Return all FLOPs of a module, and those of products of activations."""
         by_operator = counts.by_operator(name)
         products = sum(
@@ -127,17 +127,17 @@ def token_costs(
         )
         return float(sum(by_operator.values())), float(products)
 
-    def together(names: tuple[str, ...]) -> tuple[float, float]:
-        pairs = [counted(name) for name in names]
+    def flops_of_all(names: tuple[str, ...]) -> tuple[float, float]:
+        pairs = [flops_of(name) for name in names]
         return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
     squared, block_of = {}, {}
-    rest = [list(counted(block)) for block in stack.blocks]
+    rest = [list(flops_of(block)) for block in stack.blocks]
     for group in structure.groups:
         block = structure.blocks[group.layer]
         if block not in stack.blocks:
             continue
-        whole, products = together(group.cost_modules)
+        whole, products = flops_of_all(group.cost_modules)
         squared[group.name] = products / whole if whole else 0.0
         block_of[group.name] = stack.blocks.index(block)
         if group.parent is None:

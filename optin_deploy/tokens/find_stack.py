@@ -4,7 +4,6 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,34 +37,34 @@ def token_stack(
     name = max(lists, key=lambda parent: lists[parent])
     holder = module.get_submodule(name)
     if isinstance(holder, MergingBlocks):
-        raise _refused("its tokens merge already")
+        raise _refusal("its tokens merge already")
     if not isinstance(holder, nn.ModuleList | nn.Sequential):
-        raise _refused("its blocks are not those of a list")
+        raise _refusal("its blocks are not those of a list")
     blocks = tuple(f"{name}.{child}" for child, _ in holder.named_children())
     calls = {call.name: call for call in trial_forward(module, inputs)}
     if any(block not in calls for block in blocks):
-        raise _refused("not every block of its list runs")
+        raise _refusal("not every block of its list runs")
     shape = _common_shape([calls[block] for block in blocks])
     text = token_mask is not None
     # The first token of a text represents the whole text.
     prefix, mask = 1 if text else _prefix(calls, shape[1]), _mask_of(module, blocks)
     if not most_mergeable(shape[1], prefix):
-        raise _refused("it has no two patches")
-    arguments = _arguments(module, _padded(inputs, token_mask) if token_mask else inputs, blocks)
+        raise _refusal("it has no two patches")
+    arguments = _arguments(module, _mask_second_half(inputs, token_mask) if token_mask else inputs, blocks)
     masks = arguments.pop(mask, None)
     if text:
         _check_padding(masks, shape)
-    biased = _biased(holder, mask) if mask == _BIASES else ""
+    biased = _biased_attention(holder, mask) if mask == _BIASES else ""
     if masks and not text and not biased:
-        raise _refused(f"its blocks take {mask}, which cannot follow the tokens")
+        raise _refusal(f"its blocks take {mask}, which cannot follow the tokens")
     keys = tuple(_key_source(structure, calls, block) for block in blocks)
     places = _places(arguments, shape[1] - prefix)
     if text and places:
-        raise _refused(f"its blocks also take {places[0][0]}, which cannot follow text tokens")
+        raise _refusal(f"its blocks also take {places[0][0]}, which cannot follow text tokens")
     return TokenStack(name, mask, prefix, shape[1], shape[2], blocks, keys, places, text, biased)
 
 
-def _padded(inputs: Mapping[str, Tensor], token_mask: str) -> dict[str, Tensor]:
+def _mask_second_half(inputs: Mapping[str, Tensor], token_mask: str) -> dict[str, Tensor]:
     """Return the inputs with the second half of every text masked."""
     mask = inputs[token_mask].clone()
     mask[:, mask.shape[1] // 2 :] = 0
@@ -75,18 +74,18 @@ def _padded(inputs: Mapping[str, Tensor], token_mask: str) -> dict[str, Tensor]:
 def _check_padding(masks: Sequence[Tensor] | None, shape: torch.Size) -> None:
     """Raise UserError for masks that hold more than padding, like causal masks or distances between tokens."""
     if not masks:
-        raise _refused("its blocks take no mask of the padding")
+        raise _refusal("its blocks take no mask of the padding")
     first = masks[0]
     real = torch.arange(shape[1]) < shape[1] // 2
     if first.dim() != 4 or first.shape[1] != 1 or not bool((real_tokens(first).cpu() == real).all()):
-        raise _refused("the mask of its blocks is not a padding mask")
+        raise _refusal("the mask of its blocks is not a padding mask")
     alike = (first == first[:, :, :1]).all()
     plain = first.dtype == torch.bool or bool((first[..., : shape[1] // 2] == 0).all())
     if not alike or not plain:
-        raise _refused("the mask of its blocks holds more than padding, like a causal mask")
+        raise _refusal("the mask of its blocks holds more than padding, like a causal mask")
 
 
-def _refused(reason: str) -> UserError:
+def _refusal(reason: str) -> UserError:
     return UserError(f"tokens cannot merge in this network: {reason}; use --tokens off")
 
 
@@ -95,10 +94,10 @@ def _common_shape(blocks: Sequence[Call]) -> torch.Size:
     shapes = {call.given.shape if call.given is not None else None for call in blocks}
     shape = next(iter(shapes))
     if shape is None or len(shapes) != 1 or len(shape) != 3:
-        raise _refused("its blocks do not take (batch, tokens, width), all of one shape")
+        raise _refusal("its blocks do not take (batch, tokens, width), all of one shape")
     for before, after in pairwise(blocks):
         if before.returned is not after.given:
-            raise _refused(f"{after.name} does not take the output of {before.name} unchanged")
+            raise _refusal(f"{after.name} does not take the output of {before.name} unchanged")
     return shape
 
 
@@ -106,7 +105,7 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
     """Return the other tensor arguments of the blocks: name -> one tensor for each block that takes it."""
     seen: dict[str, list[Tensor]] = {}
 
-    def hook(_: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(_: str, block: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
         flat = {**arguments, **arguments.get("kwargs", {})}
         if flat.get("past_key_values") is None:
@@ -115,7 +114,7 @@ def _arguments(module: nn.Module, inputs: Mapping[str, Tensor], blocks: Sequence
             if isinstance(value, Tensor):
                 seen.setdefault(name, []).append(value)
             elif isinstance(value, tuple | list) and any(isinstance(item, Tensor) for item in value):
-                raise _refused(f"its blocks also take {name}, which cannot follow the tokens")
+                raise _refusal(f"its blocks also take {name}, which cannot follow the tokens")
 
     with forward_hooks(module, blocks, before=hook), torch.no_grad():
         module(**inputs)
@@ -127,7 +126,7 @@ def _places(arguments: Mapping[str, list[Tensor]], patches: int) -> tuple[tuple[
     for name, tensors in arguments.items():
         first = tensors[0]
         if first.dim() != 2 or first.shape[0] != patches or any(tensor is not first for tensor in tensors):
-            raise _refused(f"its blocks also take {name}, which cannot follow the tokens")
+            raise _refusal(f"its blocks also take {name}, which cannot follow the tokens")
     return tuple((name, tensors[0].shape[1]) for name, tensors in arguments.items())
 
 
@@ -135,16 +134,16 @@ def _mask_of(module: nn.Module, blocks: Sequence[str]) -> str:
     parameters = [set(inspect.signature(module.get_submodule(block).forward).parameters) for block in blocks]
     mask = next((name for name in _MASKS if all(name in block for block in parameters)), None)
     if mask is None:
-        raise _refused("its blocks take no attention mask, which weights merged tokens by their size")
+        raise _refusal("its blocks take no attention mask, which weights merged tokens by their size")
     return mask
 
 
-def _biased(blocks: nn.Module, mask: str) -> str:
+def _biased_attention(blocks: nn.Module, mask: str) -> str:
     """Return the name inside every block of the attention that takes the biases."""
     candidates = {tuple(n for n, m in block.named_modules() if type(m) in PLACED) for block in blocks.children()}
     names = candidates.pop()
     if candidates or len(names) != 1 or "." in names[0]:
-        raise _refused(f"its blocks take {mask} for an unknown attention")
+        raise _refusal(f"its blocks take {mask} for an unknown attention")
     return names[0]
 
 
@@ -153,7 +152,7 @@ def _prefix(calls: Mapping[str, Call], tokens: int) -> int:
     maps = [call.returned for call in calls.values() if call.returned is not None and call.returned.dim() == 4]
     pixels = [m.shape[2:].numel() for m in maps if m.shape[2:].numel() <= tokens]
     if not pixels:
-        raise _refused("it has no feature map of patches")
+        raise _refusal("it has no feature map of patches")
     return tokens - max(pixels)
 
 

@@ -35,7 +35,7 @@ class MergeLoss:
     tokens: tuple[int, ...]
     loss: NDArray[np.float64]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the value as plain JSON data."""
         return {"tokens": list(self.tokens), "loss": self.loss.tolist()}
 

@@ -56,7 +56,7 @@ class MergingBlocks(nn.Sequential):
         steps = pairwise((self.stack.tokens, *self.schedule))
         return tuple(index for index, (before, after) in enumerate(steps) if after < before)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[nn.Module]:
         return iter((self,))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -92,9 +92,9 @@ class MergingBlocks(nn.Sequential):
             called = inspect.signature(block.forward).bind(x, *args, **{**kwargs, **places})
             if sizes is not None:
                 # The mask of a text is redundant with the sizes: padding has size 0.
-                given = None if stack.text else called.arguments.get(stack.mask)
-                given = given if at is None else self._between(block, given, at)
-                called.arguments[stack.mask] = _added(given, _counting(sizes))
+                mask = None if stack.text else called.arguments.get(stack.mask)
+                mask = mask if at is None else self._between(block, mask, at)
+                called.arguments[stack.mask] = _add_bias(mask, _counting(sizes))
             x = block(*called.args, **called.kwargs)
         return x if where is None else unmerge_tokens(x, where)
 
@@ -113,7 +113,7 @@ class MergingBlocks(nn.Sequential):
         biases = attention.biases(shared) if isinstance(attention, PlacedBeitAttention) else None
         return None if biases is None else biases_between(biases, at)
 
-    def _sizes(self, block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _sizes(self, block: nn.Module, x: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
         """Return the sizes of tokens before any merge: 1, and 0 for padding."""
         called = inspect.signature(block.forward).bind(x, *args, **kwargs)
         mask = called.arguments.get(self.stack.mask) if self.stack.text else None
@@ -155,8 +155,8 @@ def _counting(sizes: Tensor) -> Tensor:
     return sizes.log().clamp_min(torch.finfo(sizes.dtype).min)[:, None, None, :, 0]
 
 
-def _added(given: Tensor | None, bias: Tensor) -> Tensor:
-    return bias if given is None else given + bias
+def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    return bias if mask is None else mask + bias
 
 
 def with_merging(module: nn.Module, structure: Structure, stack: TokenStack, plan: Plan) -> None:
@@ -167,11 +167,11 @@ def with_merging(module: nn.Module, structure: Structure, stack: TokenStack, pla
     blocks = dict(module.get_submodule(stack.name).named_children())
     if stack.biased:
         for (child, block), tokens in zip(blocks.items(), plan.tokens, strict=True):
-            blocks[child] = _placed(block, stack.biased) if tokens < stack.tokens else block
+            blocks[child] = _use_placed_attention(block, stack.biased) if tokens < stack.tokens else block
     setattr(module.get_submodule(parent), name, MergingBlocks(blocks, stack, plan.tokens, heads).train(module.training))
 
 
-def _placed(block: nn.Module, attention: str) -> nn.Module:
+def _use_placed_attention(block: nn.Module, attention: str) -> nn.Module:
     """Return the block, with shared weights, with an attention that adds the biases it gets as an argument."""
     cls = PLACED.get(type(block.get_submodule(attention)))
     if cls is None:
