@@ -30,7 +30,7 @@ from optin_deploy.latency.budget import LatencySearch, solve_latency_budget
 from optin_deploy.latency.tables import LatencyModel, measure_latency_model
 from optin_deploy.latency.target import Target, write_network
 from optin_deploy.nn.batches import Batches
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.space import PruningSpace, analyze
 from optin_deploy.structure.slicing import slice_network
 from profilers import measure_files
@@ -94,7 +94,7 @@ RESULT = common.ResultFile("latency-budget", Row, key=_order)
 
 def scored(network: Network, space: PruningSpace, batches: Batches) -> tuple[Network, dict[str, torch.Tensor]]:
     """The network in its principal bases, and the default criterion's scores."""
-    turned = in_principal_bases(network, space.structure, batches)
+    turned = rotate_heads_to_pca(network, space.structure, batches)
     return turned, score(turned, space.structure, space.costs, batches, Scoring())
 
 

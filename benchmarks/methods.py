@@ -12,7 +12,7 @@ from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.criteria.registry import Criterion
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.errors import UserError
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.rounds import remove_in_rounds
 from optin_deploy.pruning.settings import PruneSettings, Ridge
@@ -55,7 +55,7 @@ def by_criterion(
         if narrow is False and space == analyze(case.network):
             return
         start = perf_counter()
-        dense = in_principal_bases(case.network, space.structure, case.batches)
+        dense = rotate_heads_to_pca(case.network, space.structure, case.batches)
         scores = score(dense, space.structure, space.costs, case.batches, scoring, labels=case.labels)
         scored = perf_counter() - start
         for budget in budgets:
@@ -75,7 +75,7 @@ def by_rounds(rounds: int) -> Method:
     def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
         space, scoring = analyze(case.network), Scoring(seed=seed)
         start = perf_counter()
-        dense = in_principal_bases(case.network, space.structure, case.batches)
+        dense = rotate_heads_to_pca(case.network, space.structure, case.batches)
         scores = score(dense, space.structure, space.costs, case.batches, scoring)
         scored, align = perf_counter() - start, ALIGN.get(case.name, 64)
         for budget in budgets:

@@ -23,7 +23,7 @@ import torch
 
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.scoring import score
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.space import analyze
 from optin_deploy.search.knapsack import search
@@ -76,7 +76,7 @@ def run(name: str, given: argparse.Namespace) -> dict[str, Any]:
         step(
             "inference", lambda: network.forward(max(batches, key=lambda batch: max(map(torch.numel, batch.values()))))
         )
-    dense = step("turn", lambda: in_principal_bases(network, structure, batches))
+    dense = step("turn", lambda: rotate_heads_to_pca(network, structure, batches))
     scores = step("score", lambda: score(dense, structure, space.costs, batches))
     plan = step("search", lambda: search(structure, scores, space.costs, FLOPS, align=64))
     step("repair", lambda: Remover(dense, space, batches, "auto").remove(plan))

@@ -44,7 +44,7 @@ import optin_deploy
 from optin_deploy import Network
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.rounds import remove_in_rounds
 from optin_deploy.pruning.settings import PruneSettings
@@ -89,7 +89,7 @@ def ways(network: Network, batches: list[dict[str, Tensor]], budgets: list[float
     space = analyze(network, tokens=True)
     structure, stack = space.structure, space.stack
     assert stack is not None
-    dense = in_principal_bases(network, structure, batches)
+    dense = rotate_heads_to_pca(network, structure, batches)
     scores = score(dense, structure, space.costs, batches, scoring)
     merge_loss = measure_merge_loss(dense, structure, stack, batches, scoring)
     costs = token_costs(dense.module, structure, space.costs, stack, dense.inputs)

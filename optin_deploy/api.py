@@ -34,7 +34,7 @@ from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches, batch_size
 from optin_deploy.nn.flops import count_flops
 from optin_deploy.pruning import pruner
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.pruner import Pruned
 from optin_deploy.pruning.settings import PruneOptions, Ridge, check_share
 from optin_deploy.pruning.space import analyze, analyze_for, validate_on
@@ -98,7 +98,7 @@ def score(
     scoring = scoring or Scoring()
     network = validate_on(network, batches)
     space = analyze(network, narrow=scoring.narrows_heads if narrow is None else narrow)
-    dense = in_principal_bases(network, space.structure, batches)
+    dense = rotate_heads_to_pca(network, space.structure, batches)
     scores = scorers.score(dense, space.structure, space.costs, batches, scoring, labels=labels)
     return Scores(scores, scoring, sum(map(batch_size, batches)))
 

@@ -11,7 +11,7 @@ from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.rounds import remove_in_rounds
 from optin_deploy.pruning.settings import PruneOptions, PruneSettings, Ridge
@@ -27,9 +27,9 @@ from optin_deploy.utils.display import html_of, render_kept
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller network, and how it was made.
+    """A pruned network, its plan, and its scores.
 
-    ``plan`` counts units of the network that was pruned. ``scores`` is empty where the plan was given.
+    ``plan`` is in units of the dense network. ``scores`` is empty if the plan was an argument.
     """
 
     network: Network
@@ -59,12 +59,12 @@ def prune(
 
     Args:
         batches: calibration inputs on the network's device.
-        flops: part of the network's FLOPs to keep, above 0 and below 1.
+        flops: fraction of the network's FLOPs to keep, above 0 and below 1.
         ridge, options: see `PruneSettings` and `PruneOptions`.
 
     Raises:
         UserError: nothing is prunable, tokens cannot merge, or the budget is out of range or below the floor.
-        GateError: the sliced network does not compute what the masked one does.
+        GateError: the sliced network differs from the masked one.
     """
     settings = PruneSettings(flops, ridge=ridge, **options)
     settings.check()
@@ -73,7 +73,7 @@ def prune(
     narrow = scoring.narrows_heads if settings.narrow is None else settings.narrow
     space = analyze(network, narrow=narrow, tokens=tokens != "off")
     check_budget(space.structure, space.costs, flops)
-    dense = in_principal_bases(network, space.structure, batches)
+    dense = rotate_heads_to_pca(network, space.structure, batches)
     scores = score(dense, space.structure, space.costs, batches, scoring, labels=settings.labels)
     merge_loss = None
     if space.stack is not None and tokens == "auto":
@@ -89,14 +89,14 @@ def prune_to(network: Network, batches: Batches, plan: Plan, ridge: Ridge = "aut
 
     Raises:
         UserError: the plan does not fit the network.
-        GateError: the sliced network does not compute what the masked one does.
+        GateError: the sliced network differs from the masked one.
     """
     network = validate_on(network, batches)
     space = analyze_for(network, plan.kept, tokens=bool(plan.tokens))
     plan.check(space.structure)
     if space.stack is not None:
         space.stack.check(plan.tokens)
-    dense = in_principal_bases(network, space.structure, batches)
+    dense = rotate_heads_to_pca(network, space.structure, batches)
     small = Remover(dense, space, batches, ridge).remove(plan)
     return Pruned(network.with_module(small), plan, {}, space)
 

@@ -18,19 +18,19 @@ Tokens = Literal["auto", "off"] | Sequence[int]
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How units are removed.
+    """Settings of pruning to a FLOP budget.
 
     Attributes:
-        flops: part of the network's FLOPs to keep, above 0 and below 1.
-        scoring: how units are scored; by the default criterion when None.
+        flops: fraction of the network's FLOPs to keep, above 0 and below 1.
+        scoring: the criterion and its settings; the default criterion if None.
         labels: class numbers for each batch, for the criterion "fisher".
         align: neurons are kept in multiples of this number (see `search.knapsack.search`).
         ridge: strength of the ridge, "auto" to choose it on held-out batches. None turns compensation off; batch norms
             get new statistics instead.
         rounds: number of steps to the budget. Each scores the network that the last one left.
         narrow: whether heads may also get narrower; None leaves it to the criterion.
-        tokens: how many tokens enter each block; "auto" finds it together with the units.
-        tokens_share: part of the removed FLOPs that merging tokens removes, in place of the one that "auto" finds.
+        tokens: how many tokens enter each block; "auto" searches it together with the units.
+        tokens_share: fraction of the removed FLOPs that merging tokens removes; "auto" searches it if None.
         step_sizes: candidate numbers of units, by group (see `search.knapsack.search_all`).
     """
 
@@ -79,4 +79,4 @@ class PruneOptions(TypedDict, total=False):
 def check_share(flops: float) -> None:
     """Raise UserError unless ``flops`` is above 0 and below 1."""
     if not 0 < flops < 1:
-        raise UserError(f"flops={flops:g}: give the part of the FLOPs to keep, above 0 and below 1, like 0.5")
+        raise UserError(f"flops={flops:g}: give the fraction of the FLOPs to keep, above 0 and below 1, like 0.5")

@@ -23,7 +23,7 @@ _LARGEST = 3
 
 @dataclass(frozen=True)
 class PruningSpace:
-    """The prunable groups of a network and their FLOPs; ``stack`` is the blocks between which tokens may merge."""
+    """The prunable groups of a network and their FLOPs; ``stack`` holds the blocks between which tokens may merge."""
 
     structure: Structure
     costs: Costs
@@ -35,7 +35,7 @@ def analyze(network: Network, *, narrow: bool = True, tokens: bool = False) -> P
 
     Args:
         narrow: whether heads may also get narrower.
-        tokens: whether tokens are to merge.
+        tokens: whether tokens may merge.
 
     Raises:
         UserError: nothing is prunable, or tokens cannot merge.
@@ -50,7 +50,7 @@ def analyze(network: Network, *, narrow: bool = True, tokens: bool = False) -> P
 
 
 def validate_on(network: Network, batches: Batches) -> Network:
-    """Return the network as `validate` does; UserError if it cannot be pruned, or not on ``batches``."""
+    """Return the network as `validate` does; UserError if it cannot be pruned or does not take ``batches``."""
     network = validate(network)
     check_batches(network.module, network.inputs, batches)
     if len(batches):
@@ -63,7 +63,7 @@ def validate_on(network: Network, batches: Batches) -> Network:
 
 
 def analyze_for(network: Network, groups: Collection[str], *, tokens: bool = False) -> PruningSpace:
-    """Return `analyze` with narrower heads exactly if ``groups``, names of groups, include widths of heads."""
+    """Return `analyze` for a plan or scores: heads may get narrower exactly if ``groups`` names widths of heads."""
     space = analyze(network, tokens=tokens)
     if any(group.kind == "width" and group.name in groups for group in space.structure.groups):
         return space

@@ -1,6 +1,6 @@
-"""The plan that a run has chosen, sliced against masked before anything is repaired.
+"""Check that slicing by a plan computes the same as masking by it, before any compensation.
 
-What may be pruned was tried when the network was described, on some units of every group. This is the plan itself.
+The description of the network checked this for some units of every group. Here the plan of the run is checked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,31 +15,32 @@ from optin_deploy.structure.plan import Plan
 from optin_deploy.structure.verify import find_failing, reason
 from optin_deploy.structure.verify_slices import compare_slices
 
-# Of the sample batch and of a calibration batch: two samples differ, and more take longer.
+# Samples of each batch that is checked: enough to differ, and few enough to be fast.
 _SAMPLES = 2
 
 Batch = Mapping[str, Tensor]
 
 
 def check_cut(network: Network, small: nn.Module, structure: Structure, plan: Plan, batches: Sequence[Batch]) -> None:
-    """Check that ``small``, sliced by ``plan`` and not repaired yet, computes what the masked network does, on the
-    sample batch and on a calibration batch.
+    """Check that ``small``, sliced by ``plan``, has the outputs of the masked network.
+
+    It is checked on the sample batch and on a calibration batch, before compensation.
 
     Args:
-        batches: calibration inputs; of several processes that share them, the main one checks.
+        batches: calibration inputs. If several processes share them, the main process checks.
 
     Raises:
-        GateError: it does not, with the group to blame.
+        GateError: the outputs differ; the message names the group.
     """
-    found = ranks_of(batches).broadcast_object(lambda: _difference(network, small, structure, plan, batches))
-    if found is not None:
-        raise GateError(found)
+    difference = ranks_of(batches).broadcast_object(lambda: _difference(network, small, structure, plan, batches))
+    if difference is not None:
+        raise GateError(difference)
 
 
 def _difference(
     network: Network, small: nn.Module, structure: Structure, plan: Plan, batches: Sequence[Batch]
 ) -> str | None:
-    """What differs, and what to do; None where nothing does."""
+    """Return the difference and what to do about it; None if there is none."""
     kept = {g.name: plan.units(g) for g in structure.groups}
     cut = [g for g in structure.groups if len(kept[g.name]) < g.units]
     for inputs in _inputs(network, batches):

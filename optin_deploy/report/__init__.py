@@ -14,7 +14,7 @@ __all__ = ["Report", "read_report", "write_report"]
 
 
 def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
-    """Writes report.json, report.html and report.md into `directory`, each whole or not at all.
+    """Write report.json, report.html and report.md into ``directory``, each completely or not at all.
 
     Returns the paths of the first two.
     """
@@ -34,12 +34,12 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, Path]:
 
 
 def read_report(path: str | Path) -> Report:
-    """The report that `write_report` wrote: of the run directory `path`, or the file itself.
+    """Read the report of the run directory ``path``, or the report file ``path``.
 
     Raises UserError when it is missing or of another layout.
     """
     path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
-    # A device may have no end.
+    # Reading a device file may never end.
     if path.exists() and not path.is_file():
         raise UserError(f"cannot read the report {path}: it is no file")
     try:

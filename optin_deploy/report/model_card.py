@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from optin_deploy.report import markdown, wording
 from optin_deploy.report.schema import Report
 
-# What transformers loads from which of the files.
+# Which class of transformers loads a checkpoint, by its files.
 _LOADERS = {
     "tokenizer_config.json": ("tokenizer", "AutoTokenizer"),
     "preprocessor_config.json": ("image_processor", "AutoImageProcessor"),
@@ -29,7 +29,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says and a report does not know.
+    """Facts of a model card that are not in the report.
 
     Attributes:
         files: names in the folder that the card is for.
@@ -45,7 +45,7 @@ class Facts:
 
 
 def render(report: Report, facts: Facts) -> str:
-    """The header that the hub reads, the verdict, how to load the network, its figures, how it was made and where.
+    """Return the card: the hub's header, the verdict, how to load the network, its figures, and how it was made.
 
     A card is for others: of data it has the names, not where they lie.
     """
@@ -82,14 +82,14 @@ def _header(report: Report, facts: Facts) -> str:
 
 
 def _loading(report: Report, facts: Facts) -> str:
-    own = report.model.library == "custom"
+    custom = report.model.library == "custom"
     lines = ["import optin_deploy"]
-    found = [_loader(report, name) for name in _LOADERS if name in facts.files]
-    if found:
-        lines.append(f"from transformers import {', '.join(loader for _, loader in found)}")
-    given = '"path/to/this/folder"' + (", module=MyModule()" if own else "")
-    lines += ["", f"module = optin_deploy.load({given})" + ("  # the dense module is yours" if own else "")]
-    lines += [f'{name} = {loader}.from_pretrained("path/to/this/folder")' for name, loader in found]
+    loaders = [_loader(report, name) for name in _LOADERS if name in facts.files]
+    if loaders:
+        lines.append(f"from transformers import {', '.join(loader for _, loader in loaders)}")
+    arguments = '"path/to/this/folder"' + (", module=MyModule()" if custom else "")
+    lines += ["", f"module = optin_deploy.load({arguments})" + ("  # the dense module is yours" if custom else "")]
+    lines += [f'{name} = {loader}.from_pretrained("path/to/this/folder")' for name, loader in loaders]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from profilers.stats import Summary
 
 @dataclass(frozen=True)
 class PartTime:
-    """A part of the network (attention, FFN, …) and what it takes of one run, in milliseconds."""
+    """A part of the network (attention, FFN, …) and its milliseconds in one run."""
 
     name: str
     ms: float
@@ -25,8 +25,8 @@ class PartTime:
 class NetworkProfile:
     """The latency of one network.
 
-    ``parts`` are scaled so that they sum to the median, with what no operator takes as "between operators"; none where
-    the runtime has no profile by layer.
+    ``parts`` are scaled so that they sum to the median; "between operators" is the time outside operators. They are
+    empty if the runtime has no profile by layer.
     """
 
     runtime: str
@@ -46,16 +46,16 @@ class NetworkProfile:
     def _repr_html_(self) -> str:
         return html_of(render_profile("network", self))
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
+    def to_dict(self) -> dict[str, object]:
+        """Return a dict of plain JSON values, with the attributes as keys."""
         return {**asdict(self), "throughput_per_s": self.throughput_per_s}
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """A size of a part of a block: milliseconds that the block takes with it, and whether a search takes it.
+    """A size of one part of a block: the block's milliseconds at it, and whether the search uses it (``edge``).
 
-    ``spread`` is half the middle half of its samples, relative to their median.
+    ``spread`` is half the interquartile range of the samples, relative to their median.
     """
 
     units: int
@@ -68,7 +68,7 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class PartTable:
-    """The sizes of one part of one type of block; ``blocks`` are how many of the network's are of that type."""
+    """The sizes of one part of one type of block; ``blocks`` is the number of blocks of that type."""
 
     block: str
     blocks: int
@@ -79,9 +79,9 @@ class PartTable:
 
 @dataclass(frozen=True)
 class LatencyTables:
-    """The latency tables of a network: its dense latency, what is left with every unit removed, and every part's sizes.
+    """The latency tables of a network: dense latency, floor with every unit removed, sizes of each part.
 
-    ``dense_ms``, ``floor_ms`` are of now, the tables' own figures of when they were measured.
+    ``dense_ms`` and ``floor_ms`` were measured now; the figures in the tables are from when the tables were made.
     """
 
     runtime: str
@@ -92,8 +92,8 @@ class LatencyTables:
     cached: int
     parts: tuple[PartTable, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict whose keys are the attributes."""
+    def to_dict(self) -> dict[str, object]:
+        """Return a dict of plain JSON values, with the attributes as keys."""
         return asdict(self)
 
 
@@ -118,7 +118,7 @@ def render_profile(name: str, profile: NetworkProfile) -> Group:
 
 
 def profile_line(profile: NetworkProfile) -> str:
-    """Return the latency and the part that takes most of it, on one line."""
+    """Return one line with the latency and the slowest part."""
     summary = profile.summary
     figures = {"p50": summary.p50_ms, "p90": summary.p90_ms, "p99": summary.p99_ms}
     latencies = ", ".join(f"{name} {formatting.milliseconds(ms)} ms" for name, ms in figures.items())
@@ -138,7 +138,7 @@ def render_latency_tables(name: str, view: LatencyTables) -> Group:
 
 
 def render_cache(settings: Sequence[Mapping[str, Any]], folder: str) -> RenderableType:
-    """Return the latency tables in the cache, a row each."""
+    """Return the latency tables in the cache, one row each."""
     if not settings:
         return Text(f"no latency tables in {folder}: --model measures those of a network")
     heading = ("runtime", "batch", "threads", "block", "input", "device", "versions")
@@ -167,5 +167,5 @@ def _part(part: PartTable) -> RenderableType:
     return render_table(Table(heading, rows, left=frozenset({len(heading) - 1})), title)
 
 
-def _where(of: NetworkProfile | LatencyTables) -> str:
-    return f"{wording.runtime_name(of.runtime)}, batch {of.batch_size}, {wording.threads(of.threads)}"
+def _where(value: NetworkProfile | LatencyTables) -> str:
+    return f"{wording.runtime_name(value.runtime)}, batch {value.batch_size}, {wording.threads(value.threads)}"

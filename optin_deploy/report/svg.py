@@ -1,20 +1,19 @@
-"""What the plots have in common: their style, and how they become SVG to be put inline into a page."""
+"""Style of the plots, and their conversion to inline SVG."""
 
 from __future__ import annotations
 
 import io
 import re
 from html import escape
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK = "#010203"
-"""Stands for currentColor, which matplotlib cannot write."""
+"""Replaced by currentColor, which matplotlib cannot write."""
 
-STYLE: dict[str, Any] = {
+STYLE: dict[str, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "optin-deploy",
     "font.family": "sans-serif",
@@ -38,18 +37,18 @@ STYLE: dict[str, Any] = {
     "grid.linewidth": 0.6,
 }
 _WIDTH = 4.6
-"""Inches. A panel fills a phone's width at its own size, and two stand side by side on a desktop."""
+"""Inches. A panel fills the width of a phone; two fit next to each other on a desktop."""
 
 
 def panel(height: float) -> tuple[Figure, Axes]:
-    """A figure of the usual width and ``height`` inches, and its axes. Draw and save it under `STYLE`."""
+    """Return a figure of the usual width and ``height`` inches, and its axes. Draw and save it under `STYLE`."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 
 
 def svg(figure: Figure, name: str, what: str) -> str:
-    """The figure without prologue and metadata, its ids made the page's only ones by the plot's name.
+    """Return the figure as SVG without prologue and metadata; the plot's name makes its ids unique in the page.
 
     Args:
         what: is shown, for those who are told of it; the titles of the axes follow.

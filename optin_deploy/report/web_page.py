@@ -1,4 +1,4 @@
-"""The report as one self-contained web page: style and pictures are inline, without scripts or requests."""
+"""The report as one self-contained web page: style and images are inline, without scripts or requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -35,9 +34,9 @@ _ANSWERS = (
 
 
 def template_environment(folder: Path) -> Environment:
-    """Return an environment for the templates in ``folder``, which escapes all text and has filters for figures."""
+    """Return an environment for the templates in ``folder`` and the shared ones, with filters for figures."""
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, _FOLDER]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -81,7 +80,7 @@ def render(report: Report) -> str:
         precision=wording.precision(report),
         headline=item,
         likeness=_likeness(report),
-        answers=[each for each in _ANSWERS if any(getattr(row, each[0]) is not None for row in report.agreement)],
+        answers=[a for a in _ANSWERS if any(getattr(row, a[0]) is not None for row in report.agreement)],
         random=wording.has_random_weights(report.model),
         device=wording.device_name(report, item.runtime) if item else None,
         faster=wording.faster,
@@ -140,7 +139,7 @@ def _architectures(plan: list[PlanEntry]) -> list[str]:
     return pictures
 
 
-def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _rows(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Return a nested mapping as (label, text) rows, with inner keys after their outer ones."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
@@ -152,7 +151,7 @@ def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None:
         return "—"
     if isinstance(value, bool):

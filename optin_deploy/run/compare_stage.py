@@ -15,7 +15,7 @@ from optin_deploy.utils.progress import track
 
 @dataclass(frozen=True)
 class OutputResults:
-    """How close the outputs are: on held-out inputs, and on labelled data if the recipe names some."""
+    """Agreement of the outputs on held-out inputs, and the metric on labelled data if the recipe names some."""
 
     agreement: list[Agreement]
     pictures: list[ExampleImage]

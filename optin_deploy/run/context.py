@@ -1,4 +1,4 @@
-"""A run at work."""
+"""The context and the result of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from optin_deploy.utils.progress import Stages
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every stage of a run needs.
+    """The inputs, directory and progress display that all stages of a run share.
 
     Attributes:
         prepared: the inputs.

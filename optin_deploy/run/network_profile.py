@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -76,7 +76,9 @@ def profile_network(network: Network, target: Target, seconds: float) -> Network
     )
 
 
-def profile_onnx(file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float) -> NetworkProfile:
+def profile_onnx(
+    file: Path, sample: Mapping[str, NDArray[np.generic]], target: Target, seconds: float
+) -> NetworkProfile:
     """Measure an ONNX file for ``seconds``, then profile it by operator type for at most as long again.
 
     Args:
@@ -90,14 +92,14 @@ def profile_onnx(file: Path, sample: Mapping[str, NDArray[Any]], target: Target,
     return _network_profile(target, summary, layers, lambda row: row.operator)
 
 
-def _measure_latency(file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float) -> Summary:
+def _measure_latency(file: Path, sample: Mapping[str, NDArray[np.generic]], target: Target, seconds: float) -> Summary:
     with progress_until(0.5):
         samples = measure_files({"network": file}, dict(sample), target.case(seconds), (), report_progress)
     return summarise([ms for turn in samples.samples_ms["network"] for ms in turn])
 
 
 def _profile_layers(
-    file: Path, sample: Mapping[str, NDArray[Any]], target: Target, seconds: float, modules: list[str]
+    file: Path, sample: Mapping[str, NDArray[np.generic]], target: Target, seconds: float, modules: list[str]
 ) -> LayerProfile | None:
     """Profile the layers; None if the runtime cannot do that."""
     if target.runtime not in LAYER_RUNTIMES:

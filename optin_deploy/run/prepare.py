@@ -1,4 +1,4 @@
-"""Reading and checking of all inputs of a run, before any long work."""
+"""Read and check all inputs of a run, before any long work."""
 
 import importlib.metadata
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """The inputs of a run, all read and checked.
+    """The checked inputs of a run.
 
     Attributes:
         earlier: the plan by which ``network`` was pruned before, empty unless it comes from a checkpoint.
@@ -171,7 +171,7 @@ def _log_inputs(prepared: PreparedRun) -> None:
 
 
 def _has_pairs(recipe: Recipe) -> bool:
-    """Whether calibration inputs are pairs of texts, or tensors, which need no columns."""
+    """Return whether calibration inputs are pairs of texts, or tensors, which need no columns."""
     tensors = recipe.calibration is not None and recipe.calibration.suffix.lower() in (".npz", ".safetensors")
     return tensors or "+" in (recipe.calibration_column or "")
 

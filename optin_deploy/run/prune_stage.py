@@ -19,7 +19,7 @@ from optin_deploy.latency.tables import LatencyModel
 from optin_deploy.models import checkpoint
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batches
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.pruner import token_schedule
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.rounds import remove_in_rounds
@@ -43,7 +43,7 @@ _SCORES, _NOTES, _PLAN, _MERGE_LOSS = "scores.safetensors", "scoring.json", "pla
 
 @dataclass(frozen=True)
 class _Scored:
-    """What pruning starts from.
+    """The scored network, from which pruning starts.
 
     Attributes:
         dense: the network in the basis that it is scored and pruned in, on the run's device.
@@ -111,7 +111,7 @@ def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Ten
     with context.stages.stage("score"):
         if context.checkpoint.exists() and path.is_file():
             return context.network, _keep_scores(path, structure)
-        dense = in_principal_bases(context.network, structure, batches)
+        dense = rotate_heads_to_pca(context.network, structure, batches)
         if ranks.broadcast_object(path.is_file):
             return dense, _keep_scores(path, structure) if ranks.main else {}
         notes: list[str] = []
@@ -125,7 +125,7 @@ def _score(context: RunContext, batches: Shared) -> tuple[Network, dict[str, Ten
 
 
 def _save_scores(path: Path, scores: Mapping[str, Tensor], notes: list[str]) -> None:
-    # The scores come last: if they are there, a later try scores no more.
+    # The scores come last: a later try that finds them does not score again.
     if notes:
         run_directory.write_json(path.with_name(_NOTES), notes, indent=None)
     with run_directory.recording(path):
@@ -140,7 +140,7 @@ def _keep_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
     except (OSError, SafetensorError):
         scores = {}
     if {name: tuple(t.shape) for name, t in scores.items()} != {g.name: (g.units,) for g in structure.groups}:
-        raise UserError(f"{path} is damaged or of another network: remove it, and it is made again")
+        raise UserError(f"{path} is damaged or of another network: remove it to compute it again")
     return scores
 
 
@@ -207,7 +207,7 @@ def _prune_to_flops(
 
 
 def _settings(recipe: Recipe, flops: float) -> PruneSettings:
-    """Return how units are removed down to ``flops`` of the dense FLOPs."""
+    """Return the settings of pruning to ``flops`` of the dense FLOPs."""
     return PruneSettings(
         flops,
         scoring_of(recipe),
@@ -243,7 +243,7 @@ def _search_schedule(context: RunContext, scored: _Scored, merge_loss: MergeLoss
 
 
 def _measure_merge_loss(context: RunContext, scored: _Scored, stack: TokenStack) -> MergeLoss | None:
-    """Measure what merging tokens costs, once for all budgets; or let the main process read an earlier result."""
+    """Measure the loss of merging tokens, once for all budgets; or let the main process read an earlier result."""
     path, ranks = context.directory / _MERGE_LOSS, context.ranks
     with context.stages.stage("try merging"):
         if ranks.broadcast_object(path.is_file):

@@ -93,7 +93,7 @@ def build_report(context: RunContext, pruned: PrunedRun, results: StageResults, 
 
 
 def rerun_command(directory: Path, replaced: Sequence[str]) -> str:
-    """Return what repeats the run in ``directory``.
+    """Return the command that repeats the run in ``directory``.
 
     This is a command, or Python code if arguments (``replaced``: network, calibration) were used instead of what the
     recipe names, since no command can name them.
@@ -123,7 +123,7 @@ def _measure_size(network: Network, name: str, directory: Path) -> Variant:
 
 def _describe_model(recipe: Recipe, network: Network) -> ModelInfo:
     return ModelInfo(
-        # Directories are told apart by the end of their paths.
+        # Directories differ at the end of their paths.
         name="/".join(Path(recipe.model).parts[-2:]),
         library=network.source.library,
         weights=_weights_origin(recipe, network),

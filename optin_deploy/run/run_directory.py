@@ -90,7 +90,7 @@ def _check_entries(directory: Path) -> None:
 
 
 def _is_of_run(name: str) -> bool:
-    """Whether a run writes a file of that name."""
+    """Return whether a run writes a file of that name."""
     return name.startswith(("dense.", "pruned.")) or name.endswith((".json", ".yaml", ".html", ".md", ".safetensors"))
 
 
@@ -219,7 +219,7 @@ def read_json(path: Path, kind: type[T], advice: str = "remove it, and it is mad
 
 
 def read_with_checkpoint(directory: Path, name: str, kind: type[T]) -> T:
-    """Read a file that was written together with the checkpoint, and can only be made again together with it."""
+    """Read a file that was written together with the checkpoint, and can only be recreated together with it."""
     path, checkpoint = directory / name, directory / CHECKPOINT
     if not path.is_file():
         raise UserError(f"{path} is missing: remove {checkpoint} too, to prune again")

@@ -341,7 +341,7 @@ def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
         new = np.full(_GRID + 1, -np.inf)
         choice = np.zeros(_GRID + 1, dtype=np.int32)
         cells_of = [int(np.ceil(cost / step - 1e-9)) for _, cost in group]
-        for index in _undominated(group, cells_of):
+        for index in _pareto_options(group, cells_of):
             value, cells = group[index][0], cells_of[index]
             if cells > _GRID:
                 continue
@@ -358,7 +358,7 @@ def knapsack(options: Sequence[Sequence[tuple[float, float]]], budget: float) ->
     return taken[::-1]
 
 
-def _undominated(options: Sequence[tuple[float, float]], cells_of: Sequence[int]) -> list[int]:
+def _pareto_options(options: Sequence[tuple[float, float]], cells_of: Sequence[int]) -> list[int]:
     """Return the indices of the options with a larger value than all that cost as much or less. Few of hundreds do."""
     indices: list[int] = []
     for index in sorted(range(len(options)), key=lambda i: (cells_of[i], -options[i][0], i)):

@@ -28,9 +28,9 @@ def draw_front(drawn: schema.Front, quality: schema.Quality) -> str:
                 markerfacecolor="none" if point.dominated else color,
                 gid=f"{point.network}-{wording.standing(point)}",
             )
-            # Neighbours on and off the front keep their names apart.
-            beside = (4, 6) if point.dominated else (4, -11)
-            axes.annotate(point.network, at, beside, textcoords="offset points", fontsize=8)
+            # Labels of points on the front are below, others above, so that neighbours do not overlap.
+            offset = (4, 6) if point.dominated else (4, -11)
+            axes.annotate(point.network, at, offset, textcoords="offset points", fontsize=8)
         axes.margins(x=0.16, y=0.14)
         axes.set_xlabel("FLOPs, pruned ÷ dense" if drawn.cost == "flops" else "p50 latency, pruned ÷ dense")
         axes.set_ylabel(f"{quality.name}, %" if quality.kind in ("top1", "sign") else quality.name)

@@ -19,7 +19,7 @@ from optin_deploy.run.latency_stage import check_latency, measure_tables
 from optin_deploy.run.options import RunArguments, RunOptions
 from optin_deploy.run.pipeline import prune_export
 from optin_deploy.run.prepare import VERSION, PreparedRun, prepare
-from optin_deploy.sweeps.report_builder import assemble
+from optin_deploy.sweeps.report_builder import build_sweep_report
 from optin_deploy.sweeps.schema import SweepReport
 from optin_deploy.sweeps.web_page import render
 from optin_deploy.utils.atomic_files import link_or_copy, write_text
@@ -73,7 +73,7 @@ def sweep(recipe: Recipe, budgets: Budgets, **options: Unpack[RunOptions]) -> Sw
         write_text(checked.directory / "recipe.yaml", as_yaml(recipe, [run for run, _ in checked.runs]))
         reports = {run.name: _read_or_run(checked, number, arguments) for number, (run, _) in enumerate(checked.runs)}
         again = shlex.join(["optin-deploy", "sweep", "--recipe", str(checked.directory / "recipe.yaml")])
-        report = assemble(reports, recipe.model_dump(mode="json"), arguments.command or again)
+        report = build_sweep_report(reports, recipe.model_dump(mode="json"), arguments.command or again)
         write_text(checked.directory / "sweep.json", report.model_dump_json(indent=1) + "\n")
         write_text(checked.directory / "sweep.html", render(report))
     return SweepResult(report, checked.directory)

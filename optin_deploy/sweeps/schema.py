@@ -1,4 +1,4 @@
-"""A sweep's result as a document, in the layout of sweep.json."""
+"""The report of a sweep, in the layout of sweep.json."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ DENSE = "dense"
 
 
 class _Value(BaseModel):
-    # A metric can be NaN (Spearman of constant outputs): written as a string, which is JSON and reads back.
+    # A metric can be NaN (Spearman of constant outputs). It is written as a string, which is valid JSON.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Quality(_Value):
-    """What the networks are judged by; more is better.
+    """The quality measure that the networks are compared by; more is better.
 
-    "evaluation": a metric on labelled data (``source``), in its own unit. "top1": part of the held-out inputs, 0 to 1,
-    on which the output ``source`` has the same top answer as the dense network's. "sign": part of its yes-or-no answers
-    that are the same. "rank": Spearman's correlation of its numbers with the dense one's. "cosine": with the dense
-    one's.
+    "evaluation" is a metric on labelled data (``source``), in its own unit. The other kinds compare the output
+    ``source`` on held-out inputs with that of the dense network: "top1" is the fraction of inputs with the same top
+    answer, "sign" the fraction of the same yes-or-no answers, "rank" Spearman's correlation, "cosine" the cosine.
     """
 
     kind: Literal["evaluation", "top1", "sign", "rank", "cosine"]
@@ -33,7 +32,7 @@ class Quality(_Value):
 
 
 class SweepRun(_Value):
-    """One run: ``name`` is that of its directory; ``flops_ratio`` is pruned ÷ dense."""
+    """One run: ``name`` is the name of its directory; ``flops_ratio`` is pruned ÷ dense."""
 
     name: str
     budget: Budget
@@ -44,9 +43,9 @@ class SweepRun(_Value):
 
 
 class Point(_Value):
-    """A network in a front. ``cost`` is relative to the dense network's, whose own is 1.
+    """A network in a front. ``cost`` is relative to the dense network, whose cost is 1.
 
-    ``significant`` is False where a latency does not stand out of the noise of dense against dense.
+    ``significant`` is False if the change of a latency is within the noise of dense against dense.
     """
 
     network: str
@@ -59,8 +58,8 @@ class Point(_Value):
 class Front(_Value):
     """All networks by one cost, the cheapest first: FLOPs, or the p50 latency at a runtime and batch size.
 
-    A point is dominated when another costs no more, is no worse, and is better on one of the two; by the estimates,
-    whatever their intervals. Latencies are relative to the dense network's in the same interleaved measurement.
+    A point is dominated if another costs no more, is no worse, and is better in one of the two; the estimates count,
+    not their intervals. Latencies are relative to the dense network in the same interleaved measurement.
     """
 
     cost: Literal["flops", "latency"]
@@ -70,7 +69,7 @@ class Front(_Value):
 
 
 class SweepReport(_Value):
-    """What a sweep found; each run's own report.json lies in its directory."""
+    """The report of a sweep; each run's report.json is in its directory."""
 
     schema_version: Literal[1] = 1
     created: AwareDatetime

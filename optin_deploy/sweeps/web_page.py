@@ -19,6 +19,7 @@ def render(report: SweepReport) -> str:
         .get_template("template.html.j2")
         .render(
             report=report,
+            device=report.environment.get("cpu"),
             created=utc_minute(report.created),
             banners=wording.banners(report),
             wording=wording,

@@ -33,21 +33,21 @@ def choose(similarity: Tensor, count: int, real: Tensor | None = None) -> Choice
     return Choice(ranks(_urgency(best, real)) < count, nearest)
 
 
-def regret(similarity: Tensor, count: int, given: Choice, real: Tensor | None = None) -> Tensor:
+def regret(similarity: Tensor, count: int, choice: Choice, real: Tensor | None = None) -> Tensor:
     """Return how much worse a choice is than that of `choose`, ``(batch,)``.
 
     That is the largest difference of two similarities that it orders the other way. Infinite if it does not choose
     ``count`` candidates.
     """
     best = similarity.max(dim=-1).values
-    inside = (given.nearest >= 0) & (given.nearest < similarity.shape[-1])
-    taken = similarity.gather(2, given.nearest.clamp(0, similarity.shape[-1] - 1)[:, :, None])[:, :, 0]
-    counted = given.leaves if real is None else given.leaves & real
+    inside = (choice.nearest >= 0) & (choice.nearest < similarity.shape[-1])
+    taken = similarity.gather(2, choice.nearest.clamp(0, similarity.shape[-1] - 1)[:, :, None])[:, :, 0]
+    counted = choice.leaves if real is None else choice.leaves & real
     partner = (best - taken).masked_fill(~counted, 0).amax(1)
     urgency = _urgency(best, real)
-    last = urgency.masked_fill(~given.leaves, 2 * BEYOND).amin(1)
-    first = urgency.masked_fill(given.leaves, -2 * BEYOND).amax(1)
-    valid = (given.leaves.sum(1) == count) & (inside | ~counted).all(1)
+    last = urgency.masked_fill(~choice.leaves, 2 * BEYOND).amin(1)
+    first = urgency.masked_fill(choice.leaves, -2 * BEYOND).amax(1)
+    valid = (choice.leaves.sum(1) == count) & (inside | ~counted).all(1)
     return torch.maximum(partner, first - last).clamp_min(0).masked_fill(~valid, torch.inf)
 
 

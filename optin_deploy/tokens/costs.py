@@ -1,4 +1,4 @@
-"""FLOPs of a network whose tokens merge: every block costs what so many tokens cost it."""
+"""FLOPs of a network whose tokens merge, by the number of tokens in each block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from optin_deploy.tokens.matching import matching_flops, merging_flops
 from optin_deploy.tokens.stack import TokenStack
 from optin_deploy.tokens.text_matching import text_matching_flops, text_merging_flops
 
-# Products of two activations: in an attention their cost grows with the square of the tokens, that of all else with
-# the tokens.
+# Products of two activations. In an attention their cost grows with the square of the tokens; all other costs grow
+# with the tokens.
 _PRODUCTS = ("bmm", "baddbmm")
 
 
@@ -25,10 +25,10 @@ class TokenCosts:
 
     Attributes:
         base: the costs with all tokens.
-        squared: group name -> the part of its FLOPs that grows with the square of the tokens.
-        block_of: group name -> number of its block in the stack; groups that stand elsewhere are not named.
-        rest: FLOPs of every block that belong to no group, and the part of those that grows with the square.
-        widths: features of a head, by the name of the group.
+        squared: group name -> the fraction of its FLOPs that grows with the square of the tokens.
+        block_of: group name -> index of its block in the stack; groups outside the stack are missing.
+        rest: for each block, the FLOPs outside all groups, and the fraction of them that grows with the square.
+        widths: group name -> features of a head.
         schedule: tokens that enter each block.
     """
 
@@ -41,7 +41,7 @@ class TokenCosts:
     schedule: tuple[int, ...]
 
     def at(self, schedule: tuple[int, ...]) -> "TokenCosts":
-        """The same for another schedule."""
+        """Return the costs at another schedule."""
         return replace(self, schedule=schedule)
 
     @property
@@ -51,13 +51,13 @@ class TokenCosts:
 
     @cached_property
     def floor(self) -> float:
-        """The FLOPs with every unit removed, those of comparing tokens by keys left out."""
+        """The FLOPs with every unit removed, without the FLOPs of comparing tokens by keys."""
         saved = sum(self.rest_at(i, self.stack.tokens) - self.rest_at(i, n) for i, n in enumerate(self.schedule))
         merging = sum(self.merging(i, *self._step(i)) for i in range(len(self.schedule)))
         return self.base.floor - saved + merging
 
     def option(self, group: str, units: int, width: int | None) -> float:
-        """See `CostModel`; with a block's heads goes what comparing tokens by their keys costs."""
+        """See `CostModel`; the heads of a block include the FLOPs of comparing tokens by their keys."""
         flops = self.base.option(group, units, width) * self.factor(group)
         block = self.block_of.get(group)
         key = None if block is None else self.stack.keys[block]
@@ -67,32 +67,32 @@ class TokenCosts:
         return flops + self.comparing(block, *self._step(block), features)
 
     def factor(self, group: str) -> float:
-        """What a group costs at the schedule, against all tokens."""
+        """Return the cost of a group at the schedule, as a fraction of that with all tokens."""
         block = self.block_of.get(group)
-        return 1.0 if block is None else self._part(self.schedule[block], self.squared[group])
+        return 1.0 if block is None else self._fraction(self.schedule[block], self.squared[group])
 
     def of(self, plan: Plan) -> float:
-        """The FLOPs of the network that ``plan`` leaves, its tokens merging by the schedule."""
+        """Return the FLOPs of the network that ``plan`` leaves, with its tokens merging by the schedule."""
         inner = set(self.base.widths.values())
         names = [name for name in self.base.units if name not in inner]
         return self.floor + sum(self.option(name, *kept_size(self.base, plan, name)) for name in names)
 
     def rest_at(self, block: int, tokens: int) -> float:
-        """What of a block belongs to no group."""
+        """Return the FLOPs of a block outside all groups."""
         flops, squared = self.rest[block]
-        return flops * self._part(tokens, squared)
+        return flops * self._fraction(tokens, squared)
 
     def merging(self, block: int, before: int, tokens: int) -> float:
-        """What merging before a block costs, comparing by keys left out."""
+        """Return the FLOPs of merging before a block, without those of comparing tokens by keys."""
         key, width = self.stack.keys[block], self.stack.width
         if self.stack.text:
-            found = text_merging_flops(before, before - tokens, width)
+            flops = text_merging_flops(before, before - tokens, width)
         else:
-            found = merging_flops(before, self.stack.prefix, before - tokens, width)
-        return found + (self.comparing(block, before, tokens, 0) if key is None else 0.0)
+            flops = merging_flops(before, self.stack.prefix, before - tokens, width)
+        return flops + (self.comparing(block, before, tokens, 0) if key is None else 0.0)
 
     def comparing(self, block: int, before: int, tokens: int, features: int) -> float:
-        """What comparing tokens by so many features of their keys costs; by 0, as they come."""
+        """Return the FLOPs of comparing tokens by ``features`` features of their keys (0: tokens themselves)."""
         if before == tokens:
             return 0.0
         keys = 2.0 * before * self.stack.width * features
@@ -100,37 +100,44 @@ class TokenCosts:
         return keys + compared(before, self.stack.prefix, features or self.stack.width)
 
     def _step(self, block: int) -> tuple[int, int]:
-        """Tokens before and behind the merging before a block."""
+        """Return the number of tokens before and after the merge at a block."""
         return (self.stack.tokens, *self.schedule)[block], self.schedule[block]
 
-    def _part(self, tokens: int, squared: float) -> float:
-        part = tokens / self.stack.tokens
-        return (1 - squared) * part + squared * part * part
+    def _fraction(self, tokens: int, squared: float) -> float:
+        """Return the cost with ``tokens`` tokens, as a fraction of that with all tokens."""
+        share = tokens / self.stack.tokens
+        return (1 - squared) * share + squared * share * share
 
 
 def token_costs(
     module: nn.Module, structure: Structure, costs: Costs, stack: TokenStack, inputs: Mapping[str, Tensor]
 ) -> TokenCosts:
-    """The costs of ``module``, whose ``costs`` with all tokens are known, from one counted forward pass."""
+    """Return the costs of ``module`` at all tokens, from one counted forward pass.
+
+    Args:
+        costs: of ``module`` with all tokens.
+    """
     counts = FlopCounts(module, inputs)
 
-    def counted(name: str) -> tuple[float, float]:
-        """All FLOPs of a module, and those of products of activations."""
-        own = counts.by_operator(name)
-        products = sum(n for kind, n in own.items() if str(kind).partition(".")[2].partition(".")[0] in _PRODUCTS)
-        return float(sum(own.values())), float(products)
+    def flops_of(name: str) -> tuple[float, float]:
+        """Return all FLOPs of a module, and those of products of activations."""
+        by_operator = counts.by_operator(name)
+        products = sum(
+            n for kind, n in by_operator.items() if str(kind).partition(".")[2].partition(".")[0] in _PRODUCTS
+        )
+        return float(sum(by_operator.values())), float(products)
 
-    def together(names: tuple[str, ...]) -> tuple[float, float]:
-        pairs = [counted(name) for name in names]
+    def flops_of_all(names: tuple[str, ...]) -> tuple[float, float]:
+        pairs = [flops_of(name) for name in names]
         return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
 
     squared, block_of = {}, {}
-    rest = [list(counted(block)) for block in stack.blocks]
+    rest = [list(flops_of(block)) for block in stack.blocks]
     for group in structure.groups:
         block = structure.blocks[group.layer]
         if block not in stack.blocks:
             continue
-        whole, products = together(group.cost.modules)
+        whole, products = flops_of_all(group.cost.modules)
         squared[group.name] = products / whole if whole else 0.0
         block_of[group.name] = stack.blocks.index(block)
         if group.parent is None:

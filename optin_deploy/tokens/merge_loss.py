@@ -35,7 +35,7 @@ class MergeLoss:
     tokens: tuple[int, ...]
     loss: NDArray[np.float64]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the value as plain JSON data."""
         return {"tokens": list(self.tokens), "loss": self.loss.tolist()}
 
@@ -109,7 +109,7 @@ def measure_task_loss(
 
 def _measured_counts(stack: TokenStack) -> list[int]:
     patches = stack.tokens - stack.prefix
-    wanted = {max(stack.least_behind(stack.tokens), stack.prefix + round(share * patches)) for share in _MEASURED}
+    wanted = {max(stack.fewest_after(stack.tokens), stack.prefix + round(share * patches)) for share in _MEASURED}
     return sorted(wanted - {stack.tokens}, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""Blocks that merge tokens as they run, in the place of the list that held them."""
+"""Blocks that merge tokens as they run; they replace the list that held them."""
 
 import copy
 import inspect
@@ -32,14 +32,14 @@ from optin_deploy.tokens.text_matching import match_text_choice, merge_text_toke
 
 
 class MergingBlocks(nn.Sequential):
-    """The blocks of a `TokenStack`, which merge tokens before those that get fewer, and give all tokens back.
+    """The blocks of a `TokenStack`, which merge tokens before some blocks and restore all tokens at the end.
 
-    Whoever goes through the list gets one thing to call, which runs all blocks: the sizes of tokens have to get from
-    block to block. Every token counts in the attention as often as it stands for one (proportional attention).
+    Iterating over the list yields one callable that runs all blocks, because the token sizes must pass from block to
+    block. The attention weights every token by the number of tokens merged into it (proportional attention).
 
     Args:
-        schedule: how many tokens enter each block.
-        heads: of every block, how many it has; 0 where its keys are not known, and tokens are compared as they come.
+        schedule: number of tokens that enter each block.
+        heads: number of heads of each block; 0 if its keys are unknown, so that tokens themselves are compared.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class MergingBlocks(nn.Sequential):
 
     @property
     def merging_indices(self) -> tuple[int, ...]:
-        """Of the blocks before which tokens merge."""
+        """The indices of the blocks before which tokens merge."""
         steps = pairwise((self.stack.tokens, *self.schedule))
         return tuple(index for index, (before, after) in enumerate(steps) if after < before)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[nn.Module]:
         return iter((self,))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         stack = self.stack
         if not stack.text and x.shape[1] != stack.tokens:
-            raise UserError(f"tokens merge among {stack.tokens}, and here are {x.shape[1]}: keep the input's size")
+            raise UserError(f"tokens merge among {stack.tokens}, but the input has {x.shape[1]}: keep the input's size")
         sizes: Tensor | None = None
         where: Tensor | None = None
         places: dict[str, Tensor] = {}
@@ -91,30 +91,30 @@ class MergingBlocks(nn.Sequential):
                 where = moved if where is None else moved.gather(1, where)
             called = inspect.signature(block.forward).bind(x, *args, **{**kwargs, **places})
             if sizes is not None:
-                # The mask of a text says no more than the sizes: padding has none.
-                given = None if stack.text else called.arguments.get(stack.mask)
-                given = given if at is None else self._between(block, given, at)
-                called.arguments[stack.mask] = _added(given, _counting(sizes))
+                # The mask of a text is redundant with the sizes: padding has size 0.
+                mask = None if stack.text else called.arguments.get(stack.mask)
+                mask = mask if at is None else self._between(block, mask, at)
+                called.arguments[stack.mask] = _add_bias(mask, _counting(sizes))
             x = block(*called.args, **called.kwargs)
         return x if where is None else unmerge_tokens(x, where)
 
     def choose(self, index: int, similarity: Tensor, count: int, real: Tensor | None = None) -> Choice:
-        """Which tokens merge before a block, see `chosen`."""
+        """Choose the tokens that merge before a block, see `choices.choose`."""
         return choose(similarity, count, real)
 
     def join(self, x: Tensor, sizes: Tensor, match: Matching) -> tuple[Tensor, Tensor]:
-        """Patches and their sizes after merging."""
+        """Return patches and their sizes after merging."""
         return merge_tokens(x, sizes, match)
 
     def _between(self, block: nn.Module, shared: Tensor | None, at: Tensor) -> Tensor | None:
-        """The biases that the block's attention adds between the tokens left."""
+        """Return the position biases of the block's attention between the remaining tokens."""
         attention = block.get_submodule(self.stack.biased)
-        # Where all heads are gone there is none.
+        # An attention without heads has no biases.
         biases = attention.biases(shared) if isinstance(attention, PlacedBeitAttention) else None
         return None if biases is None else biases_between(biases, at)
 
-    def _sizes(self, block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Of tokens that have not merged yet: 1, and 0 for padding."""
+    def _sizes(self, block: nn.Module, x: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
+        """Return the sizes of tokens before any merge: 1, and 0 for padding."""
         called = inspect.signature(block.forward).bind(x, *args, **kwargs)
         mask = called.arguments.get(self.stack.mask) if self.stack.text else None
         if mask is None:
@@ -122,7 +122,7 @@ class MergingBlocks(nn.Sequential):
         return real_tokens(mask).expand(x.shape[0], -1)[:, :, None].to(x.dtype)
 
     def _metric(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
-        """What tokens are compared by: the mean over heads of their keys."""
+        """Return the features that tokens are compared by: the mean of their keys over heads."""
         source, heads = self.stack.keys[index], self.heads[index]
         if source is None or not heads:
             return x
@@ -135,12 +135,12 @@ class MergingBlocks(nn.Sequential):
 
 
 def merging_names(module: nn.Module) -> list[str]:
-    """Of the `MergingBlocks` in a module."""
-    return [name for name, part in module.named_modules() if isinstance(part, MergingBlocks)]
+    """Return the names of the `MergingBlocks` in a module."""
+    return [name for name, child in module.named_modules() if isinstance(child, MergingBlocks)]
 
 
 def with_blocks_of(module: nn.Module, cls: type[MergingBlocks]) -> nn.Module:
-    """A copy of a module, which shares its weights, with `MergingBlocks` of another class."""
+    """Return a copy of a module, sharing its weights, with `MergingBlocks` of another class."""
     made = copy_module(module, shared_tensors(module))
     for name in merging_names(made):
         blocks = made.get_submodule(name)
@@ -151,28 +151,28 @@ def with_blocks_of(module: nn.Module, cls: type[MergingBlocks]) -> nn.Module:
 
 
 def _counting(sizes: Tensor) -> Tensor:
-    """What is added to logits for tokens to count as often as their sizes say."""
+    """Return the bias on the logits that weights tokens by their sizes."""
     return sizes.log().clamp_min(torch.finfo(sizes.dtype).min)[:, None, None, :, 0]
 
 
-def _added(given: Tensor | None, bias: Tensor) -> Tensor:
-    return bias if given is None else given + bias
+def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    return bias if mask is None else mask + bias
 
 
 def with_merging(module: nn.Module, structure: Structure, stack: TokenStack, plan: Plan) -> None:
-    """Let tokens of ``module``, which ``plan`` has left of the dense network, merge by its schedule, in place."""
+    """Make ``module``, the dense network sliced by ``plan``, merge tokens by the plan's schedule, in place."""
     stack.check(plan.tokens)
     heads = [len(plan.units(structure.group(k.group))) if k else 0 for k in stack.keys]
     parent, _, name = stack.name.rpartition(".")
     blocks = dict(module.get_submodule(stack.name).named_children())
     if stack.biased:
         for (child, block), tokens in zip(blocks.items(), plan.tokens, strict=True):
-            blocks[child] = _placed(block, stack.biased) if tokens < stack.tokens else block
+            blocks[child] = _use_placed_attention(block, stack.biased) if tokens < stack.tokens else block
     setattr(module.get_submodule(parent), name, MergingBlocks(blocks, stack, plan.tokens, heads).train(module.training))
 
 
-def _placed(block: nn.Module, attention: str) -> nn.Module:
-    """The block with the same weights, its attention adding the biases that it is given."""
+def _use_placed_attention(block: nn.Module, attention: str) -> nn.Module:
+    """Return the block, with shared weights, with an attention that adds the biases it gets as an argument."""
     cls = PLACED.get(type(block.get_submodule(attention)))
     if cls is None:
         return block

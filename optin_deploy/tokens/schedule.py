@@ -135,7 +135,7 @@ class _Path:
         levels = np.unique(np.linspace(least, stack.tokens, _LEVELS).round().astype(int))[::-1]
         self.levels = levels
         # [i, j]: whether level i can merge to level j.
-        self.possible = np.array([[stack.least_behind(int(a)) <= b <= a for b in levels] for a in levels])
+        self.possible = np.array([[stack.fewest_after(int(a)) <= b <= a for b in levels] for a in levels])
         scale = items.scale
         # Merging padding has no loss. A small strictly convex loss prefers more tokens among such schedules, so that
         # each is optimal at some multiplier.

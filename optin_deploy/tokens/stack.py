@@ -1,4 +1,4 @@
-"""What is known of blocks between which tokens can merge."""
+"""A stack of blocks between which tokens can merge."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,13 @@ from optin_deploy.tokens.matching import most_mergeable
 
 @dataclass(frozen=True)
 class KeySource:
-    """What the keys of a block's attention are made of: the norm before them, and rows of a linear layer; names are
-    those inside the block. ``group`` names the heads."""
+    """The modules that compute the keys of a block's attention.
+
+    Attributes:
+        norm: the norm before the keys, by its name inside the block.
+        rows: the output rows of a linear layer that are the keys; the layer's name is that inside the block.
+        group: name of the group of heads.
+    """
 
     norm: str
     rows: OutputSlice
@@ -25,17 +30,18 @@ class KeySource:
 
 @dataclass(frozen=True)
 class TokenStack:
-    """Blocks that run one behind the other on ``(batch, tokens, width)``.
+    """Blocks that run one after the other on ``(batch, tokens, width)``.
 
     Attributes:
-        name: of the list that holds them, and nothing else.
+        name: the list that holds exactly these blocks.
         mask: the argument of every block that is added to the attention's logits.
-        prefix: tokens at the beginning that are no patches: class, distillation and register tokens.
-        keys: of every block; None where its keys are not known.
-        places: arguments of the blocks that belong to the places of patches, like rotary positions, and their features.
-        text: whether the tokens are words: inputs have any length, numbers of tokens are those of the sample input and
-            stand for parts of it, and the mask tells of padding.
-        biased: inside of every block, the attention that adds biases between places to its logits; "" where none does.
+        prefix: number of protected tokens at the beginning: class, distillation and register tokens.
+        tokens, width: of the sample input.
+        keys: one per block; None if its keys are unknown.
+        places: arguments of the blocks with a row per patch position, like rotary embeddings, and their features.
+        text: whether the tokens are text tokens. Then inputs have any length, numbers of tokens are relative to the
+            length of the sample input, and the mask marks padding.
+        biased: name inside every block of the attention that adds position biases to its logits; "" if none does.
     """
 
     name: str
@@ -49,37 +55,42 @@ class TokenStack:
     text: bool = False
     biased: str = ""
 
-    def least_behind(self, tokens: int) -> int:
-        """The fewest tokens that a block can get when so many come to it."""
+    def fewest_after(self, tokens: int) -> int:
+        """Return the fewest tokens that can remain after a merge of ``tokens``."""
         return tokens - most_mergeable(tokens, self.prefix)
 
     def leaving(self, before: int, tokens: int, now: int) -> int:
-        """How many of ``now`` words (symbolic ones, too) leave where of ``before`` in the sample ``tokens`` are left;
-        rounded down, and so at most half of those behind the prefix, as there."""
+        """Return how many of ``now`` text tokens merge if ``before`` become ``tokens`` in the sample input.
+
+        ``now`` may be symbolic. The result is rounded down, so it is at most half of the tokens after the prefix.
+        """
         common = gcd(before, before - tokens)
         return now * ((before - tokens) // common) // (before // common)
 
     def possible(self, schedule: Sequence[int]) -> bool:
-        """Whether so many tokens can enter each block."""
-        return all(self.least_behind(a) <= b <= a for a, b in pairwise((self.tokens, *schedule)))
+        """Return whether these numbers of tokens can enter the blocks."""
+        return all(self.fewest_after(a) <= b <= a for a, b in pairwise((self.tokens, *schedule)))
 
     def check(self, schedule: Sequence[int]) -> None:
-        """Raise UserError unless ``schedule`` says how many tokens enter each block, and can be merged to."""
+        """Raise UserError unless ``schedule`` has a reachable number of tokens for each block."""
         listed = ",".join(map(str, schedule))
         if len(schedule) != len(self.blocks):
             raise UserError(f"--tokens {listed}: give a number for each of the {len(self.blocks)} blocks")
         before = self.tokens
         for tokens in schedule:
-            if not self.least_behind(before) <= tokens <= before:
+            if not self.fewest_after(before) <= tokens <= before:
                 raise UserError(
-                    f"--tokens {listed}: behind {before} tokens there can be {self.least_behind(before)} to {before}, "
+                    f"--tokens {listed}: after {before} tokens there can be {self.fewest_after(before)} to {before}, "
                     f"not {tokens}"
                 )
             before = tokens
 
 
 def real_tokens(mask: Tensor) -> Tensor:
-    """Bool ``(batch or 1, tokens)``, False where a mask ``(batch, 1, queries or 1, tokens)``, alike for all queries, is
-    False or far below 0."""
+    """Return bool ``(batch or 1, tokens)``, False at padding: where the mask is False or far below 0.
+
+    Args:
+        mask: ``(batch, 1, queries or 1, tokens)``, the same for all queries.
+    """
     row = mask[:, 0, 0, :]
     return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2

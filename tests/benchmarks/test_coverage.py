@@ -118,7 +118,7 @@ def test_a_cut_that_is_not_the_mask_fails_its_column(monkeypatch: pytest.MonkeyP
     space = worker.analyze(network)
     plan = worker.Plan({"mlp": tuple(range(10))})
     worker._check_sliced(network, space, plan)
-    monkeypatch.setattr(worker, "sliced", Wrong)
+    monkeypatch.setattr(worker, "slice_network", Wrong)
     with pytest.raises(Exception, match="off masked"):
         worker._check_sliced(network, space, plan)
 

@@ -165,7 +165,7 @@ def test_the_last_map_follows_merged_tokens() -> None:
     assert space.stack is not None
     tokens = space.stack.tokens
     kept = {g.name: tuple(range(g.units // 2)) for g in space.structure.groups}
-    plan = Plan(kept, (tokens, *[space.stack.least_behind(tokens)] * (len(space.stack.blocks) - 1)))
+    plan = Plan(kept, (tokens, *[space.stack.fewest_after(tokens)] * (len(space.stack.blocks) - 1)))
     batches = tiny.batches(network, 8)
     before_merging = Remover(network, space, batches, 0.01).remove(Plan(kept))
     with_merging(before_merging, space.structure, space.stack, plan)

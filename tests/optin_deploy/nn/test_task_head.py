@@ -35,7 +35,7 @@ from optin_deploy.report import read_report, wording
 from optin_deploy.report.comparison import lines
 from optin_deploy.run.pipeline import prune_export
 from optin_deploy.structure.plan import Plan
-from optin_deploy.sweeps.report_builder import assemble
+from optin_deploy.sweeps.report_builder import build_sweep_report
 from optin_deploy.sweeps.wording import judged_by, worth
 
 pytestmark = pytest.mark.slow
@@ -519,7 +519,7 @@ def test_a_run_tells_what_its_head_means(tmp_path: Path) -> None:
         assert "cuts its own derivatives off" in text
     assert "same yes or no" in repr(result.report)
     assert "same yes or no" in lines({"run": report})[0].outputs
-    swept = assemble({"run": report}, {}, "again")
+    swept = build_sweep_report({"run": report}, {}, "again")
     assert (swept.quality.kind, swept.runs[0].quality) == ("sign", report.agreement[0].sign_agreement)
     assert "yes-or-no" in judged_by(swept.quality) and worth(0.5, swept.quality) == "50.0 %"
     # Continued, it says the same.

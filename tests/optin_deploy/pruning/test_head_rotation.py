@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optin_deploy.network import Network
 from optin_deploy.nn.partial_forward import record_inputs, record_outputs
-from optin_deploy.pruning.head_rotation import in_principal_bases, query_key_bases, value_bases
+from optin_deploy.pruning.head_rotation import query_key_bases, rotate_heads_to_pca, value_bases
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.plan import Plan
@@ -59,7 +59,7 @@ def error_of_rank(matrix: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize("name", tiny.ALL_NAMES)
 def test_the_function_is_unchanged(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
-    turned = in_principal_bases(network, structure, tiny.batches(network, 4))
+    turned = rotate_heads_to_pca(network, structure, tiny.batches(network, 4))
     for batch in (network.inputs, *tiny.batches(network, 2, size=2)):
         expected, given = network.forward(batch), turned.forward(batch)
         for output in expected:
@@ -71,7 +71,7 @@ def test_the_function_is_unchanged(name: str) -> None:
 def test_the_network_given_stays_as_it_is() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     before = {n: t.clone() for n, t in network.module.state_dict().items()}
-    turned = in_principal_bases(network, structure, tiny.batches(network, 2))
+    turned = rotate_heads_to_pca(network, structure, tiny.batches(network, 2))
     assert all(torch.equal(t, before[n]) for n, t in network.module.state_dict().items())
     assert any(not torch.equal(t, before[n]) for n, t in turned.module.state_dict().items())
     assert turned.inputs is network.inputs and turned.outputs is network.outputs
@@ -84,7 +84,7 @@ def test_the_network_given_stays_as_it_is() -> None:
 @pytest.mark.parametrize("name", ["vit", "bert", "vit_gated", "resnet"])
 def test_without_widths_it_is_the_same_object(name: str) -> None:
     network = tiny.network(name)
-    assert in_principal_bases(network, tiny.structure(name).without_widths(), tiny.batches(network, 1)) is network
+    assert rotate_heads_to_pca(network, tiny.structure(name).without_widths(), tiny.batches(network, 1)) is network
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_data_without_spread_does_no_harm() -> None:
         parameter[2 * tiny.WIDTH : 2 * tiny.WIDTH + 4] = 0
     structure = describe(network.module, network.inputs)
     assert widths(structure)
-    turned = in_principal_bases(network, structure, [network.inputs])
+    turned = rotate_heads_to_pca(network, structure, [network.inputs])
     assert all(t.isfinite().all() for t in turned.module.state_dict().values())
     expected = network.module(**network.inputs)
     torch.testing.assert_close(turned.module(**network.inputs), expected, rtol=0, atol=1e-4)
@@ -114,7 +114,7 @@ def test_heads_wider_than_what_they_write() -> None:
     module = tiny.randomised(nn.Sequential(Block()))
     network = tiny.network_around(module, {"input": torch.randn(3, 9, 8)})
     structure = describe(module, network.inputs)
-    turned = in_principal_bases(network, structure, [network.inputs])
+    turned = rotate_heads_to_pca(network, structure, [network.inputs])
     expected = module(**network.inputs)
     torch.testing.assert_close(turned.module(**network.inputs), expected, rtol=0, atol=1e-5)
     # Eight dimensions of a head are all that eight outputs can tell apart.
@@ -189,7 +189,7 @@ def test_values_of_fewer_dimensions_are_the_best_of_their_rank(width: int, outpu
 def test_a_networks_heads_are_in_these_bases(name: str) -> None:
     network = in_double(tiny.network(name))
     structure, batches = tiny.structure(name), doubles(tiny.batches(network, 6))
-    turned = in_principal_bases(network, structure, batches)
+    turned = rotate_heads_to_pca(network, structure, batches)
     for group in widths(structure):
         queries, keys, given = attentions(network, group, batches)
         turned_queries, turned_keys, turned_given = attentions(turned, group, batches)
@@ -212,10 +212,10 @@ def test_a_networks_heads_are_in_these_bases(name: str) -> None:
 def test_what_all_keys_have_in_common_does_not_count() -> None:
     network, structure = tiny.vit(qkv_bias=True), tiny.structure("vit")
     batches = tiny.batches(network, 3)
-    first = in_principal_bases(network, structure, batches)
+    first = rotate_heads_to_pca(network, structure, batches)
     for block in network.module.blocks:
         block.attn.qkv.bias[tiny.WIDTH : 2 * tiny.WIDTH] += 7.0
-    second_time = in_principal_bases(network, structure, batches)
+    second_time = rotate_heads_to_pca(network, structure, batches)
     for group in widths(structure):
         ours, theirs = (n.module.get_parameter(f"{group.parent}.qkv.weight") for n in (first, second_time))
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
@@ -229,9 +229,9 @@ def test_what_stands_at_padding_does_not_matter(name: str) -> None:
     padding = batch["attention_mask"] == 0
     other = {**batch, "input_ids": torch.where(padding, 17, batch["input_ids"])}
     longer = {n: torch.nn.functional.pad(t, (0, 4), value=3 if n == "input_ids" else 0) for n, t in batch.items()}
-    expected = in_principal_bases(network, structure, [batch]).module.state_dict()
+    expected = rotate_heads_to_pca(network, structure, [batch]).module.state_dict()
     for changed in (other, longer):
-        given = in_principal_bases(network, structure, [changed]).module.state_dict()
+        given = rotate_heads_to_pca(network, structure, [changed]).module.state_dict()
         for key, value in expected.items():
             torch.testing.assert_close(given[key], value, rtol=1e-3, atol=1e-4)
 
@@ -241,7 +241,7 @@ def test_samples_count_alike_however_they_are_batched() -> None:
     network, structure = tiny.network("bert"), tiny.structure("bert")
     batch = tiny.texts(4, 9)
     each = [{n: t[i : i + 1] for n, t in batch.items()} for i in range(4)]
-    ours, theirs = (in_principal_bases(network, structure, b).module.state_dict() for b in ([batch], each))
+    ours, theirs = (rotate_heads_to_pca(network, structure, b).module.state_dict() for b in ([batch], each))
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-4)
 
@@ -250,7 +250,7 @@ def test_samples_count_alike_however_they_are_batched() -> None:
 def test_narrow_heads_are_nearer_to_the_dense_ones_in_these_bases() -> None:
     network = tiny.vit(embed_dim=32, num_heads=2)
     structure = describe(network.module, network.inputs)
-    turned = in_principal_bases(network, structure, tiny.batches(network, 10))
+    turned = rotate_heads_to_pca(network, structure, tiny.batches(network, 10))
     plan = Plan({g.name: tuple(range(8)) for g in widths(structure)})
     unseen = tiny.images("x", 16, seed=100)
     dense = network.module(**unseen)

@@ -11,7 +11,7 @@ from optin_deploy.criteria.scoring import Scorer, Scoring
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.pruner import Pruned, prune
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.rounds import next_step
@@ -95,10 +95,10 @@ def test_pruning_twice_gives_the_same_bytes(network: Network) -> None:
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-def test_without_repair_it_is_only_sliced_in_principal_bases(network: Network, narrow: bool) -> None:
+def test_without_repair_it_is_only_sliced_rotate_heads_to_pca(network: Network, narrow: bool) -> None:
     batches = tiny.batches(network, 1)
     pruned = prune(network, batches, 0.5, ridge=None, narrow=narrow)
-    turned = in_principal_bases(network, pruned.space.structure, batches)
+    turned = rotate_heads_to_pca(network, pruned.space.structure, batches)
     assert (turned is network) == (not narrow)
     assert same(pruned.network.module, slice_network(turned.module, pruned.space.structure, pruned.plan))
 
@@ -148,7 +148,7 @@ def test_two_rounds_are_their_parts(network: Network, ridge: float | None) -> No
     assert 0.5**0.5 - 0.01 <= share(first, network) <= 0.5**0.5
     rest, plan = next_step(first.network, space, batches, PruneSettings(0.5, scoring, align=8))
     assert rest == analyze(first.network).structure
-    dense = in_principal_bases(network, space.structure, batches)
+    dense = rotate_heads_to_pca(network, space.structure, batches)
     small = first.network.module
     together, smaller = Remover(dense, space, batches, ridge).remove_more((first.plan, small), (rest, plan))
     assert pruned.plan == together == plan.after(first.plan)

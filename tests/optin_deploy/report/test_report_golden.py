@@ -25,7 +25,7 @@ from optin_deploy.report.profile_tables import (
 )
 from optin_deploy.report.terminal import render_exported, summary
 from optin_deploy.report.web_page import render
-from optin_deploy.sweeps.report_builder import assemble
+from optin_deploy.sweeps.report_builder import build_sweep_report
 from optin_deploy.sweeps.terminal import summary as sweep_summary
 from optin_deploy.sweeps.web_page import render as sweep_page
 from profilers.stats import Summary
@@ -182,7 +182,7 @@ def test_sweep(data: dict[str, Any], check_golden: CheckGolden) -> None:
             ],
         }
         runs[f"flops-{flops}"] = Report.model_validate(data | changes)
-    report = assemble(runs, {"seed": 0}, "optin-deploy sweep --model deit_small --flops 0.8,0.7,0.6")
+    report = build_sweep_report(runs, {"seed": 0}, "optin-deploy sweep --model deit_small --flops 0.8,0.7,0.6")
     report = report.model_copy(update={name: getattr(runs["flops-0.8"], name) for name in ("created", "version")})
     check_golden("sweep/sweep.txt", terminal_text(sweep_summary(report)))
     check_golden("sweep/sweep.html.txt", visible_text(sweep_page(report)))

@@ -23,7 +23,7 @@ from optin_deploy.models import checkpoint
 from optin_deploy.models.load import load_network
 from optin_deploy.network import Network, TensorOutputs
 from optin_deploy.nn.flops import count_flops
-from optin_deploy.pruning.head_rotation import in_principal_bases
+from optin_deploy.pruning.head_rotation import rotate_heads_to_pca
 from optin_deploy.pruning.pruner import prune
 from optin_deploy.pruning.space import analyze
 from optin_deploy.report import read_report
@@ -288,7 +288,7 @@ def test_a_run_with_a_checkpoint_reads_its_plan(
         found.append((json.loads((directory / "plan.json").read_text())["kept"], small))
         raise KeyboardInterrupt
 
-    for name in ("score", "in_principal_bases", "remove_in_rounds"):
+    for name in ("score", "rotate_heads_to_pca", "remove_in_rounds"):
         monkeypatch.setattr(prune_stage, name, None)
     monkeypatch.setattr(pipeline, "export_and_measure", export)
     before = artefacts(directory)
@@ -355,7 +355,7 @@ def test_without_compensation(shallow: str, vision: Result, tmp_path: Path, narr
     run_until_export(recipe, tmp_path / "run")
     dense = load_network(shallow)
     structure = analyze(dense, narrow=narrow).structure
-    turned = in_principal_bases(dense, structure, load_calibration(dense, None, samples=8).batches)
+    turned = rotate_heads_to_pca(dense, structure, load_calibration(dense, None, samples=8).batches)
     assert (turned is dense) == (not narrow)
     plan = checkpoint.read_plan(tmp_path / "run" / "checkpoint")
     assert_stored(tmp_path / "run", slice_network(turned.module, structure, plan))

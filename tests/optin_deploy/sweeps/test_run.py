@@ -29,7 +29,7 @@ from optin_deploy.report.schema import Evaluation, Gate
 from optin_deploy.run import measure_stages, pipeline, prune_stage
 from optin_deploy.sweeps import run as sweep_run
 from optin_deploy.sweeps.pareto import pareto_front
-from optin_deploy.sweeps.report_builder import assemble
+from optin_deploy.sweeps.report_builder import build_sweep_report
 from optin_deploy.sweeps.schema import SweepReport
 from optin_deploy.sweeps.terminal import summary
 from optin_deploy.sweeps.web_page import render
@@ -229,7 +229,7 @@ def test_a_failed_gate_of_one_run_is_shown_at_the_end(
 ) -> None:
     gate = Gate(name="parity", passed=False, detail="pruned logits is off by 1.0e-02")
     runs["flops-0.7"] = runs["flops-0.7"].model_copy(update={"gates": [gate]})
-    done = sweep_run.SweepResult(assemble(runs, {}, "again"), Path("there"))
+    done = sweep_run.SweepResult(build_sweep_report(runs, {}, "again"), Path("there"))
     monkeypatch.setattr(sweep_run, "sweep", lambda *_, **__: done)
     outcome = told(*VISION, "--flops", "0.8,0.7,0.6")
     assert outcome.code == 3
@@ -379,7 +379,7 @@ def test_nothing_is_worth_less_than_nan() -> None:
 
 
 def test_dominated_points_are_marked(runs: dict[str, Report]) -> None:
-    flops, latency = assemble(runs, {}, "again").fronts
+    flops, latency = build_sweep_report(runs, {}, "again").fronts
     assert [(p.network, p.dominated) for p in flops.points] == [
         ("flops-0.6", False),
         ("flops-0.7", True),
@@ -403,7 +403,7 @@ def test_dominated_points_are_marked(runs: dict[str, Report]) -> None:
 
 def test_the_terminal_text(runs: dict[str, Report]) -> None:
     console = Console(width=100, record=True, file=sys.stderr)
-    console.print(summary(assemble(runs, {}, "again")))
+    console.print(summary(build_sweep_report(runs, {}, "again")))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"flops-0\.7 +0\.69\d +80\.00 +dominated", text)
@@ -414,7 +414,7 @@ def test_the_terminal_text(runs: dict[str, Report]) -> None:
 
 def test_the_page(runs: dict[str, Report]) -> None:
     evil = "<script>alert(1)</script>"
-    page = render(assemble(runs, {}, evil))
+    page = render(build_sweep_report(runs, {}, evil))
     assert evil not in page
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(pictures) == 2
@@ -434,7 +434,7 @@ def test_figures_that_are_not_numbers(runs: dict[str, Report]) -> None:
     assert unknown is not None
     unknown = unknown.model_copy(update={"pruned": math.nan})
     runs["flops-0.7"] = runs["flops-0.7"].model_copy(update={"evaluation": unknown})
-    found = assemble(runs, {}, "again")
+    found = build_sweep_report(runs, {}, "again")
     assert math.isnan(SweepReport.model_validate_json(found.model_dump_json()).runs[1].quality)
     assert "nan" in render(found)
 
