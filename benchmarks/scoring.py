@@ -12,6 +12,7 @@ import torch
 
 from optin_deploy import load_calibration, load_network
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_loss import LossSettings
 from optin_deploy.evaluation.metrics import spearman
 from optin_deploy.pruning.space import analyze
 
@@ -28,7 +29,7 @@ def main() -> None:
     network = load_network(common.minilm_directory())
     structure = analyze(network, narrow=False).structure
     batch = load_calibration(network, None, samples=32, seed=given.seed).batches[0]
-    factors = task_factors(network, structure, batch, 1.0, given.seed)
+    factors = task_factors(network, structure, [batch], 1.0, given.seed)
     neurons = [(g.name, i) for g in structure.groups if g.kind == "neuron" for i in range(g.units)]
     order = torch.randperm(len(neurons), generator=torch.Generator().manual_seed(given.seed)).tolist()
     chosen: dict[str, list[int]] = {}
@@ -37,14 +38,18 @@ def main() -> None:
 
     start = perf_counter()
     groups = [structure.group(name) for name in chosen]
-    exact = exact_scores(network, structure, groups, [batch], factors=factors, seed=given.seed, only=chosen)
+    exact = exact_scores(
+        network, structure, groups, [batch], LossSettings(factors=factors, seed=given.seed), only=chosen
+    )
     exact_seconds = (perf_counter() - start) / given.neurons * len(neurons)
     expected = torch.cat([exact[name][units] for name, units in chosen.items()])
 
     rows = []
     for probes in (int(p) for p in given.probes.split(",")):
         start = perf_counter()
-        sketched = sketch_scores(network, structure, [batch], probes=probes, factors=factors, seed=given.seed)
+        sketched = sketch_scores(
+            network, structure, [batch], LossSettings(factors=factors, seed=given.seed), probes=probes
+        )
         seconds = perf_counter() - start
         found = torch.cat([sketched[name][units] for name, units in chosen.items()])
         rows.append(

@@ -15,6 +15,7 @@ from transformers import BertConfig
 
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.criteria.trajectory import exact_scores, task_factors
+from optin_deploy.criteria.trajectory_loss import LossSettings
 from optin_deploy.models import timm_models, transformers_models
 from optin_deploy.network import Network, Source
 from optin_deploy.nn.flops import count_flops
@@ -128,14 +129,14 @@ def _exact(network: Network, batches: Sequence[Batch], device: str, units: int) 
     """Units are spread over their groups; a kind's seconds grow with its units, and all with the batches."""
     structure = analyze(network, narrow=False).structure
     # It runs the network forwards and backwards, which warms up.
-    factors = task_factors(network, structure, batches[0], 1.0, 0)
+    factors = task_factors(network, structure, [batches[0]], 1.0, 0)
     seconds, masked = 0.0, 0
     for kind in sorted({group.kind for group in structure.groups}):
         groups = [group for group in structure.groups if group.kind == kind]
         only = {g.name: torch.linspace(0, g.units - 1, min(units, g.units)).long().tolist() for g in groups}
         found = seconds_of(
             device,
-            partial(exact_scores, network, structure, groups, batches[:1], factors=factors, seed=0, only=only),
+            partial(exact_scores, network, structure, groups, batches[:1], LossSettings(factors), only=only),
         )
         chosen = sum(map(len, only.values()))
         seconds += found * sum(group.units for group in groups) / chosen * len(batches)

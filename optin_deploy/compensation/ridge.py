@@ -52,8 +52,8 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.gram + other.gram, self.cross + other.cross, self.targets + other.targets)
 
-    def total(self, ranks: Ranks) -> "Moments":
-        """The sum over all processes."""
+    def all_reduce(self, ranks: Ranks) -> "Moments":
+        """Return the sums over all processes."""
         found = ranks.all_reduce(
             {"gram": self.gram, "cross": self.cross, "targets": torch.tensor(self.targets).double()}
         )

@@ -1,9 +1,9 @@
 """2:4 sparsity: of every four consecutive weights along the input two are zero, as sparse tensor cores want it.
 
-With H the second moment of what a linear map is given, damped by the ridge, and w* a row of the ridge solution that
-`compensation` would write, a row w loses (w − w*)ᵀ H (w − w*), whatever metric the map's outputs are judged by. So what
-leaves a group of four is chosen by optimal brain surgeon. Columns are decided from left to right; with R those that are
-not decided yet, removing the pair p and letting the rest of R take over costs
+Let H be the second moment of a layer's inputs, damped by the ridge, and w* a row of the ridge solution that
+compensation would write. A row w loses (w − w*)ᵀ H (w − w*), in any metric of the outputs. Optimal brain surgeon
+chooses the two weights of every four that are removed. Columns are decided from left to right. With R the undecided
+ones, removing the pair p and letting the rest of R take over costs
 
     w_pᵀ ([H_R⁻¹]_pp)⁻¹ w_p,        and the rest moves by  − [H_R⁻¹]_Rp ([H_R⁻¹]_pp)⁻¹ w_p
 
@@ -19,15 +19,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from optin_deploy.compensation.classifier import logits_map
-from optin_deploy.compensation.refit import refit_maps
+from optin_deploy.compensation.classifier import logits_layer
+from optin_deploy.compensation.pair import CompensationPair
+from optin_deploy.compensation.refit import refit_layers
 from optin_deploy.compensation.results import Sparsity
 from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
-from optin_deploy.network import Network
 from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.nn.names import is_inside
 from optin_deploy.structure.groups import Structure
-from optin_deploy.structure.plan import Plan
 
 GROUP, KEPT = 4, 2
 PATTERN: Literal["2:4"] = "2:4"
@@ -41,27 +40,21 @@ Batch = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def sparsify(
-    network: Network,
-    pruned: nn.Module,
-    structure: Structure,
-    plan: Plan,
-    batches: Sequence[Batch],
-    strengths: Sequence[float],
-) -> None:
-    """Give the maps in the blocks of ``pruned`` (a sliced copy of ``network``) the pattern, in place, one behind the
-    other: each on what it is given behind sparse ones, so that it follows the dense network.
+def sparsify(pair: CompensationPair, batches: Sequence[Batch], strengths: Sequence[float]) -> None:
+    """Set the pattern in the layers of the pruned network's blocks, in place, and refit them to follow the dense
+    network.
 
-    Maps whose input features or channels are no multiple of four stay dense, and so do those that share their weights,
-    run more than once, or give the class logits. All that stay dense are refitted as by `compensation.compensate`.
+    Layers are taken in order, each on its inputs after the sparse layers before it. A layer stays dense if its input
+    features or channels are no multiple of four, if it shares its weights, runs more than once, or returns the class
+    logits. Dense layers are refitted as by `refit.compensate`.
 
     Args:
-        structure: of the dense network.
-        strengths: of the ridge, relative to the mean squared activation; of several, every map gets the one that does
-            best on held-out batches. Without any, weights that stay keep their values.
+        strengths: of the ridge, relative to the mean squared activation. If there are several, every layer gets the one
+            that fits best on held-out batches. If there are none, the remaining weights keep their values.
     """
-    logits = logits_map(network, pruned, batches[0])
-    layers = {name: layer for name, layer in can_be_sparse(pruned, structure).items() if name != logits}
+    logits = logits_layer(pair.dense, pair.pruned, batches[0])
+    sparse = can_be_sparse(pair.pruned, pair.structure)
+    layers = {name: layer for name, layer in sparse.items() if name != logits}
     orders = {name: _in_groups(layer) for name, layer in layers.items()}
 
     def refit(module: str | None, training: Moments, held_out: Moments | None, old: Tensor, *, bias: bool) -> Tensor:
@@ -73,17 +66,17 @@ def sparsify(
         return solution
 
     several = len(strengths) > 1
-    refit_maps(network, pruned, structure, plan, batches, refit, hold_out=several, everywhere=True)
+    refit_layers(pair, batches, refit, hold_out=several, everywhere=True)
 
 
 def can_be_sparse(module: nn.Module, structure: Structure) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The linear layers and convolutions in the blocks whose input features or channels make groups of four."""
+    """Return the layers in the blocks whose input features or channels are a multiple of four."""
     found = _maps_in_blocks(module, structure)
     return {name: layer for name, layer in found.items() if _grouped_weights(layer).shape[-1] % GROUP == 0}
 
 
 def measure_sparsity(module: nn.Module, structure: Structure, inputs: Mapping[str, Tensor]) -> Sparsity:
-    """What `Sparsity` tells, read from the weights of ``module``."""
+    """Return the `Sparsity` of the weights of ``module``."""
     maps = _maps_in_blocks(module, structure)
     sparse = {name: layer.weight for name, layer in maps.items() if has_pattern(_grouped_weights(layer))}
     zeros = sum(int((weight == 0).sum()) for weight in sparse.values())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from optin_deploy.criteria.gradient_reach import Reach, find_forward_reach, find
 from optin_deploy.criteria.registry import CRITERIA, Criterion, CriterionSpec
 from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored
 from optin_deploy.criteria.score_signal import check_signal, named
-from optin_deploy.criteria.trajectory import exact_scores, masked_totals, sketch_scores, task_factors
-from optin_deploy.criteria.trajectory_forward import forward_scores, forward_steps
-from optin_deploy.criteria.trajectory_loss import chunks, is_saturated
+from optin_deploy.criteria.trajectory import Sketch, exact_scores, masked_totals, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_forward import Draws, forward_scores
+from optin_deploy.criteria.trajectory_loss import LossSettings, chunks, is_saturated
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
-from optin_deploy.distributed.ranks import ranks_of, shared_like
+from optin_deploy.distributed.ranks import ranks_of
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.copies import check_copyable
@@ -31,35 +31,35 @@ Scorer = Literal["sketch", "exact", "forward"]
 Batches = Sequence[Mapping[str, Tensor]]
 logger = logging.getLogger(__name__)
 
-# Beside a sketch, heads are scored exactly on the first batches that hold this many tokens together.
+# With a sketch, heads are scored exactly on the first batches that hold this many tokens together.
 _EXACT_TOKENS = 3_000
-# A backward pass takes a quarter of a batch: it keeps the activations of all layers, where inference keeps one.
+# A backward pass takes a quarter of a batch: it keeps the activations of all layers, inference only those of one.
 _CHUNKS = 4
 _CHUNK_TOKENS = 512
 _LONG, _LONG_TOKENS = 128, 256
-# Passes without derivatives are many: the weight of the task part is found on fewer samples.
+# Without derivatives there are many passes, so the weight of the task part is found on fewer samples.
 _FACTOR_SAMPLES = 2
-# Parts of the time of scoring, for its progress: the backward passes of trajectory-obs, and the masking of heads of
-# trajectory by sketch.
+# Shares of the time, for the progress bar: backward passes of trajectory-obs; masking of heads with the sketch.
 _PROBING, _MASKING = 0.9, 0.7
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How units are scored.
+    """Settings of the scores.
 
     Attributes:
         criterion: "trajectory-obs" (see ``criteria.trajectory_obs``), "trajectory" (OPTIN's own), "fisher" (needs
             labels), "magnitude" or "random".
-        scorer: of "trajectory": "sketch" scores neurons by random probes, and heads exactly on as many batches as hold
-            3,000 tokens; "exact" masks each unit on all batches; "forward" estimates what the sketch does, and heads
-            too, without a backward pass, for networks whose activations are too large to be kept.
-        probes: random draws per batch; None takes 4 for "trajectory", and 1 for "trajectory-obs", which draws anew for
+        scorer: for "trajectory". "sketch" scores neurons by random probes, and heads exactly on the batches that hold
+            3,000 tokens. "exact" masks each unit on all batches. "forward" estimates the sketch's scores without a
+            backward pass, for networks whose activations do not fit in memory.
+        probes: random draws per batch. None takes 4 for "trajectory" and 1 for "trajectory-obs", which draws again for
             each quarter of a batch.
-        task_weight: weight of the task part relative to the manifold part (see ``criteria.loss``); None takes 1, but
-            the task part alone for "trajectory-obs" where the network has class logits, since a classifier uses only
-            some of what its tokens have in common, and where all blocks give maps, of which single pixels say little.
-        seed: the same seed gives the same scores, bit for bit, on the same machine.
+        task_weight: weight of the task part relative to the manifold part (see ``criteria.trajectory_loss``). None
+            takes 1. For "trajectory-obs" it takes the task part alone if the network has class logits, since a
+            classifier uses only some features of its tokens, or if all blocks return maps, whose single pixels matter
+            little.
+        seed: on one machine, the same seed gives the same scores, bit for bit.
     """
 
     criterion: Criterion = "trajectory-obs"
@@ -87,7 +87,7 @@ class Scoring:
 
     @property
     def narrows_heads(self) -> bool:
-        """Whether heads may get narrower where nothing else is said: where what is lost there can be compared."""
+        """Whether heads may get narrower by default: if their dimensions' scores compare with other scores."""
         return self.spec.after_compensation
 
 
@@ -125,19 +125,19 @@ def score(
     labels: Sequence[Tensor] | None = None,
     tell: Callable[[str], None] = logger.warning,
 ) -> dict[str, Tensor]:
-    """Scores on ``batches``, which lie on the network's device.
+    """Score every unit on ``batches``, which are on the network's device.
 
     Args:
         costs: of ``structure``; random scores are in proportion to them.
         labels: class numbers for each batch, for the criterion "fisher".
-        tell: called with a sentence where scores are not found just as ``scoring`` says.
+        tell: called with a sentence if the scores are not computed exactly as ``scoring`` says.
 
     Returns:
         group name -> float64 ``(units,)`` on the CPU; a higher score matters more.
 
     Raises:
-        UserError: the network gives NaN or infinity on the calibration data; labels are missing; no derivative reaches
-            some units; scores say nothing of them.
+        UserError: the network returns NaN or infinity on the calibration data; labels are missing; no derivative
+            reaches some units; the scores carry no signal.
     """
     scoring = scoring or Scoring()
     spec = scoring.spec
@@ -160,8 +160,10 @@ def score(
 def _with_derivatives(
     network: Network, structure: Structure, batches: Batches, scoring: Scoring, tell: Callable[[str], None]
 ) -> Iterator[tuple[Network, bool]]:
-    """The network with a loss that its outputs do not saturate, its derivatives brought back where it cuts them off,
-    and whether there are any: masking units one by one needs none.
+    """Yield the network as it is scored, and whether derivatives reach all units.
+
+    A saturated head is scored by squared changes. Derivatives that the network cuts off are restored meanwhile. Masking
+    units one by one needs none.
 
     Raises:
         UserError: the scorer needs derivatives that the network does not give.
@@ -191,7 +193,7 @@ def _with_derivatives(
 
 
 def check_reach(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> None:
-    """Raise UserError where `score` would, since no derivative reaches some units: in little time, on two samples."""
+    """Raise UserError if no derivative reaches some units, as `score` would; it takes two samples and little time."""
     if scoring.spec.needs_derivatives:
         with plain_checkpoints():
             _reach(network, structure, batches, scoring)
@@ -201,7 +203,7 @@ def _reach(network: Network, structure: Structure, batches: Batches, scoring: Sc
     forth = scoring.criterion == "trajectory" and scoring.scorer == "forward"
     find = find_forward_reach if forth else find_reach
     reach = ranks_of(batches).broadcast_object(lambda: find(network, structure, batches[0]))
-    # Passes with gradients may leave on a module what passes without do not.
+    # Passes with gradients may leave tensors on a module that cannot be copied.
     check_copyable(network.module)
     masking = scoring.criterion == "trajectory" and scoring.scorer == "exact"
     if masking or (not reach.cut and reach.reason is None):
@@ -218,10 +220,10 @@ def output_factors(
 ) -> tuple[Network, Mapping[str, float]]:
     """Return the network as its derivatives are taken, and the factor of each output in its trajectory loss."""
     samples = _samples_at_once(network, structure, batches)
-    # `score` has logged all that is to be logged.
+    # `score` has already logged the notes.
     backward = replace(scoring, criterion="trajectory-obs")
     with plain_checkpoints(), _with_derivatives(network, structure, batches, backward, _nothing) as (ready, _):
-        return ready, _factors(ready, structure, batches, chunks(batches[:1], samples)[0], scoring)
+        return ready, _factors(ready, structure, chunks(batches[:1], samples)[:1], scoring)
 
 
 def _nothing(_: str) -> None:
@@ -232,18 +234,10 @@ def score_trajectory_obs(inputs: ScoringInputs) -> dict[str, Tensor]:
     """Score by the trajectory loss after compensation; see `criteria.trajectory_obs`."""
     network, structure, batches, scoring = inputs.network, inputs.structure, inputs.batches, inputs.scoring
     samples = _samples_at_once(network, structure, batches)
-    factors = _factors(network, structure, batches, chunks(batches[:1], samples)[0], scoring)
+    factors = _factors(network, structure, chunks(batches[:1], samples)[:1], scoring)
+    settings = LossSettings(factors, scoring.weights(network, structure)[0], scoring.seed)
     with progress_until(_PROBING):
-        moments = probe_moments(
-            network,
-            structure,
-            batches,
-            probes=scoring.draws,
-            factors=factors,
-            manifold=scoring.weights(network, structure)[0],
-            seed=scoring.seed,
-            samples_at_once=samples,
-        )
+        moments = probe_moments(network, structure, batches, settings, probes=scoring.draws, samples_at_once=samples)
     own = _own_groups(batches, structure.groups, lambda g: (g.units * g.width) ** 3)
     scores = obs_scores(network.module, replace(structure, groups=own), moments)
     return _together(batches, structure.groups, scores)
@@ -267,16 +261,17 @@ def score_trajectory(inputs: ScoringInputs) -> dict[str, Tensor]:
     exactly = [g for g in structure.groups if scoring.scorer == "exact" or g.kind == "head"]
     some = batches if scoring.scorer == "exact" else batches[: _exact_batches(network, structure, batches)]
     if inputs.has_derivatives:
-        factors = _factors(network, structure, batches, batches[0], scoring)
+        factors = _factors(network, structure, batches[:1], scoring)
     else:
-        first = chunks(batches[:1], _FACTOR_SAMPLES)[0]
-        factors = _factors(network, structure, batches, first, scoring, masked_totals)
+        first = chunks(batches[:1], _FACTOR_SAMPLES)[:1]
+        factors = _factors(network, structure, first, scoring, masked_totals)
+    settings = LossSettings(factors, seed=scoring.seed)
     own = _own_groups(batches, exactly, lambda g: g.units * (len(structure.blocks) - g.layer))
     with progress_until(1.0 if scoring.scorer == "exact" else _MASKING):
-        found = exact_scores(network, structure, own, some, factors=factors, seed=scoring.seed)
-    scores = _per_sample(_together(batches, exactly, found), some)
+        masked = exact_scores(network, structure, own, some, settings)
+    scores = _per_sample(_together(batches, exactly, masked), some)
     if scoring.scorer == "sketch":
-        sketched = sketch_scores(network, structure, batches, probes=scoring.draws, factors=factors, seed=scoring.seed)
+        sketched = sketch_scores(network, structure, batches, settings, probes=scoring.draws)
         scores = {**_per_sample(sketched, batches), **scores}
     return scores
 
@@ -284,56 +279,48 @@ def score_trajectory(inputs: ScoringInputs) -> dict[str, Tensor]:
 def _forward(network: Network, structure: Structure, batches: Batches, scoring: Scoring) -> dict[str, Tensor]:
     if scoring.draws < 2:
         raise UserError("the scorer forward compares draws: it needs 2 probes at least")
-    some = chunks(batches[:1], _FACTOR_SAMPLES)[0]
-    factors = _factors(network, structure, batches, some, scoring, forward_scores)
+    draws = Draws(scoring.draws)
+    factors = _factors(network, structure, chunks(batches[:1], _FACTOR_SAMPLES)[:1], scoring, _forward_sketch)
 
     def cost(group: Group) -> float:
-        return forward_steps([group], scoring.draws) * (len(structure.blocks) - group.layer)
+        return draws.passes(group) * (len(structure.blocks) - group.layer)
 
-    found = forward_scores(
-        network,
-        structure,
-        batches,
-        probes=scoring.draws,
-        factors=factors,
-        seed=scoring.seed,
-        groups=_own_groups(batches, structure.groups, cost),
-    )
-    return _per_sample(_together(batches, structure.groups, found), batches)
+    own = _own_groups(batches, structure.groups, cost)
+    settings = LossSettings(factors, seed=scoring.seed)
+    scores = forward_scores(network, structure, batches, settings, draws=draws, groups=own)
+    return _per_sample(_together(batches, structure.groups, scores), batches)
+
+
+def _forward_sketch(
+    network: Network, structure: Structure, batches: Batches, settings: LossSettings, *, probes: int
+) -> dict[str, Tensor]:
+    """Estimate scores as `sketch_scores` does, without a backward pass."""
+    return forward_scores(network, structure, batches, settings, draws=Draws(probes))
 
 
 def _own_groups(batches: Batches, groups: Sequence[Group], cost: Callable[[Group], float]) -> tuple[Group, ...]:
-    """Those of ``groups``, scored one by one at such a cost, that are this process's."""
+    """Return this process's part of ``groups``, which are scored one by one at these costs."""
     return tuple(groups[index] for index in ranks_of(batches).balanced_shard([cost(group) for group in groups]))
 
 
 def _together(batches: Batches, groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores of all ``groups`` out of those that each process has found."""
+    """Return the scores of all ``groups`` from those of each process."""
     nothing = {g.name: torch.zeros(g.units, dtype=torch.float64) for g in groups}
     return ranks_of(batches).all_reduce(nothing | dict(scores))
 
 
 def _factors(
-    network: Network,
-    structure: Structure,
-    batches: Batches,
-    batch: Mapping[str, Tensor],
-    scoring: Scoring,
-    sketch: Callable[..., dict[str, Tensor]] = sketch_scores,
+    network: Network, structure: Structure, batches: Batches, scoring: Scoring, sketch: Sketch = sketch_scores
 ) -> Mapping[str, float]:
+    """Return the weight of each output's task term, found on one batch."""
     weight = scoring.weights(network, structure)[1]
     if not weight:
         return {}
-
-    def shared(*given: Any, **options: Any) -> dict[str, Tensor]:
-        *first, some = given
-        return sketch(*first, shared_like(batches, some), **options)
-
-    return task_factors(network, structure.without_widths(), batch, weight, scoring.seed, shared)
+    return task_factors(network, structure.without_widths(), batches, weight, scoring.seed, sketch)
 
 
 def _exact_batches(network: Network, structure: Structure, batches: Batches) -> int:
-    """How many of the first batches hold enough tokens."""
+    """Return how many of the first batches hold enough tokens together."""
     tokens = 0
     for index, batch in enumerate(batches):
         valid = network.valid_tokens(batch)

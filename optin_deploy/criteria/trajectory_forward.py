@@ -29,8 +29,9 @@ Memory. Activations of one layer, the outputs of all blocks, and the tangents of
 batch as in exact scoring, or ``probes`` where these are more; no graph is kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from zlib import crc32
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optin_deploy.criteria.trajectory import STACKED_TOKENS, repeated
-from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, directions
+from optin_deploy.criteria.trajectory_loss import Batch, LossSettings, Trajectory, directions
 from optin_deploy.network import Network
 from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.nn.unfold import feature_dim
@@ -48,9 +49,38 @@ from optin_deploy.structure.groups import Group, Structure, channels_last
 from optin_deploy.structure.masking import mask_units
 from optin_deploy.utils.progress import track
 
-SET_SIZE = 16
 # Draws with signs that the samples share, per batch and group.
 _SHARED_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How many random directions are drawn.
+
+    Attributes:
+        probes: draws per batch and set of units; at least two, unless ``set_size`` is 1.
+        set_size: units whose masks have tangents in one pass.
+
+    Raises:
+        ValueError: there are too few probes.
+    """
+
+    probes: int
+    set_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.set_size > 1 and self.probes < 2:
+            raise ValueError("sets of several units need two probes at least")
+
+    def passes(self, group: Group) -> int:
+        """Return the number of forward passes for a group and batch."""
+        if self.set_size == 1:
+            return group.units
+        return min(group.units, -(-group.units // self.set_size) * self.probes + _SHARED_DRAWS)
+
+    def is_exact(self, group: Group) -> bool:
+        """Return whether the group is scored unit by unit, since that takes no more passes."""
+        return self.passes(group) == group.units
 
 
 @torch.no_grad()
@@ -58,67 +88,46 @@ def forward_scores(
     network: Network,
     structure: Structure,
     batches: Sequence[Batch],
+    settings: LossSettings,
     *,
-    probes: int,
-    factors: Mapping[str, float],
-    seed: int,
-    manifold: float = 1.0,
-    set_size: int = SET_SIZE,
+    draws: Draws,
     groups: Sequence[Group] | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of all units to second order by forward passes only: group name -> float64 ``(units,)``.
+    """Score all units to second order by forward passes only.
 
     Groups for which it takes no more passes are scored unit by unit, without noise.
 
     Args:
-        probes: random draws per batch and set of units, two at least, unless ``set_size`` is 1.
-        factors: weights of the outputs' task terms, by output name.
-        manifold: weight of the manifold part.
-        set_size: units whose masks have tangents in one pass.
-        groups: of ``structure``, where not all are wanted; what a group scores does not depend on the others.
+        groups: the groups of ``structure`` to score, if not all; a group's scores do not depend on the others.
+
+    Returns:
+        group name -> float64 ``(units,)`` on the CPU.
     """
-    if set_size > 1 and probes < 2:
-        raise ValueError("sets of several units need two probes at least")
     device = next(network.module.parameters()).device
     groups = structure.groups if groups is None else groups
     scores = {g.name: torch.zeros(g.units, dtype=torch.float64, device=device) for g in groups}
-    # Over the units of a group: with signs that the samples share, and with signs of their own.
+    # Sums over the units of a group: with signs that the samples share, and with signs of their own.
     joint, single = (dict.fromkeys(scores, 0.0) for _ in range(2))
     for index, inputs in enumerate(track(batches)):
-        differential = _Differential(Trajectory(network, structure, inputs, seed + index), manifold, factors)
-        for group in track(groups, [_passes(group, probes, set_size) for group in groups]):
+        differential = _Differential(Trajectory(network, structure, inputs, settings.seed + index), settings)
+        for group in track(groups, [draws.passes(group) for group in groups]):
             # On the CPU, so that draws are the same on every device.
-            generator = torch.Generator().manual_seed(seed + index + crc32(group.name.encode()))
-            if _is_alone(group, probes, set_size):
+            generator = torch.Generator().manual_seed(settings.seed + index + crc32(group.name.encode()))
+            if draws.is_exact(group):
                 for units, changes in differential.of(group, torch.eye(group.units)[:, None]):
                     scores[group.name][units] += changes.sizes()
                 continue
             order = _order(differential.energies[group.name], scores[group.name] if index else None)
-            for own, total in _estimates(differential, group, order, probes, set_size, generator):
+            for own, total in _estimates(differential, group, order, draws, generator):
                 scores[group.name] += own
                 single[group.name] += total
             shared = _signs((_SHARED_DRAWS, 1, group.units), generator)
             for _, changes in differential.of(group, shared):
                 joint[group.name] += float(changes.sizes().sum()) / _SHARED_DRAWS
     for group in groups:
-        if not _is_alone(group, probes, set_size):
+        if not draws.is_exact(group):
             scores[group.name] *= joint[group.name] / max(single[group.name], 1e-300)
     return {name: each.clamp_min(0.0).cpu() for name, each in scores.items()}
-
-
-def forward_steps(groups: Sequence[Group], probes: int, set_size: int = SET_SIZE) -> int:
-    """How many forward passes `forward_scores` takes for a batch."""
-    return sum(_passes(g, probes, set_size) for g in groups)
-
-
-def _is_alone(group: Group, probes: int, set_size: int) -> bool:
-    return _passes(group, probes, set_size) == group.units
-
-
-def _passes(group: Group, probes: int, set_size: int) -> int:
-    if set_size == 1:
-        return group.units
-    return min(group.units, -(-group.units // set_size) * probes + _SHARED_DRAWS)
 
 
 def _order(energies: Tensor, scores: Tensor | None) -> Tensor:
@@ -128,18 +137,14 @@ def _order(energies: Tensor, scores: Tensor | None) -> Tensor:
 
 
 def _estimates(
-    differential: "_Differential",
-    group: Group,
-    order: Tensor,
-    probes: int,
-    set_size: int,
-    generator: torch.Generator,
+    differential: "_Differential", group: Group, order: Tensor, draws: Draws, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, float]]:
     """Yield ``(Σ_b ‖J_bu‖² of every unit, their sum)``, a stack of sets at a time.
 
     Args:
         order: of the units; neighbours are in one set.
     """
+    probes, set_size = draws.probes, draws.set_size
     sets = -(-group.units // set_size)
     # Places left over in the last set stand for no unit: their signs are 0.
     places = F.pad(order, (0, sets * set_size - group.units), value=-1)
@@ -189,8 +194,8 @@ def _energies(trajectory: Trajectory) -> Iterator[dict[str, Tensor]]:
 class _Differential:
     """Derivatives of what the loss compares on one batch, along directions of one group's masks."""
 
-    def __init__(self, trajectory: Trajectory, manifold: float, factors: Mapping[str, float]) -> None:
-        self.trajectory, self.manifold, self.factors = trajectory, manifold, factors
+    def __init__(self, trajectory: Trajectory, settings: LossSettings) -> None:
+        self.trajectory, self.settings = trajectory, settings
         with _energies(trajectory) as self.energies:
             self.blocks, self.outputs = trajectory.run()
         tokens = [trajectory.tokens(b, y)[0].shape[:-1].numel() for b, y in self.blocks.items()]
@@ -219,13 +224,13 @@ class _Differential:
             masks = {group.name: forward_ad.make_dual(torch.ones_like(tangents), tangents)}
             with mask_units(trajectory.network.module, structure, masks):
                 later, outputs = trajectory.run(copies, given)
-            for block, output in trajectory.compared(later).items() if self.manifold else ():
+            for block, output in trajectory.compared(later).items() if self.settings.manifold else ():
                 features, tokens = trajectory.tokens(block, output, copies)
                 of_sample = tokens // (features.shape[:-1].numel() // (copies * trajectory.size))
                 normalised = forward_ad.unpack_dual(directions(features, tokens, copies))
-                weight = (self.manifold * trajectory.weight(block)) ** 0.5
+                weight = (self.settings.manifold * trajectory.weight(block)) ** 0.5
                 changes.add_gram(normalised.primal[0], normalised.tangent, weight, of_sample)
-            for name, factor in self.factors.items():
+            for name, factor in self.settings.factors.items():
                 change = forward_ad.unpack_dual(outputs[name]).tangent
                 if factor and change is not None:
                     root = trajectory.task_root(name, self.outputs[name], change)

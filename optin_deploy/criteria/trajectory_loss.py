@@ -17,7 +17,7 @@ information of the softmax, diag(p) − ppᵀ, or of the sigmoids, p(1 − p), w
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -235,25 +235,39 @@ def bernoulli_divergence(dense: Tensor, changed: Tensor) -> Tensor:
     return yes + (-y).sigmoid() * (F.logsigmoid(-y) - F.logsigmoid(-moved))
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the parts of the trajectory loss, and the seed of what is drawn for it.
+
+    Attributes:
+        factors: weights of the task terms by output name; an output without a name here does not count.
+        manifold: weight of the manifold part.
+        seed: of the sampled tokens and of the probes.
+    """
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+    manifold: float = 1.0
+    seed: int = 0
+
+
 def probe_losses(
     trajectory: Trajectory,
     grams: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
-    manifold: float,
-    factors: Mapping[str, float],
+    settings: LossSettings,
     generator: torch.Generator,
 ) -> Tensor:
-    """A scalar whose squared derivative for any change is, in the mean, the loss of that change to second order.
+    """Return a random scalar whose squared derivative for a change has the change's loss as its mean, to second order.
 
     Args:
         grams, outputs: of the run whose graph is kept, see `Trajectory`.
-        manifold: weight of the manifold part.
-        factors: output name -> weight of its task term; outputs that are not named do not count.
     """
     parts = []
-    if manifold:
-        parts.append(manifold**0.5 * torch.stack([torch.sum(signs(g, generator) * g) for g in grams.values()]).sum())
-    for name, factor in factors.items():
+    if settings.manifold:
+        parts.append(
+            settings.manifold**0.5 * torch.stack([torch.sum(signs(g, generator) * g) for g in grams.values()]).sum()
+        )
+    for name, factor in settings.factors.items():
         if factor:
             probe = trajectory.task_probe(name, outputs[name], generator)
             parts.append(factor**0.5 * torch.sum(probe * outputs[name]))

@@ -1,41 +1,49 @@
-"""Trajectory-OBS: what it costs to remove a unit when the units kept may take over what they can imitate.
+"""Trajectory-OBS: the cost of removing a unit when the units kept take over what they can imitate.
 
 Optimal brain surgeon (Hassibi & Stork, 1993) with the trajectory loss as its metric. For a group with activations x
-(rows of the projection's design, see ``projections``) and projection W, let g be the gradient of a probe of the loss
-(``criteria.loss``) at the projection's output, position by position, and
+(rows of the projection's design, see ``nn.unfold``) and projection W, let g be the gradient of a probe of the loss
+(``criteria.trajectory_loss``) at the projection's output, position by position, and
 
     M = Σ g gᵀ          metric of the output, summed over positions and probes
     C = Σ |g|² (x − x̄)(x − x̄)ᵀ / Σ |g|²          covariance, positions weighted by how much they matter
 
-Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ), as if errors at
-different positions had nothing to do with each other. In a map those of one sample do: with a_p = (x_p − x̄)ᵀ W_uᵀ g_p
-at its pixel p, what channel u gives of the probe's derivative, the costs of a group of channels are multiplied by its
-coherence
+Removing the units b and refitting weights and bias of the rest costs tr(M W_b ([C⁻¹]_bb)⁻¹ W_bᵀ), if errors at
+different positions are independent. In a map the errors at one sample's pixels are not. Let a_p = (x_p − x̄)ᵀ W_uᵀ g_p
+be the contribution of channel u to the probe's derivative at pixel p. The costs of a group of channels are multiplied
+by its coherence
 
     κ = Σ_u Σ_samples (Σ_p a_p)² / Σ_u Σ_samples Σ_p a_p²
 
-which is 1 for errors that are independent, and the number of pixels for errors that are all alike.
+which is 1 for independent errors, and the number of pixels for identical errors.
 
-Greedy elimination removes the cheapest units of a group, updates W and C⁻¹, and goes on until none is left. A unit's
-score is the running maximum of the costs at which units left, so one pass ranks all units, and scores compare across
-groups.
+Greedy elimination removes the cheapest units of a group, updates W and C⁻¹, and repeats until none is left. A unit's
+score is the running maximum of the costs so far, so one pass ranks all units, and scores compare across groups.
 
-Dimensions of heads (``rotation``) leave from the last to the first. To what the values lose, the same cost, is added
-what the attention's logits lose: the squared derivative of a probe for a mask on one dimension of all queries, summed
-over samples.
+Dimensions of heads (``pruning.head_rotation``) are removed from the last to the first. Their cost is that of the
+values, as above, plus that of the attention's logits: the squared derivative of a probe for a mask on one dimension of
+all queries, summed over samples.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from optin_deploy.criteria import packed_symmetric
-from optin_deploy.criteria.trajectory_loss import Batch, Trajectory, chunks, differentiable, gradients, probe_losses
+from optin_deploy.criteria.trajectory_loss import (
+    Batch,
+    LossSettings,
+    Trajectory,
+    chunks,
+    differentiable,
+    gradients,
+    probe_losses,
+)
 from optin_deploy.distributed.ranks import Ranks, own_indices, ranks_of
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import PyTree
 from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.nn.unfold import (
     columns_of,
@@ -54,10 +62,10 @@ _Runs = dict[str, list[Tensor]]
 
 # Added to the covariance's diagonal, relative to its mean: units that never differ must not divide by zero.
 DAMPING = 0.01
-# Part of the units left that leaves at once, and not more than a fortieth of all.
+# Share of the remaining units removed at once, and at most a fortieth of all.
 _STEP = 0.05
 _LARGEST_STEP = 1 / 40
-# Neighbouring positions tell much the same: of so many in all, and so many of each piece at least, moments are taken.
+# Neighbouring positions are similar: moments use this many positions in all, and at least this many of each piece.
 _ROWS, _LEAST_ROWS = 2**17, 256
 
 
@@ -78,8 +86,8 @@ class Moments:
     whole: Tensor = field(default_factory=lambda: torch.zeros(()))
     apart: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def total(self, ranks: Ranks) -> "Moments":
-        """The sum over all processes."""
+    def all_reduce(self, ranks: Ranks) -> "Moments":
+        """Return the sums over all processes."""
         return Moments(**ranks.all_reduce({each.name: getattr(self, each.name) for each in fields(self)}))
 
     @property
@@ -99,64 +107,108 @@ def probe_moments(
     network: Network,
     structure: Structure,
     batches: Sequence[Batch],
+    settings: LossSettings,
     *,
     probes: int,
-    factors: Mapping[str, float],
-    seed: int,
-    manifold: float = 1.0,
     samples_at_once: int | None = None,
 ) -> dict[str, Moments]:
-    """`Moments` of every group from backward passes of random probes; widths share those of their heads.
+    """Return `Moments` of every group from backward passes of random probes; widths share those of their heads.
 
     Args:
         probes: random draws per batch.
-        factors: weights of the outputs' task terms, by output name.
-        manifold: weight of the manifold part.
-        samples_at_once: how much of a batch one backward pass takes; all of it when None. It keeps the activations
-            of every layer, so this bounds memory.
+        samples_at_once: samples of a batch in one backward pass, which keeps the activations of every layer; None takes
+            the whole batch.
     """
-    device = next(network.module.parameters()).device
     moments: dict[str, Moments] = {}
-    groups = [g for g in structure.groups if g.kind != "width"]
-    widths = [g for g in structure.groups if g.kind == "width"]
     pieces = batches if samples_at_once is None else chunks(batches, samples_at_once)
+    rows = max(_LEAST_ROWS, _ROWS // max(1, len(pieces)))
     for index in track(own_indices(pieces)):
-        trajectory = Trajectory(network, structure, pieces[index], seed + index)
-        generator = torch.Generator(device).manual_seed(seed + index)
-        with differentiable(network):
-            masks = {g.parent: torch.ones(trajectory.size, g.units, device=device, requires_grad=True) for g in widths}
-            with _tapped(network.module, groups) as (given, taps), ExitStack() as stack:
-                for group in widths:
-                    stack.enter_context(mask_queries(network.module, group, masks[group.parent]))
-                blocks, outputs = trajectory.run()
-            grams = trajectory.grams(blocks) if manifold else {}
-            weights: dict[str, Tensor | float] = dict.fromkeys(taps, 0.0)
-            leaves = [tap for g in groups for tap in taps[g.name]]
-            for probe in track(range(probes)):
-                loss = probe_losses(trajectory, grams, outputs, manifold, factors, generator)
-                found = gradients(loss, [*leaves, *masks.values()], keep=probe + 1 < probes)
-                for name, gradient in zip(masks, found[len(leaves) :], strict=True):
-                    _add(moments, str(name), "queries", gradient.double().square().sum(0) / probes)
-                each = iter(found)
-                for group in groups:
-                    runs = [channels_last(next(each), group.axis) for _ in taps[group.name]]
-                    g = torch.cat([valid_rows(run, trajectory.valid) for run in runs])
-                    weights[group.name] = weights[group.name] + g.square().sum(1) / probes
-                    _add(moments, group.name, "metric", g.T @ g / probes)
-                    if group.kind == "channel":
-                        whole, apart = _effects(network.module, group, torch.cat(given[group.name]), g)
-                        _add(moments, group.name, "whole", whole)
-                        _add(moments, group.name, "apart", apart)
-        with torch.no_grad():
+        piece_settings = replace(settings, seed=settings.seed + index)
+        backward = _Backward.of(network, structure, pieces[index], piece_settings.seed)
+        weights = _add_probes(moments, backward, piece_settings, probes)
+        _add_second_moments(moments, backward, weights, rows)
+    return {name: sums.all_reduce(ranks_of(batches)) for name, sums in moments.items()}
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """A run of a piece of a batch whose graph is kept.
+
+    Attributes:
+        groups: all groups except widths.
+        inputs, taps: see `_tapped`.
+        masks: of the dimensions of queries, by the heads' name.
+        blocks, outputs: of the run.
+    """
+
+    trajectory: Trajectory
+    groups: Sequence[Group]
+    inputs: _Runs
+    taps: _Runs
+    masks: Mapping[str | None, Tensor]
+    blocks: Mapping[str, PyTree]
+    outputs: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(network: Network, structure: Structure, batch: Batch, seed: int) -> "_Backward":
+        """Run the network with taps on the projections and masks on the queries of heads with widths."""
+        trajectory = Trajectory(network, structure, batch, seed)
+        groups = [g for g in structure.groups if g.kind != "width"]
+        widths = [g for g in structure.groups if g.kind == "width"]
+        size, device = trajectory.size, next(network.module.parameters()).device
+        with differentiable(network), _tapped(network.module, groups) as (inputs, taps), ExitStack() as stack:
+            masks = {g.parent: torch.ones(size, g.units, device=device, requires_grad=True) for g in widths}
+            for group in widths:
+                stack.enter_context(mask_queries(network.module, group, masks[group.parent]))
+            blocks, outputs = trajectory.run()
+        return _Backward(trajectory, groups, inputs, taps, masks, blocks, outputs)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.trajectory.network.module
+
+
+def _add_probes(
+    moments: dict[str, Moments], backward: _Backward, settings: LossSettings, probes: int
+) -> dict[str, Tensor | float]:
+    """Add the moments of gradients; return each group's mean |g|² of every position."""
+    trajectory, groups, masks = backward.trajectory, backward.groups, backward.masks
+    weights: dict[str, Tensor | float] = dict.fromkeys(backward.taps, 0.0)
+    leaves = [tap for g in groups for tap in backward.taps[g.name]]
+    with differentiable(trajectory.network):
+        generator = torch.Generator(next(backward.module.parameters()).device).manual_seed(settings.seed)
+        grams = trajectory.grams(backward.blocks) if settings.manifold else {}
+        for probe in track(range(probes)):
+            loss = probe_losses(trajectory, grams, backward.outputs, settings, generator)
+            derivatives = gradients(loss, [*leaves, *masks.values()], keep=probe + 1 < probes)
+            for name, gradient in zip(masks, derivatives[len(leaves) :], strict=True):
+                _add(moments, str(name), "queries", gradient.double().square().sum(0) / probes)
+            remaining = iter(derivatives)
             for group in groups:
-                weight = torch.as_tensor(weights[group.name])
-                rows = some_rows(len(weight), max(_LEAST_ROWS, _ROWS // len(pieces)))
-                runs, valid = given[group.name], trajectory.valid
-                valid = valid if valid is None else valid.repeat(len(runs), 1)
-                x = design_rows(network.module.get_submodule(group.output), torch.cat(runs), rows, valid)
-                x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-                _add_second(moments, group.name, x, weight[rows])
-    return {name: each.total(ranks_of(batches)) for name, each in moments.items()}
+                runs = [channels_last(next(remaining), group.axis) for _ in backward.taps[group.name]]
+                g = torch.cat([valid_rows(run, trajectory.valid) for run in runs])
+                weights[group.name] = weights[group.name] + g.square().sum(1) / probes
+                _add(moments, group.name, "metric", g.T @ g / probes)
+                if group.kind == "channel":
+                    whole, apart = _effects(backward.module, group, torch.cat(backward.inputs[group.name]), g)
+                    _add(moments, group.name, "whole", whole)
+                    _add(moments, group.name, "apart", apart)
+    return weights
+
+
+@torch.no_grad()
+def _add_second_moments(
+    moments: dict[str, Moments], backward: _Backward, weights: Mapping[str, Tensor | float], most_rows: int
+) -> None:
+    """Add the weighted second moments of activations, of some rows."""
+    for group in backward.groups:
+        weight = torch.as_tensor(weights[group.name])
+        rows = some_rows(len(weight), most_rows)
+        runs, valid = backward.inputs[group.name], backward.trajectory.valid
+        valid = valid if valid is None else valid.repeat(len(runs), 1)
+        x = design_rows(backward.module.get_submodule(group.output), torch.cat(runs), rows, valid)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        _add_second(moments, group.name, x, weight[rows])
 
 
 @contextmanager
@@ -195,8 +247,8 @@ def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> N
     if name not in moments:
         nothing = value.new_zeros((), dtype=torch.float64)
         moments[name] = Moments(nothing, nothing, nothing, nothing, nothing)
-    before: Tensor = getattr(moments[name], field)
-    setattr(moments[name], field, before.add_(value) if before.dim() else before + value.double())
+    sum_so_far: Tensor = getattr(moments[name], field)
+    setattr(moments[name], field, sum_so_far.add_(value) if sum_so_far.dim() else sum_so_far + value.double())
 
 
 def _add_second(moments: dict[str, Moments], name: str, x: Tensor, weights: Tensor) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 
 from optin_deploy.compensation.batchnorm import reestimate
 from optin_deploy.compensation.classifier import refit_classifier
+from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.compensation.ridge import STRENGTHS
 from optin_deploy.compensation.sparsity import sparsify
@@ -85,7 +86,7 @@ class Remover:
             small: the dense network sliced by ``plan``.
         """
         strengths = STRENGTHS if self.ridge == "auto" else () if self.ridge is None else (self.ridge,)
-        sparsify(self.dense, small, self.space.structure, plan, self.batches, strengths)
+        sparsify(self._pair(small, plan), self.batches, strengths)
         self._refit_classifier(small)
 
     def _compensate(self, small: nn.Module, plan: Plan) -> None:
@@ -94,7 +95,10 @@ class Remover:
             reestimate(small, self.batches)
             return
         strengths = STRENGTHS if self.ridge == "auto" else (self.ridge,)
-        compensate(self.dense, small, self.space.structure, plan, self.batches, strengths)
+        compensate(self._pair(small, plan), self.batches, strengths)
+
+    def _pair(self, small: nn.Module, plan: Plan) -> CompensationPair:
+        return CompensationPair(self.dense, small, self.space.structure, plan)
 
     def _refit_classifier(self, small: nn.Module) -> None:
         if self.ridge == "auto":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from optin_deploy.compensation.classifier import fit, logits_map, refit_classifier
+from optin_deploy.compensation.classifier import Rows, fit, logits_layer, refit_classifier
 from optin_deploy.network import Network
 from optin_deploy.pruning.removal import Remover
 from optin_deploy.pruning.space import analyze
@@ -49,7 +49,7 @@ def test_the_fit_minimises_the_divergence_and_the_pull(
     features: int, classes: int, strength: float, bias: bool, seed: int
 ) -> None:
     x, p, old = drawn(features, classes, seed)
-    found = fit(x, p, NONE, old, [strength], bias=bias).numpy()
+    found = fit(Rows(x, p, NONE), old, [strength], bias=bias).numpy()
 
     def value(flat: np.ndarray) -> float:
         weights = flat.reshape(-1, classes)
@@ -69,12 +69,12 @@ def test_the_strength_is_the_one_that_does_best_on_held_out_rows() -> None:
     strengths = (0.003, 0.1, 3.0)
 
     def error(strength: float) -> float:
-        weights = fit(x[~held_out], p[~held_out], held_out[~held_out], old, [strength], bias=True)
+        weights = fit(Rows(x[~held_out], p[~held_out], held_out[~held_out]), old, [strength], bias=True)
         return problem(x[held_out], p[held_out], old, 0.0, weights.numpy())
 
     best = min(strengths, key=error)
-    expected = fit(x, p, NONE, old, [best], bias=True)
-    torch.testing.assert_close(fit(x, p, held_out, old, strengths, bias=True), expected, rtol=0, atol=1e-3)
+    expected = fit(Rows(x, p, NONE), old, [best], bias=True)
+    torch.testing.assert_close(fit(Rows(x, p, held_out), old, strengths, bias=True), expected, rtol=0, atol=1e-3)
 
 
 def test_weights_stay_where_no_strength_does_better_on_held_out_rows() -> None:
@@ -83,13 +83,13 @@ def test_weights_stay_where_no_strength_does_better_on_held_out_rows() -> None:
     held_out[20:] = True
     # What the other rows teach is wrong for those held out, which the old weights give just so.
     p[20:] = (x[20:] @ old[:-1] + old[-1]).softmax(1)
-    assert torch.equal(fit(x, p, held_out, old, (0.003, 0.1), bias=True), old)
+    assert torch.equal(fit(Rows(x, p, held_out), old, (0.003, 0.1), bias=True), old)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
 def test_the_last_map_gives_the_logits(name: str) -> None:
     network = tiny.network(name)
-    found = logits_map(network, network.module, network.inputs)
+    found = logits_layer(network, network.module, network.inputs)
     assert found is not None
     layer = network.module.get_submodule(found)
     assert (
@@ -123,7 +123,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("module", [Twice(), Tied()], ids=["two layers", "tied"])
 def test_maps_that_do_not_alone_give_the_logits_are_left_alone(module: nn.Module) -> None:
     network = tiny.network_around(module, {"x": torch.randn(5, 4)}, logits=True)
-    assert logits_map(network, module, network.inputs) is None
+    assert logits_layer(network, module, network.inputs) is None
     pruned = copy.deepcopy(module)
     refit_classifier(network, pruned, [network.inputs] * 4)
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), module.parameters(), strict=True))
@@ -147,7 +147,7 @@ def test_a_repaired_network_comes_nearer_to_the_dense_distribution(name: str) ->
     refit_classifier(network, pruned, batches, (0.01,))
     assert divergence(network, pruned, batches) < before
     others = Remover(network, space, batches, None).remove(plan).named_parameters()
-    last = logits_map(network, pruned, batches[0])
+    last = logits_layer(network, pruned, batches[0])
     assert all(torch.equal(t, pruned.get_parameter(n)) for n, t in others if not n.startswith(f"{last}."))
 
 

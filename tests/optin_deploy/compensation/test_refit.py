@@ -8,6 +8,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optin_deploy.compensation.pair import CompensationPair
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
@@ -34,7 +35,7 @@ def structure_of(name: str) -> Structure:
 
 def repaired(network: Network, structure: Structure, plan: Plan, ridge: float = RIDGE) -> nn.Module:
     small = slice_network(network.module, structure, plan)
-    compensate(network, small, structure, plan, tiny.batches(network, BATCHES), (ridge,))
+    compensate(CompensationPair(network, small, structure, plan), tiny.batches(network, BATCHES), (ridge,))
     return small
 
 
@@ -237,7 +238,7 @@ def test_content_of_padding_does_not_matter() -> None:
         for batch in batches:
             batch["input_ids"][batch["attention_mask"] == 0] = padding
         small = slice_network(network.module, structure, plan)
-        compensate(network, small, structure, plan, batches, (RIDGE,))
+        compensate(CompensationPair(network, small, structure, plan), batches, (RIDGE,))
         results.append(small.state_dict())
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-4)
@@ -247,7 +248,7 @@ def test_progress_is_one_step_a_block_and_no_hooks_stay() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     plan = tiny.uneven_plan(structure)
     small = slice_network(network.module, structure, plan)
-    compensate(network, small, structure, plan, tiny.batches(network, 1), (RIDGE,))
+    compensate(CompensationPair(network, small, structure, plan), tiny.batches(network, 1), (RIDGE,))
     for module in (network.module, small):
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules())
 

@@ -11,6 +11,7 @@ import scipy.linalg
 import tiny
 import torch
 import torch.nn.functional as F
+from optin_deploy.compensation.pair import CompensationPair
 from torch import Tensor, nn
 
 from optin_deploy.compensation.refit import compensate
@@ -48,7 +49,7 @@ class Repaired:
     ) -> "Repaired":
         before, after = (slice_network(network.module, structure, plan) for _ in range(2))
         batches = tiny.batches(network, BATCHES)
-        compensate(network, after, structure, plan, batches, strengths)
+        compensate(CompensationPair(network, after, structure, plan), batches, strengths)
         return cls(network, structure, plan, before, after, strengths, batches)
 
     def maps(self) -> list[str]:
@@ -358,7 +359,7 @@ def test_one_batch_is_enough() -> None:
     plan, small = tiny.uneven_plan(structure), partial(slice_network, network.module, structure)
     one, several = small(tiny.uneven_plan(structure)), small(plan)
     batches = tiny.batches(network, 1, size=8)
-    compensate(network, one, structure, plan, batches, STRENGTHS[len(STRENGTHS) // 2 :][:1])
-    compensate(network, several, structure, plan, batches, STRENGTHS)
+    compensate(CompensationPair(network, one, structure, plan), batches, STRENGTHS[len(STRENGTHS) // 2 :][:1])
+    compensate(CompensationPair(network, several, structure, plan), batches, STRENGTHS)
     # None can be held out: the middle strength is taken.
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), several.parameters(), strict=True))

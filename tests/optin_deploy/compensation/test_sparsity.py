@@ -6,6 +6,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optin_deploy.compensation.pair import CompensationPair
 from torch import Tensor, nn
 
 from optin_deploy.compensation.ridge import Moments, penalised
@@ -201,7 +202,7 @@ def test_the_pattern_is_recognised(weights: list[list[int]], expected: bool) -> 
 def made_sparse(network: Network, plan: Plan, strengths: tuple[float, ...]) -> tuple[Structure, nn.Module]:
     structure = describe(network.module, network.inputs)
     module = slice_network(network.module, structure, plan)
-    sparsify(network, module, structure, plan, tiny.batches(network, 6), strengths)
+    sparsify(CompensationPair(network, module, structure, plan), tiny.batches(network, 6), strengths)
     return structure, module
 
 

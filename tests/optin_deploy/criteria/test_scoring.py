@@ -16,6 +16,7 @@ from optin_deploy.criteria.random_baseline import random_scores
 from optin_deploy.criteria.registry import Criterion
 from optin_deploy.criteria.scoring import Scoring, save_scores, score
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
+from optin_deploy.criteria.trajectory_loss import LossSettings
 from optin_deploy.criteria.trajectory_obs import obs_scores, probe_moments
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
@@ -50,9 +51,9 @@ def test_heads_exactly_and_the_rest_by_sketch() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     batches = tiny.batches(network, 2)
     given = scored(network, structure, batches, criterion="trajectory", probes=4, task_weight=0.5, seed=5)
-    factors = task_factors(network, structure.without_widths(), batches[0], 0.5, 5)
-    exact = exact_scores(network, structure, structure.groups, batches, factors=factors, seed=5)
-    sketch = sketch_scores(network, structure, batches, probes=4, factors=factors, seed=5)
+    factors = task_factors(network, structure.without_widths(), [batches[0]], 0.5, 5)
+    exact = exact_scores(network, structure, structure.groups, batches, LossSettings(factors=factors, seed=5))
+    sketch = sketch_scores(network, structure, batches, LossSettings(factors=factors, seed=5), probes=4)
     assert given.keys() == {g.name for g in structure.groups}
     for group in structure.groups:
         expected = (exact if group.kind == "head" else sketch)[group.name]
@@ -68,9 +69,14 @@ def test_obs_scores_come_from_probes_of_pieces_of_a_batch(
     batches = tiny.batches(network, 2, size=8)
     given = scored(network, structure, batches, probes=3, seed=5)
     first = {"x": batches[0]["x"][:samples]}
-    factors = task_factors(network, structure.without_widths(), first, 1.0, 5)
+    factors = task_factors(network, structure.without_widths(), [first], 1.0, 5)
     moments = probe_moments(
-        network, structure, batches, probes=3, factors=factors, seed=5, manifold=0.0, samples_at_once=samples
+        network,
+        structure,
+        batches,
+        LossSettings(factors=factors, manifold=0.0, seed=5),
+        probes=3,
+        samples_at_once=samples,
     )
     for name, expected in obs_scores(network.module, structure, moments).items():
         assert torch.equal(given[name], expected)
@@ -136,7 +142,7 @@ def test_without_a_task_only_the_manifold_counts() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     batches = tiny.batches(network, 1)
     given = scored(network, structure, batches, criterion="trajectory", scorer="exact", task_weight=0.0)
-    expected = exact_scores(network, structure, structure.groups, batches, factors={}, seed=0)
+    expected = exact_scores(network, structure, structure.groups, batches, LossSettings(factors={}, seed=0))
     for name in expected:
         torch.testing.assert_close(given[name], expected[name] / 3)
 

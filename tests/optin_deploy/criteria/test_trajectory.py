@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria import trajectory, trajectory_loss
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores, task_factors
-from optin_deploy.criteria.trajectory_loss import sample_tokens
+from optin_deploy.criteria.trajectory_loss import LossSettings, sample_tokens
 from optin_deploy.network import Network
 from optin_deploy.structure.describe import describe
 from optin_deploy.structure.groups import Group, Structure
@@ -126,7 +126,9 @@ def assert_scores_close(given: dict[str, Tensor], expected: dict[str, Tensor], r
 def test_exact_scores_are_those_of_the_plain_reference(name: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     batches = tiny.batches(network, 2)
-    given = exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, FACTOR), seed=0)
+    given = exact_scores(
+        network, structure, structure.groups, batches, LossSettings(factors=same_factors(network, FACTOR), seed=0)
+    )
     assert_scores_close(given, reference_scores(network, structure, batches, FACTOR))
 
 
@@ -135,15 +137,12 @@ def test_exact_scores_are_those_of_the_plain_reference(name: str) -> None:
 def test_stacks_of_any_size_give_the_same_scores(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network, structure = tiny.network(name), structure_of(name)
     batches = tiny.batches(network, 1, size=4)
-    whole = exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, FACTOR), seed=0)
+    whole = exact_scores(
+        network, structure, structure.groups, batches, LossSettings(factors=same_factors(network, FACTOR), seed=0)
+    )
     monkeypatch.setattr(trajectory, "STACKED_TOKENS", tokens)
     parts = exact_scores(
-        network,
-        structure,
-        structure.groups,
-        batches,
-        factors=same_factors(network, FACTOR),
-        seed=0,
+        network, structure, structure.groups, batches, LossSettings(factors=same_factors(network, FACTOR), seed=0)
     )
     assert_scores_close(parts, whole)
 
@@ -151,8 +150,12 @@ def test_stacks_of_any_size_give_the_same_scores(name: str, tokens: int, monkeyp
 def test_only_the_groups_asked_for_are_scored() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     batches = tiny.batches(network, 1)
-    every = exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, 1.0), seed=0)
-    given = exact_scores(network, structure, structure.groups[2:3], batches, factors=same_factors(network, 1.0), seed=0)
+    every = exact_scores(
+        network, structure, structure.groups, batches, LossSettings(factors=same_factors(network, 1.0), seed=0)
+    )
+    given = exact_scores(
+        network, structure, structure.groups[2:3], batches, LossSettings(factors=same_factors(network, 1.0), seed=0)
+    )
     assert_scores_close(given, {"blocks.1.attn": every["blocks.1.attn"]})
 
 
@@ -166,12 +169,14 @@ def test_padding_does_not_change_scores(name: str) -> None:
     batches = tiny.batches(network, 2)
     more = [padded(b, 4) for b in batches]
     given, expected = (
-        exact_scores(network, structure, structure.groups, b, factors=same_factors(network, FACTOR), seed=0)
+        exact_scores(
+            network, structure, structure.groups, b, LossSettings(factors=same_factors(network, FACTOR), seed=0)
+        )
         for b in (more, batches)
     )
     assert_scores_close(given, expected)
     given, expected = (
-        sketch_scores(network, structure, b, probes=3, factors=same_factors(network, FACTOR), seed=0)
+        sketch_scores(network, structure, b, LossSettings(factors=same_factors(network, FACTOR), seed=0), probes=3)
         for b in (more, batches)
     )
     assert_scores_close(given, expected, rtol=1e-3)
@@ -222,7 +227,9 @@ def test_the_sketch_is_unbiased(part: int, headless: bool) -> None:
         network = Network(network.module, network.inputs, network.outputs, network.source, "random")
     probes = 2000
     factors, manifold = same_factors(network, float(part)), float(1 - part)
-    given = sketch_scores(network, structure, [batch], probes=probes, factors=factors, seed=0, manifold=manifold)
+    given = sketch_scores(
+        network, structure, [batch], LossSettings(factors=factors, manifold=manifold, seed=0), probes=probes
+    )
     expected = jacobians(network, structure, batch)[part]
     # The variance of a squared sum of random signs is at most twice its squared mean.
     deviation = math.sqrt(2 / probes)
@@ -233,7 +240,9 @@ def test_the_sketch_is_unbiased(part: int, headless: bool) -> None:
 
 def test_both_parts_of_the_sketch_add_up() -> None:
     network, structure, batch = very_tiny(classes=4)
-    given = sketch_scores(network, structure, [batch], probes=1000, factors=same_factors(network, 5.0), seed=1)
+    given = sketch_scores(
+        network, structure, [batch], LossSettings(factors=same_factors(network, 5.0), seed=1), probes=1000
+    )
     manifold, task = jacobians(network, structure, batch)
     ratios = torch.cat([given[n] / (manifold[n] + 5 * task[n]) for n in manifold])
     assert float((ratios.mean() - 1).abs()) < 0.05
@@ -244,8 +253,10 @@ def test_the_sketch_ranks_neurons_as_the_exact_scores_do(name: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     batches = tiny.batches(network, 4)
     neurons = [g for g in structure.groups if g.kind == "neuron"]
-    exact = exact_scores(network, structure, neurons, batches, factors=same_factors(network, 1.0), seed=0)
-    sketch = sketch_scores(network, structure, batches, probes=32, factors=same_factors(network, 1.0), seed=0)
+    exact = exact_scores(network, structure, neurons, batches, LossSettings(factors=same_factors(network, 1.0), seed=0))
+    sketch = sketch_scores(
+        network, structure, batches, LossSettings(factors=same_factors(network, 1.0), seed=0), probes=32
+    )
     for group in neurons:
         assert scipy.stats.spearmanr(sketch[group.name], exact[group.name]).statistic > 0.85
 
@@ -254,7 +265,7 @@ def test_one_seed_makes_one_sketch() -> None:
     network, structure = tiny.network("bert_classifier"), structure_of("bert_classifier")
     batches = tiny.batches(network, 2)
     first, again, other = (
-        sketch_scores(network, structure, batches, probes=2, factors=same_factors(network, 1.0), seed=s)
+        sketch_scores(network, structure, batches, LossSettings(factors=same_factors(network, 1.0), seed=s), probes=2)
         for s in (3, 3, 4)
     )
     assert all(first[n].numpy().tobytes() == again[n].numpy().tobytes() for n in first)
@@ -265,8 +276,10 @@ def test_one_seed_makes_one_sketch() -> None:
 def test_batches_have_probes_of_their_own() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     batch = tiny.images("x", seed=1)
-    one = sketch_scores(network, structure, [batch], probes=2, factors=same_factors(network, 1.0), seed=0)
-    two = sketch_scores(network, structure, [batch, batch], probes=2, factors=same_factors(network, 1.0), seed=0)
+    one = sketch_scores(network, structure, [batch], LossSettings(factors=same_factors(network, 1.0), seed=0), probes=2)
+    two = sketch_scores(
+        network, structure, [batch, batch], LossSettings(factors=same_factors(network, 1.0), seed=0), probes=2
+    )
     assert not any(torch.allclose(two[n], 2 * one[n]) for n in one)
 
 
@@ -274,8 +287,10 @@ def test_scoring_leaves_the_network_as_it_was() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     before = {k: v.clone() for k, v in network.module.state_dict().items()}
     batches = tiny.batches(network, 2)
-    sketch_scores(network, structure, batches, probes=3, factors=same_factors(network, 1.0), seed=0)
-    exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, 1.0), seed=0)
+    sketch_scores(network, structure, batches, LossSettings(factors=same_factors(network, 1.0), seed=0), probes=3)
+    exact_scores(
+        network, structure, structure.groups, batches, LossSettings(factors=same_factors(network, 1.0), seed=0)
+    )
     assert all(torch.equal(before[k], v) for k, v in network.module.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in network.module.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
@@ -285,7 +300,7 @@ def total(
     network: Network, structure: Structure, manifold: float, factors: dict[str, float], probes: int = 200
 ) -> float:
     scores = sketch_scores(
-        network, structure, [network.inputs], probes=probes, factors=factors, seed=0, manifold=manifold
+        network, structure, [network.inputs], LossSettings(factors=factors, manifold=manifold, seed=0), probes=probes
     )
     return sum(float(s.sum()) for s in scores.values())
 
@@ -294,7 +309,7 @@ def total(
 def test_task_factors_bring_both_parts_to_one_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectory, "_FACTOR_PROBES", 50)
     network, structure = tiny.network(name), structure_of(name)
-    factors = task_factors(network, structure, network.inputs, 2.0, seed=0)
+    factors = task_factors(network, structure, [network.inputs], 2.0, seed=0)
     manifold, task = total(network, structure, 1.0, {}), total(network, structure, 0.0, factors)
     assert 0.5 < task / (2.0 * manifold) < 2.0
 
@@ -313,7 +328,7 @@ def test_outputs_share_the_task_weight() -> None:
 
     network = tiny.network_around(tiny.randomised(Outputs()), tiny.images("x"), logits=True)
     structure = describe(network.module, network.inputs).without_widths()
-    factors = task_factors(network, structure, network.inputs, 2.0, seed=0)
+    factors = task_factors(network, structure, [network.inputs], 2.0, seed=0)
     assert factors.keys() == {"output_0", "output_1", "output_2"}
     # No mask moves it.
     assert factors["output_2"] == 0.0
@@ -328,7 +343,9 @@ def test_scores_are_of_the_sampled_tokens_only(monkeypatch: pytest.MonkeyPatch) 
     network, structure = tiny.network("bert"), structure_of("bert")
     batch = tiny.batches(network, 1)[0]
     chosen = sample_tokens(batch["attention_mask"].numel(), batch["attention_mask"].bool(), seed=7)
-    given = exact_scores(network, structure, structure.groups, [batch], factors=same_factors(network, 0.0), seed=7)
+    given = exact_scores(
+        network, structure, structure.groups, [batch], LossSettings(factors=same_factors(network, 0.0), seed=7)
+    )
     group = structure.groups[-1]
     last = network.module.get_submodule(structure.blocks[-1])
     seen: list[Tensor] = []
@@ -350,7 +367,9 @@ def test_small_changes_of_the_logits_are_not_lost_in_rounding() -> None:
     last = structure.groups[-1]
     network.module.get_parameter(f"{last.output}.weight").data *= 1e-2
     batches = tiny.batches(network, 1)
-    given = exact_scores(network, structure, [last], batches, factors=same_factors(network, 100.0), seed=0)[last.name]
+    given = exact_scores(
+        network, structure, [last], batches, LossSettings(factors=same_factors(network, 100.0), seed=0)
+    )[last.name]
     expected = reference_scores(network, structure, batches, 100.0)[last.name]
     assert bool((given > 0).all())
     torch.testing.assert_close(given, expected, rtol=0.01, atol=1e-3 * float(expected.max()))
@@ -359,15 +378,16 @@ def test_small_changes_of_the_logits_are_not_lost_in_rounding() -> None:
 def test_only_the_units_asked_for_are_scored() -> None:
     network, structure = tiny.network("vit"), structure_of("vit")
     batches = tiny.batches(network, 2)
-    every = exact_scores(network, structure, structure.groups, batches, factors=same_factors(network, 1.0), seed=0)
+    every = exact_scores(
+        network, structure, structure.groups, batches, LossSettings(factors=same_factors(network, 1.0), seed=0)
+    )
     only = {"blocks.0.mlp": (3, 20), "blocks.1.attn": (1,)}
     given = exact_scores(
         network,
         structure,
         structure.groups,
         batches,
-        factors=same_factors(network, 1.0),
-        seed=0,
+        LossSettings(factors=same_factors(network, 1.0), seed=0),
         only=only,
     )
     for name, units in only.items():

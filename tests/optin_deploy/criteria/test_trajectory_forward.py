@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria import trajectory_forward
 from optin_deploy.criteria.trajectory import exact_scores, sketch_scores
-from optin_deploy.criteria.trajectory_forward import forward_scores, forward_steps
-from optin_deploy.criteria.trajectory_loss import Trajectory
+from optin_deploy.criteria.trajectory_forward import Draws, forward_scores
+from optin_deploy.criteria.trajectory_loss import LossSettings, Trajectory
 from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.masking import mask_units
@@ -115,7 +115,7 @@ def assert_close(given: Scores, expected: Scores, rtol: float) -> None:
 def unit_by_unit(network: Network, structure: Structure, batches: list[tiny.Batch]) -> Scores:
     factors = same_factors(network)
     return forward_scores(
-        network, structure, batches, probes=1, factors=factors, seed=SEED, manifold=MANIFOLD, set_size=1
+        network, structure, batches, LossSettings(factors=factors, manifold=MANIFOLD, seed=SEED), draws=Draws(1, 1)
     )
 
 
@@ -144,7 +144,7 @@ def test_scores_of_batches_sum() -> None:
 @pytest.fixture
 def in_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """The groups here are so small that none would be scored in sets."""
-    monkeypatch.setattr(trajectory_forward, "_is_alone", lambda group, probes, set_size: set_size == 1)
+    monkeypatch.setattr(Draws, "is_exact", lambda draws, group: draws.set_size == 1)
 
 
 @pytest.mark.usefixtures("in_sets")
@@ -155,7 +155,7 @@ def test_sets_are_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     factors = same_factors(network)
     # Sets of five do not divide the groups.
     given = forward_scores(
-        network, structure, [batch], probes=300, factors=factors, seed=SEED, manifold=MANIFOLD, set_size=5
+        network, structure, [batch], LossSettings(factors=factors, manifold=MANIFOLD, seed=SEED), draws=Draws(300, 5)
     )
     joint = by_differences(network, structure, batch, [0, 1, 2])
     each = [by_differences(network, structure, batch, [b]) for b in range(3)]
@@ -171,8 +171,8 @@ def test_many_draws_come_near_the_sketch(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(trajectory_forward, "_SHARED_DRAWS", 500)
     network, structure = tiny.network("vit"), tiny.structure("vit").without_widths()
     batches, factors = tiny.batches(network, 2), same_factors(network)
-    given = forward_scores(network, structure, batches, probes=100, factors=factors, seed=0, set_size=4)
-    sketch = sketch_scores(network, structure, batches, probes=2000, factors=factors, seed=0)
+    given = forward_scores(network, structure, batches, LossSettings(factors=factors, seed=0), draws=Draws(100, 4))
+    sketch = sketch_scores(network, structure, batches, LossSettings(factors=factors, seed=0), probes=2000)
     for name, scores in sketch.items():
         torch.testing.assert_close(given[name], scores, rtol=0.25, atol=0.05 * float(scores.max()))
 
@@ -183,8 +183,8 @@ def test_a_few_draws_rank_neurons_as_the_exact_scores_do(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     batches, factors = tiny.batches(network, 8, size=6), same_factors(network, 1.0)
     neurons = [g for g in structure.groups if g.kind == "neuron"]
-    given = forward_scores(network, structure, batches, probes=4, factors=factors, seed=0, set_size=4)
-    exact = exact_scores(network, structure, neurons, batches, factors=factors, seed=0)
+    given = forward_scores(network, structure, batches, LossSettings(factors=factors, seed=0), draws=Draws(4, 4))
+    exact = exact_scores(network, structure, neurons, batches, LossSettings(factors=factors, seed=0))
     for group in neurons:
         assert scipy.stats.spearmanr(given[group.name], exact[group.name]).statistic > 0.9
 
@@ -196,9 +196,11 @@ def test_signs_of_their_own_for_each_sample_lessen_the_noise() -> None:
     errors = []
     for size in (2, 32):
         batch = tiny.batches(network, 1, size)
-        best = forward_scores(network, structure, batch, probes=100, factors={}, seed=99, set_size=4)[group.name]
+        best = forward_scores(network, structure, batch, LossSettings(factors={}, seed=99), draws=Draws(100, 4))[
+            group.name
+        ]
         given = [
-            forward_scores(network, structure, batch, probes=2, factors={}, seed=s, set_size=4)[group.name]
+            forward_scores(network, structure, batch, LossSettings(factors={}, seed=s), draws=Draws(2, 4))[group.name]
             for s in range(6)
         ]
         # As shares, so that the factor of the group does not matter.
@@ -210,7 +212,7 @@ def test_signs_of_their_own_for_each_sample_lessen_the_noise() -> None:
 def test_energies_are_of_what_units_add_to_the_output(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     batch = tiny.batches(network, 1)[0]
-    given = trajectory_forward._Differential(Trajectory(network, structure, batch, 0), 1.0, {}).energies
+    given = trajectory_forward._Differential(Trajectory(network, structure, batch, 0), LossSettings()).energies
     for group in structure.groups:
         module, seen = network.module.get_submodule(group.output), []
         handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -264,7 +266,7 @@ def test_stacks_of_any_size_give_the_same_scores(set_size: int, monkeypatch: pyt
         factors = same_factors(network)
         # Signs are drawn stack by stack, in one order.
         results.append(
-            forward_scores(network, structure, batches, probes=2, factors=factors, seed=0, set_size=set_size)
+            forward_scores(network, structure, batches, LossSettings(factors=factors, seed=0), draws=Draws(2, set_size))
         )
     for given in results[1:]:
         assert_close(given, results[0], 1e-3)
@@ -278,10 +280,8 @@ def test_progress_and_what_is_left_behind(probes: int, set_size: int) -> None:
         network,
         structure,
         tiny.batches(network, 2),
-        probes=probes,
-        factors=same_factors(network),
-        seed=0,
-        set_size=set_size,
+        LossSettings(factors=same_factors(network), seed=0),
+        draws=Draws(probes, set_size),
     )
     assert all(bool((s >= 0).all()) for s in scores.values())
     assert all(torch.equal(before[k], v) for k, v in network.module.state_dict().items())
@@ -293,7 +293,7 @@ def test_how_many_passes_are_taken() -> None:
     group = tiny.structure("vit").groups[-1]
 
     def passes(units: int, probes: int, set_size: int) -> int:
-        return forward_steps([of(group, units)], probes, set_size)
+        return Draws(probes, set_size).passes(of(group, units))
 
     assert passes(1000, 2, 16) == 63 * 2 + 8
     assert passes(1000, 4, 10) == 100 * 4 + 8
@@ -311,7 +311,8 @@ def test_one_seed_makes_one_score() -> None:
     network, structure = tiny.network("bert_classifier"), tiny.structure("bert_classifier")
     batches, factors = tiny.batches(network, 2), same_factors(network)
     first, again, other = (
-        forward_scores(network, structure, batches, probes=2, factors=factors, seed=s, set_size=4) for s in (3, 3, 4)
+        forward_scores(network, structure, batches, LossSettings(factors=factors, seed=s), draws=Draws(2, 4))
+        for s in (3, 3, 4)
     )
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert not any(torch.equal(first[n], other[n]) for n in first)
@@ -319,15 +320,15 @@ def test_one_seed_makes_one_score() -> None:
 
 def test_parts_may_be_left_out() -> None:
     network, structure, batch = in_float64("vit")
-    arguments = {"probes": 1, "seed": SEED, "set_size": 1}
-    whole = forward_scores(network, structure, [batch], factors=same_factors(network), **arguments)
-    manifold = forward_scores(network, structure, [batch], factors={}, **arguments)
-    task = forward_scores(network, structure, [batch], factors=same_factors(network), manifold=0.0, **arguments)
+    draws = Draws(1, 1)
+    whole = forward_scores(network, structure, [batch], LossSettings(same_factors(network), seed=SEED), draws=draws)
+    manifold = forward_scores(network, structure, [batch], LossSettings(seed=SEED), draws=draws)
+    task = forward_scores(network, structure, [batch], LossSettings(same_factors(network), 0.0, SEED), draws=draws)
     assert_close(whole, {n: manifold[n] + task[n] for n in whole}, 1e-8)
     assert all(
         bool((s == 0).all())
         for s in forward_scores(
-            network, structure, [batch], factors={"output": 0.0}, manifold=0.0, **arguments
+            network, structure, [batch], LossSettings({"output": 0.0}, 0.0, SEED), draws=draws
         ).values()
     )
 
@@ -335,4 +336,4 @@ def test_parts_may_be_left_out() -> None:
 def test_a_set_needs_two_draws() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
     with pytest.raises(ValueError, match="two probes"):
-        forward_scores(network, structure, tiny.batches(network, 1), probes=1, factors={}, seed=0)
+        forward_scores(network, structure, tiny.batches(network, 1), LossSettings(factors={}, seed=0), draws=Draws(1))

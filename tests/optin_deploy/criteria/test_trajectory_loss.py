@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria import trajectory_loss
 from optin_deploy.criteria.trajectory_loss import (
+    LossSettings,
     Trajectory,
     chunks,
     class_axis,
@@ -218,7 +219,9 @@ def test_parts_of_the_loss_add_up(manifold: float, monkeypatch: pytest.MonkeyPat
         """Of the loss when everything changes."""
         at = torch.zeros((), dtype=torch.float64, requires_grad=True)
         given = {n: g + at * moves[n] for n, g in grams.items()}, {n: y + at * changes[n] for n, y in outputs.items()}
-        return torch.autograd.grad(probe_losses(trajectory, *given, manifold, factors, torch.Generator()), at)[0]
+        return torch.autograd.grad(
+            probe_losses(trajectory, *given, LossSettings(factors, manifold), torch.Generator()), at
+        )[0]
 
     expected = manifold * sum(float(m.square().sum()) for m in moves.values())
     for name, factor in factors.items():
@@ -266,7 +269,7 @@ def test_gradients_of_what_does_not_depend_on_a_leaf_are_zero() -> None:
     leaves = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
     assert [g.tolist() for g in gradients(torch.ones(()), leaves, keep=True)] == [[0, 0], [0, 0, 0]]
     assert [g.tolist() for g in gradients(2 * leaves[0].sum(), leaves, keep=False)] == [[2, 2], [0, 0, 0]]
-    assert float(probe_losses(trajectory_of((3, 5), None), {}, {}, 0.0, {}, torch.Generator())) == 0
+    assert float(probe_losses(trajectory_of((3, 5), None), {}, {}, LossSettings(manifold=0.0), torch.Generator())) == 0
 
 
 # Gram matrices

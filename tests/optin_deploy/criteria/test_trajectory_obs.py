@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optin_deploy.criteria import packed_symmetric, trajectory_obs
-from optin_deploy.criteria.trajectory_loss import Trajectory, differentiable, probe_losses
+from optin_deploy.criteria.trajectory_loss import LossSettings, Trajectory, differentiable, probe_losses
 from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
 from optin_deploy.nn.unfold import weight_matrix
@@ -58,7 +58,9 @@ def gradient_at(
         blocks, outputs = trajectory.run()
         grams, generator = trajectory.grams(blocks), torch.Generator().manual_seed(SEED)
         for _ in range(draw + 1):
-            loss = probe_losses(trajectory, grams, outputs, MANIFOLD, dict.fromkeys(outputs, FACTOR), generator)
+            loss = probe_losses(
+                trajectory, grams, outputs, LossSettings(dict.fromkeys(outputs, FACTOR), MANIFOLD), generator
+            )
     handle.remove()
     return torch.autograd.grad(loss, change)[0]
 
@@ -81,7 +83,9 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
     if "x" in batch and structure.groups[0].axis == 1:
         batch = {"x": batch["x"][..., :6, :6]}
     factors = dict.fromkeys(network.outputs, FACTOR)
-    given = probe_moments(network, structure, [batch], probes=probes, factors=factors, seed=SEED, manifold=MANIFOLD)
+    given = probe_moments(
+        network, structure, [batch], LossSettings(factors=factors, manifold=MANIFOLD, seed=SEED), probes=probes
+    )
     for group in structure.without_widths().groups[-groups:]:
         seen: list[Tensor] = []
         handle = network.module.get_submodule(group.output).register_forward_hook(
@@ -134,7 +138,7 @@ def test_outputs_may_be_changed_in_place() -> None:
             block.attn.proj_drop, block.mlp.drop2 = Doubled(in_place), Doubled(in_place)
         batches = tiny.batches(network, 1)
         factors = dict.fromkeys(network.outputs, FACTOR)
-        found.append(probe_moments(network, structure, batches, probes=1, factors=factors, seed=SEED))
+        found.append(probe_moments(network, structure, batches, LossSettings(factors=factors, seed=SEED), probes=1))
     for name, moments in found[0].items():
         torch.testing.assert_close(found[1][name].metric, moments.metric)
 
@@ -143,10 +147,12 @@ def test_outputs_may_be_changed_in_place() -> None:
 def test_batches_in_chunks_sum(name: str) -> None:
     network, structure = in_float64(name)
     batch = doubled(tiny.batches(network, 1, size=3)[0])
-    arguments = {"probes": 2, "factors": {}}
-    given = probe_moments(network, structure, [batch], seed=SEED, samples_at_once=2, **arguments)
+    arguments = {"probes": 2}
+    given = probe_moments(network, structure, [batch], LossSettings(seed=SEED), samples_at_once=2, **arguments)
     pieces = [{n: t[:2] for n, t in batch.items()}, {n: t[2:] for n, t in batch.items()}]
-    parts = [probe_moments(network, structure, [p], seed=SEED + i, **arguments) for i, p in enumerate(pieces)]
+    parts = [
+        probe_moments(network, structure, [p], LossSettings(seed=SEED + i), **arguments) for i, p in enumerate(pieces)
+    ]
     for name_, moments in given.items():
         for field in ("metric", "second"):
             torch.testing.assert_close(getattr(moments, field), sum(getattr(p[name_], field) for p in parts))
@@ -155,7 +161,7 @@ def test_batches_in_chunks_sum(name: str) -> None:
 def test_probing_leaves_the_network_as_it_was() -> None:
     network, structure = tiny.network("resnet"), tiny.structure("resnet")
     before = {k: v.clone() for k, v in network.module.state_dict().items()}
-    probe_moments(network, structure, tiny.batches(network, 1), probes=1, factors={}, seed=0)
+    probe_moments(network, structure, tiny.batches(network, 1), LossSettings(factors={}, seed=0), probes=1)
     assert all(torch.equal(before[k], v) for k, v in network.module.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in network.module.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.module.modules())
@@ -315,7 +321,9 @@ def test_rounding_may_leave_a_covariance_indefinite(noise: float) -> None:
 def test_scores_of_any_network(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
     factors = dict.fromkeys(network.outputs, 1.0)
-    moments = probe_moments(network, structure, tiny.batches(network, 2), probes=2, factors=factors, seed=0)
+    moments = probe_moments(
+        network, structure, tiny.batches(network, 2), LossSettings(factors=factors, seed=0), probes=2
+    )
     scores = obs_scores(network.module, structure, moments)
     assert len(scores) == len(structure.groups)
     for group in structure.groups:
@@ -336,7 +344,7 @@ def test_scores_of_any_network(name: str) -> None:
 
 def test_units_that_cost_nothing_keep_their_order() -> None:
     network, structure = tiny.network("vit"), tiny.structure("vit")
-    moments = probe_moments(network, structure, tiny.batches(network, 1), probes=1, factors={}, seed=0)
+    moments = probe_moments(network, structure, tiny.batches(network, 1), LossSettings(factors={}, seed=0), probes=1)
     for each in moments.values():
         each.metric.zero_()
         each.queries.zero_()
@@ -350,7 +358,7 @@ def test_one_seed_makes_one_score() -> None:
     batches = tiny.batches(network, 2)
 
     def scores(seed: int) -> dict[str, Tensor]:
-        moments = probe_moments(network, structure, batches, probes=2, factors={"logits": 1.0}, seed=seed)
+        moments = probe_moments(network, structure, batches, LossSettings(factors={"logits": 1.0}, seed=seed), probes=2)
         return obs_scores(network.module, structure, moments)
 
     first, again, other = scores(3), scores(3), scores(4)
@@ -366,7 +374,7 @@ def test_content_of_padding_does_not_matter(name: str) -> None:
         batch = copy.deepcopy(tiny.batches(network, 1)[0])
         batch["input_ids"][batch["attention_mask"] == 0] = padding
         factors = dict.fromkeys(network.outputs, 1.0)
-        found.append(probe_moments(network, structure, [batch], probes=2, factors=factors, seed=0))
+        found.append(probe_moments(network, structure, [batch], LossSettings(factors=factors, seed=0), probes=2))
     for group, moments in found[0].items():
         for field in ("metric", "second"):
             expected = getattr(moments, field)
@@ -396,7 +404,13 @@ def test_moments_of_a_shared_layer_are_sums_over_its_runs() -> None:
         network = tiny.network_around(nn.Sequential(OrderedDict(x=Shared(copies).eval())), {"input": x["x"]})
         structure = describe(network.module, network.inputs)
         found.append(
-            probe_moments(network, structure, [network.inputs], probes=2, factors={"output": 1.0}, seed=0, manifold=0.0)
+            probe_moments(
+                network,
+                structure,
+                [network.inputs],
+                LossSettings(factors={"output": 1.0}, manifold=0.0, seed=0),
+                probes=2,
+            )
         )
     (shared,) = found[0].values()
     first, second = found[1].values()

@@ -14,11 +14,12 @@ from scipy.stats import spearmanr
 from tiny_models import TinyModule, classifier, own_batches, own_network, save_bert, save_images, save_lines, texts
 from torch import Tensor, nn
 
-from optin_deploy.compensation.classifier import fit, refit_classifier
+from optin_deploy.compensation.classifier import Rows, fit, refit_classifier
 from optin_deploy.config.recipe import Recipe
 from optin_deploy.criteria.fisher import fisher_scores, mask_gradients
 from optin_deploy.criteria.scoring import Scoring
 from optin_deploy.criteria.trajectory import exact_scores
+from optin_deploy.criteria.trajectory_loss import LossSettings
 from optin_deploy.data.calibration import from_batches
 from optin_deploy.errors import UserError
 from optin_deploy.evaluation.agreement import agreement
@@ -194,7 +195,8 @@ def test_one_logit_scores_units_as_two_do(two: Network) -> None:
     """Masked one by one, with the same weight of the task part: no draws differ."""
     one, structure = one_of_two(two, "head"), analyze(two).structure
     found = [
-        exact_scores(n, structure, structure.groups, images(1), factors={"logits": 1e6}, seed=0) for n in (one, two)
+        exact_scores(n, structure, structure.groups, images(1), LossSettings(factors={"logits": 1e6}, seed=0))
+        for n in (one, two)
     ]
     for name, scores in found[0].items():
         torch.testing.assert_close(scores, found[1][name], rtol=1e-3, atol=1e-6 * float(scores.max()))
@@ -205,8 +207,10 @@ def test_one_logit_is_refitted_as_two_are(strength: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x, old, y = (torch.randn(*shape, generator=generator).double() for shape in ((60, 3), (4, 2), (60, 2)))
     none = torch.zeros(60, dtype=torch.bool)
-    two = fit(x, y.softmax(1), none, old, [strength], bias=True)
-    one = fit(x, (y[:, 1:] - y[:, :1]).sigmoid(), none, old[:, 1:] - old[:, :1], [strength], bias=True, head="binary")
+    two = fit(Rows(x, y.softmax(1), none), old, [strength], bias=True)
+    one = fit(
+        Rows(x, (y[:, 1:] - y[:, :1]).sigmoid(), none), old[:, 1:] - old[:, :1], [strength], bias=True, head="binary"
+    )
     torch.testing.assert_close(one, two[:, 1:] - two[:, :1], rtol=0, atol=1e-3)
 
 
@@ -240,7 +244,7 @@ def test_fits_of_other_heads_are_minima(head: HeadKind) -> None:
     x, old = (torch.randn(*shape, generator=generator).double() for shape in ((40, 3), (4, 2)))
     y = x @ old[:-1] + old[-1] + torch.randn(40, 2, generator=generator)
     target, none = y.sigmoid() if head == "binary" else y, torch.zeros(40, dtype=torch.bool)
-    found = fit(x, target, none, old, [0.1], bias=True, head=head)
+    found = fit(Rows(x, target, none), old, [0.1], bias=True, head=head)
 
     def problem(weights: Tensor) -> Tensor:
         z, pull = x @ weights[:-1] + weights[-1], (weights - old)[:-1].square().sum() * x.square().mean() / 2

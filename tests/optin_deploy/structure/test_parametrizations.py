@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from optin_deploy.compensation.linear_layers import linear_maps
+from optin_deploy.compensation.linear_layers import refit_layers_of
+from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.errors import UserError
 from optin_deploy.models import checkpoint
 from optin_deploy.models.custom import custom_network
@@ -386,7 +387,7 @@ def test_maps_that_give_more_than_their_weights_are_not_refitted(cls: type[nn.Li
     structure = describe(network.module, network.inputs)
     plan = Plan({g.name: tuple(range(4)) for g in structure.groups})
     pruned = slice_network(network.module, structure, plan)
-    maps = linear_maps(network.module, pruned, structure, plan)
+    maps = refit_layers_of(CompensationPair(network.module, pruned, structure, plan))
     assert ("head" in maps) == (cls is Product)
     assert "blocks.0.two" in maps
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optin_deploy.compensation.pair import CompensationPair
 from torch import Tensor, nn
 
 from exporters import onnx_from_program, trace
@@ -212,7 +213,7 @@ def test_repair_reduces_the_error(name: str, dims: int) -> None:
     plan = half(found)
     small = slice_network(dense.module, found, plan)
     before = error(dense.module, small, dims)
-    compensate(dense, small, found, plan, [inputs(dims, 8, s) for s in range(1, 5)])
+    compensate(CompensationPair(dense, small, found, plan), [inputs(dims, 8, s) for s in range(1, 5)])
     assert error(dense.module, small, dims) < 0.9 * before
 
 
@@ -234,7 +235,7 @@ def test_norms_before_the_addition(name: str, dims: int) -> None:
     small = slice_network(dense.module, found, plan)
     torch.testing.assert_close(small(**inputs(dims)), expected, rtol=1e-5, atol=1e-5)
     before = error(dense.module, small, dims)
-    compensate(dense, small, found, plan, [inputs(dims, 8, s) for s in range(1, 5)])
+    compensate(CompensationPair(dense, small, found, plan), [inputs(dims, 8, s) for s in range(1, 5)])
     assert error(dense.module, small, dims) < 0.9 * before
 
 
