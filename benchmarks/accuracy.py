@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --cases stsb,sst2 --methods trajectory-obs,trajectory --flops 0.6,0.5 --seeds 0,1,2
 
 Rows are kept in ``results/DEVICE/accuracy-CASE.json`` one by one (``accuracy-CASE-N.json`` with ``--samples N``
-calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--repaired`` leaves
-out what is not repaired; ``--table`` only prints what is there. Cases whose data is absent are skipped with a line.
+calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--compensated`` leaves
+out what is not compensated; ``--table`` only prints what is there. Cases whose data is absent are skipped with a line.
 Nothing is trained; labels are used to evaluate, and by Fisher scores.
 """
 
@@ -49,9 +49,9 @@ def run(
     seeds: list[int],
     samples: int | None,
     *,
-    repaired: bool = False,
+    compensated: bool = False,
 ) -> None:
-    """Measure what is missing of a case; if ``repaired``, nothing without repair."""
+    """Measure what is missing of a case; if ``compensated``, nothing without compensation."""
     kept = result_name(name, samples)
     rows = result_of(kept).read()
     for seed in seeds:
@@ -65,7 +65,7 @@ def run(
                          "figures": case.measure(case.network.module)})  # fmt: skip
         for method, wanted in missing.items():
             for outcome in METHODS[method](case, wanted, seed) if wanted else ():
-                if repaired and outcome.repair == "none":
+                if compensated and outcome.repair == "none":
                     continue
                 rows.append({"method": method, "seed": seed, **_measured(case, outcome, total)})
                 result_of(kept).write(rows)
@@ -88,11 +88,11 @@ def _measured(case: Case, outcome: Outcome, total: int) -> Row:
 def _line(row: Row) -> str:
     figures = row["figures"]
     told = ", ".join(f"{n} {v:.4g}" for n, v in figures.items()) if figures else row["reason"]
-    return f"{row['name']}, repair {row['repair']}, {row['budget']}: {told} ({row['seconds']:.0f} s)"
+    return f"{row['name']}, compensation {row['repair']}, {row['budget']}: {told} ({row['seconds']:.0f} s)"
 
 
 def summary(rows: list[Row], figure: str) -> dict[tuple[str, str], dict[float, tuple[float, float, int]]]:
-    """(name, repair) -> budget -> mean, standard deviation and number of seeds of one figure."""
+    """(name, compensation) -> budget -> mean, standard deviation and number of seeds of one figure."""
     values: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["figures"]:
@@ -108,7 +108,7 @@ def table(case: str, rows: list[Row], figure: str) -> Table:
     found = summary(rows, figure)
     budgets = sorted({b for of_budget in found.values() for b in of_budget if b < 1}, reverse=True)
     dense = next(iter(found.get(("dense", "-"), {1.0: (float("nan"), 0.0, 0)}).values()))[0]
-    made = Table("method", "repair", *(f"{b:g}" for b in budgets), title=f"{case}: {figure}, dense {dense:.4g}")
+    made = Table("method", "compensation", *(f"{b:g}" for b in budgets), title=f"{case}: {figure}, dense {dense:.4g}")
     sign = -1 if any(word in figure for word in _LESS_IS_BETTER) else 1
     best = {b: max(sign * v[b][0] for k, v in found.items() if b in v and k[0] != "dense") for b in budgets}
     for (name, repair), of_budget in found.items():
@@ -127,7 +127,7 @@ def table(case: str, rows: list[Row], figure: str) -> Table:
 
 
 def plot(case: str, rows: list[Row]) -> Path:
-    """Headline figure over FLOPs, one line per method with its repair; an SVG beside the JSON."""
+    """Headline figure over FLOPs, one line per method with its compensation; an SVG beside the JSON."""
     figure = next(iter(next(row["figures"] for row in rows if row["figures"])))
     found = summary(rows, figure)
     drawing, axes = plt.subplots(figsize=(6.4, 4.0))
@@ -136,7 +136,7 @@ def plot(case: str, rows: list[Row]) -> Path:
             axes.axhline(next(iter(of_budget.values()))[0], color="0.6", linestyle=":", label="dense")
         elif repair != "none" or name == "trajectory":
             points = sorted((b, v[0]) for b, v in of_budget.items())
-            label = name if repair != "none" else f"{name} (OPTIN), no repair"
+            label = name if repair != "none" else f"{name} (OPTIN), no compensation"
             wide = 2.4 if name == "trajectory-obs" else 1.2
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=wide, label=label)
     axes.set(xlabel="part of the FLOPs kept", ylabel=figure, title=case)
@@ -155,7 +155,7 @@ def main() -> None:
     arguments.add_argument("--methods", default=",".join(METHODS), help="comma-separated")
     arguments.add_argument("--seeds", default="0,1,2", help="comma-separated")
     arguments.add_argument("--samples", type=int, help="calibration samples, in place of the defaults")
-    arguments.add_argument("--repaired", action="store_true", help="measure nothing without repair")
+    arguments.add_argument("--compensated", action="store_true", help="measure nothing without compensation")
     arguments.add_argument("--table", action="store_true", help="only print and draw what was measured")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -166,7 +166,7 @@ def main() -> None:
             print(f"{name}: skipped, {needed} is absent")
         elif not given.table:
             methods, numbers = given.methods.split(","), [int(s) for s in seeds]
-            run(name, given.data_root, methods, budgets, numbers, given.samples, repaired=given.repaired)
+            run(name, given.data_root, methods, budgets, numbers, given.samples, compensated=given.compensated)
         kept = result_name(name, given.samples)
         rows = result_of(kept).read()
         if not rows:

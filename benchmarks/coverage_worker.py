@@ -188,7 +188,7 @@ def _describe(row: Row, network: Network, space: PruningSpace) -> None:
 
 @torch.no_grad()
 def _check_sliced(network: Network, space: PruningSpace, plan: Plan) -> None:
-    """Sliced, not repaired, is masked to 1e-5 of the largest value; in float64 where rounding alone is more."""
+    """Sliced, not compensated, is masked to 1e-5 of the largest value; in float64 where rounding alone is more."""
     structure, errors = space.structure, []
     for dtype in (torch.float32, torch.float64):
         module = network.module if dtype == torch.float32 else copy.deepcopy(network.module).double()

@@ -26,7 +26,7 @@ ALIGN = {"resnet20": 1, "resnet56": 1}
 
 @dataclass(frozen=True)
 class Outcome:
-    """A pruned module, or why there is none; ``seconds`` are those of scores and repair together."""
+    """A pruned module, or why there is none; ``seconds`` are those of scores and compensation together."""
 
     method: str
     repair: str
@@ -43,7 +43,7 @@ Method = Callable[[Case, Sequence[float], int], Iterator[Outcome]]
 def by_criterion(
     criterion: Criterion, *, narrow: bool | None = None, repairs: Sequence[Ridge] = ("auto", None)
 ) -> Method:
-    """Our own pruning by one criterion, with repair and without."""
+    """Our own pruning by one criterion, with compensation and without."""
 
     def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
         scoring = Scoring(criterion=criterion, seed=seed)
@@ -112,7 +112,7 @@ Baseline = Callable[..., tuple[Plan, nn.Module]]
 
 
 def baseline(name: str, prune: Baseline) -> Method:
-    """A method of others, with its own repair."""
+    """A method of others, with its own compensation."""
 
     def run(case: Case, budgets: Sequence[float], seed: int) -> Iterator[Outcome]:
         space: PruningSpace = analyze(case.network, narrow=False)

@@ -1,4 +1,4 @@
-"""How long scores, search and repair take at half of the FLOPs with the default settings, and how much memory.
+"""How long scores, search and compensation take at half of the FLOPs with the default settings, and how much memory.
 
     python benchmarks/pruning_time.py --data-root ../shared/data
 

@@ -10,8 +10,8 @@ and folded into the projection: W_S ← W_S + W_P B, b ← b + W_P c. λ is the 
 shrinkage (Chen et al., 2010) of Σ_SS. Statistics are the dense network's throughout; no layer sees what was done to
 those before it. Features are ranked by E[x²] · P(|x| > 1 % of the layer's root mean square).
 
-Where we differ: for attention the paper removes query and key dimensions within heads and repairs the logits. Our
-adapters remove whole heads, ranked by the sum over their features and repaired like neurons. FLOPs are met by rounding
+Where we differ: for attention the paper removes query and key dimensions within heads and compensates the logits. Our
+adapters remove whole heads, ranked by the sum over their features and compensated like neurons. FLOPs are met by rounding
 the number of heads and filling up with neurons, so that the shares of layers differ by at most one aligned step.
 """
 
@@ -91,7 +91,7 @@ def prune(
     seed: int = 0,
     ridge: float | None = None,
 ) -> tuple[Plan, nn.Module]:
-    """Remove the same share of every group's units and repair in closed form; see the package.
+    """Remove the same share of every group's units and compensation in closed form; see the package.
 
     Args:
         ridge: λ, in squared activations, in place of the rule above.

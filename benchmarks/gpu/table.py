@@ -62,7 +62,7 @@ def _scoring(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 
 
 def _pruning(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    heading = ["Network", "samples", "scored, searched, repaired in s", "FLOPs left"]
+    heading = ["Network", "samples", "scored, searched, compensated in s", "FLOPs left"]
     return heading, [[r["network"], str(r["samples"]), f"{r['seconds']:.3g}", f"{r['flops']:.3f}"] for r in rows]
 
 

@@ -16,13 +16,12 @@ _InstanceNorm = nn.modules.instancenorm._InstanceNorm
 
 @torch.no_grad()
 def reestimate(module: nn.Module, batches: Batches) -> None:
-    """Give every batch norm of ``module``, and instance norms with running statistics, the mean and variance of what
-    reaches them on ``batches``, in place.
+    """Set the statistics of batch norms to those of their inputs on ``batches``, in place.
 
-    Units that are gone without repair leave the maps behind them with other means and variances than the batch norms
-    there have seen. All batches count alike, but those that hold one value of each channel, which have no variance:
-    they count, together, where there are no others, as behind a projection without inputs, which gives its bias.
-    Nothing is done without batches.
+    Instance norms with running statistics are included. Removed units change the inputs of later norms, if nothing
+    compensates for them. All batches have the same weight. Batches with one value per channel have no variance; they
+    count, together, only if there are no others, as after a projection without inputs, which returns its bias. Without
+    batches nothing changes.
     """
     norms = [m for m in module.modules() if isinstance(m, _Norm) and m.track_running_stats]
     instances = [m for m in module.modules() if isinstance(m, _InstanceNorm) and m.track_running_stats]

@@ -147,7 +147,7 @@ def _keep_scores(path: Path, structure: Structure) -> dict[str, Tensor]:
 def _read_checkpoint(context: RunContext) -> PrunedRun:
     """Read the pruned network of an earlier try."""
     structure = context.space.structure
-    with context.stages.stage("slice and repair"):
+    with context.stages.stage("slice and compensate"):
         run_directory.keep(context.checkpoint)
         written = run_directory.read_with_checkpoint(context.directory, _PLAN, _PlanFile)
         plan = Plan(written.kept, written.tokens)
@@ -163,7 +163,7 @@ def _prune(context: RunContext, scored: _Scored) -> PrunedRun:
     remover = Remover(scored.dense, context.space, scored.batches, recipe.ridge if recipe.compensate else None)
     schedule = _schedule_tokens(context, scored)
     plan = _plan_for_latency(context, scored, schedule) if recipe.has_latency else None
-    with context.stages.stage("slice and repair"):
+    with context.stages.stage("slice and compensate"):
         with progress_until(1.0 if recipe.sparsity is None else 0.5):
             if plan is not None:
                 module = remover.remove(plan)

@@ -39,7 +39,7 @@ def features(kept: tuple[int, ...], group: Group) -> list[int]:
     return [unit * group.width + f for unit in kept for f in range(group.width)]
 
 
-def repaired(network: Network, plan: Plan, ridge: float) -> nn.Module:
+def compensated(network: Network, plan: Plan, ridge: float) -> nn.Module:
     structure = analyze(network, narrow=False).structure
     found = corp.moments(network, structure, tiny.batches(network, BATCHES))
     module = copy.deepcopy(network.module)
@@ -52,7 +52,7 @@ def repaired(network: Network, plan: Plan, ridge: float) -> nn.Module:
 def test_compensation_is_ridge_regression_on_all_activations(name: str) -> None:
     network, structure = tiny.network(name), tiny.structure(name).without_widths()
     plan = tiny.uneven_plan(structure)
-    small = repaired(network, plan, RIDGE)
+    small = compensated(network, plan, RIDGE)
     for group in structure.groups:
         x = activations(network, group)
         inside = features(plan.kept[group.name], group)
@@ -86,7 +86,7 @@ def test_units_that_depend_linearly_on_others_leave_without_a_trace() -> None:
         per_head[:, 3] = per_head[:, 0]
         per_head[2, 3] *= -0.5
     plan = Plan({"blocks.0.attn": (0, 1, 2), "blocks.0.mlp": tuple(range(half))})
-    small = repaired(network, plan, 1e-9)
+    small = compensated(network, plan, 1e-9)
     batch = tiny.images("x", 4, seed=99)
     with torch.no_grad():
         expected = network.module(**batch)
@@ -135,7 +135,7 @@ def test_budgets_hold_and_layers_keep_the_same_share(name: str, flops: float) ->
     assert again == plan
 
 
-def test_the_repair_brings_the_network_nearer_to_the_dense_one() -> None:
+def test_compensation_brings_the_network_nearer_to_the_dense_one() -> None:
     network = tiny.network("vit")
     space = analyze(network, narrow=False)
     plan, module = corp.prune(network, space, tiny.batches(network, 20), 0.7)

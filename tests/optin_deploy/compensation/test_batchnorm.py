@@ -41,7 +41,7 @@ def test_without_batches_or_norms_nothing_happens() -> None:
 
 
 @pytest.mark.parametrize("ridge", [None, 0.01])
-def test_only_without_repair_statistics_are_new(ridge: float | None) -> None:
+def test_only_without_compensation_statistics_are_new(ridge: float | None) -> None:
     network = resnet_network()
     small = prune(network, batches(2), 0.6, align=8, ridge=ridge).network.module
     tracked = {int(m.num_batches_tracked) for m in small.modules() if isinstance(m, nn.BatchNorm2d)}

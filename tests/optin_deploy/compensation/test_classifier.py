@@ -137,7 +137,7 @@ def divergence(network: Network, pruned: nn.Module, batches: list[dict[str, Tens
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit", "bert_classifier", "resnet"])
-def test_a_repaired_network_comes_nearer_to_the_dense_distribution(name: str) -> None:
+def test_a_compensated_network_comes_nearer_to_the_dense_distribution(name: str) -> None:
     network = tiny.network(name)
     space = analyze(network, narrow=False)
     plan = Plan({g.name: tuple(range(g.units // 2)) for g in space.structure.groups})

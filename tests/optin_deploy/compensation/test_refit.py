@@ -8,10 +8,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optin_deploy.compensation.pair import CompensationPair
 from timm.models.vision_transformer import ResPostBlock
 from torch import nn
 
+from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.network import Network
 from optin_deploy.nn.calls import first_tensor
@@ -33,7 +33,7 @@ def structure_of(name: str) -> Structure:
     return tiny.structure(name).without_widths()
 
 
-def repaired(network: Network, structure: Structure, plan: Plan, ridge: float = RIDGE) -> nn.Module:
+def compensated(network: Network, structure: Structure, plan: Plan, ridge: float = RIDGE) -> nn.Module:
     small = slice_network(network.module, structure, plan)
     compensate(CompensationPair(network, small, structure, plan), tiny.batches(network, BATCHES), (ridge,))
     return small
@@ -104,7 +104,7 @@ def test_every_refit_is_the_ridge_solution(name: str, which: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     vanished = tiny.empty_plan(structure, which[9:-1]).kept if which != "uneven" else {}
     plan = Plan({**tiny.uneven_plan(structure).kept, **vanished})
-    before, small = slice_network(network.module, structure, plan), repaired(network, structure, plan)
+    before, small = slice_network(network.module, structure, plan), compensated(network, structure, plan)
     for group in structure.groups:
         x, target = rows(name, small, group, plan, network)
         expected = ridge_solution(x, target, as_matrix(before, group, plan), RIDGE)
@@ -116,7 +116,7 @@ def test_every_refit_is_the_ridge_solution(name: str, which: str) -> None:
 def test_the_bias_of_a_vanished_group_is_the_mean_target(name: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     plan = tiny.empty_plan(structure)
-    small = repaired(network, structure, plan)
+    small = compensated(network, structure, plan)
     for group in structure.groups:
         _, target = rows(name, small, group, plan, network)
         np.testing.assert_allclose(as_matrix(small, group, plan)[0], target.mean(0), atol=1e-5)
@@ -129,7 +129,7 @@ def test_without_a_known_stream_the_dense_output_is_the_target(vanished: bool) -
     group = structure.groups[-1]
     assert group.stream.residual is None
     plan = Plan({"blocks.0.attn": (1, 2), group.name: () if vanished else (0, 3, 4, 5)})
-    before, small = slice_network(network.module, structure, plan), repaired(network, structure, plan)
+    before, small = slice_network(network.module, structure, plan), compensated(network, structure, plan)
     xs, targets = [], []
     for batch in tiny.batches(network, BATCHES):
         with torch.no_grad(), record_outputs(network.module, (group.output,)) as dense:
@@ -164,15 +164,15 @@ def test_the_network_comes_closer_to_the_dense_one(name: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     plan = tiny.uneven_plan(structure)
     masked = error(network, structure, slice_network(network.module, structure, plan))
-    assert error(network, structure, repaired(network, structure, plan)) < 0.7 * masked
+    assert error(network, structure, compensated(network, structure, plan)) < 0.7 * masked
 
 
 @settings(max_examples=10)
 @given(data=st.data())
-def test_any_plan_can_be_repaired(data: st.DataObject) -> None:
+def test_any_plan_can_be_compensated(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(tiny.ALL_NAMES))
     network, structure = tiny.network(name), structure_of(name)
-    small = repaired(network, structure, data.draw(tiny.plans(structure)))
+    small = compensated(network, structure, data.draw(tiny.plans(structure)))
     assert all(p.isfinite().all() for p in small.parameters())
     network.forward(network.inputs, small)
 
@@ -181,7 +181,7 @@ def test_any_plan_can_be_repaired(data: st.DataObject) -> None:
 def test_with_nothing_pruned_nothing_changes(name: str) -> None:
     network, structure = tiny.network(name), structure_of(name)
     for plan in (Plan({}), Plan({g.name: tuple(range(g.units)) for g in structure.groups})):
-        given = repaired(network, structure, plan).state_dict()
+        given = compensated(network, structure, plan).state_dict()
         assert all(torch.equal(given[k], v) for k, v in network.module.state_dict().items())
 
 
@@ -192,7 +192,7 @@ def test_all_behind_the_first_pruned_units_changes_and_nothing_before() -> None:
     plan = Plan({group.name: tuple(range(5))})
     dense = {k: v.clone() for k, v in network.module.state_dict().items()}
     before = slice_network(network.module, structure, plan).state_dict()
-    after = repaired(network, structure, plan).state_dict()
+    after = compensated(network, structure, plan).state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     linear = [n for n, m in network.module.named_modules() if isinstance(m, nn.Linear)]
     behind = linear[linear.index(group.output) :]
@@ -212,7 +212,7 @@ def test_a_duplicate_can_leave_without_a_trace(where: str) -> None:
         units = parameter.data.unflatten(0, (-1, group.units, group.width))
         units[:, 2] = units[:, 0]
     plan = Plan({where: tuple(u for u in range(group.units) if u != 2)})
-    small = repaired(network, structure, plan, ridge=1e-5)
+    small = compensated(network, structure, plan, ridge=1e-5)
     batch = tiny.images("x", 4, seed=99)
     with torch.no_grad():
         expected, given = network.module(**batch), small(**batch)
@@ -226,7 +226,7 @@ def test_a_large_ridge_keeps_the_weights() -> None:
     plan = Plan({"blocks.0.mlp": (0, 1, 2)})
     weight = "blocks.0.mlp.fc2.weight"
     before = slice_network(network.module, structure, plan).get_parameter(weight)
-    after = repaired(network, structure, plan, ridge=1e6).get_parameter(weight)
+    after = compensated(network, structure, plan, ridge=1e6).get_parameter(weight)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
 
 
@@ -258,7 +258,7 @@ def test_layer_scale_does_not_matter_where_the_stream_is_unknown() -> None:
     plan, results = tiny.uneven_plan(known), []
     for change in ({"residual": None}, {"residual": None, "scale": None}):
         structure = replace(known, groups=tuple(replace(g, stream=replace(g.stream, **change)) for g in known.groups))
-        results.append(repaired(network, structure, plan).state_dict())
+        results.append(compensated(network, structure, plan).state_dict())
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-5)
 
@@ -267,7 +267,7 @@ def test_a_structure_may_hide_its_stream() -> None:
     network, known = tiny.network("vit"), structure_of("vit")
     unknown = replace(known, groups=tuple(replace(g, stream=Stream()) for g in known.groups))
     plan = Plan({"blocks.0.attn": (0, 1)})
-    with_stream, without = (repaired(network, s, plan).get_submodule("blocks.0.attn.proj") for s in (known, unknown))
+    with_stream, without = (compensated(network, s, plan).get_submodule("blocks.0.attn.proj") for s in (known, unknown))
     # Nothing before the first sublayer is pruned, so both targets are the dense output.
     torch.testing.assert_close(without.weight, with_stream.weight, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(without.bias, with_stream.bias, rtol=1e-4, atol=1e-5)

@@ -11,9 +11,9 @@ import scipy.linalg
 import tiny
 import torch
 import torch.nn.functional as F
-from optin_deploy.compensation.pair import CompensationPair
 from torch import Tensor, nn
 
+from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.compensation.ridge import STRENGTHS
 from optin_deploy.network import Network
@@ -32,8 +32,8 @@ HELD_OUT = (1, 5)
 
 
 @dataclass
-class Repaired:
-    """A network, its sliced copy as it was before, and after the repair."""
+class Compensated:
+    """A network, its sliced copy as it was before, and after compensation."""
 
     network: Network
     structure: Structure
@@ -46,7 +46,7 @@ class Repaired:
     @classmethod
     def of(
         cls, network: Network, structure: Structure, plan: Plan, strengths: Sequence[float] = (RIDGE,)
-    ) -> "Repaired":
+    ) -> "Compensated":
         before, after = (slice_network(network.module, structure, plan) for _ in range(2))
         batches = tiny.batches(network, BATCHES)
         compensate(CompensationPair(network, after, structure, plan), batches, strengths)
@@ -141,7 +141,7 @@ def best_solution(
     return (old, None) if errors[best] >= error(old) else (ridge_solution(x, target, old, best), best)
 
 
-def kept_outputs(done: Repaired, name: str, features: int) -> list[int]:
+def kept_outputs(done: Compensated, name: str, features: int) -> list[int]:
     """Which of the features that ``name`` gives are left."""
     left = list(range(features))
     for group in done.structure.groups:
@@ -157,7 +157,7 @@ def as_matrix(module: nn.Module) -> np.ndarray:
     return torch.cat(rows).detach().double().numpy()
 
 
-def check_map(done: Repaired, name: str) -> float | None:
+def check_map(done: Compensated, name: str) -> float | None:
     """That a map gives the dense features by ridge regression on what it is given; the strength."""
     xs, targets = [], []
     before, after = done.before.get_submodule(name), done.after.get_submodule(name)
@@ -171,9 +171,9 @@ def check_map(done: Repaired, name: str) -> float | None:
     return strength
 
 
-def prepared(name: str, strengths: Sequence[float] = (RIDGE,)) -> Repaired:
+def prepared(name: str, strengths: Sequence[float] = (RIDGE,)) -> Compensated:
     network, structure = tiny.network(name), tiny.structure(name).without_widths()
-    return Repaired.of(network, structure, thinned(structure), strengths)
+    return Compensated.of(network, structure, thinned(structure), strengths)
 
 
 def thinned(structure: Structure) -> Plan:
@@ -227,14 +227,14 @@ def test_what_fits_no_better_stays(name: str) -> None:
 # Convolutions behind units
 
 
-def shortcut_of(done: Repaired, module: nn.Module, block: str, batch: tiny.Batch) -> Tensor:
+def shortcut_of(done: Compensated, module: nn.Module, block: str, batch: tiny.Batch) -> Tensor:
     """What the block adds its update to."""
     names = [f"{block}.{n}" for n, _ in module.get_submodule(block).named_children() if n in ("downsample", "shortcut")]
     found = seen(done.network, module, batch, [block, *names])
     return found[names[0]][1] if names else found[block][0]
 
 
-def check_projection(done: Repaired, group: Group) -> None:
+def check_projection(done: Compensated, group: Group) -> None:
     """That conv2 and the bias behind it bring the sum before the last ReLU back by ridge regression."""
     block = done.structure.blocks[group.layer]
     conv, norm = f"{block}.conv2", f"{block}.bn2"
@@ -277,12 +277,12 @@ def check_projection(done: Repaired, group: Group) -> None:
 @pytest.mark.parametrize("plan", [thinned, tiny.uneven_plan])
 def test_convolutions_bring_the_sum_with_the_shortcut_back(name: str, plan: Callable[[Structure], Plan]) -> None:
     network, structure = tiny.network(name), tiny.structure(name)
-    done = Repaired.of(network, structure, plan(structure))
+    done = Compensated.of(network, structure, plan(structure))
     for group in done.structure.groups:
         check_projection(done, group)
 
 
-# What the repair has to leave alone, or to look at more closely
+# What compensation has to leave alone, or to look at more closely
 
 
 class Head(nn.Module):
@@ -312,10 +312,10 @@ class Pyramid(nn.Module):
         return self.head(torch.cat([self.between(features[0]), features[1]], dim=-1))
 
 
-def of_module(build: Callable[[], nn.Module]) -> Repaired:
+def of_module(build: Callable[[], nn.Module]) -> Compensated:
     network = tiny.network_around(tiny.randomised(build()), tiny.images("x"))
     structure = describe(network.module, network.inputs).without_widths()
-    return Repaired.of(network, structure, thinned(structure))
+    return Compensated.of(network, structure, thinned(structure))
 
 
 def tied() -> nn.Module:
@@ -344,7 +344,7 @@ def test_narrower_heads_come_closer() -> None:
     plan = Plan({g.name: (0, 1, 2) for g in structure.groups if g.kind == "width"})
     if not plan.kept:
         pytest.skip("no heads that get narrower")
-    done = Repaired.of(network, structure, plan)
+    done = Compensated.of(network, structure, plan)
 
     @torch.no_grad()
     def error(small: nn.Module) -> float:

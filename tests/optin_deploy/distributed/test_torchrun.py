@@ -80,7 +80,7 @@ def test_a_run_of_two_processes_goes_on_after_one_was_killed(tmp_path: Path) -> 
     second = start(tmp_path, *quick)
     output, errors = second.communicate(timeout=_SECONDS)
     assert second.returncode == 0, errors
-    assert output.count("Everything is in") == 1 and errors.count("slice and repair:") == 1
+    assert output.count("Everything is in") == 1 and errors.count("slice and compensate:") == 1
 
     network = load_network(str(tmp_path / "model"))
     calibration = load_calibration(network, tmp_path / "texts.txt")

@@ -95,7 +95,7 @@ def test_pruning_twice_gives_the_same_bytes(network: Network) -> None:
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-def test_without_repair_it_is_only_sliced_rotate_heads_to_pca(network: Network, narrow: bool) -> None:
+def test_without_compensation_it_is_only_sliced_rotate_heads_to_pca(network: Network, narrow: bool) -> None:
     batches = tiny.batches(network, 1)
     pruned = prune(network, batches, 0.5, ridge=None, narrow=narrow)
     turned = rotate_heads_to_pca(network, pruned.space.structure, batches)

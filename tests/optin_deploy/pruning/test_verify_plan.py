@@ -1,4 +1,4 @@
-"""The plan that a run has chosen, sliced against masked: what no trial foresaw ends the run before repair."""
+"""The plan that a run has chosen, sliced against masked: what no trial foresaw ends the run before compensation."""
 
 import copy
 import re
@@ -75,10 +75,10 @@ LINE = r"\.inner.* cannot be cut as this plan asks: its units are not interchang
 ODD = (True, True, True)
 
 
-def test_a_plan_that_no_trial_foresaw_is_not_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_no_trial_foresaw_is_not_compensated(monkeypatch: pytest.MonkeyPatch) -> None:
     of = network(*ODD)
     assert len(describe(of.module, of.inputs).groups) == 3
-    monkeypatch.setattr(removal.Remover, "_compensate", lambda *_: pytest.fail("repaired"))
+    monkeypatch.setattr(removal.Remover, "_compensate", lambda *_: pytest.fail("compensated"))
     with pytest.raises(GateError, match=LINE) as found:
         prune(of, batches(), 0.5, align=8)
     assert "\n" not in str(found.value)

@@ -359,8 +359,8 @@ def test_without_compensation(shallow: str, vision: Result, tmp_path: Path, narr
     assert (turned is dense) == (not narrow)
     plan = checkpoint.read_plan(tmp_path / "run" / "checkpoint")
     assert_stored(tmp_path / "run", slice_network(turned.module, structure, plan))
-    found, repaired = stored(tmp_path / "run"), stored(vision.directory)
-    assert any(t.shape != repaired[n].shape or not torch.equal(t, repaired[n]) for n, t in found.items())
+    found, compensated = stored(tmp_path / "run"), stored(vision.directory)
+    assert any(t.shape != compensated[n].shape or not torch.equal(t, compensated[n]) for n, t in found.items())
 
 
 @pytest.mark.usefixtures("without_layers")

@@ -104,7 +104,7 @@ print(calibration.samples, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/statu
 
 
 def peak_mib(folder: Path, samples: int) -> float:
-    """Peak memory of scoring and repair on so many images, in a process of its own."""
+    """Peak memory of scoring and compensation on so many images, in a process of its own."""
     found = subprocess.run(
         [sys.executable, "-c", _PEAK, str(Path(__file__).parents[3]), str(folder), str(samples)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The CNNs that people deploy, small: sliced equals masked, budgets hold, repair, checkpoint and export work."""
+"""The CNNs that people deploy, small: sliced equals masked, budgets hold, compensation, checkpoint and export work."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -174,7 +174,7 @@ def test_stacks_of_blocks_run_at_all_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tv_resnet_bottleneck", "tv_regnet", "tv_efficientnet"])
-def test_a_run_with_repair_checkpoint_and_export(name: str, tmp_path: Path) -> None:
+def test_a_run_with_compensation_checkpoint_and_export(name: str, tmp_path: Path) -> None:
     network = _network(name)
     argument = next(iter(network.inputs))
     batches = [{argument: _images(4, seed)["x"]} for seed in range(4)]

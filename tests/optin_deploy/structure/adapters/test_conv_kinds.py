@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optin_deploy.compensation.pair import CompensationPair
 from torch import Tensor, nn
 
 from exporters import onnx_from_program, trace
+from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.compensation.refit import compensate
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.latency.block_stacks import block_types, build_stack
@@ -204,10 +204,10 @@ def error(dense: nn.Module, small: nn.Module, dims: int) -> float:
     return float((wanted - got).norm() / wanted.norm())
 
 
-REPAIRED = [*itertools.product(("batch norm", "several"), CONV), ("grouped", 2), ("grouped transposed", 2)]
+COMPENSATED = [*itertools.product(("batch norm", "several"), CONV), ("grouped", 2), ("grouped transposed", 2)]
 
 
-@pytest.mark.parametrize(("name", "dims"), REPAIRED)
+@pytest.mark.parametrize(("name", "dims"), COMPENSATED)
 def test_repair_reduces_the_error(name: str, dims: int) -> None:
     dense, found = network(name, dims), structure(name, dims)
     plan = half(found)

@@ -218,7 +218,7 @@ def test_keys_of_its_own_leave_it_dense() -> None:
 
 
 @pytest.mark.parametrize("name", ["sequence first", "transformer"])
-def test_a_run_with_repair_checkpoint_and_export(name: str, tmp_path: Path) -> None:
+def test_a_run_with_compensation_checkpoint_and_export(name: str, tmp_path: Path) -> None:
     network, make = _network(name), MODULES[name][1]
     costs = analyze(network).costs
     pruned = prune(network, [make(4, seed) for seed in range(4)], 0.6, align=1)

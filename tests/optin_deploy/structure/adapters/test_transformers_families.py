@@ -1,4 +1,4 @@
-"""Families of transformers: what is found in them can be cut, counted, repaired, saved and exported."""
+"""Families of transformers: what is found in them can be cut, counted, compensated, saved and exported."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_sliced_is_masked_and_costs_what_was_planned(name: str) -> None:
         *((name, "trajectory") for name in ("albert", "clip")),
     ],
 )
-def test_pruned_under_a_budget_repaired_and_loaded_again(name: str, criterion: str, tmp_path: Path) -> None:
+def test_pruned_under_a_budget_compensated_and_loaded_again(name: str, criterion: str, tmp_path: Path) -> None:
     network = families.network(name)
     batches = families.batches(network, 2)
     flops = 0.6 if name == "mask2former" else 0.5
@@ -94,8 +94,8 @@ def test_repair_brings_the_pruned_network_nearer(name: str) -> None:
     network = families.network(name)
     batches = families.batches(network, 6)
     dense = network.forward(batches[0])
-    plain, repaired = (prune(network, batches, 0.5, align=8, ridge=ridge).network for ridge in (None, 0.01))
-    assert errors(repaired.forward(batches[0]), dense) < 0.8 * errors(plain.forward(batches[0]), dense)
+    plain, compensated = (prune(network, batches, 0.5, align=8, ridge=ridge).network for ridge in (None, 0.01))
+    assert errors(compensated.forward(batches[0]), dense) < 0.8 * errors(plain.forward(batches[0]), dense)
 
 
 @torch.no_grad()
