@@ -6,8 +6,6 @@ DATA ?= ../shared/data
 DEMO := runs/demo
 
 MIN_VENV ?= .venv-min
-# What the lowest versions of timm and transformers have to pass: all that looks into their modules.
-MIN_TESTS := tests/optin_deploy/structure tests/optin_deploy/models tests/benchmarks/test_coverage.py
 
 # What a fresh environment takes of everything but torch, see there.
 PINNED := .ci/constraints.txt
@@ -34,16 +32,18 @@ test: install
 test-fast: install
 	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not data"
 
-# The other end of the supported range of timm and transformers, in an environment of its own.
-$(MIN_VENV)/.installed: pyproject.toml
+# The lowest version of every dependency except torch, on top of the usual environment. Fast tests only, and the looks of
+# `--help` belong to the newest typer. Plugins are named because metadata of both versions of a package are found.
+$(MIN_VENV)/.installed: pyproject.toml $(VENV)/.installed .ci/lowest_versions.py
 	$(PYTHON) -m venv $(MIN_VENV)
-	$(MIN_VENV)/bin/python -m pip install --quiet torch torchvision
-	$(MIN_VENV)/bin/python -m pip install --quiet -e '.[cpu,dev]' \
-		$$(sed -n 's/^ *"\(timm\|transformers\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(MIN_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
+	$(MIN_VENV)/bin/python -m pip install --quiet $$($(BIN)/python .ci/lowest_versions.py)
 	touch $@
 
 test-min: $(MIN_VENV)/.installed
-	OMP_NUM_THREADS=1 $(MIN_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(MIN_TESTS)
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(MIN_VENV)/bin/python -m pytest -q -p xdist.plugin -n 2 \
+		--dist worksteal -p no:cacheprovider -m "not slow and not gpu and not data" --ignore tests/optin_deploy/cli/test_help.py
 
 lint: install
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py

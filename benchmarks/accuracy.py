@@ -3,9 +3,9 @@
     python benchmarks/accuracy.py --cases stsb,sst2 --methods trajectory-obs,trajectory --flops 0.6,0.5 --seeds 0,1,2
 
 Rows are kept in ``results/DEVICE/accuracy-CASE.json`` one by one (``accuracy-CASE-N.json`` with ``--samples N``
-calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--compensated`` leaves
-out what is not compensated; ``--table`` only prints what is there. Cases whose data is absent are skipped with a line.
-Nothing is trained; labels are used to evaluate, and by Fisher scores.
+calibration samples in place of the default), and a run goes on where an earlier one has stopped. ``--compensated``
+leaves out what is not compensated; ``--table`` only prints what is there. Cases whose data is absent are skipped with
+a line. Nothing is trained; labels are used to evaluate, and by Fisher scores.
 """
 
 from collections import defaultdict

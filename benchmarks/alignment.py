@@ -3,9 +3,9 @@
     python benchmarks/alignment.py --data-root ../shared/data
 
 Every network is cut to half of its FLOPs with neurons in multiples of 1, 8, 16 and 64, and on the edges of its latency
-tables (``--align auto``). Compensation changes no shape and is left out. Dense and all cut networks take turns in a process;
-"worth" is what is kept of the scores' sum, relative to multiples of 1. Writes ``results/DEVICE/alignment.json``;
-``--table`` only prints what is there.
+tables (``--align auto``). Compensation changes no shape and is left out. Dense and all cut networks take turns in a
+process; "worth" is what is kept of the scores' sum, relative to multiples of 1. Writes
+``results/DEVICE/alignment.json``; ``--table`` only prints what is there.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/equal_latency.py --data-root ../shared/data
 
 MiniLM is pruned to a FLOP budget as ``prune-export --flops`` does it, and measured; then to a latency budget of just
-that latency (the budget asked for is the one whose aim it is), as ``--latency`` does it. Both are compensated, judged on
-STS-B dev, and measured against each other in one interleaved run. Writes ``results/DEVICE/equal-latency.json``, seed by
-seed, beside those of earlier runs; ``--table`` only prints what is there.
+that latency (the budget asked for is the one whose aim it is), as ``--latency`` does it. Both are compensated, judged
+on STS-B dev, and measured against each other in one interleaved run. Writes ``results/DEVICE/equal-latency.json``,
+seed by seed, beside those of earlier runs; ``--table`` only prints what is there.
 """
 
 import argparse

@@ -11,8 +11,9 @@ shrinkage (Chen et al., 2010) of Σ_SS. Statistics are the dense network's throu
 those before it. Features are ranked by E[x²] · P(|x| > 1 % of the layer's root mean square).
 
 Where we differ: for attention the paper removes query and key dimensions within heads and compensates the logits. Our
-adapters remove whole heads, ranked by the sum over their features and compensated like neurons. FLOPs are met by rounding
-the number of heads and filling up with neurons, so that the shares of layers differ by at most one aligned step.
+adapters remove whole heads, ranked by the sum over their features and compensated like neurons. FLOPs are met by
+rounding the number of heads and filling up with neurons, so that the shares of layers differ by at most one aligned
+step.
 """
 
 import copy

@@ -100,8 +100,8 @@ def _loader(report: Report, file: str) -> tuple[str, str]:
 
 def _making(report: Report) -> str:
     data = report.calibration
-    chosen = [f"{name} {report.settings[name]}" for name in _SETTINGS if report.settings.get(name) not in (None, "off")]
+    chosen = [f"{name}={report.settings[name]}" for name in _SETTINGS if report.settings.get(name) not in (None, "off")]
     return markdown.escaped(
         f"In one shot, without training, by optin-deploy {report.version} on {data.samples} unlabelled samples "
-        f"({data.source}): {', '.join(chosen)}."
+        f"({data.source}){': ' if chosen else ''}{', '.join(chosen)}."
     )

@@ -208,7 +208,7 @@ def test_the_example_of_the_documentation_runs(
     adapters = [*registry.ADAPTERS]
     monkeypatch.setattr(registry, "ADAPTERS", adapters)
     monkeypatch.setattr("optin_deploy.structure.describe.ADAPTERS", adapters)
-    text = (DOCS / "custom-modules.md").read_text(encoding="utf-8")
+    text = (DOCS / "how-to" / "custom-modules.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     exec(compile(example, "custom-modules.md", "exec"), {"__name__": "example"})
     found, kept = capsys.readouterr().out.splitlines()
