@@ -132,7 +132,9 @@ def _midmean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _stretch(logs: NDArray[np.float64], confidence: float) -> float:
-    """Return the factor by which to widen the bootstrap interval of the logarithms, with n rounds:
+    """Return the factor that widens the bootstrap interval of the logarithms.
+
+    With n rounds it is
 
         t(n − 1) / z · √(n / (n − 1)) · √((1 + ρ) / (1 − ρ))
 

@@ -89,8 +89,8 @@ def sublayer_moments(
     projection = pruned.get_submodule(group.output)
     assert isinstance(projection, nn.Linear)
     block = structure.blocks[group.layer]
-    residual = (group.residual,) if group.residual else ()
-    scale = pruned.get_parameter(group.scale).double().reshape(-1) if group.scale else 1.0
+    residual = (group.stream.residual,) if group.stream.residual else ()
+    scale = pruned.get_parameter(group.stream.scale).double().reshape(-1) if group.stream.scale else 1.0
     weight = projection.weight.double().T.mul(scale).T
     bias = projection.bias.double() * scale if projection.bias is not None else 0.0
     gram, cross = weight.new_zeros(2 * weight.shape[1:]), weight.new_zeros(weight.shape[::-1])

@@ -74,8 +74,10 @@ def _averaging() -> Callable[[_InstanceNorm, tuple[Any, ...]], None]:
 
 
 def _set_apart(values: list[Tensor]) -> Callable[[_Norm, tuple[Any, ...]], None]:
-    """A hook that has a norm take its statistics of what it is given, or puts a single value of each channel among
-    ``values``: torch takes none of that."""
+    """Return a hook that lets a norm take statistics of its input.
+
+    torch refuses inputs with a single value per channel; the hook appends those to ``values``.
+    """
 
     def hook(norm: _Norm, args: tuple[Any, ...]) -> None:
         (given,) = args

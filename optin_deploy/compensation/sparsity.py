@@ -41,8 +41,7 @@ Batch = Mapping[str, Tensor]
 
 @torch.no_grad()
 def sparsify(pair: CompensationPair, batches: Sequence[Batch], strengths: Sequence[float]) -> None:
-    """Set the pattern in the layers of the pruned network's blocks, in place, and refit them to follow the dense
-    network.
+    """Set the pattern in the layers of the pruned network's blocks, in place, and refit them.
 
     Layers are taken in order, each on its inputs after the sparse layers before it. A layer stays dense if its input
     features or channels are no multiple of four, if it shares its weights, runs more than once, or returns the class
@@ -193,8 +192,10 @@ def _grouped_weights(layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 def _in_groups(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """The rows of a solution, the bias last, in such an order that groups of four are consecutive: those of
-    `projections.design` are ordered channel, kernel row, kernel column."""
+    """Return an order of the rows of a solution, the bias last, in which groups of four are consecutive.
+
+    The rows of `nn.unfold.design` are ordered by channel, kernel row and kernel column.
+    """
     rows = layer.weight[0].numel()
     inside = torch.arange(rows, device=layer.weight.device).reshape(layer.weight.shape[1], -1).T.reshape(-1)
     return torch.cat([inside, inside.new_tensor([rows])])

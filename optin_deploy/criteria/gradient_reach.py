@@ -52,8 +52,10 @@ class Reach:
 
 
 def find_reach(network: Network, structure: Structure, batch: Batch) -> Reach:
-    """Check the first samples of ``batch``, with plain checkpoints; one pass forth and back where nothing is
-    suspicious."""
+    """Check which units derivatives reach, on the first samples of ``batch``.
+
+    It takes one forward and backward pass unless something is suspicious. Checkpointing must be off.
+    """
     found = _find(network, structure, {name: t[:_SAMPLES] for name, t in batch.items()})
     return _find(network, structure, {name: t[:_MORE] for name, t in batch.items()}) if found.cut else found
 
@@ -179,8 +181,10 @@ def differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _errors(found: _Derivatives, expected: Mapping[str, Tensor], sizes: Mapping[str, float]) -> dict[str, float]:
-    """Group -> how far its slopes are from those expected, relative to these: 1 where it has none, 0 where it needs
-    none."""
+    """Return the relative error of each group's slopes.
+
+    It is 1 if the group has no slopes, and 0 if it needs none.
+    """
     return {
         name: float((found.slopes[name] * sizes[name] - wanted).norm() / wanted.norm()) if bool(wanted.any()) else 0.0
         for name, wanted in expected.items()

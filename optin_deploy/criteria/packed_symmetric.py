@@ -1,5 +1,7 @@
-"""Symmetric matrices of which little more than the upper half is kept, as one vector: strips of rows, from the diagonal
-on, one behind the other."""
+"""Symmetric matrices stored as little more than their upper half.
+
+The store is one vector of strips of rows, each from the diagonal on.
+"""
 
 from collections.abc import Iterator
 

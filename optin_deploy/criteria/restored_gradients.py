@@ -32,8 +32,10 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watched(module: nn.Module) -> Iterator[list[bool]]:
-    """Collect, while the context lasts, whether ``module`` cuts a tensor off from its graph: empty where it never
-    does."""
+    """Record, while the context lasts, whether ``module`` detaches a tensor from its graph.
+
+    The list stays empty if it never does.
+    """
     found: list[bool] = []
     with _active(module, lambda: _Watching(found)):
         yield found

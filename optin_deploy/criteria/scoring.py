@@ -244,8 +244,11 @@ def score_trajectory_obs(inputs: ScoringInputs) -> dict[str, Tensor]:
 
 
 def _samples_at_once(network: Network, structure: Structure, batches: Batches) -> int:
-    """How much of a batch a backward pass takes: a quarter, but not so little that matrices get thin; and of samples
-    that are long themselves as many as hold 256 tokens."""
+    """Return the number of samples in a backward pass.
+
+    It is a quarter of a batch, but at least 512 tokens, so that matrices do not get thin. Long samples are limited to
+    256 tokens together.
+    """
     mask = network.token_mask
     tokens = max(batch[mask].shape[1] for batch in batches) if mask else structure.tokens
     if tokens >= _LONG and structure.groups[0].axis != 1:

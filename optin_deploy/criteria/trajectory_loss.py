@@ -83,8 +83,10 @@ class Trajectory:
     def run(
         self, copies: int = 1, outputs: Mapping[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Outputs of the blocks, and of the network, for stacked copies of the batch; blocks in ``outputs`` are
-        skipped."""
+        """Return the outputs of the blocks and of the network for stacked copies of the batch.
+
+        Blocks in ``outputs`` are skipped.
+        """
         module, blocks = self.network.module, self.structure.blocks
         given = {n: t.repeat(copies, *[1] * (t.dim() - 1)) for n, t in self.inputs.items()}
         ran = tuple(b for b in blocks if b not in (outputs or {}))
@@ -207,8 +209,10 @@ def sigmoid_root(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def is_saturated(network: Network, batches: Sequence[Batch]) -> bool:
-    """Whether the probabilities that the logits give are so near 0 or 1 for every sample of all ``batches`` that no
-    small change of the logits changes any. One sample that is not is enough; the first mostly is."""
+    """Return whether small changes of the logits change no probability of any sample in ``batches``.
+
+    Then all probabilities are close to 0 or 1. It stops at the first sample for which this is not so.
+    """
     if network.logits is None or network.head == "regression":
         return False
     for batch in batches:
@@ -289,8 +293,11 @@ def differentiable(network: Network) -> Iterator[None]:
 
 
 def chunks(batches: Sequence[Batch], samples: int) -> Sequence[Batch]:
-    """The batches cut into pieces of at most ``samples``: a backward pass keeps the activations of all layers. Those
-    who share the batches share the pieces."""
+    """Return the batches cut into pieces of at most ``samples``.
+
+    A backward pass keeps the activations of all layers, so it takes less than a batch. Processes that share the batches
+    share the pieces.
+    """
     sizes = (next(iter(batch.values())).shape[0] for batch in batches)
     places = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, samples)]
     return shared_like(batches, _Pieces(batches, places, samples))

@@ -71,13 +71,14 @@ _ROWS, _LEAST_ROWS = 2**17, 256
 
 @dataclass
 class Moments:
-    """Sums over positions, in float64: ``second`` of weight · [x, 1][x, 1]ᵀ, as strips of ``symmetric``, of all groups
-    together the most that scoring keeps; ``metric`` of g gᵀ. So precise they are the same in whatever order pieces of
-    the data are added up.
+    """Sums over positions, in float64, so that the order of the pieces of data does not matter.
 
-    ``queries`` are, for heads that can get narrower, the squared derivatives for each dimension, summed over samples.
-    ``whole`` and ``apart`` are, for all channels of a map together, the squares of what a channel gives of a probe's
-    derivative, of whole samples and of pixels.
+    Attributes:
+        second: Σ weight · [x, 1][x, 1]ᵀ, packed by ``packed_symmetric``. It takes most of the memory of scoring.
+        metric: Σ g gᵀ.
+        queries: for heads that can get narrower: squared derivatives for each dimension, summed over samples.
+        whole, apart: for all channels of a map together: squared contributions of a channel to a probe's derivative, by
+            sample and by pixel.
     """
 
     second: Tensor
@@ -213,8 +214,10 @@ def _add_second_moments(
 
 @contextmanager
 def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs, _Runs]]:
-    """Collect, by group and for each time that the projection runs, its input and a zero added to its output, whose
-    gradient is the output's."""
+    """Collect, for each group and run of its projection, the input and a zero added to the output.
+
+    The gradient of the zero is that of the output.
+    """
     given: _Runs = {g.name: [] for g in groups}
     taps: _Runs = {g.name: [] for g in groups}
 

@@ -18,10 +18,10 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d | Transposed
 
 @dataclass(frozen=True)
 class Geometry:
-    """The geometry of a convolution along its one to three axes. Padding has the order of `F.pad`: before and after,
-    beginning with the last axis.
+    """The geometry of a convolution along its one to three axes.
 
-    A transposed convolution is one of stride 1 with a flipped kernel, on an input with zeros ``between`` its pixels.
+    Padding has the order of `F.pad`: before and after, beginning with the last axis. A transposed convolution is one
+    of stride 1 with a flipped kernel, on an input with zeros ``between`` its pixels.
     """
 
     kernel: tuple[int, ...]

@@ -12,10 +12,11 @@ from optin_deploy.structure.parametrizations import bake_weights
 
 
 def canonicalize(module: nn.Module) -> nn.Module:
-    """Return ``module`` without wrappers, with peft's adapters merged, computed weights baked in and torch's attentions
-    replaced by modules. Without any of these it is returned as it is.
+    """Return ``module`` in the form that can be pruned.
 
-    ``module`` is not changed. If nothing is merged, the copy shares its tensors.
+    Wrappers are removed, peft's adapters merged, computed weights baked in, and torch's attentions replaced by modules.
+    Without any of these it is returned as it is. ``module`` is not changed. If nothing is merged, the copy shares its
+    tensors.
 
     Raises:
         UserError: Adapters cannot be merged, or weights cannot be baked in (see `bake_weights`).

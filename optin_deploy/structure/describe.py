@@ -101,8 +101,10 @@ def _with_channels(trial: _Trial, matched: Sequence[_GroupInBlock], refused: Col
 
 
 def _independent_in_tuples(trial: _Trial, coupled: Sequence[_GroupInBlock]) -> _Step:
-    """Return the groups whose channels are independent in tuples although single ones are not, and the others. No two
-    of those returned meet in a convolution."""
+    """Return the groups whose channels are independent only in tuples, and the others.
+
+    No two of those returned meet in a convolution.
+    """
     able = {g.name: g for g in regroup_in_tuples(trial.module, trial.inputs, [g for g, _ in coupled])}
     kept: dict[str, _GroupInBlock] = {}
     ends: set[str] = set()

@@ -272,6 +272,8 @@ class Structure:
 
 
 def channels_last(x: Tensor, axis: int) -> Tensor:
-    """Return ``x`` with the features moved from ``axis`` to the end: a map ``(batch, C, H, W)`` has H·W tokens of
-    width C."""
+    """Return ``x`` with the features moved from ``axis`` to the end.
+
+    A map ``(batch, C, H, W)`` has H·W tokens of width C.
+    """
     return x.movedim(axis, -1)

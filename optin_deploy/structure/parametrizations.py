@@ -98,8 +98,10 @@ def _copy_unwrapped(module: nn.Module, replaced: dict[int, nn.Module]) -> nn.Mod
 
 
 def _run_plainly(module: nn.Module) -> None:
-    """Undo ``torch.compile`` of the module and its functions: compiled functions ignore hooks and run the original
-    module instead of the copy."""
+    """Undo ``torch.compile`` of the module and its functions.
+
+    Compiled functions ignore hooks and run the original module instead of the copy.
+    """
     module._compiled_call_impl = None
     for name, value in list(vars(module).items()):
         if not hasattr(value, _ORIGINAL):

@@ -56,8 +56,10 @@ def residual_stream(calls: Sequence[Call], block: str, projection: str, axis: in
 
 
 def _follow_output(projection: Call, later: Sequence[Call], axis: int) -> tuple[Call, str | None, str | None]:
-    """Return the last call that only normalises or scales the projection's output, the batch norm and the LayerScale
-    parameter on the way."""
+    """Return the last call that only normalises or scales the projection's output.
+
+    The batch norm and the LayerScale parameter on the way are returned with it.
+    """
     last, norm, scale = projection, None, None
     for call in later:
         if norm is None and scale is None and (normed := _normalise(call, last.output, axis)) is not None:
@@ -75,8 +77,10 @@ def _outermost_first(calls: Sequence[Call]) -> list[Call]:
 def _shortcuts(
     earlier: Sequence[Call], later: Sequence[Call], projection: str, last: Call, norm: str | None
 ) -> list[Call]:
-    """Return the calls whose outputs may be a shortcut. It may run before the projection or after it, but not on the
-    projection's output."""
+    """Return the calls whose outputs may be a shortcut.
+
+    They may run before or after the projection, but not on its output.
+    """
     excluded = {projection, norm, last.name} | _made_of(last.output, later)
     calls = [c for c in (*earlier, *later) if c.name not in excluded and not contains(c.name, projection)]
     return _outermost_first(calls)
@@ -97,8 +101,10 @@ def _made_of(tensor: Tensor | None, calls: Sequence[Call]) -> set[str]:
 def _scaled_updates(
     last: Call, scale: str | None, calls: Sequence[Call], projection: str, axis: int
 ) -> Iterator[tuple[str | None, Tensor | None]]:
-    """Yield the update as it may be added to the stream: as it is, or times a parameter of a module around the
-    projection, with that parameter's name."""
+    """Yield the forms in which the update may be added to the stream.
+
+    It is added as it is, or times a parameter of a module around the projection, whose name is yielded with it.
+    """
     yield scale, last.output
     if scale is not None or last.output is None:
         return

@@ -154,8 +154,10 @@ def _record_outputs(module: nn.Module, groups: Sequence[Group]) -> Iterator[dict
 def _replace_outputs(
     module: nn.Module, groups: Sequence[Group], wanted: Mapping[str, list[Tensor]], differences: dict[str, float]
 ) -> Iterator[None]:
-    """Replace the outputs of projections by ``wanted`` while the context lasts, and store their relative errors by
-    group in ``differences``."""
+    """Replace the outputs of projections by ``wanted`` while the context lasts.
+
+    Their relative errors are stored by group in ``differences``.
+    """
     runs: Counter[str] = Counter()
 
     def replace(name: str, _: nn.Module, __: object, output: Tensor) -> Tensor:

@@ -178,8 +178,10 @@ class _Path:
         return schedule, float(self._outside(multiplier) + merging + inside)
 
     def _blocks(self, multiplier: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return two arrays ``(blocks, levels)``: the best value of the units minus their charged FLOPs, and the FLOPs
-        of the block with these units."""
+        """Return two arrays ``(blocks, levels)``: gains and FLOPs.
+
+        A gain is the best value of the block's units minus their charged FLOPs.
+        """
         shape = (len(self.costs.stack.blocks), len(self.levels))
         gain, cost = np.zeros(shape), np.zeros(shape)
         for block in range(shape[0]):

@@ -18,8 +18,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Record:
-    """Operators in the order in which they run, their times in milliseconds (runs × operators), and those of whole
-    runs, with the overhead of profiling."""
+    """Operators in the order in which they run, and their times in milliseconds (runs × operators).
+
+    The times of whole runs include the overhead of profiling.
+    """
 
     operators: Sequence[Operator]
     times_ms: Sequence[Sequence[float]]
@@ -28,8 +30,11 @@ class Record:
 
 @dataclass(frozen=True)
 class ProfileInputs:
-    """Inputs of all runs, a folder for temporary files, the ONNX file that an engine was built from (without it, layers
-    have no module), and a function that returns the module to which the time of a module's path is counted."""
+    """What a layer profiler needs besides its runtime.
+
+    It has the inputs of all runs, a folder for temporary files, the ONNX file that an engine was built from (without
+    it, layers have no module), and a function that returns the module to which the time of a module's path is counted.
+    """
 
     feeds: Feeds
     folder: Path

@@ -71,17 +71,17 @@ def reference_factors(network: Network, small: nn.Module, structure: Structure, 
     columns, targets = [], []
     weight = small.get_parameter(f"{group.output}.weight").double()
     bias = small.get_submodule(group.output).bias
-    gamma = small.get_parameter(group.scale).double() if group.scale else torch.ones(tiny.WIDTH).double()
+    gamma = small.get_parameter(group.stream.scale).double() if group.stream.scale else torch.ones(tiny.WIDTH).double()
     for batch in tiny.batches(network, 4):
         with (
-            record_inputs(network.module, (group.residual,)) as dense,
+            record_inputs(network.module, (group.stream.residual,)) as dense,
             record_outputs(network.module, (group.output,)) as update,
-            record_inputs(small, (group.residual, group.output)) as seen,
+            record_inputs(small, (group.stream.residual, group.output)) as seen,
         ):
             network.forward(batch)
             network.forward(batch, small)
-        after = dense[group.residual].double() + gamma * update[group.output].double()
-        target = after - seen[group.residual].double() - gamma * (bias.double() if bias is not None else 0.0)
+        after = dense[group.stream.residual].double() + gamma * update[group.output].double()
+        target = after - seen[group.stream.residual].double() - gamma * (bias.double() if bias is not None else 0.0)
         x = seen[group.output].double()
         valid = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones(x.shape[:2]).bool()
         per_unit = []

@@ -6,9 +6,9 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from optin_deploy.compensation.pair import CompensationPair
 from torch import Tensor, nn
 
+from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.compensation.ridge import Moments, penalised
 from optin_deploy.compensation.sparsity import (
     Sparsity,
