@@ -10,7 +10,7 @@ MIN_VENV ?= .venv-min
 # What a fresh environment takes of everything but torch, see there.
 PINNED := .ci/constraints.txt
 
-.PHONY: docker-test install test test-fast test-min lint types docs browser package demo kills faults fuzz audit clean
+.PHONY: coverage docker-test install test test-fast test-min lint types docs browser package package-quick demo kills faults fuzz audit clean
 
 install: $(VENV)/.installed
 
@@ -81,6 +81,16 @@ docker-test: install
 
 package: install
 	PYTHON=$(PYTHON) BIN=$(BIN) sh benchmarks/package.sh
+
+# Without a download of the dependencies: they come from the usual environment.
+package-quick: install
+	PYTHON=$(PYTHON) BIN=$(BIN) BASE=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		sh benchmarks/package.sh
+
+# What `make test` covers, line by line, with the files below 85 % first.
+coverage: install
+	OMP_NUM_THREADS=1 OPTIN_DATA_ROOT=$(DATA) $(BIN)/python -m pytest -n 4 --dist worksteal --cov --cov-report=
+	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
 demo: install
 	VENV_BIN=$(BIN) DATA=$(DATA) OUT=$(DEMO) sh benchmarks/demo.sh

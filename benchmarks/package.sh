@@ -1,7 +1,8 @@
 #!/bin/sh
-# Builds wheel and sdist, looks into them, installs the wheel with its core dependencies alone into a new environment,
-# and runs the command line there. Called by `make package`, which sets PYTHON (a new environment's) and BIN (one with
-# `build`). The environment takes some 6 GB and is removed again.
+# Build wheel and sdist, check their contents, install the wheel into a new environment, and run the command line there.
+# Called by `make package` and `make package-quick`, which set PYTHON (of a new environment) and BIN (an environment with
+# `build`). With BASE, a folder of installed packages, dependencies come from there; otherwise the core dependencies alone
+# are installed, which takes some 6 GB. The environment is removed at the end.
 set -eu
 fail() { echo "package: $*" >&2; exit 1; }
 out=build/package
@@ -13,7 +14,11 @@ out=$(cd "$out" && pwd)
 
 "$BIN/python" -m zipfile -l "$out"/dist/*.whl >"$out/files"
 for file in optin_deploy/py.typed exporters/py.typed profilers/py.typed optin_deploy/data/builtin_sentences.txt \
-    optin_deploy/report/template.html.j2 optin_deploy/report/style.css optin_deploy/sweeps/template.html.j2; do
+    optin_deploy/report/macros.html.j2 \
+    optin_deploy/report/page.html.j2 \
+    optin_deploy/report/style.css \
+    optin_deploy/report/template.html.j2 \
+    optin_deploy/sweeps/template.html.j2; do
     grep -q "^$file " "$out/files" || fail "the wheel lacks $file"
 done
 if grep -qE '^(tests|benchmarks|docs)/' "$out/files"; then fail "the wheel holds what is not the package"; fi
@@ -21,10 +26,19 @@ if grep -qE '^(tests|benchmarks|docs)/' "$out/files"; then fail "the wheel holds
 venv=$out/venv
 trap 'rm -rf "$venv"' EXIT
 "$PYTHON" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet torch torchvision
-"$venv/bin/python" -m pip install --quiet "$out"/dist/*.whl
-cd "$out"  # where no source is found instead
+if [ -n "${BASE:-}" ]; then
+    # A path in a .pth file is searched, but an editable install in it is not.
+    echo "$BASE" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+    "$venv/bin/python" -m pip install --quiet --no-deps --ignore-installed "$out"/dist/*.whl
+else
+    "$venv/bin/python" -m pip install --quiet torch torchvision
+    "$venv/bin/python" -m pip install --quiet "$out"/dist/*.whl
+fi
+cd "$out"  # no source is found here
+"$venv/bin/python" -c 'import optin_deploy, sys; sys.exit(not optin_deploy.__file__.startswith(sys.prefix))' \
+    || fail "another optin_deploy is imported"
 "$venv/bin/optin-deploy" env >env
+if [ -n "${BASE:-}" ]; then echo "package: the wheel works, $(ls dist | tr '\n' ' ')"; exit 0; fi
 grep -q '^onnxruntime: not installed' env || fail "env does not say that onnxruntime is missing"
 
 "$venv/bin/optin-deploy" --help >/dev/null  # byte code is there from now on
