@@ -6,9 +6,13 @@ The environment variable POLYGRAPHY_USE_TENSORRT_RTX of the process decides whic
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypedDict
 
 _MIB = 2**20
+
+# An object of TensorRT's or TensorRT for RTX's bindings, which have no types.
+TrtObject = Any
 
 
 class BuildSpec(TypedDict):
@@ -46,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
     flags: list[str] = []
 
-    def configure(builder: Any, parsed: Any) -> Any:
+    def configure(builder: TrtObject, parsed: TrtObject) -> TrtObject:
         config = _builder_config(spec, trt, builder, parsed)
         flags.extend(sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)))
         return config
@@ -58,7 +62,7 @@ def main(arguments: list[str]) -> None:
         Path(spec["layers"]).write_text(layers, encoding="utf-8")
 
 
-def _layers(trt: Any, engine: Any) -> str:
+def _layers(trt: ModuleType, engine: bytes) -> str:
     """Return the engine's description of its layers as JSON; "" where this GPU cannot load the engine."""
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     # A version-compatible engine has host code of its own, which is safe here: this process built it.
@@ -69,7 +73,7 @@ def _layers(trt: Any, engine: Any) -> str:
     return str(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _builder_config(spec: BuildSpec, trt: Any, builder: Any, network: Any) -> Any:
+def _builder_config(spec: BuildSpec, trt: ModuleType, builder: TrtObject, network: TrtObject) -> TrtObject:
     from polygraphy.backend.trt import CreateConfig, Profile
 
     profile, options = Profile(), spec["config"]

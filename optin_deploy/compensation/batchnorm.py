@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +58,11 @@ def _run(module: nn.Module, norms: Sequence[_Norm], batches: Batches) -> None:
             norm.eval()
 
 
-def _averaging() -> Callable[[_InstanceNorm, tuple[Any, ...]], None]:
+def _averaging() -> Callable[[_InstanceNorm, tuple[Tensor, ...]], None]:
     """A hook that gives an instance norm the mean, over samples and all batches so far, of samples' statistics."""
     count = 0
 
-    def hook(norm: _InstanceNorm, args: tuple[Any, ...]) -> None:
+    def hook(norm: _InstanceNorm, args: tuple[Tensor, ...]) -> None:
         nonlocal count
         assert norm.running_mean is not None and norm.running_var is not None
         values, count = args[0].flatten(2), count + 1
@@ -73,13 +72,13 @@ def _averaging() -> Callable[[_InstanceNorm, tuple[Any, ...]], None]:
     return hook
 
 
-def _set_apart(values: list[Tensor]) -> Callable[[_Norm, tuple[Any, ...]], None]:
+def _set_apart(values: list[Tensor]) -> Callable[[_Norm, tuple[Tensor, ...]], None]:
     """Return a hook that lets a norm take statistics of its input.
 
     torch refuses inputs with a single value per channel; the hook appends those to ``values``.
     """
 
-    def hook(norm: _Norm, args: tuple[Any, ...]) -> None:
+    def hook(norm: _Norm, args: tuple[Tensor, ...]) -> None:
         (given,) = args
         alone = given.numel() == norm.num_features
         norm.train(not alone)

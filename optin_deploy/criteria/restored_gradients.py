@@ -7,13 +7,14 @@ computes, or what has no derivative.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from optin_deploy.nn.batches import PyTree, TorchFunction
 
 # What gives a tensor without its graph, and what leaves torch, which no tensor with a graph can.
 _CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -46,12 +47,12 @@ def _active(module: nn.Module, make: Callable[[], TorchFunctionMode]) -> Iterato
     """A mode in every forward pass of ``module``, and nowhere else, where gradients are on."""
     modes: list[TorchFunctionMode | None] = []
 
-    def enter(*_: Any) -> None:
+    def enter(*_: object) -> None:
         modes.append(make() if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() else None)
         if modes[-1] is not None:
             modes[-1].__enter__()
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         mode = modes.pop()
         if mode is not None:
             mode.__exit__(None, None, None)
@@ -68,7 +69,9 @@ def _active(module: nn.Module, make: Callable[[], TorchFunctionMode]) -> Iterato
 
 
 class _Restoring(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: TorchFunction, types: object, args: Sequence[PyTree] = (), kwargs: PyTree = None
+    ) -> PyTree:
         if func is _SWITCH:
             return func(*args)
         if func in _LEAVES:
@@ -89,7 +92,9 @@ class _Watching(TorchFunctionMode):
         super().__init__()
         self.found = found
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: TorchFunction, types: object, args: Sequence[PyTree] = (), kwargs: PyTree = None
+    ) -> PyTree:
         cut = func in _CUTS or func in _LEAVES or not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         given = func(*args, **(kwargs or {}))
         if cut and not self.found and func is not _SWITCH:
@@ -108,7 +113,7 @@ def _with_graph(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _in_place(func: Any) -> bool:
+def _in_place(func: TorchFunction) -> bool:
     name = getattr(func, "__name__", "")
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
@@ -119,10 +124,10 @@ def plain_checkpoints() -> Iterator[None]:
     torch_module = torch.utils.checkpoint
     before = {name: getattr(torch_module, name) for name in _GENERATORS if hasattr(torch_module, name)}
 
-    def once(*_: Any, **__: Any) -> Iterator[None]:
+    def once(*_: object, **__: object) -> Iterator[None]:
         yield
 
-    def run(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+    def run(function: TorchFunction, _: bool, *args: PyTree) -> PyTree:
         return function(*args)
 
     try:

@@ -18,7 +18,7 @@ information of the softmax, diag(p) − ppᵀ, or of the sigmoids, p(1 − p), w
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from optin_deploy.distributed.ranks import shared_like
 from optin_deploy.network import Network
+from optin_deploy.nn.batches import PyTree
 from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.freezing import freeze_parameters
 from optin_deploy.nn.partial_forward import record_outputs, replay_blocks
@@ -81,8 +82,8 @@ class Trajectory:
         self.size = next(iter(inputs.values())).shape[0]
 
     def run(
-        self, copies: int = 1, outputs: Mapping[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        self, copies: int = 1, outputs: Mapping[str, PyTree] | None = None
+    ) -> tuple[dict[str, PyTree], dict[str, Tensor]]:
         """Return the outputs of the blocks and of the network for stacked copies of the batch.
 
         Blocks in ``outputs`` are skipped.
@@ -94,16 +95,16 @@ class Trajectory:
             task = self.network.forward(given)
         return seen, {name: y for name, y in task.items() if y.is_floating_point()}
 
-    def grams(self, outputs: Mapping[str, Any], copies: int = 1) -> dict[str, Tensor]:
+    def grams(self, outputs: Mapping[str, PyTree], copies: int = 1) -> dict[str, Tensor]:
         """Gram matrix of every block's output that is compared, times the root of the block's weight."""
         return {block: self.gram(block, output, copies) for block, output in self.compared(outputs).items()}
 
-    def compared(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    def compared(self, outputs: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Those of the blocks' ``outputs`` whose Gram matrices count."""
         compared = self.structure.compared
         return {block: output for block, output in outputs.items() if block in compared}
 
-    def gram(self, block: str, output: Any, copies: int = 1) -> Tensor:
+    def gram(self, block: str, output: PyTree, copies: int = 1) -> Tensor:
         """Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""
         features, tokens = self.tokens(block, output, copies)
         return self.weight(block) ** 0.5 * gram(features, tokens, copies)
@@ -112,7 +113,7 @@ class Trajectory:
         """How much the Gram matrix of a block counts."""
         return LAST_BLOCK_WEIGHT if block == self.structure.compared[-1] else 1.0
 
-    def tokens(self, block: str, output: Any, copies: int = 1) -> tuple[Tensor, Tensor]:
+    def tokens(self, block: str, output: PyTree, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Features of a block's output along the last axis, and the indices ``(K,)`` of one copy's sampled tokens."""
         found = first_tensor(output)
         assert found is not None

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from optin_deploy.errors import UserError, one_line
+from optin_deploy.utils.json_types import JsonObject, JsonValue
 from optin_deploy.utils.paths import is_hidden, require_regular
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Table:
     """
 
     path: Path
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[JsonValue]]
     header: tuple[str, ...] | None = None
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -155,7 +156,7 @@ class Table:
             return int(column) - 1
         raise UserError(f"{self.path} has no column {column!r}; it has {', '.join(header)[:120]}")
 
-    def _cell(self, row: Sequence[Any], number: int, index: int) -> str:
+    def _cell(self, row: Sequence[JsonValue], number: int, index: int) -> str:
         value, name = row[index], (self.header or ())[index]
         if isinstance(value, bool):
             return str(int(value))
@@ -281,7 +282,7 @@ def _json_table(path: Path, text: str) -> Table:
     return Table(path, [[row.get(name) for name in header] for row in content], header)
 
 
-def _json_lines(text: str) -> list[Any]:
+def _json_lines(text: str) -> list[JsonValue]:
     values = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -292,7 +293,7 @@ def _json_lines(text: str) -> list[Any]:
     return values
 
 
-def _json_or_lines(text: str) -> Any:
+def _json_or_lines(text: str) -> JsonValue:
     """Parse JSON, or JSON Lines if several values follow each other: such files are often called .json too."""
     if not text.strip():
         return []
@@ -304,7 +305,7 @@ def _json_or_lines(text: str) -> Any:
         return _json_lines(text)
 
 
-def _json_columns(path: Path, content: Mapping[str, Any]) -> Table:
+def _json_columns(path: Path, content: JsonObject) -> Table:
     """Return a table from lists by column, or from objects by column (row name -> cell), as pandas writes them."""
     columns = {name: list(c.values()) if isinstance(c, dict) else c for name, c in content.items()}
     wrong = next((name for name, column in columns.items() if not isinstance(column, list)), None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard, cast, get_args
+from typing import TYPE_CHECKING, TypeGuard, cast, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,10 @@ from optin_deploy.nn.sentence_embeddings import (
     Sentences,
     Similarity,
 )
+from optin_deploy.utils.json_types import JsonObject, JsonValue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODULES_NAME, CONFIG_NAME = "modules.json", "config_sentence_transformers.json"
 ENCODER_CONFIGS = tuple(
@@ -98,7 +102,7 @@ class _Reader:
             self.files[name] = content
         return content
 
-    def json(self, name: str, kind: type = dict) -> Any:
+    def json(self, name: str, kind: type = dict) -> JsonValue:
         """Return a JSON file's value; None if there is no such file, UserError if it is not a ``kind``."""
         content = self.content(name)
         if content is None:
@@ -155,7 +159,7 @@ def read_sentence_files(model: str) -> SentenceFiles | None:
     )
 
 
-def _entry(reader: _Reader, module: Any) -> tuple[str, str]:
+def _entry(reader: _Reader, module: JsonValue) -> tuple[str, str]:
     """Return class and folder of a module; UserError if it is not supported, or its folder is outside the model."""
     path = reader.path(MODULES_NAME)
     if not isinstance(module, dict) or not isinstance(module.get("type"), str):
@@ -172,15 +176,15 @@ def _entry(reader: _Reader, module: Any) -> tuple[str, str]:
     return name, "" if folder == "." else folder.strip("/")
 
 
-def _encoder_config(reader: _Reader, folder: str) -> dict[str, Any]:
+def _encoder_config(reader: _Reader, folder: str) -> JsonObject:
     for name in ENCODER_CONFIGS:
         config = reader.json(_join(folder, name))
         if config is not None:
-            return cast("dict[str, Any]", config)
+            return cast(JsonObject, config)
     return {}
 
 
-def _max_length(reader: _Reader, config: Mapping[str, Any]) -> int | None:
+def _max_length(reader: _Reader, config: JsonObject) -> int | None:
     nested = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
     length = config.get("max_seq_length")
     if length is None and isinstance(nested, Mapping):
@@ -194,7 +198,7 @@ def _max_length(reader: _Reader, config: Mapping[str, Any]) -> int | None:
     return length
 
 
-def _prompt(reader: _Reader, config: Mapping[str, Any], *, is_classifier: bool) -> str:
+def _prompt(reader: _Reader, config: JsonObject, *, is_classifier: bool) -> str:
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     if name is None:
         return ""
@@ -207,7 +211,7 @@ def _prompt(reader: _Reader, config: Mapping[str, Any], *, is_classifier: bool) 
     return str(prompts[name])
 
 
-def _similarity(reader: _Reader, config: Mapping[str, Any]) -> Similarity:
+def _similarity(reader: _Reader, config: JsonObject) -> Similarity:
     name = config.get("similarity_fn_name") or "cosine"
     if name not in get_args(Similarity):
         raise UserError(
@@ -246,7 +250,7 @@ def _head(
     return _modes(reader, config, entries[0][1]), include is not False, tuple(m for m in layers if m is not None)
 
 
-def _modes(reader: _Reader, config: Mapping[str, Any], folder: str) -> tuple[PoolingMode, ...]:
+def _modes(reader: _Reader, config: JsonObject, folder: str) -> tuple[PoolingMode, ...]:
     value = config.get("pooling_mode")
     if value is None:
         value = [mode for flag, mode in _FLAGS.items() if config.get(flag) is True] or ["mean"]
@@ -308,7 +312,7 @@ def _normalize(reader: _Reader, folder: str) -> nn.Module:
     return Normalize()
 
 
-def _check_features(config: Mapping[str, Any], path: str) -> None:
+def _check_features(config: JsonObject, path: str) -> None:
     """Raise UserError if a module works on other features than the embedding."""
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
@@ -338,7 +342,7 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _with_encoder_at_root(files: Mapping[str, bytes], modules: list[Any], folder: str) -> dict[str, bytes]:
+def _with_encoder_at_root(files: Mapping[str, bytes], modules: list[JsonValue], folder: str) -> dict[str, bytes]:
     """Return ``files`` for a directory with the encoder at its root instead of in ``folder``."""
     if not folder:
         return dict(files)
@@ -347,7 +351,7 @@ def _with_encoder_at_root(files: Mapping[str, bytes], modules: list[Any], folder
     return {moved.get(name, name): content for name, content in files.items()} | {MODULES_NAME: first.encode()}
 
 
-def build_sentences(files: SentenceFiles, tokenizer: Any) -> Sentences:
+def build_sentences(files: SentenceFiles, tokenizer: "PreTrainedTokenizerBase") -> Sentences:
     """Return how the model of ``files`` makes sentence embeddings from the tokens of ``tokenizer``."""
     prompt = files.prompt.lower() if files.lower_case else files.prompt
     ids = tokenizer(prompt)["input_ids"] if prompt else []

@@ -1,10 +1,9 @@
 """timm networks in a user's files: directories that timm saved, and arguments that files of weights imply."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import timm
 import torch
@@ -15,6 +14,7 @@ from optin_deploy.errors import UserError
 from optin_deploy.models.weight_files import WeightsFile, shapes_if_readable
 from optin_deploy.models.weight_names import choose_part, find_parts, unwrap_names
 from optin_deploy.network import Source
+from optin_deploy.utils.json_types import JsonObject, JsonValue
 
 # A limit for all numbers but classes: a huge depth would be built until memory is full.
 _MOST = 10_000
@@ -36,7 +36,7 @@ class SavedNetwork:
     """
 
     source: Source
-    pretrained_cfg: Mapping[str, Any]
+    pretrained_cfg: JsonObject
 
 
 class _PretrainedCfg(BaseModel):
@@ -61,7 +61,7 @@ class _Config(BaseModel):
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
     label_names: list[str] | dict[_Number, str] | None = None
     label_descriptions: dict[str, str] | None = None
-    model_args: dict[str, Any] = {}
+    model_args: dict[str, JsonValue] = {}
     pretrained_cfg: _PretrainedCfg = _PretrainedCfg()
 
 
@@ -96,7 +96,7 @@ def read_saved_network(directory: Path) -> SavedNetwork | None:
     )
 
 
-def _arguments(config: _Config, path: Path) -> dict[str, Any]:
+def _arguments(config: _Config, path: Path) -> dict[str, JsonValue]:
     arguments = dict(config.model_args)
     for name, value in arguments.items():
         numbers = value if isinstance(value, list) else [value]
@@ -114,13 +114,13 @@ def _arguments(config: _Config, path: Path) -> dict[str, Any]:
     return arguments
 
 
-def _default_preprocessing() -> dict[str, Any]:
+def _default_preprocessing() -> dict[str, JsonValue]:
     """Return timm's preprocessing for a ``config.json`` that states none."""
     default = PretrainedCfg().to_dict()
     return {name: default[name] for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
 
 
-def _architecture_cfg(architecture: str) -> dict[str, Any]:
+def _architecture_cfg(architecture: str) -> dict[str, JsonValue]:
     """Return timm's ``pretrained_cfg`` for ``architecture``; empty if it has none."""
     known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     return known.to_dict() if known else {}
@@ -152,5 +152,5 @@ def arguments_from_weights(name: str, file: WeightsFile) -> dict[str, int]:
     return arguments
 
 
-def _first(names: Any) -> str | None:
+def _first(names: JsonValue) -> str | None:
     return names if isinstance(names, str) else next(iter(names or ()), None)

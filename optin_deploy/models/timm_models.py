@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import timm
 import torch
@@ -14,6 +13,7 @@ from optin_deploy.data.preprocessing import IMAGE_CHANNELS, ImagePreprocessing
 from optin_deploy.errors import UserError, one_line
 from optin_deploy.network import Network, Origin, Source
 from optin_deploy.structure.canonicalize import canonicalize
+from optin_deploy.utils.json_types import JsonObject, JsonValue
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def prunable_names() -> list[str]:
     return others + resnets
 
 
-def _build_arguments(source: Source) -> dict[str, Any]:
+def _build_arguments(source: Source) -> dict[str, JsonValue]:
     """Return the arguments of ``timm.create_model``; CNNs take no image size."""
     is_cnn = any(source.name.partition(".")[0] in timm.list_models(module=m) for m in ("resnet", *_CNNS))
     return {name: value for name, value in source.arguments.items() if not (is_cnn and name == "img_size")}
@@ -69,7 +69,7 @@ def build(source: Source) -> nn.Module:
         raise UserError(f"timm cannot build {source.name} with {dict(source.arguments)}: {one_line(error)}") from error
 
 
-def source_of(name: str, image_size: int | None, arguments: Mapping[str, Any] = MappingProxyType({})) -> Source:
+def source_of(name: str, image_size: int | None, arguments: JsonObject = MappingProxyType({})) -> Source:
     """Return the source of a timm model, with ``image_size`` in pixels if it differs from the model's own."""
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size}: give a positive number of pixels")
@@ -88,7 +88,7 @@ def network_of(
     module: nn.Module,
     source: Source,
     weights: str,
-    pretrained_cfg: Mapping[str, Any] | None = None,
+    pretrained_cfg: JsonObject | None = None,
     origin: Origin | None = None,
 ) -> Network:
     """Return a `Network` around a timm module; UserError if the image size does not fit it.
@@ -97,7 +97,7 @@ def network_of(
     Networks of neither color nor grey images have no preprocessing: they are calibrated on tensors.
     """
     known = dict(pretrained_cfg or getattr(module, "pretrained_cfg", None) or {})
-    config: dict[str, Any] = timm.data.resolve_data_config({}, pretrained_cfg=known)
+    config: dict[str, JsonValue] = timm.data.resolve_data_config({}, pretrained_cfg=known)
     size = source.arguments.get("img_size")
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", (1, 1))
     if size and (size % patch[0] or size % patch[1]):
@@ -120,9 +120,7 @@ def network_of(
     )
 
 
-def _preprocessing(
-    name: str, config: Mapping[str, Any], channels: int, size: tuple[int, int]
-) -> ImagePreprocessing | None:
+def _preprocessing(name: str, config: JsonObject, channels: int, size: tuple[int, int]) -> ImagePreprocessing | None:
     """Return timm's preprocessing; None, with a warning, for networks of neither color nor grey images."""
     if channels not in (1, 3):
         logger.warning(
@@ -156,7 +154,7 @@ def _for_channels(name: str, key: str, values: Sequence[float], channels: int) -
     )
 
 
-def _class_names(known: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+def _class_names(known: JsonObject) -> tuple[tuple[str, ...], ...]:
     """Return the names of each class in ``pretrained_cfg``: its label and, if there is one, its description."""
     labels, descriptions = known.get("label_names") or (), known.get("label_descriptions") or {}
     if isinstance(labels, Mapping):
@@ -166,7 +164,7 @@ def _class_names(known: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(name for name in pair if name) for pair in pairs)
 
 
-def _origin(known: Mapping[str, Any], weights: str) -> Origin:
+def _origin(known: JsonObject, weights: str) -> Origin:
     if weights != "pretrained":
         return Origin()
     return Origin(base_model=known.get("hf_hub_id"), license=known.get("license"))

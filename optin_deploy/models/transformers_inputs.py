@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from optin_deploy.errors import UserError
 from optin_deploy.network import Preprocessing
 from optin_deploy.nn.batches import Batch, batch_size
 from optin_deploy.nn.outputs import all_outputs, named_outputs, unfit_reason
+from optin_deploy.utils.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 IMAGE_INPUT = "pixel_values"
 AUDIO_INPUT = "input_features"
@@ -92,14 +96,14 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
 
 def most_positions(module: nn.Module) -> int | None:
     """Return the number of tokens that the network has positions for; None if it is unlimited."""
-    config: Any = module.config
-    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: PretrainedConfig = module.config
+    text: PretrainedConfig = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     # XLNet has -1 for no limit.
     return positions - _first_position(module) if isinstance(positions, int) and positions > 0 else None
 
 
-def tokenizer_limit(tokenizer: Any) -> int | None:
+def tokenizer_limit(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Return the number of tokens to which a tokenizer truncates texts; None if it does not."""
     return int(tokenizer.model_max_length) if tokenizer.model_max_length <= _MOST_POSITIONS else None
 
@@ -112,7 +116,7 @@ def _first_position(module: nn.Module) -> int:
     return 0
 
 
-def image_size(config: Any) -> tuple[int, int, int]:
+def image_size(config: "PretrainedConfig") -> tuple[int, int, int]:
     """Return channels, height and width of the images of a configuration; 224 pixels if it states no size."""
     for part in (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None)):
         size = getattr(part, "image_size", None)
@@ -124,13 +128,13 @@ def image_size(config: Any) -> tuple[int, int, int]:
 
 def _frames(module: nn.Module) -> tuple[int, int]:
     """Return the number of mel bins, and the number of frames that the encoder has positions for."""
-    config: Any = module.config
+    config: PretrainedConfig = module.config
     reduction = math.prod(m.stride[0] for m in module.modules() if isinstance(m, nn.Conv1d))
     return config.num_mel_bins, config.max_source_positions * reduction
 
 
 def _token_ids(module: nn.Module, length: int, generator: torch.Generator) -> Tensor:
-    whole: Any = module.config
+    whole: PretrainedConfig = module.config
     config = getattr(whole, "text_config", whole)
     positions = [getattr(config, n, None) for n in ("max_position_embeddings", "max_target_positions")]
     length = min([length, *(p for p in positions if isinstance(p, int) and p > 0)])
@@ -138,7 +142,7 @@ def _token_ids(module: nn.Module, length: int, generator: torch.Generator) -> Te
     return end_of_text(ids, whole.to_dict())
 
 
-def end_of_text(ids: Tensor, config: Mapping[str, Any]) -> Tensor:
+def end_of_text(ids: Tensor, config: JsonObject) -> Tensor:
     """Return ``ids`` with the end token of ``config`` last: some networks read their output at that position."""
     text = config.get("text_config") or config
     end = text.get("eos_token_id")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -26,6 +26,10 @@ from optin_deploy.nn.batches import Batch
 from optin_deploy.nn.outputs import named_outputs
 from optin_deploy.nn.task_head import HeadKind, head_of
 from optin_deploy.structure.canonicalize import canonicalize
+from optin_deploy.utils.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # The pipeline has its own progress display.
 transformers.utils.logging.disable_progress_bar()
@@ -44,7 +48,7 @@ _MOST_LAYERS = 10_000
 _FEW_TOKENS = 8
 
 
-def read_config(name: str) -> Any:
+def read_config(name: str) -> "PretrainedConfig":
     """Return the configuration of a local directory or model id.
 
     Raises:
@@ -57,7 +61,7 @@ def read_config(name: str) -> Any:
     return config
 
 
-def _check_code(config: Mapping[str, Any]) -> None:
+def _check_code(config: JsonObject) -> None:
     """Raise UserError if an attention (or the like) is code that transformers would fetch from a hub and run."""
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -66,7 +70,7 @@ def _check_code(config: Mapping[str, Any]) -> None:
             raise UserError(f"{key} {value!r} is remote code, which is never run: remove it from config.json")
 
 
-def source_of(config: Any, task: str | None = None) -> Source:
+def source_of(config: "PretrainedConfig", task: str | None = None) -> Source:
     """Return the source: the class that the configuration names, or else the plain encoder, and the configuration.
 
     Args:
@@ -85,14 +89,14 @@ def source_of(config: Any, task: str | None = None) -> Source:
     return Source("transformers", class_name, config.to_dict())
 
 
-def _plain_class(config: Any) -> str:
+def _plain_class(config: "PretrainedConfig") -> str:
     if type(config) not in transformers.AutoModel._model_mapping:
         raise UserError(f"transformers {transformers.__version__} has no model for {type(config).__name__}")
     classes = transformers.AutoModel._model_mapping[type(config)]
     return str((classes[0] if isinstance(classes, tuple | list) else classes).__name__)
 
 
-def _encoder_class(config: Any) -> str:
+def _encoder_class(config: "PretrainedConfig") -> str:
     """Return the class of the plain encoder; for T5 and its relatives, the encoder without the decoder."""
     plain = _plain_class(config)
     alone = plain.removesuffix("Model") + "EncoderModel"
@@ -113,7 +117,7 @@ def create_module(source: Source) -> nn.Module:
     return cls(_config(source)).float().eval()
 
 
-def _config(source: Source) -> Any:
+def _config(source: Source) -> "PretrainedConfig":
     _check_code(source.arguments)
     config = getattr(transformers, source.name).config_class.from_dict(dict(source.arguments))
     # transformers maps other names of this attribute to this one.
@@ -253,7 +257,7 @@ def without_pooler(module: nn.Module) -> nn.Module:
     Its output is not exported, and often its weights were never trained. It stays if a forward pass without it fails,
     as for EfficientNet, which computes other outputs from it.
     """
-    pooler: Any = getattr(module, "pooler", None)
+    pooler: nn.Module | None = getattr(module, "pooler", None)
     if pooler is None or isinstance(pooler, NoPooler) or not hasattr(module, "embeddings"):
         return module
     module.eval()
@@ -392,7 +396,7 @@ def read_preprocessing(
             "tokenizer_config.json"
         )
     if type(module).__name__.endswith("ForSequenceClassification") and hasattr(module, "score"):
-        config: Any = module.config
+        config: PretrainedConfig = module.config
         _pad_by_config(name, tokenizer, config.get_text_config())
     elif tokenizer.pad_token is None:
         # Decoders are often trained without padding. Any token will do, since the mask is 0 there.
@@ -400,7 +404,7 @@ def read_preprocessing(
     return _text_preprocessing(tokenizer, module, name, max_text_length, sentences)
 
 
-def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
+def _pad_by_config(name: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig") -> None:
     """Set the same padding token in the tokenizer and the configuration of a decoder's classifier.
 
     The classifier finds the end of a text by the padding. If neither states a token, a special token is used that no
@@ -430,7 +434,7 @@ def _pad_by_config(name: str, tokenizer: Any, config: Any) -> None:
 
 def with_padding(source: Source, module: nn.Module) -> Source:
     """Return ``source`` with the padding token of ``module``, if it states none."""
-    whole: Any = module.config
+    whole: PretrainedConfig = module.config
     arguments, config = dict(source.arguments), whole.get_text_config()
     key = "text_config" if config is not whole and "text_config" in arguments else None
     text = dict(arguments[key]) if key else arguments
@@ -440,7 +444,7 @@ def with_padding(source: Source, module: nn.Module) -> Source:
     return replace(source, arguments={**arguments, key: text} if key else text)
 
 
-def read_tokenizer(name: str) -> Any:
+def read_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a local directory or model id; UserError if there is none or it is damaged."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -453,7 +457,11 @@ def read_tokenizer(name: str) -> Any:
 
 
 def _text_preprocessing(
-    tokenizer: Any, module: nn.Module, name: str, max_text_length: int | None, sentences: SentenceFiles | None
+    tokenizer: "PreTrainedTokenizerBase",
+    module: nn.Module,
+    name: str,
+    max_text_length: int | None,
+    sentences: SentenceFiles | None,
 ) -> TextPreprocessing:
     arguments = inspect.signature(module.forward).parameters
     return TextPreprocessing(
@@ -466,7 +474,9 @@ def _text_preprocessing(
     )
 
 
-def text_limit(module: nn.Module, tokenizer: Any, max_seq_length: int | None = None) -> int | None:
+def text_limit(
+    module: nn.Module, tokenizer: "PreTrainedTokenizerBase", max_seq_length: int | None = None
+) -> int | None:
     """Return the number of tokens to which the model's files limit a text; None without a limit.
 
     Args:

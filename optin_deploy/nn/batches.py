@@ -1,6 +1,6 @@
 """Batches of inputs: tensors by the argument names of a network's forward, the first axis the batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ Batch = Mapping[str, Tensor]
 Batches = Sequence[Batch]
 # Tensors in nested tuples, lists, mappings and dataclasses.
 PyTree = Any
+# A function of torch, as modes of torch functions see it.
+TorchFunction = Callable[..., PyTree]
 
 
 def batch_size(batch: Batch) -> int:

@@ -1,10 +1,13 @@
 """Linear layers and convolutions with torch's forward, and subclasses that only change the weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from optin_deploy.nn.batches import PyTree, TorchFunction
 
 _BASES: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -59,7 +62,9 @@ class _Weights(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: TorchFunction, types: object, args: Sequence[PyTree] = (), kwargs: PyTree = None
+    ) -> PyTree:
         output = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in _NAMES:
             named = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})

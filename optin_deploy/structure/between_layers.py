@@ -4,14 +4,14 @@ Every second output channel of a convolution is changed. The other channels must
 that runs next. The first function that changes them, or that changes the shape of the tensor for good, is reported.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from optin_deploy.nn.batches import PyTree, TorchFunction
 from optin_deploy.nn.calls import first_tensor
 from optin_deploy.nn.hooks import Args, Kwargs, forward_hooks
 from optin_deploy.nn.plain_layers import base_of, has_own_forward
@@ -101,7 +101,9 @@ class _Trace(TorchFunctionMode):
         self.reached[id(changed)] = changed
         return changed
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: TorchFunction, types: object, args: Sequence[PyTree] = (), kwargs: PyTree = None
+    ) -> PyTree:
         result = func(*args, **(kwargs or {}))
         output = first_tensor(result)
         if not self.begun or self.second is not None or output is None or not output.is_floating_point():
@@ -114,7 +116,7 @@ class _Trace(TorchFunctionMode):
                 self.outputs.append(None)
         return result
 
-    def _compare(self, func: Any, output: Tensor) -> None:
+    def _compare(self, func: TorchFunction, output: Tensor) -> None:
         assert self.before is not None and self.shape is not None
         number = len(self.outputs)
         expected = self.before[number] if number < len(self.before) else None
@@ -147,7 +149,7 @@ class _Trace(TorchFunctionMode):
         last = len(shape) in (3, len(self.shape)) and shape[-1] == self.shape[1]
         return -1 if last and shape[1:-1].numel() == self.shape[2:].numel() else None
 
-    def _named(self, func: Any) -> str:
+    def _named(self, func: TorchFunction) -> str:
         """Return the class and name of the running module if it is one operator, else the function."""
         name = self.stack[-1] if self.stack else ""
         running = self.module.get_submodule(name)

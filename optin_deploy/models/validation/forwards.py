@@ -1,17 +1,16 @@
 """Run a module on its sample inputs: it must run, repeat its results, and return tensors with a batch axis."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from optin_deploy.errors import UserError
-from optin_deploy.nn.batches import Batch, batch_size, dtype_name
+from optin_deploy.nn.batches import Batch, PyTree, TorchFunction, batch_size, dtype_name
 from optin_deploy.nn.copies import check_copyable, class_name_of, error_line
 from optin_deploy.nn.outputs import all_outputs, unfit_reason
 
@@ -25,8 +24,8 @@ _INDEPENDENT = 1e-2
 class SampleRun:
     """Values that a module returns by name, for a batch of ``size`` samples and for its first sample alone."""
 
-    batch: Mapping[str, Any]
-    single: Mapping[str, Any]
+    batch: Mapping[str, PyTree]
+    single: Mapping[str, PyTree]
     size: int
     notes: tuple[str, ...] = ()
 
@@ -69,7 +68,7 @@ def run_samples(module: nn.Module, inputs: Batch) -> SampleRun:
     return replace(run, notes=tuple(notes))
 
 
-def _run(module: nn.Module, batch: Batch, original: Batch, earlier_size: int | None = None) -> Any:
+def _run(module: nn.Module, batch: Batch, original: Batch, earlier_size: int | None = None) -> PyTree:
     """Return the module's output for ``batch``, a copy of ``original``.
 
     Args:
@@ -115,7 +114,7 @@ def _name_mismatch(module: nn.Module, batch: Batch) -> str | None:
 
 
 def _check_repeatable(
-    module: nn.Module, first: Mapping[str, Any], second: Mapping[str, Any], changed: list[str], moved: list[str]
+    module: nn.Module, first: Mapping[str, PyTree], second: Mapping[str, PyTree], changed: list[str], moved: list[str]
 ) -> None:
     """Raise UserError if two runs differ, with the likely reason."""
     if set(first) == set(second):
@@ -201,7 +200,9 @@ class _Autocast(TorchFunctionMode):
 
     seen: torch.dtype | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: TorchFunction, types: object, args: Sequence[PyTree] = (), kwargs: PyTree = None
+    ) -> PyTree:
         on = next((device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)), None)
         if on is not None:
             self.seen = torch.get_autocast_dtype(on)

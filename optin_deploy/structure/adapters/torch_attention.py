@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optin_deploy.nn.batches import PyTree
 from optin_deploy.nn.copies import copy_module, shared_tensors
 from optin_deploy.nn.names import join
 from optin_deploy.structure.adapters.registry import adapter
@@ -136,14 +137,14 @@ def replace_torch_attention(module: nn.Module) -> nn.Module:
 class _Encoder(nn.TransformerEncoder):
     """Takes and returns sequences first, and runs its layers with samples first."""
 
-    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, src: Tensor, *args: PyTree, **kwargs: PyTree) -> Tensor:
         return super().forward(src.transpose(0, 1), *args, **kwargs).transpose(0, 1)
 
 
 class _Decoder(nn.TransformerDecoder):
     """Takes and returns sequences first, and runs its layers with samples first."""
 
-    def forward(self, tgt: Tensor, memory: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, tgt: Tensor, memory: Tensor, *args: PyTree, **kwargs: PyTree) -> Tensor:
         return super().forward(tgt.transpose(0, 1), memory.transpose(0, 1), *args, **kwargs).transpose(0, 1)
 
 
