@@ -1,4 +1,4 @@
-"""Ridge regression from second moments, its strength chosen on held-out rows."""
+"""Ridge regression from second moments, with the strength chosen on held-out rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from optin_deploy.distributed.ranks import Ranks
 
 # Relative to the mean squared feature.
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-# Every so many batches, one is held out to choose the strength.
+# One batch of this many is held out to choose the strength.
 _HOLD_OUT = 4
 # Rows of a Gram matrix that are added at a time.
 _STRIP = 128
 
 
 def is_held_out(index: int, batches: int) -> bool:
-    """Whether the strength is chosen on a batch rather than fitted on it; of one batch, none is."""
-    # Counted from the end, so that of few batches one is held out, too.
+    """Return whether a batch is held out to choose the strength; a single batch is not."""
+    # Counted from the end, so that one of a few batches is held out too.
     return batches > 1 and (batches - 1 - index) % _HOLD_OUT == 0
 
 
@@ -32,7 +32,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weights: Tensor | None = None) -> "Moments":
-        """Of rows ``x`` ``(rows, features)`` and targets ``y`` ``(rows, outputs)``, with ``weights`` ``(rows,)``."""
+        """Return moments of ``x`` ``(rows, features)`` and targets ``y`` ``(rows, outputs)``, weighted by ``(rows,)``."""
         features = x.shape[1] + 1
         gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
         return cls(gram, gram.new_zeros(features, y.shape[1]), 0.0).add(x, y, weights)
@@ -42,7 +42,7 @@ class Moments:
         x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         weighted = x if weights is None else x * weights[:, None]
         for total, rows in ((self.gram, weighted.T @ x), (self.cross, weighted.T @ y)):
-            # Strip by strip, since adding float32 to float64 makes a copy in float64.
+            # Strip by strip, since adding float32 to float64 creates a float64 copy.
             for part, more in zip(total.split(_STRIP), rows.split(_STRIP), strict=True):
                 part += more
         squares = y.square().sum(1).double()
@@ -60,31 +60,31 @@ class Moments:
         return Moments(found["gram"], found["cross"], float(found["targets"]))
 
     def of_nothing(self) -> "Moments":
-        """Of no rows, of the same features and outputs."""
+        """Return moments of no rows, with the same features and outputs."""
         return Moments(torch.zeros_like(self.gram), torch.zeros_like(self.cross), 0.0)
 
     def error(self, solution: Tensor) -> float:
-        """Sum of squared residuals of ``[x, 1] @ solution``."""
+        """Return the sum of squared residuals of ``[x, 1] @ solution``."""
         explained = 2 * float((solution * self.cross).sum()) - float((solution * (self.gram @ solution)).sum())
         return self.targets - explained
 
 
 def penalised(moments: Moments, strength: float) -> Tensor:
-    """``gram`` with the ridge on its diagonal: ``strength`` times the mean squared feature; the bias is free."""
+    """Return ``gram`` plus the ridge: ``strength`` times the mean squared feature, but 0 for the bias."""
     features = len(moments.gram) - 1
     found = moments.gram.clone()
     if features:
-        # The floor lets features be solved for that are zero, or repeat each other.
+        # The floor keeps the system solvable if features are zero or repeat each other.
         found.diagonal()[:features] += (strength * moments.gram.diagonal()[:features].mean()).clamp_min(1e-12)
     return found
 
 
 def solve(moments: Moments, old: Tensor, strength: float, *, bias: bool = True) -> Tensor:
-    """Weights ``(features + 1, outputs)`` whose *change* from ``old`` is penalised; the last row is the bias.
+    """Return weights ``(features + 1, outputs)`` whose *change* from ``old`` is penalised; the last row is the bias.
 
     Args:
-        strength: of the penalty, relative to the mean squared feature; the bias is free.
-        bias: False leaves the last row as it is.
+        strength: of the penalty, relative to the mean squared feature. The bias is not penalised.
+        bias: False keeps the last row as it is.
     """
     features = len(moments.gram) - 1
     free = slice(None) if bias else slice(features)
@@ -95,12 +95,12 @@ def solve(moments: Moments, old: Tensor, strength: float, *, bias: bool = True) 
 
 
 def fit(training: Moments, held_out: Moments | None, old: Tensor, strengths: Sequence[float], *, bias: bool) -> Tensor:
-    """The ridge solution on all rows, its strength the one that does best on held-out rows when fitted without them.
+    """Return the ridge solution on all rows, with the strength that fits best on held-out rows.
 
-    Where every strength does worse there than ``old``, that is given back.
+    The choice is made by fits without these rows. If every strength fits worse there than ``old``, ``old`` is returned.
 
     Args:
-        held_out: None when all rows are in ``training``: the strength is then the middle one.
+        held_out: None if all rows are in ``training``; then the middle strength is taken.
     """
     if held_out is None:
         return solve(training, old, strengths[len(strengths) // 2], bias=bias)

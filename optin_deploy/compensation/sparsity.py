@@ -93,9 +93,9 @@ def measure_sparsity(module: nn.Module, structure: Structure, inputs: Mapping[st
 def sparse_fit(
     training: Moments, held_out: Moments | None, old: Tensor, strengths: Sequence[float], *, bias: bool
 ) -> Tensor:
-    """Weights ``(features + 1, outputs)`` with the pattern along the features; the last row is the bias.
+    """Return weights ``(features + 1, outputs)`` with the pattern along the features; the last row is the bias.
 
-    Arguments are those of `ridge.fit`; without ``strengths``, weights that stay keep their values in ``old``.
+    Arguments are those of `ridge.fit`. Without ``strengths``, the remaining weights keep their values in ``old``.
     """
     features = len(old) - 1
     free = slice(None) if bias else slice(features)
@@ -121,19 +121,19 @@ def sparse_fit(
 
 
 def has_pattern(weights: Tensor) -> bool:
-    """Whether of every four consecutive ones along the last axis two at least are zero."""
+    """Return whether at least two of every four consecutive weights along the last axis are zero."""
     if weights.shape[-1] % GROUP:
         return False
     return bool(((weights.unflatten(-1, (-1, GROUP)) != 0).sum(-1) <= KEPT).all())
 
 
 def choose_mask(weights: Tensor, hessian: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Which weights stay, and the weights after the others have left, the rest having taken over.
+    """Choose the weights to keep, and refit them for the removed ones.
 
     Args:
         weights: ``(rows, n)``, the minimum of the quadratic loss.
         hessian: of the loss in each row, ``(n, n)``, positive definite.
-        columns: how many, a multiple of four, are to be pruned; those behind stay.
+        columns: number of columns to prune, a multiple of four; later columns stay.
 
     Returns:
         a bool mask ``(rows, n)`` and weights ``(rows, n)``.
@@ -159,12 +159,12 @@ def choose_mask(weights: Tensor, hessian: Tensor, columns: int) -> tuple[Tensor,
 
 
 def solve_masked(hessian: Tensor, cross: Tensor, mask: Tensor) -> Tensor:
-    """The minimum of the quadratic loss in every row over the weights that stay, the others being zero.
+    """Return the minimum of the quadratic loss in every row over the kept weights, with the others zero.
 
     Args:
         hessian: ``(n, n)``, positive definite.
         cross: ``(rows, n)``; without a mask the minimum is ``cross @ hessian⁻¹``.
-        mask: bool ``(rows, n)``, as many True in every row.
+        mask: bool ``(rows, n)``, with equally many True in every row.
     """
     places = mask.nonzero()[:, 1].reshape(len(mask), -1)
     solution = torch.zeros_like(cross)
@@ -187,7 +187,7 @@ def _maps_in_blocks(module: nn.Module, structure: Structure) -> dict[str, nn.Lin
 
 
 def _grouped_weights(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """The weights with the input features or channels last, along which groups of four run."""
+    """Return the weights with the input features or channels last; groups of four are along them."""
     return layer.weight.movedim(1, -1)
 
 

@@ -1,4 +1,4 @@
-"""Fisher information of the masks: the only criterion that needs labels.
+"""The Fisher criterion: Fisher information of the masks, from labels.
 
 Mask search of Kwon et al., "A Fast Post-Training Pruning Framework for Transformers" (NeurIPS 2022, arXiv 2204.09656),
 written from the paper. Let g_s be the gradient of sample s's cross entropy with respect to the masks of a group, all of
@@ -44,15 +44,18 @@ def mask_gradients(
     batches: Sequence[Batch],
     labels: Sequence[Tensor],
 ) -> dict[str, Tensor]:
-    """Gradient of each sample's cross entropy for the mask of every unit: name -> float64 ``(samples, units)``, CPU.
+    """Return the gradient of each sample's cross entropy for every unit's mask.
 
-    A sample's cross entropy is the mean over its labelled positions. Of batches that several processes share, each gets
-    the gradients of its own.
+    A sample's cross entropy is the mean over its labelled positions. Processes that share the batches get the gradients
+    of their own ones.
 
     Args:
-        labels: for each batch the int64 classes, ``(batch,)``, or ``(batch, tokens)`` (any number of axes) where the
-            network gives logits for every position; positions of -100 do not count. Where logits are a yes or no each,
+        labels: int64 classes of each batch, ``(batch,)``, or ``(batch, tokens)`` (any number of axes) if the network
+            returns logits for every position; positions with -100 do not count. For logits that are a yes or no each,
             1 or 0 for each of them; the axis of a single logit may be left out.
+
+    Returns:
+        group name -> float64 ``(samples, units)`` on the CPU.
 
     Raises:
         UserError: the network has no class logits, or the labels do not fit them.
@@ -70,7 +73,7 @@ def mask_gradients(
 
 
 def check_head(network: Network) -> None:
-    """Raise UserError where the network has no logits whose cross entropy with labels could be taken."""
+    """Raise UserError if the network has no class logits."""
     if network.logits is None:
         raise UserError("--criterion fisher: the network has no class logits; take another criterion")
     if network.head == "regression":
@@ -84,13 +87,13 @@ def sample_gradients(
     loss: Callable[[Tensor], Tensor],
     module: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Gradient of a loss for every unit's mask, sample by sample: group name -> float64 ``(batch, units)`` on the CPU.
+    """Return the gradient of a loss for every unit's mask and sample: group name -> float64 ``(batch, units)``, CPU.
 
-    Every sample has masks of its own, so one backward pass of the sum gives them all.
+    Every sample has its own masks, so one backward pass of the sum computes all gradients.
 
     Args:
         loss: from the logits to the sum of the samples' losses.
-        module: stands in the network's place; the groups of ``structure`` must be whole in it.
+        module: used instead of the network's; it must have all units of ``structure``.
     """
     assert network.logits is not None
     module = module or network.module
@@ -107,7 +110,7 @@ def sample_gradients(
 
 
 def _cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
-    """Sum of the samples' cross entropies; classes lie on the last axis of ``logits`` or, in maps, on the second."""
+    """Return the sum of the samples' cross entropies; classes are on the last axis, in maps on the second."""
     if logits.shape[:-1] != labels.shape and logits.movedim(1, -1).shape[:-1] == labels.shape:
         logits = logits.movedim(1, -1)
     if logits.shape[:-1] != labels.shape:
@@ -119,7 +122,7 @@ def _cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def _binary_cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
-    """Sum of the samples' cross entropies, each the mean over its labelled logits."""
+    """Return the sum of the samples' cross entropies, each the mean over its labelled logits."""
     if logits.numel() == labels.numel() and is_single(logits):
         labels = labels.reshape(logits.shape)
     if logits.shape != labels.shape:
@@ -138,7 +141,7 @@ def _binary_cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
 
 
 def fisher_scores(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information, (1/S) Σ_s g_s²: group name -> float64 ``(units,)``.
+    """Return the diagonal of the Fisher information, (1/S) Σ_s g_s²: group name -> float64 ``(units,)``.
 
     Args:
         gradients: from `mask_gradients`.

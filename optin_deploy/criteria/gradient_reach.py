@@ -1,12 +1,12 @@
-"""Whether derivatives reach the units, checked on two samples before they are scored.
+"""Check on two samples, before scoring, whether derivatives reach the units.
 
-A module may cut the graph: it runs without gradients, detaches, or computes in a way that has no derivative. Every unit
-before it then scores nothing, or not what it should, without an error. Where the network is seen to cut a graph, or a
-group gets no derivative at all, derivatives d of random sums of the outputs are held against differences,
+A module may cut the graph: it runs without gradients, detaches tensors, or computes something without a derivative. The
+scores of all units before it are then zero or wrong, without an error. If the network cuts a graph, or a group gets no
+derivative at all, derivatives d of random sums of the outputs are compared with finite differences,
 
     ⟨d, v⟩  and  (y(+εv) − y(−εv)) / 2ε,
 
-v random signs at the output of the group's projection. A group that moves no output rightly has none.
+with random signs v at the output of the group's projection. A group that changes no output needs no derivative.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,24 +25,26 @@ from optin_deploy.nn.hooks import Hook, forward_hooks
 from optin_deploy.nn.partial_forward import record_outputs
 from optin_deploy.structure.groups import Group, Structure
 
-# Samples that are checked first, and before anything is refused: few may all lie where a derivative is 0.
+# Samples of the first check, and of the check before a refusal: the derivative of a few samples may be 0 by chance.
 _SAMPLES, _MORE = 2, 16
 _PROBES = 4
-# Relative to the root mean square of what the projection gives.
+# Relative to the root mean square of the projection's output.
 _STEP = 1e-2
-# Relative difference between both that is more than curvature and rounding of smooth networks, and of any.
+# Relative errors above the curvature and rounding of smooth networks, and of any network.
 _SMOOTH, _COARSE = 0.03, 0.3
-# In units of the precision: outputs that move less do not move.
+# Smallest change of an output that counts, in units of its precision.
 _NOISE = 10.0
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How derivatives are to be taken.
+    """How derivatives must be taken.
 
-    ``restoring``: with `criteria.restored.restored`. ``cut``: groups whose units get none either way. ``wrong``: groups
-    whose derivatives are far from differences either way, as behind coarse rounding. ``reason``: the error that taking
-    derivatives ends in.
+    Attributes:
+        restoring: whether `restored_gradients.restored` is needed.
+        cut: groups without derivatives, even so.
+        wrong: groups whose derivatives are far from finite differences, even so, as before coarse rounding.
+        reason: the error raised by taking derivatives.
     """
 
     restoring: bool = False
@@ -76,14 +78,14 @@ def _find(network: Network, structure: Structure, some: Batch) -> Reach:
     again = _derivatives(network, groups, some, restoring=True)
     better = _errors(again, expected, sizes)
     brought = _judged(again, better, restoring=True)
-    # Behind a detached rounding, the derivative that the network gives by itself is the one that is meant.
+    # A straight-through estimator detaches on purpose: then the network's own derivative is meant.
     nearer = max(better.values()) < max(errors.values()) / 2 and set(brought.cut) <= set(found.cut)
     return brought if brought.reason is None and (nearer or found.reason is not None) else found
 
 
 @torch.no_grad()
 def find_forward_reach(network: Network, structure: Structure, batch: Batch) -> Reach:
-    """The same for derivatives that are taken forth, with a pass for each group; nothing is brought back for them."""
+    """Do the same for forward-mode derivatives, with a pass per group; these cannot be restored."""
     some = {name: t[:_SAMPLES] for name, t in batch.items()}
     groups = tuple(group for group in structure.groups if group.kind != "width")
     sizes = _sizes(network, groups, some)
@@ -113,7 +115,7 @@ def _forward_slopes(network: Network, group: Group, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class _Derivatives:
-    """``slopes``: group -> ⟨d, v⟩ of every probe, ``(probes,)``, float64, for signs v of size 1."""
+    """Derivatives; ``slopes`` has ⟨d, v⟩ of every probe by group, float64 ``(probes,)``, for signs v of size 1."""
 
     slopes: Mapping[str, Tensor]
     suspicious: bool = False
@@ -150,7 +152,7 @@ def _derivatives(
 
 @torch.no_grad()
 def _sizes(network: Network, groups: Sequence[Group], batch: Batch) -> dict[str, float]:
-    """Group -> the root mean square of what its projection gives."""
+    """Return the root mean square of each group's projection output."""
     with record_outputs(network.module, tuple(group.output for group in groups)) as given:
         network.forward(batch)
     return {
@@ -160,7 +162,7 @@ def _sizes(network: Network, groups: Sequence[Group], batch: Batch) -> dict[str,
 
 @torch.no_grad()
 def _difference(network: Network, group: Group, size: float, batch: Batch) -> Tensor:
-    """What `_Derivatives.slopes` times ``size`` should be of a group; zeros where it moves no output."""
+    """Return the finite differences of a group, to compare with its slopes times ``size``; 0 if no output changes."""
     moved = []
     for sign in (1.0, -1.0):
         with _shifted(network, group, sign * _STEP * size):
@@ -174,7 +176,7 @@ def _difference(network: Network, group: Group, size: float, batch: Batch) -> Te
 
 
 def differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether outputs differ by more than their precision rounds."""
+    """Return whether outputs differ by more than rounding."""
     return any(
         bool((y - other[n]).abs().max() > _NOISE * torch.finfo(y.dtype).eps * y.abs().max()) for n, y in one.items()
     )
@@ -202,7 +204,7 @@ def _outputs(network: Network, batch: Batch) -> dict[str, Tensor]:
 
 
 def _probed(outputs: Mapping[str, Tensor], probe: int, scale: Mapping[str, Tensor] | None = None) -> Tensor:
-    """A random sum of all outputs, each relative to its norm."""
+    """Return a random sum of all outputs, each relative to its norm."""
     parts = []
     for place, (name, y) in enumerate(outputs.items()):
         generator = torch.Generator(y.device).manual_seed(1_000 * probe + place)
@@ -218,7 +220,7 @@ def _direction(name: str, like: Tensor) -> Tensor:
 
 @contextmanager
 def _tapped(network: Network, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect zeros added to what the projections give, by group, whose gradient is the output's."""
+    """Collect, by group, zeros added to the projections' outputs; their gradients are those of the outputs."""
     added: dict[str, list[Tensor]] = {g.name: [] for g in groups}
 
     def hook_of(name: str) -> Hook:

@@ -1,4 +1,4 @@
-"""The norm of a unit's weights: the oldest score, which needs no data."""
+"""The magnitude criterion: the norm of a unit's weights, without data."""
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ def score_magnitude(inputs: ScoringInputs) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def magnitude_scores(module: nn.Module, structure: Structure) -> dict[str, Tensor]:
-    """Squared L2 norm of each unit's weights: group name -> float64 ``(units,)`` on the CPU.
+    """Return the squared L2 norm of each unit's weights: group name -> float64 ``(units,)`` on the CPU.
 
-    The score of unit u is Σ_s ‖W_s[u]‖²_F over the sides s of its group, W_s[u] the rows (or columns) of the matrix or
-    convolution kernel W_s that belong to u: for a head its query, key, value and output weights. Biases and norms,
-    which have another scale than matrices, do not count.
+    The score of unit u is Σ_s ‖W_s[u]‖²_F over the layers s of its group. W_s[u] are the rows or columns of the matrix
+    or convolution kernel W_s that belong to u: for a head its query, key, value and output weights. Biases and norms
+    do not count, since their scale differs from that of matrices.
     """
     return {
         group.name: sum((_norms(module, group, s) for s in group.sides), _zeros(group)) for group in structure.groups

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Rows of a strip: with more, less memory is saved; with fewer, products are of thin matrices.
+# Rows of a strip: more rows save less memory, fewer rows make thin products.
 _ROWS = 128
 
 
 def unpacked(strips: Tensor, size: int) -> Tensor:
-    """The ``(size, size)`` matrix."""
+    """Return the ``(size, size)`` matrix."""
     matrix = strips.new_empty(size, size)
     for start, strip in _each(strips, size):
         matrix[start : start + len(strip), start:] = strip
@@ -22,7 +22,7 @@ def unpacked(strips: Tensor, size: int) -> Tensor:
 
 
 def nothing(size: int, device: torch.device) -> Tensor:
-    """The strips of a float64 matrix of zeros."""
+    """Return the strips of a float64 matrix of zeros."""
     numbers = sum(min(_ROWS, size - start) * (size - start) for start in range(0, size, _ROWS))
     return torch.zeros(numbers, dtype=torch.float64, device=device)
 
@@ -35,7 +35,7 @@ def add_gram(strips: Tensor, x: Tensor, weights: Tensor) -> None:
 
 
 def _each(strips: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """First row of each strip, and the strip, ``(rows, size - first row)``."""
+    """Yield the first row of each strip, and the strip, ``(rows, size - first row)``."""
     place = 0
     for start in range(0, size, _ROWS):
         rows = min(_ROWS, size - start)

@@ -1,8 +1,8 @@
-"""Derivatives through modules that cut them off: run without gradients, on detached tensors, or in checkpoints.
+"""Derivatives through modules that cut them off: without gradients, on detached tensors, or in checkpoints.
 
-Such a module computes the same numbers whether a graph is kept or not. While `restored` lasts, every operation in it
-keeps one; while `plain_checkpoints` lasts, so does every checkpoint. Nothing brings back what no operation of torch
-computes, or what has no derivative.
+Such a module computes the same numbers with and without a graph. While `restored` is active, all its operations keep a
+graph; while `plain_checkpoints` is active, so do checkpoints. Computations outside torch, or without a derivative,
+cannot be restored.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from optin_deploy.nn.batches import PyTree, TorchFunction
 
-# What gives a tensor without its graph, and what leaves torch, which no tensor with a graph can.
+# Functions that return a tensor without its graph, and functions that leave torch, which refuse a tensor with a graph.
 _CUTS = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _LEAVES = (Tensor.numpy, Tensor.__array__)
 _SWITCH = torch._C._set_grad_enabled
-# Of torch.utils.checkpoint, by its versions: what runs a part without a graph, to run it again behind.
+# Generators of torch.utils.checkpoint, in its versions, that run a part without a graph and run it again later.
 _GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """While the context lasts, ``module`` keeps a graph of all that it computes, where gradients are asked for."""
+    """Keep a graph of everything that ``module`` computes with gradients on, while the context lasts."""
     with _active(module, _Restoring):
         yield
 
@@ -44,7 +44,7 @@ def watched(module: nn.Module) -> Iterator[list[bool]]:
 
 @contextmanager
 def _active(module: nn.Module, make: Callable[[], TorchFunctionMode]) -> Iterator[None]:
-    """A mode in every forward pass of ``module``, and nowhere else, where gradients are on."""
+    """Activate a mode in every forward pass of ``module`` with gradients on, and nowhere else."""
     modes: list[TorchFunctionMode | None] = []
 
     def enter(*_: object) -> None:
@@ -98,7 +98,7 @@ class _Watching(TorchFunctionMode):
         cut = func in _CUTS or func in _LEAVES or not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
         given = func(*args, **(kwargs or {}))
         if cut and not self.found and func is not _SWITCH:
-            # Not shapes and types, which have no derivative anyway.
+            # Shapes and types have no derivative anyway.
             numbers = func in _LEAVES or any(
                 isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(given)
             )
@@ -109,7 +109,7 @@ class _Watching(TorchFunctionMode):
 
 
 def _with_graph(tensor: Tensor) -> Tensor:
-    """Tensors that were made in inference mode, such as tables of positions, cannot be saved for a derivative."""
+    """Return a copy of a tensor made in inference mode, such as a table of positions: autograd cannot save those."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -120,7 +120,7 @@ def _in_place(func: TorchFunction) -> bool:
 
 @contextmanager
 def plain_checkpoints() -> Iterator[None]:
-    """Checkpoints run what they are given, and keep its graph: hooks that are gone by then would not see it again."""
+    """Let checkpoints run their function once, with its graph: hooks are removed before a second run."""
     torch_module = torch.utils.checkpoint
     before = {name: getattr(torch_module, name) for name in _GENERATORS if hasattr(torch_module, name)}
 

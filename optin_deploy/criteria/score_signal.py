@@ -1,7 +1,7 @@
-"""Whether scores say anything of the units, held against what the outputs do when units are masked.
+"""Check scores without differences against masking.
 
-Scores that are all zero, or all equal, are right where the outputs do not depend on those units, or on all of them
-alike. Everything else is a score that saw nothing, and a search by it would prune at random.
+Scores that are all zero are right if the outputs do not depend on the units; equal scores are right if they depend on
+all of them equally. Otherwise the criterion saw nothing, and a search with its scores would prune at random.
 """
 
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ from optin_deploy.network import Network
 from optin_deploy.structure.groups import Group, Structure
 from optin_deploy.structure.masking import mask_units
 
-# What scores of nothing are clamped to lies far below, whatever has its size from real numbers far above.
+# Scores of nothing are clamped to far less than this; real scores are far larger.
 _FLOOR = 1e-250
 _SAMPLES = 8
-# Units of a group with equal scores that are masked one by one, and how far apart what they change may lie.
+# Units of a group with equal scores that are masked one by one, and the tolerance between their effects.
 _TRIED = 8
 _ALIKE = 1e-3
 
 
 @torch.no_grad()
 def check_signal(network: Network, structure: Structure, batch: Batch, scores: Mapping[str, Tensor]) -> str | None:
-    """Raise UserError where ``scores`` (group -> ``(units,)``) carry no signal, as tried on some of ``batch``.
+    """Raise UserError if ``scores`` (group -> ``(units,)``) carry no signal on some samples of ``batch``.
 
-    Nothing runs where the units of every group differ in their scores.
+    Nothing runs if the scores differ within every group.
 
     Returns:
-        what is to be told of scores that are taken all the same: of random weights, of which speed alone is wanted, all
-        units may do nothing, as where last norms begin at zero.
+        a warning if the scores are used anyway: with random weights only speed matters, and all units may have no
+        effect, for example if the last norms start at zero.
     """
     empty = [g for g in structure.groups if float(scores[g.name].max()) <= _FLOOR]
     equal = [g for g in structure.groups if g not in empty and g.units > 1 and _all_equal(scores[g.name])]
@@ -42,8 +42,8 @@ def check_signal(network: Network, structure: Structure, batch: Batch, scores: M
     dense = _outputs(network, some)
     if not dense:
         raise UserError(
-            f"the network gives no floating-point numbers ({', '.join(network.outputs)}), which scores compare: "
-            "have it give those that its answers are made of, too"
+            f"the network returns no floating-point outputs ({', '.join(network.outputs)}), which scores need: "
+            "let it also return the logits or features behind its answers"
         )
     moving = [g for g in empty if differ(dense, _without(network, structure, g, range(g.units), some))]
     if moving:
@@ -66,7 +66,7 @@ def check_signal(network: Network, structure: Structure, batch: Batch, scores: M
 
 
 def named(groups: list[Group] | tuple[str, ...]) -> str:
-    """The first names of groups, and how many more there are."""
+    """Return the first name of groups, and how many more there are."""
     names = [group if isinstance(group, str) else group.name for group in groups]
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
@@ -86,7 +86,7 @@ def _alike(network: Network, structure: Structure, group: Group, batch: Batch, d
 def _without(
     network: Network, structure: Structure, group: Group, units: "range | list[int]", batch: Batch
 ) -> dict[str, Tensor]:
-    """The outputs with some units of a group masked."""
+    """Return the outputs with some units of a group masked."""
     like = next(iter(network.module.parameters()))
     mask = torch.ones(group.units, dtype=like.dtype, device=like.device)
     mask[list(units)] = 0.0

@@ -1,18 +1,21 @@
-"""The trajectory loss on one calibration batch: what is compared, and random probes of it.
+"""The trajectory loss on one calibration batch, and random probes of it.
 
-manifold  Σ_l w_l ‖G(F_l) − G(F̃_l)‖²_F: F_l are the token features that block l gives, G(F) is the Gram matrix of the
-L2-normalised features of a fixed sample of tokens, w is 1, and 0.5 for the last block (Khaki & Plataniotis, ICLR 2024).
-What a convolution in a row of convolutions gives is compared only where the network has no other blocks.
+The manifold part is Σ_l w_l ‖G(F_l) − G(F̃_l)‖²_F (Khaki & Plataniotis, ICLR 2024). F_l are the token features after
+block l, G(F) is the Gram matrix of the L2-normalised features of a fixed sample of tokens, and w is 1, or 0.5 for the
+last block. Single convolutions in a row count as blocks only if the network has no others.
 
-task  a sum over the network's outputs. For the logits of a task head (see ``task_head``), each sample, token or pixel:
-T² Σ KL(p ‖ p̃), with p the softmax at temperature T, where they tell classes; the same with p the sigmoid of every
-number, Bernoulli distributions, where each is a yes or no; Σ (y − ỹ)² where they are plain numbers, one of which may be
-near 0 for some samples: factors set its unit (`criteria.trajectory.task_factors`). For any other output (a map, an
-embedding, boxes) Σ ‖y − ỹ‖² / ‖y‖² over samples.
+The task part is a sum over the network's outputs. For a task head (see ``nn.task_head``) it sums over samples, tokens
+or pixels:
 
-To second order each part is a quadratic form in the change that it is given. With E a random sign matrix shaped like a
-Gram matrix, the squared derivative of ⟨E, G⟩ is an unbiased estimate of the manifold's; the Hessian of KL is the Fisher
-information of the softmax, diag(p) − ppᵀ, or of the sigmoids, p(1 − p), whose root makes a probe of random signs.
+- class logits: T² KL(p ‖ p̃), with p the softmax at temperature T;
+- logits that are each a yes or no: the same with p the sigmoid of every number, a Bernoulli distribution;
+- plain numbers: (y − ỹ)². They may be near 0, so factors set their unit (`criteria.trajectory.task_factors`).
+
+For any other output (a map, an embedding, boxes) it is Σ ‖y − ỹ‖² / ‖y‖² over samples.
+
+To second order each part is a quadratic form of the change. Let E be a random sign matrix of the shape of a Gram
+matrix. The squared derivative of ⟨E, G⟩ is an unbiased estimate of the manifold part. The Hessian of KL is the Fisher
+information of the softmax, diag(p) − ppᵀ, or of the sigmoids, p(1 − p). Its root times random signs is a probe.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,14 +39,14 @@ from optin_deploy.structure.groups import Structure, channels_last
 TEMPERATURE = 4.0
 GRAM_TOKENS = 768
 LAST_BLOCK_WEIGHT = 0.5
-# Probabilities below come to nothing in the squares of float32.
+# The square of a smaller probability vanishes in float32.
 _SATURATED = 1e-30
 
 Batch = Mapping[str, Tensor]
 
 
 def gram(features: Tensor, tokens: Tensor, copies: int = 1) -> Tensor:
-    """Gram matrices ``(copies, K, K)`` of the normalised features of K tokens.
+    """Return the Gram matrices ``(copies, K, K)`` of the normalised features of K tokens.
 
     Args:
         features: ``(copies * batch, …, width)``.
@@ -54,12 +57,12 @@ def gram(features: Tensor, tokens: Tensor, copies: int = 1) -> Tensor:
 
 
 def directions(features: Tensor, tokens: Tensor, copies: int = 1) -> Tensor:
-    """The normalised features ``(copies, K, width)`` of K tokens; arguments as for `gram`."""
+    """Return the normalised features ``(copies, K, width)`` of K tokens; arguments as for `gram`."""
     return F.normalize(features.reshape(copies, -1, features.shape[-1])[:, tokens], dim=-1)
 
 
 def sample_tokens(count: int, valid: Tensor | None, seed: int) -> Tensor:
-    """Indices of at most 768 tokens out of ``count``, padding left out; the same for the same arguments."""
+    """Return the indices of at most 768 of ``count`` tokens, without padding; equal arguments give equal indices."""
     usable = torch.arange(count)
     if valid is not None and valid.numel() == count:
         usable = usable[valid.flatten().cpu()]
@@ -68,13 +71,13 @@ def sample_tokens(count: int, valid: Tensor | None, seed: int) -> Tensor:
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs, shaped like ``like``."""
+    """Return random signs of the shape of ``like``."""
     bits = torch.randint(0, 2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
     return bits.to(like.dtype).mul_(2).sub_(1)
 
 
 class Trajectory:
-    """One calibration batch with what comparisons on it need: its token sample, and how blocks and outputs count."""
+    """A calibration batch, its sample of tokens, and the weights of blocks and outputs in comparisons."""
 
     def __init__(self, network: Network, structure: Structure, inputs: Batch, seed: int) -> None:
         self.network, self.structure, self.inputs, self.seed = network, structure, inputs, seed
@@ -96,25 +99,25 @@ class Trajectory:
         return seen, {name: y for name, y in task.items() if y.is_floating_point()}
 
     def grams(self, outputs: Mapping[str, PyTree], copies: int = 1) -> dict[str, Tensor]:
-        """Gram matrix of every block's output that is compared, times the root of the block's weight."""
+        """Return the Gram matrix of every compared block's output, times the root of the block's weight."""
         return {block: self.gram(block, output, copies) for block, output in self.compared(outputs).items()}
 
     def compared(self, outputs: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Those of the blocks' ``outputs`` whose Gram matrices count."""
+        """Return the ``outputs`` of the blocks that are compared."""
         compared = self.structure.compared
         return {block: output for block, output in outputs.items() if block in compared}
 
     def gram(self, block: str, output: PyTree, copies: int = 1) -> Tensor:
-        """Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""
+        """Return the Gram matrices ``(copies, K, K)`` of one block's output, times the root of its weight."""
         features, tokens = self.tokens(block, output, copies)
         return self.weight(block) ** 0.5 * gram(features, tokens, copies)
 
     def weight(self, block: str) -> float:
-        """How much the Gram matrix of a block counts."""
+        """Return the weight of a block's Gram matrix."""
         return LAST_BLOCK_WEIGHT if block == self.structure.compared[-1] else 1.0
 
     def tokens(self, block: str, output: PyTree, copies: int = 1) -> tuple[Tensor, Tensor]:
-        """Features of a block's output along the last axis, and the indices ``(K,)`` of one copy's sampled tokens."""
+        """Return a block's output with features last, and the indices ``(K,)`` of one copy's sampled tokens."""
         found = first_tensor(output)
         assert found is not None
         features = channels_last(found, self.structure.feature_axis(block))
@@ -122,27 +125,27 @@ class Trajectory:
         return features, sample_tokens(count, self.valid, self.seed).to(features.device)
 
     def padded(self, output: Tensor) -> bool:
-        """Whether ``output`` is ``(batch, tokens, features)``, so that rows of padding do not count."""
+        """Return whether ``output`` is ``(batch, tokens, features)``, so that it has rows of padding."""
         return self.valid is not None and output.dim() == 3 and output.shape[:2] == self.valid.shape
 
     def counted(self, output: Tensor) -> Tensor:
-        """1 where an output counts and 0 at padding, to be multiplied with the output."""
+        """Return a factor of the output that is 0 at padding and 1 elsewhere."""
         if self.valid is None or not self.padded(output):
             return output.new_ones((1,) * output.dim())
         return self.valid.to(output.dtype)[:, :, None]
 
     def task_probe(self, name: str, output: Tensor, generator: torch.Generator) -> Tensor:
-        """A random tensor v, shaped like the output, with E[⟨v, δ⟩²] the output's task term for a small change δ."""
+        """Return a random v, shaped like the output; E[⟨v, δ⟩²] is the output's task term for a small change δ."""
         with torch.no_grad():
             rows = output[self.valid] if self.valid is not None and self.padded(output) else output
             probe = self._head_probe(name, rows, generator)
             if self.valid is not None and self.padded(output):
-                # Drawn for what counts only, so that more padding gives the same draws.
+                # Padding gets no draws, so that its length does not change the others.
                 probe = torch.zeros_like(output).masked_scatter(self.valid[:, :, None], probe)
             return probe / self.norm(output) if self.head(name) is None else probe
 
     def head(self, name: str) -> HeadKind | None:
-        """What the numbers of an output mean, if it is that of a task head."""
+        """Return the kind of an output if it is that of the task head."""
         return self.network.head if name == self.network.logits else None
 
     def _head_probe(self, name: str, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,7 +156,7 @@ class Trajectory:
         return signs(rows, generator)
 
     def task_root(self, name: str, dense: Tensor, change: Tensor) -> Tensor:
-        """What squares and sums to the output's task term for small changes: ``(copies, *output's shape)``.
+        """Return a tensor ``(copies, *output's shape)`` whose squares sum to the task term of a small change.
 
         Args:
             change: of stacked copies of the batch, ``(copies * batch, …)``.
@@ -171,13 +174,13 @@ class Trajectory:
         return given * self.counted(dense) / self.norm(dense)
 
     def norm(self, output: Tensor) -> Tensor:
-        """The norm of what counts of each sample's output, to be divided by: ``(batch, 1, …)``."""
+        """Return the norm of each sample's output without padding: ``(batch, 1, …)``, above 0."""
         norm = (output * self.counted(output)).reshape(len(output), -1).norm(dim=1).clamp_min(1e-12)
         return norm.reshape(-1, *[1] * (output.dim() - 1))
 
     def task_change(self, name: str, dense: Tensor, changed: Tensor, copies: int) -> Tensor:
-        """The output's task term for each of the stacked ``copies``: float64 ``(copies,)`` on the CPU."""
-        # In float64: the terms cancel, and what is left of a small change in float32 is noise of either sign.
+        """Return the output's task term for each of the stacked ``copies``: float64 ``(copies,)`` on the CPU."""
+        # In float64, since the terms cancel: in float32 only noise would be left of a small change.
         y, moved = dense.double(), changed.double().reshape(copies, *dense.shape)
         counted = self.counted(dense).double()
         if self.head(name) == "binary":
@@ -194,7 +197,7 @@ class Trajectory:
 
 
 def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """v with E[v vᵀ] = ½ (diag(p) − p pᵀ): T² KL to second order is then E[(v·δ)²], δ the change of the logits."""
+    """Return v with E[v vᵀ] = ½ (diag(p) − p pᵀ). T² KL of a change δ of the logits is E[(v·δ)²], to second order."""
     axis = class_axis(logits)
     p = torch.softmax(logits.detach() / TEMPERATURE, dim=axis)
     noise = p.sqrt() * signs(p, generator)
@@ -202,9 +205,9 @@ def softmax_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sigmoid_root(logits: Tensor) -> Tensor:
-    """r with T² KL of the Bernoulli distributions at temperature T, to second order, (r · δ)² for changes δ."""
+    """Return r such that T² KL of Bernoulli distributions is (r · δ)² for a change δ, to second order."""
     scaled = logits.detach() / TEMPERATURE
-    # 1 − p by itself: near 1, p has no digits left for it.
+    # 1 − p is computed by itself: a p near 1 has no digits left for it.
     return (torch.sigmoid(scaled) * torch.sigmoid(-scaled) / 2).sqrt()
 
 
@@ -234,7 +237,7 @@ def _spread(head: HeadKind, logits: Tensor) -> Tensor:
 
 
 def bernoulli_divergence(dense: Tensor, changed: Tensor) -> Tensor:
-    """KL of the yes and no of every logit at temperature T: Σ over both of p (log p − log p̃), elementwise."""
+    """Return the KL of every logit's Bernoulli distribution at temperature T, elementwise."""
     y, moved = dense / TEMPERATURE, changed / TEMPERATURE
     yes = y.sigmoid() * (F.logsigmoid(y) - F.logsigmoid(moved))
     return yes + (-y).sigmoid() * (F.logsigmoid(-y) - F.logsigmoid(-moved))
@@ -280,7 +283,7 @@ def probe_losses(
 
 
 def gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> tuple[Tensor, ...]:
-    """Derivatives of a probe, 0 where it does not depend on a leaf; ``keep`` the graph for the next probe."""
+    """Return the derivatives of a probe, 0 for independent leaves; ``keep`` retains the graph for the next probe."""
     if not loss.requires_grad:
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     return torch.autograd.grad(loss, leaves, retain_graph=keep, materialize_grads=True)
@@ -288,7 +291,7 @@ def gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep: bool) -> tuple[Te
 
 @contextmanager
 def differentiable(network: Network) -> Iterator[None]:
-    """Gradients flow through the network and to no parameter while the context lasts."""
+    """Compute gradients of activations, but of no parameter, while the context lasts."""
     with freeze_parameters(network.module), torch.enable_grad():
         yield
 
@@ -306,7 +309,7 @@ def chunks(batches: Sequence[Batch], samples: int) -> Sequence[Batch]:
 
 @dataclass(frozen=True)
 class _Pieces(Sequence[Batch]):
-    """Parts of batches, cut out when they are asked for; ``places`` are batches and first samples."""
+    """Pieces of batches, cut out on access; ``places`` are pairs of batch and first sample."""
 
     batches: Sequence[Batch]
     places: Sequence[tuple[int, int]]
