@@ -32,7 +32,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weights: Tensor | None = None) -> "Moments":
-        """Return moments of ``x`` ``(rows, features)`` and targets ``y`` ``(rows, outputs)``, weighted by ``(rows,)``."""
+        """Return moments of ``x`` ``(rows, features)`` and ``y`` ``(rows, outputs)``, with weights ``(rows,)``."""
         features = x.shape[1] + 1
         gram = torch.zeros(features, features, dtype=torch.float64, device=x.device)
         return cls(gram, gram.new_zeros(features, y.shape[1]), 0.0).add(x, y, weights)
