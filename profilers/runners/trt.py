@@ -123,10 +123,10 @@ class TensorRTRunner(Runner):
             raise ProfilingError("the engine did not run")
 
 
-def _is_version_compatible(engine: Path) -> bool:
-    """Whether the description that the builder wrote next to ``engine`` says so; False without a description."""
+def _is_version_compatible(path: Path) -> bool:
+    """Return whether the description next to the engine says so; False without a description."""
     try:
-        description = json.loads(engine.with_name(f"{engine.name}.json").read_text(encoding="utf-8"))
+        description = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
         return description["config"]["version_compatible"] is True
     except (OSError, ValueError, KeyError, TypeError):
         return False
