@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from optin_deploy.config.recipe import Recipe
@@ -60,6 +61,8 @@ def plan_for_latency(
     deployed = prepared.deployed(dense)
     if prepared.device.type != "cpu":
         deployed = deployed.with_module(copy_module(deployed.module).cpu())
+        # Candidates are timed in other processes, which need the GPU memory that scoring reserved.
+        torch.cuda.empty_cache()
     fraction = latency_fraction(recipe, tables)
     with context.stages.stage("meet the latency"):
         search = LatencySearch(

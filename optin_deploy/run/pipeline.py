@@ -155,6 +155,8 @@ def _hold_directory(context: RunContext) -> AbstractContextManager[None]:
 def _finish(context: RunContext, pruned: PrunedRun, command: str) -> Result:
     """Compare, export, measure and report."""
     outputs = compare_outputs(context, pruned.network)
+    # Engines are built and timed in other processes, which need the GPU memory that this one still reserves.
+    torch.cuda.empty_cache()
     deployment = export_and_measure(context, pruned.network)
     results = StageResults(outputs, deployment, read_latency(context), read_notes(context))
     report = build_report(context, pruned, results, command)

@@ -530,3 +530,25 @@ def test_more_threads_than_this_process_has_cores_are_refused(
     with pytest.raises(UserError, match=r"^--threads 2: .* 1 "):
         prune_export(vision_recipe(shallow, threads=2), output=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_pruning_gives_its_gpu_memory_back_before_files_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty cache"))
+
+    def stop(*_: object) -> None:
+        order.append("export")
+        raise UserError("stop here")
+
+    monkeypatch.setattr(pipeline, "export_and_measure", stop)
+    with pytest.raises(UserError, match="stop here"):
+        prune_export(
+            Recipe(**QUICK, model="own", flops=0.6),
+            output=tmp_path / "run",
+            network=own_network(),
+            calibration=from_batches(own_batches()),
+            quiet=True,
+        )
+    assert order == ["empty cache", "export"]
