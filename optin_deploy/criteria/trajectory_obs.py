@@ -70,7 +70,7 @@ _ROWS, _LEAST_ROWS = 2**17, 256
 
 
 @dataclass
-class Moments:
+class ProbeMoments:
     """Sums over positions, in float64, so that the order of the pieces of data does not matter.
 
     Attributes:
@@ -87,9 +87,9 @@ class Moments:
     whole: Tensor = field(default_factory=lambda: torch.zeros(()))
     apart: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def all_reduce(self, ranks: Ranks) -> "Moments":
+    def all_reduce(self, ranks: Ranks) -> "ProbeMoments":
         """Return the sums over all processes."""
-        return Moments(**ranks.all_reduce({each.name: getattr(self, each.name) for each in fields(self)}))
+        return ProbeMoments(**ranks.all_reduce({each.name: getattr(self, each.name) for each in fields(self)}))
 
     @property
     def coherence(self) -> float:
@@ -112,15 +112,15 @@ def probe_moments(
     *,
     probes: int,
     samples_at_once: int | None = None,
-) -> dict[str, Moments]:
-    """Return `Moments` of every group from backward passes of random probes; widths share those of their heads.
+) -> dict[str, ProbeMoments]:
+    """Return `ProbeMoments` of every group from backward passes of random probes; widths share those of their heads.
 
     Args:
         probes: random draws per batch.
         samples_at_once: samples of a batch in one backward pass, which keeps the activations of every layer; None takes
             the whole batch.
     """
-    moments: dict[str, Moments] = {}
+    moments: dict[str, ProbeMoments] = {}
     pieces = batches if samples_at_once is None else chunks(batches, samples_at_once)
     rows = max(_LEAST_ROWS, _ROWS // max(1, len(pieces)))
     for index in track(own_indices(pieces)):
@@ -170,7 +170,7 @@ class _Backward:
 
 
 def _add_probes(
-    moments: dict[str, Moments], backward: _Backward, settings: LossSettings, probes: int
+    moments: dict[str, ProbeMoments], backward: _Backward, settings: LossSettings, probes: int
 ) -> dict[str, Tensor | float]:
     """Add the moments of gradients; return each group's mean |g|² of every position."""
     trajectory, groups, masks = backward.trajectory, backward.groups, backward.masks
@@ -199,7 +199,7 @@ def _add_probes(
 
 @torch.no_grad()
 def _add_second_moments(
-    moments: dict[str, Moments], backward: _Backward, weights: Mapping[str, Tensor | float], most_rows: int
+    moments: dict[str, ProbeMoments], backward: _Backward, weights: Mapping[str, Tensor | float], most_rows: int
 ) -> None:
     """Add the weighted second moments of activations, of some rows."""
     for group in backward.groups:
@@ -238,7 +238,7 @@ def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs,
 
 @torch.no_grad()
 def _effects(module: nn.Module, group: Group, given: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """`Moments.whole` and ``apart`` of one probe; ``gradient`` has a row for every pixel."""
+    """`ProbeMoments.whole` and ``apart`` of one probe; ``gradient`` has a row for every pixel."""
     projection = module.get_submodule(group.output)
     x = design(projection, given).flatten(0, 1)
     effects = (x - x.mean(0)) * (gradient @ weight_matrix(projection))
@@ -246,15 +246,15 @@ def _effects(module: nn.Module, group: Group, given: Tensor, gradient: Tensor) -
     return channels.sum(1).double().square().sum(), channels.double().square().sum()
 
 
-def _add(moments: dict[str, Moments], name: str, field: str, value: Tensor) -> None:
+def _add(moments: dict[str, ProbeMoments], name: str, field: str, value: Tensor) -> None:
     if name not in moments:
         nothing = value.new_zeros((), dtype=torch.float64)
-        moments[name] = Moments(nothing, nothing, nothing, nothing, nothing)
+        moments[name] = ProbeMoments(nothing, nothing, nothing, nothing, nothing)
     sum_so_far: Tensor = getattr(moments[name], field)
     setattr(moments[name], field, sum_so_far.add_(value) if sum_so_far.dim() else sum_so_far + value.double())
 
 
-def _add_second(moments: dict[str, Moments], name: str, x: Tensor, weights: Tensor) -> None:
+def _add_second(moments: dict[str, ProbeMoments], name: str, x: Tensor, weights: Tensor) -> None:
     if not moments[name].second.dim():
         moments[name].second = packed_symmetric.nothing(x.shape[1], x.device)
     packed_symmetric.add_gram(moments[name].second, x, weights)
@@ -263,7 +263,7 @@ def _add_second(moments: dict[str, Moments], name: str, x: Tensor, weights: Tens
 def obs_scores(
     module: nn.Module,
     structure: Structure,
-    moments: Mapping[str, Moments],
+    moments: Mapping[str, ProbeMoments],
 ) -> dict[str, Tensor]:
     """Scores from `probe_moments`: group name -> float64 ``(units,)`` on the CPU."""
     scores = {}

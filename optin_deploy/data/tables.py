@@ -48,7 +48,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Rows of cells, which are returned as text.
 
     Attributes:
@@ -175,7 +175,7 @@ def is_table(path: Path | None) -> bool:
     return _suffix(path) in _DELIMITED + _JSON + _ARROW
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> TextTable:
     """Return a table without empty rows; UserError if it cannot be read, is empty or is not a table."""
     if path.is_dir():
         table = _arrow_table(path, _arrow_files(path))
@@ -251,7 +251,7 @@ def _read_text(path: Path, what: str) -> str:
         ) from error
 
 
-def _delimited_table(path: Path, text: str) -> Table:
+def _delimited_table(path: Path, text: str) -> TextTable:
     file = io.StringIO(text, newline="")
     try:
         if _suffix(path) == ".csv":
@@ -261,10 +261,10 @@ def _delimited_table(path: Path, text: str) -> Table:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     except csv.Error as error:
         raise UserError(f"{path} cannot be read as a table in UTF-8: {error}") from error
-    return Table(path, [row for row in rows if any(cell.strip() for cell in row)])
+    return TextTable(path, [row for row in rows if any(cell.strip() for cell in row)])
 
 
-def _json_table(path: Path, text: str) -> Table:
+def _json_table(path: Path, text: str) -> TextTable:
     try:
         content = _json_lines(text) if _suffix(path) != ".json" else _json_or_lines(text)
     except (ValueError, RecursionError) as error:
@@ -274,12 +274,12 @@ def _json_table(path: Path, text: str) -> Table:
     if not isinstance(content, list):
         raise UserError(f"{path} holds a {type(content).__name__}: a table is a list of objects, or lists by column")
     if content and all(isinstance(row, str) for row in content):
-        return Table(path, [[text] for text in content], ("text",))
+        return TextTable(path, [[text] for text in content], ("text",))
     for number, row in enumerate(content, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: a {type(row).__name__}; rows must be all objects, or all texts")
     header = tuple(dict.fromkeys(name for row in content for name in row))
-    return Table(path, [[row.get(name) for name in header] for row in content], header)
+    return TextTable(path, [[row.get(name) for name in header] for row in content], header)
 
 
 def _json_lines(text: str) -> list[JsonValue]:
@@ -305,7 +305,7 @@ def _json_or_lines(text: str) -> JsonValue:
         return _json_lines(text)
 
 
-def _json_columns(path: Path, content: JsonObject) -> Table:
+def _json_columns(path: Path, content: JsonObject) -> TextTable:
     """Return a table from lists by column, or from objects by column (row name -> cell), as pandas writes them."""
     columns = {name: list(c.values()) if isinstance(c, dict) else c for name, c in content.items()}
     wrong = next((name for name, column in columns.items() if not isinstance(column, list)), None)
@@ -313,7 +313,7 @@ def _json_columns(path: Path, content: JsonObject) -> Table:
     if wrong is not None or len(set(lengths.values())) > 1:
         reason = f"{wrong!r} is not a list" if wrong is not None else f"its columns have lengths {lengths}"[:120]
         raise UserError(f"{path}: {reason}; a table is a list of objects, or lists of one length by column")
-    return Table(path, list(zip(*columns.values(), strict=True)), tuple(columns))
+    return TextTable(path, list(zip(*columns.values(), strict=True)), tuple(columns))
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -350,7 +350,7 @@ def _arrow_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _arrow_table(path: Path, files: Sequence[Path]) -> Table:
+def _arrow_table(path: Path, files: Sequence[Path]) -> TextTable:
     for file in files:
         _check_regular(file, "a table")
     try:
@@ -371,7 +371,7 @@ def _arrow_table(path: Path, files: Sequence[Path]) -> Table:
     # Columns of images, lists and the like keep their names, but are not read.
     kept = [column if column is not None else [()] * whole.num_rows for column in columns]
     names = tuple(str(name) for name in whole.schema.names)
-    return Table(path, list(zip(*kept, strict=True)), names, _class_names(whole.schema.metadata))
+    return TextTable(path, list(zip(*kept, strict=True)), names, _class_names(whole.schema.metadata))
 
 
 def _read_arrow(file: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from optin_deploy.data.labels import class_count, class_number
 from optin_deploy.data.preprocessing import Text, TextPreprocessing
-from optin_deploy.data.tables import TABLE_KINDS, Table, is_table, read_lines, read_table
+from optin_deploy.data.tables import TABLE_KINDS, TextTable, is_table, read_lines, read_table
 from optin_deploy.errors import UserError
 from optin_deploy.network import Network
 from optin_deploy.nn.batches import Batch
@@ -42,7 +42,7 @@ def read_texts(path: Path, columns: str | None) -> list[Text]:
     return distinct
 
 
-def _table_texts(table: Table, columns: str | None) -> list[Text]:
+def _table_texts(table: TextTable, columns: str | None) -> list[Text]:
     if columns is None:
         # A table with a header and one column needs no choice.
         if table.header is None or table.width != 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optin_deploy.data.preprocessing import Text, TextPreprocessing
-from optin_deploy.data.tables import Table, read_table
+from optin_deploy.data.tables import TextTable, read_table
 from optin_deploy.data.texts import (
     as_texts,
     check_texts,
@@ -93,7 +93,7 @@ def _check_texts_are_no_numbers(path: Path, rows: Sequence[Sequence[str]]) -> No
             )
 
 
-def _join_pairs(groups: list[tuple[str, ...]], table: Table) -> list[tuple[str, ...]]:
+def _join_pairs(groups: list[tuple[str, ...]], table: TextTable) -> list[tuple[str, ...]]:
     """Return the columns of the input, one or two, and the column of the label; UserError for other columns."""
     sizes = [len(group) for group in groups]
     if sizes == [1, 1, 1]:

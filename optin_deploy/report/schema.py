@@ -41,7 +41,7 @@ class ModelInfo(_Value):
     inputs: dict[str, list[int | str]]
 
 
-class Calibration(_Value):
+class CalibrationInfo(_Value):
     """The data that scores were computed on; ``builtin`` marks the small built-in set."""
 
     source: str
@@ -50,7 +50,7 @@ class Calibration(_Value):
     seed: int
 
 
-class Budget(_Value):
+class BudgetInfo(_Value):
     """The budgets: fractions of the dense network's FLOPs and latency, 0 to 1, or milliseconds; None if not set."""
 
     flops: float | None = None
@@ -98,7 +98,7 @@ class LatencyBudget(_Value):
         return self.fraction * self.dense_ms
 
 
-class Variant(_Value):
+class VariantInfo(_Value):
     """The size of one network: FLOPs of one sample (1 MAC = 2 FLOPs), parameters, and its ONNX file in MiB."""
 
     flops: Annotated[int, Field(gt=0)]
@@ -152,7 +152,7 @@ class Parity(_Value):
     near_ties: int = 0
 
 
-class Engine(_Value):
+class EngineSummary(_Value):
     """An engine built from one network's ONNX file; ``device`` is the GPU that built it, None without one."""
 
     variant: VariantName
@@ -195,12 +195,12 @@ class Report(_Value):
     version: str
     command: str
     model: ModelInfo
-    calibration: Calibration
-    budget: Budget
+    calibration: CalibrationInfo
+    budget: BudgetInfo
     latency_budget: LatencyBudget | None = None
     settings: dict[str, Any]
-    dense: Variant
-    pruned: Variant
+    dense: VariantInfo
+    pruned: VariantInfo
     plan: list[PlanEntry]
     left_dense: list[Unpruned]
     sparsity: Sparsity | None = None
@@ -212,7 +212,7 @@ class Report(_Value):
     profile: list[Measurement]
     protocol: dict[str, Any]
     layers: list[LayerBreakdown] = []
-    engines: list[Engine] = []
+    engines: list[EngineSummary] = []
     unmeasured: list[Unmeasured] = []
     gates: list[Gate]
     warnings: list[str]

@@ -17,16 +17,16 @@ from optin_deploy.nn.flops import count_flops
 from optin_deploy.report import Report
 from optin_deploy.report.schema import (
     VARIANTS,
-    Budget,
-    Calibration,
-    Engine,
+    BudgetInfo,
+    CalibrationInfo,
+    EngineSummary,
     Gate,
     LatencyBudget,
     ModelInfo,
     Parity,
     PlanEntry,
     Unmeasured,
-    Variant,
+    VariantInfo,
 )
 from optin_deploy.run.compare_stage import OutputResults
 from optin_deploy.run.context import PrunedRun, RunContext
@@ -61,8 +61,8 @@ def build_report(context: RunContext, pruned: PrunedRun, results: StageResults, 
         version=VERSION,
         command=command,
         model=_describe_model(recipe, network),
-        calibration=Calibration(source=data.source, builtin=data.builtin, samples=data.samples, seed=recipe.seed),
-        budget=Budget(flops=recipe.flops, latency=recipe.latency, latency_ms=recipe.latency_ms),
+        calibration=CalibrationInfo(source=data.source, builtin=data.builtin, samples=data.samples, seed=recipe.seed),
+        budget=BudgetInfo(flops=recipe.flops, latency=recipe.latency, latency_ms=recipe.latency_ms),
         latency_budget=results.latency_budget,
         settings=recipe.model_dump(mode="json"),
         dense=dense_size,
@@ -113,8 +113,8 @@ def rerun_command(directory: Path, replaced: Sequence[str]) -> str:
     )
 
 
-def _measure_size(network: Network, name: str, directory: Path) -> Variant:
-    return Variant(
+def _measure_size(network: Network, name: str, directory: Path) -> VariantInfo:
+    return VariantInfo(
         flops=count_flops(network.module, network.inputs),
         parameters=sum(p.numel() for p in network.module.parameters()),
         onnx_mib=sum(file.stat().st_size for file in directory.glob(f"{name}.onnx*")) / 2**20,
@@ -170,13 +170,13 @@ def _warnings(recipe: Recipe, layers: Sequence[LayerBreakdown | Unprofiled]) -> 
     return [sentence, *unprofiled] if sentence else unprofiled
 
 
-def _describe_engines(recipe: Recipe, directory: Path) -> list[Engine]:
+def _describe_engines(recipe: Recipe, directory: Path) -> list[EngineSummary]:
     engines = []
     for request in requested_engines(recipe):
         for name in VARIANTS:
             file = request.file(directory, name)
             info = check_engine(file)
-            engine = Engine(
+            engine = EngineSummary(
                 variant=name,
                 runtime=request.runtime,
                 file=file.name,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, model_validator
 
-from optin_deploy.report.schema import Budget, Calibration, Gate, ModelInfo
+from optin_deploy.report.schema import BudgetInfo, CalibrationInfo, Gate, ModelInfo
 from profilers import Interval
 
 DENSE = "dense"
@@ -35,7 +35,7 @@ class SweepRun(_Value):
     """One run: ``name`` is the name of its directory; ``flops_ratio`` is pruned ÷ dense."""
 
     name: str
-    budget: Budget
+    budget: BudgetInfo
     flops_ratio: float
     parameters: int
     quality: float
@@ -76,7 +76,7 @@ class SweepReport(_Value):
     version: str
     command: str
     model: ModelInfo
-    calibration: Calibration
+    calibration: CalibrationInfo
     quality: Quality
     runs: list[SweepRun]
     fronts: list[Front]

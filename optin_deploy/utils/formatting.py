@@ -6,8 +6,8 @@ import math
 from typing import Protocol
 
 
-class Interval(Protocol):
-    """An interval of a figure."""
+class HasBounds(Protocol):
+    """Anything with bounds, such as an interval."""
 
     @property
     def low(self) -> float: ...
@@ -46,7 +46,7 @@ def times(value: float) -> str:
     return f"{value:.2f}×"
 
 
-def bounds(interval: Interval) -> str:
+def bounds(interval: HasBounds) -> str:
     """Return the bounds of an interval: "1.79–1.87"."""
     return f"{interval.low:.2f}–{interval.high:.2f}"
 
@@ -67,7 +67,7 @@ def change(before: float, after: float) -> str:
     return f"{'−' if relative < 0 else '+'}{abs(relative):.1f} %"
 
 
-def noise(interval: Interval) -> str:
+def noise(interval: HasBounds) -> str:
     """Return the largest distance of an A/A interval from 1: "±2.8 %"."""
     reach = 100 * max(abs(interval.low - 1), abs(interval.high - 1))
     return f"±{reach:.1f} %"

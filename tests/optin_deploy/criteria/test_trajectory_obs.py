@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from optin_deploy.criteria import packed_symmetric, trajectory_obs
 from optin_deploy.criteria.trajectory_loss import LossSettings, Trajectory, differentiable, probe_losses
-from optin_deploy.criteria.trajectory_obs import Moments, eliminate, obs_scores, probe_moments, unit_costs
+from optin_deploy.criteria.trajectory_obs import ProbeMoments, eliminate, obs_scores, probe_moments, unit_costs
 from optin_deploy.network import Network
 from optin_deploy.nn.unfold import weight_matrix
 from optin_deploy.structure.describe import describe
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 MANIFOLD, FACTOR, SEED = 0.7, 3.0, 5
 
 
-# Moments
+# ProbeMoments
 
 
 def in_float64(name: str) -> tuple[Network, Structure]:
@@ -177,7 +177,7 @@ def test_covariance_is_the_weighted_one() -> None:
     generator = np.random.default_rng(0)
     x, weights = generator.normal(size=(30, 4)) + 2, generator.random(30)
     rows = np.hstack([x, np.ones((30, 1))])
-    moments = Moments(second_moments(rows, weights), torch.zeros(1), torch.zeros(1))
+    moments = ProbeMoments(second_moments(rows, weights), torch.zeros(1), torch.zeros(1))
     np.testing.assert_allclose(moments.covariance(4), np.cov(x.T, aweights=weights, ddof=0))
 
 
@@ -293,7 +293,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
     layer.root *= draw(st.sampled_from([0.0, 1e-8, 1.0]))
     augmented = np.hstack([layer.x, np.ones((rows, 1))])
     metric = torch.tensor(layer.root @ layer.root.T)
-    moments = Moments(second_moments(augmented, layer.row_weights), metric, metric)
+    moments = ProbeMoments(second_moments(augmented, layer.row_weights), metric, metric)
     return torch.tensor(layer.weight), moments.covariance(units * width), metric, width
 
 
