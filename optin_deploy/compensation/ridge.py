@@ -69,7 +69,7 @@ class Moments:
         return self.targets - explained
 
 
-def penalised(moments: Moments, strength: float) -> Tensor:
+def add_ridge(moments: Moments, strength: float) -> Tensor:
     """Return ``gram`` plus the ridge: ``strength`` times the mean squared feature, but 0 for the bias."""
     features = len(moments.gram) - 1
     found = moments.gram.clone()
@@ -90,7 +90,7 @@ def solve(moments: Moments, old: Tensor, strength: float, *, bias: bool = True) 
     free = slice(None) if bias else slice(features)
     change = torch.zeros_like(old)
     missing = (moments.cross - moments.gram @ old)[free]
-    change[free] = torch.linalg.solve(penalised(moments, strength)[free, free], missing)
+    change[free] = torch.linalg.solve(add_ridge(moments, strength)[free, free], missing)
     return old + change
 
 

@@ -23,7 +23,7 @@ from optin_deploy.compensation.classifier import logits_layer
 from optin_deploy.compensation.pair import CompensationPair
 from optin_deploy.compensation.refit import refit_layers
 from optin_deploy.compensation.results import Sparsity
-from optin_deploy.compensation.ridge import Moments, fit, penalised, solve
+from optin_deploy.compensation.ridge import Moments, add_ridge, fit, solve
 from optin_deploy.nn.flops import FlopCounts
 from optin_deploy.nn.names import is_inside
 from optin_deploy.structure.groups import Structure
@@ -60,8 +60,8 @@ def sparsify(pair: CompensationPair, batches: Sequence[Batch], strengths: Sequen
         if module is None or module not in orders:
             return fit(training, held_out, old, strengths, bias=bias) if strengths else old
         order, solution = orders[module], torch.empty_like(old)
-        held_out = held_out and _reordered(held_out, order)
-        solution[order] = sparse_fit(_reordered(training, order), held_out, old[order], strengths, bias=bias)
+        held_out = held_out and _reorder(held_out, order)
+        solution[order] = sparse_fit(_reorder(training, order), held_out, old[order], strengths, bias=bias)
         return solution
 
     several = len(strengths) > 1
@@ -104,18 +104,18 @@ def sparse_fit(
         return torch.cat([rows.T, old[len(rows.T) :]])
 
     def taken_over(strength: float) -> Tensor:
-        optimum, hessian = solve(training, old, strength, bias=bias), penalised(training, strength)[free, free]
+        optimum, hessian = solve(training, old, strength, bias=bias), add_ridge(training, strength)[free, free]
         return left(choose_mask(optimum[free].T, hessian, features)[1])
 
     if not strengths:
-        mask, _ = choose_mask(old[free].T, penalised(training, _DAMPING)[free, free], features)
+        mask, _ = choose_mask(old[free].T, add_ridge(training, _DAMPING)[free, free], features)
         return left(old[free].T * mask)
     strength = strengths[len(strengths) // 2]
     if held_out is not None:
         errors = [held_out.error(taken_over(strength)) for strength in strengths]
         strength = strengths[min(range(len(errors)), key=errors.__getitem__)]
     moments = training if held_out is None else training + held_out
-    optimum, hessian = solve(moments, old, strength, bias=bias), penalised(moments, strength)[free, free]
+    optimum, hessian = solve(moments, old, strength, bias=bias), add_ridge(moments, strength)[free, free]
     mask, _ = choose_mask(optimum[free].T, hessian, features)
     return left(solve_masked(hessian, optimum[free].T @ hessian, mask))
 
@@ -201,5 +201,5 @@ def _in_groups(layer: nn.Linear | nn.Conv2d) -> Tensor:
     return torch.cat([inside, inside.new_tensor([rows])])
 
 
-def _reordered(moments: Moments, order: Tensor) -> Moments:
+def _reorder(moments: Moments, order: Tensor) -> Moments:
     return Moments(moments.gram[order][:, order], moments.cross[order], moments.targets)

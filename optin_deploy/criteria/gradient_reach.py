@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optin_deploy.criteria.restored_gradients import restored, watched
+from optin_deploy.criteria.restored_gradients import restore_gradients, watch_cuts
 from optin_deploy.criteria.trajectory_loss import Batch, differentiable, gradients, signs
 from optin_deploy.network import Network
 from optin_deploy.nn.hooks import Hook, forward_hooks
@@ -41,7 +41,7 @@ class Reach:
     """How derivatives must be taken.
 
     Attributes:
-        restoring: whether `restored_gradients.restored` is needed.
+        restoring: whether `restore_gradients` is needed.
         cut: groups without derivatives, even so.
         wrong: groups whose derivatives are far from finite differences, even so, as before coarse rounding.
         reason: the error raised by taking derivatives.
@@ -74,10 +74,10 @@ def _find(network: Network, structure: Structure, some: Batch) -> Reach:
     errors = _errors(own, expected, sizes)
     if own.reason is None and max(errors.values()) <= _SMOOTH:
         return Reach()
-    found = _judged(own, errors, restoring=False)
+    found = _judge(own, errors, restoring=False)
     again = _derivatives(network, groups, some, restoring=True)
     better = _errors(again, expected, sizes)
-    brought = _judged(again, better, restoring=True)
+    brought = _judge(again, better, restoring=True)
     # A straight-through estimator detaches on purpose: then the network's own derivative is meant.
     nearer = max(better.values()) < max(errors.values()) / 2 and set(brought.cut) <= set(found.cut)
     return brought if brought.reason is None and (nearer or found.reason is not None) else found
@@ -94,7 +94,7 @@ def find_forward_reach(network: Network, structure: Structure, batch: Batch) -> 
         found = _Derivatives({group.name: _forward_slopes(network, group, some) for group in groups})
     except RuntimeError as error:
         return Reach(reason=" ".join(str(error).split())[:160])
-    return _judged(found, _errors(found, expected, sizes), restoring=False)
+    return _judge(found, _errors(found, expected, sizes), restoring=False)
 
 
 def _forward_slopes(network: Network, group: Group, batch: Batch) -> Tensor:
@@ -110,7 +110,7 @@ def _forward_slopes(network: Network, group: Group, batch: Batch) -> Tensor:
         pairs = {name: forward_ad.unpack_dual(y) for name, y in _outputs(network, batch).items()}
         changes = {n: torch.zeros_like(y.primal) if y.tangent is None else y.tangent for n, y in pairs.items()}
         norms = {name: y.primal.double().norm() for name, y in pairs.items()}
-        return torch.tensor([float(_probed(changes, p, norms)) for p in range(_PROBES)], dtype=torch.float64)
+        return torch.tensor([float(_sum_randomly(changes, p, norms)) for p in range(_PROBES)], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -130,15 +130,15 @@ def _derivatives(
         stack.enter_context(differentiable(network))
         seen: list[bool] = []
         if restoring:
-            stack.enter_context(restored(network.module))
+            stack.enter_context(restore_gradients(network.module))
         else:
-            seen = stack.enter_context(watched(network.module))
+            seen = stack.enter_context(watch_cuts(network.module))
         try:
-            with _tapped(network, groups) as taps:
+            with _tap_outputs(network, groups) as taps:
                 outputs = _outputs(network, batch)
             leaves = [(g.name, tap) for g in groups for tap in taps[g.name]]
             for probe in range(probes):
-                total = _probed(outputs, probe)
+                total = _sum_randomly(outputs, probe)
                 if not total.requires_grad or not leaves:
                     continue
                 each = gradients(total, [tap for _, tap in leaves], keep=probe + 1 < probes)
@@ -165,14 +165,14 @@ def _difference(network: Network, group: Group, size: float, batch: Batch) -> Te
     """Return the finite differences of a group, to compare with its slopes times ``size``; 0 if no output changes."""
     moved = []
     for sign in (1.0, -1.0):
-        with _shifted(network, group, sign * _STEP * size):
+        with _shift_output(network, group, sign * _STEP * size):
             moved.append(_outputs(network, batch))
     more, less = moved
     if not differ(more, less):
         return torch.zeros(_PROBES, dtype=torch.float64)
     change = {n: (more[n].double() - less[n].double()) / (2 * _STEP) for n in more}
     scale = {n: (more[n].double() + less[n].double()).norm() / 2 for n in more}
-    return torch.tensor([float(_probed(change, probe, scale)) for probe in range(_PROBES)], dtype=torch.float64)
+    return torch.tensor([float(_sum_randomly(change, probe, scale)) for probe in range(_PROBES)], dtype=torch.float64)
 
 
 def differ(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -193,7 +193,7 @@ def _errors(found: _Derivatives, expected: Mapping[str, Tensor], sizes: Mapping[
     }
 
 
-def _judged(found: _Derivatives, errors: Mapping[str, float], *, restoring: bool) -> Reach:
+def _judge(found: _Derivatives, errors: Mapping[str, float], *, restoring: bool) -> Reach:
     cut = tuple(name for name, error in errors.items() if error and not bool(found.slopes[name].any()))
     wrong = tuple(name for name, error in errors.items() if error > _COARSE and name not in cut)
     return Reach(restoring, cut, wrong, found.reason)
@@ -203,7 +203,7 @@ def _outputs(network: Network, batch: Batch) -> dict[str, Tensor]:
     return {name: y for name, y in network.forward(batch).items() if y.is_floating_point()}
 
 
-def _probed(outputs: Mapping[str, Tensor], probe: int, scale: Mapping[str, Tensor] | None = None) -> Tensor:
+def _sum_randomly(outputs: Mapping[str, Tensor], probe: int, scale: Mapping[str, Tensor] | None = None) -> Tensor:
     """Return a random sum of all outputs, each relative to its norm."""
     parts = []
     for place, (name, y) in enumerate(outputs.items()):
@@ -219,7 +219,7 @@ def _direction(name: str, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def _tapped(network: Network, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
+def _tap_outputs(network: Network, groups: Sequence[Group]) -> Iterator[dict[str, list[Tensor]]]:
     """Collect, by group, zeros added to the projections' outputs; their gradients are those of the outputs."""
     added: dict[str, list[Tensor]] = {g.name: [] for g in groups}
 
@@ -239,7 +239,7 @@ def _tapped(network: Network, groups: Sequence[Group]) -> Iterator[dict[str, lis
 
 
 @contextmanager
-def _shifted(network: Network, group: Group, step: float) -> Iterator[None]:
+def _shift_output(network: Network, group: Group, step: float) -> Iterator[None]:
     def hook(_: str, __: nn.Module, ___: object, output: Tensor) -> Tensor:
         return output + step * _direction(group.name, output)
 

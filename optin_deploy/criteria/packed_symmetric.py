@@ -12,7 +12,7 @@ from torch import Tensor
 _ROWS = 128
 
 
-def unpacked(strips: Tensor, size: int) -> Tensor:
+def unpack(strips: Tensor, size: int) -> Tensor:
     """Return the ``(size, size)`` matrix."""
     matrix = strips.new_empty(size, size)
     for start, strip in _each(strips, size):
@@ -21,7 +21,7 @@ def unpacked(strips: Tensor, size: int) -> Tensor:
     return matrix
 
 
-def nothing(size: int, device: torch.device) -> Tensor:
+def zeros(size: int, device: torch.device) -> Tensor:
     """Return the strips of a float64 matrix of zeros."""
     numbers = sum(min(_ROWS, size - start) * (size - start) for start in range(0, size, _ROWS))
     return torch.zeros(numbers, dtype=torch.float64, device=device)

@@ -1,8 +1,8 @@
 """Derivatives through modules that cut them off: without gradients, on detached tensors, or in checkpoints.
 
-Such a module computes the same numbers with and without a graph. While `restored` is active, all its operations keep a
-graph; while `plain_checkpoints` is active, so do checkpoints. Computations outside torch, or without a derivative,
-cannot be restored.
+Such a module computes the same numbers with and without a graph. While `restore_gradients` is active, all its
+operations keep a graph; while `plain_checkpoints` is active, so do checkpoints. Computations outside torch, or without
+a derivative, cannot be restored.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +25,14 @@ _GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_r
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[None]:
+def restore_gradients(module: nn.Module) -> Iterator[None]:
     """Keep a graph of everything that ``module`` computes with gradients on, while the context lasts."""
     with _active(module, _Restoring):
         yield
 
 
 @contextmanager
-def watched(module: nn.Module) -> Iterator[list[bool]]:
+def watch_cuts(module: nn.Module) -> Iterator[list[bool]]:
     """Record, while the context lasts, whether ``module`` detaches a tensor from its graph.
 
     The list stays empty if it never does.

@@ -48,7 +48,7 @@ def check_signal(network: Network, structure: Structure, batch: Batch, scores: M
     moving = [g for g in empty if differ(dense, _without(network, structure, g, range(g.units), some))]
     if moving:
         raise UserError(
-            f"the scores of {named(moving)} are all zero, but the outputs change without these units: the criterion "
+            f"the scores of {names_of(moving)} are all zero, but the outputs change without these units: the criterion "
             "saw nothing of them; give --criterion trajectory --scorer exact, which masks each unit"
         )
     if len(empty) == len(structure.groups):
@@ -59,13 +59,13 @@ def check_signal(network: Network, structure: Structure, batch: Batch, scores: M
     for group in equal:
         if not _alike(network, structure, group, some, dense):
             raise UserError(
-                f"the scores of {named([group])} are all equal, but the outputs change by different amounts without "
+                f"the scores of {names_of([group])} are all equal, but the outputs change by different amounts without "
                 "its units: this criterion cannot rank them; give another one"
             )
     return None
 
 
-def named(groups: list[Group] | tuple[str, ...]) -> str:
+def names_of(groups: list[Group] | tuple[str, ...]) -> str:
     """Return the first name of groups, and how many more there are."""
     names = [group if isinstance(group, str) else group.name for group in groups]
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

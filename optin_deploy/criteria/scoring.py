@@ -12,8 +12,8 @@ from torch import Tensor
 
 from optin_deploy.criteria.gradient_reach import Reach, find_forward_reach, find_reach
 from optin_deploy.criteria.registry import CRITERIA, Criterion, CriterionSpec
-from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored
-from optin_deploy.criteria.score_signal import check_signal, named
+from optin_deploy.criteria.restored_gradients import plain_checkpoints, restore_gradients
+from optin_deploy.criteria.score_signal import check_signal, names_of
 from optin_deploy.criteria.trajectory import Sketch, exact_scores, masked_totals, sketch_scores, task_factors
 from optin_deploy.criteria.trajectory_forward import Draws, forward_scores
 from optin_deploy.criteria.trajectory_loss import LossSettings, chunks, is_saturated
@@ -180,7 +180,7 @@ def _with_derivatives(
     reach = _reach(network, structure, batches, scoring)
     if reach.wrong:
         tell(
-            f"derivatives for {named(reach.wrong)} are far from what the outputs do, as behind coarse rounding or "
+            f"derivatives for {names_of(reach.wrong)} are far from what the outputs do, as behind coarse rounding or "
             "where a part of the graph is missing: scores there may be poor"
         )
     if reach.restoring:
@@ -188,7 +188,7 @@ def _with_derivatives(
             "the network cuts its own derivatives off (no_grad, inference_mode or detach): they are "
             "brought back while units are scored"
         )
-    with restored(network.module) if reach.restoring else nullcontext():
+    with restore_gradients(network.module) if reach.restoring else nullcontext():
         yield network, not reach.cut and reach.reason is None
 
 
@@ -210,7 +210,7 @@ def _reach(network: Network, structure: Structure, batches: Batches, scoring: Sc
         return reach
     what = f"no derivative can be taken ({reach.reason})" if reach.reason else "no derivative reaches its units"
     raise UserError(
-        f"{named(reach.cut) if reach.cut else network.source.name}: {what}, so they cannot be scored this way; give "
+        f"{names_of(reach.cut) if reach.cut else network.source.name}: {what}, so they cannot be scored this way; give "
         "--criterion trajectory --scorer exact, which masks each unit and needs none"
     )
 

@@ -177,7 +177,7 @@ def _masked_runs(
     for units in track(wanted.split(max(1, STACKED_TOKENS // max(1, tokens)))):
         copies = len(units)
         masks = 1 - F.one_hot(units.to(some.device), group.units).to(some.dtype)
-        given = {b: repeated(dense.blocks[b], copies, trajectory.size) for b in earlier}
+        given = {b: repeat_output(dense.blocks[b], copies, trajectory.size) for b in earlier}
         with mask_units(trajectory.network.module, trajectory.structure, {group.name: masks}):
             later, changed = trajectory.run(copies, given)
         moved = torch.zeros(copies, dtype=torch.float64)
@@ -213,7 +213,7 @@ def masked_totals(
     return {name: values - (1 - manifold) * without_task[name] for name, values in both.items()}
 
 
-def repeated(output: PyTree, copies: int, batch: int) -> PyTree:
+def repeat_output(output: PyTree, copies: int, batch: int) -> PyTree:
     """Return a block's output for stacked copies of the batch."""
 
     def repeat(tensor: Tensor) -> Tensor:

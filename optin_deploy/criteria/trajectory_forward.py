@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optin_deploy.criteria.trajectory import STACKED_TOKENS, repeated
+from optin_deploy.criteria.trajectory import STACKED_TOKENS, repeat_output
 from optin_deploy.criteria.trajectory_loss import Batch, LossSettings, Trajectory, directions
 from optin_deploy.network import Network
 from optin_deploy.nn.hooks import Hook, forward_hooks
@@ -216,7 +216,7 @@ class _Differential:
     def _changes(self, group: Group, tangents: Tensor, copies: int) -> "_Changes":
         trajectory, structure = self.trajectory, self.trajectory.structure
         like = next(trajectory.network.module.parameters())
-        given = {b: repeated(self.blocks[b], copies, trajectory.size) for b in structure.blocks[: group.layer]}
+        given = {b: repeat_output(self.blocks[b], copies, trajectory.size) for b in structure.blocks[: group.layer]}
         tangents = tangents.to(like)
         changes = _Changes(trajectory.size, copies, like.device)
         # The fused kernels of attention have no forward derivatives.

@@ -98,7 +98,7 @@ class ProbeMoments:
 
     def covariance(self, features: int) -> Tensor:
         """Weighted covariance of the activations, ``(features, features)``, float64."""
-        second = packed_symmetric.unpacked(self.second, features + 1)
+        second = packed_symmetric.unpack(self.second, features + 1)
         weight = second[-1, -1].clamp_min(1e-300)
         mean = second[:-1, -1] / weight
         return second[:-1, :-1].div_(weight).sub_(torch.outer(mean, mean))
@@ -137,7 +137,7 @@ class _Backward:
 
     Attributes:
         groups: all groups except widths.
-        inputs, taps: see `_tapped`.
+        inputs, taps: see `_tap_projections`.
         masks: of the dimensions of queries, by the heads' name.
         blocks, outputs: of the run.
     """
@@ -157,7 +157,7 @@ class _Backward:
         groups = [g for g in structure.groups if g.kind != "width"]
         widths = [g for g in structure.groups if g.kind == "width"]
         size, device = trajectory.size, next(network.module.parameters()).device
-        with differentiable(network), _tapped(network.module, groups) as (inputs, taps), ExitStack() as stack:
+        with differentiable(network), _tap_projections(network.module, groups) as (inputs, taps), ExitStack() as stack:
             masks = {g.parent: torch.ones(size, g.units, device=device, requires_grad=True) for g in widths}
             for group in widths:
                 stack.enter_context(mask_queries(network.module, group, masks[group.parent]))
@@ -213,7 +213,7 @@ def _add_second_moments(
 
 
 @contextmanager
-def _tapped(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs, _Runs]]:
+def _tap_projections(module: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[_Runs, _Runs]]:
     """Collect, for each group and run of its projection, the input and a zero added to the output.
 
     The gradient of the zero is that of the output.
@@ -256,7 +256,7 @@ def _add(moments: dict[str, ProbeMoments], name: str, field: str, value: Tensor)
 
 def _add_second(moments: dict[str, ProbeMoments], name: str, x: Tensor, weights: Tensor) -> None:
     if not moments[name].second.dim():
-        moments[name].second = packed_symmetric.nothing(x.shape[1], x.device)
+        moments[name].second = packed_symmetric.zeros(x.shape[1], x.device)
     packed_symmetric.add_gram(moments[name].second, x, weights)
 
 
@@ -276,7 +276,9 @@ def obs_scores(
             order = torch.arange(group.units).flip(0)
             costs = _width_costs(weight, covariance, metric, group.units) + found.queries.cpu().flip(0)
         else:
-            order, costs = _eliminated(weight, covariance, metric, group, columns_per_unit(projection, group.width))
+            order, costs = _eliminate_group(
+                weight, covariance, metric, group, columns_per_unit(projection, group.width)
+            )
             costs = found.coherence * costs
         # Those that left later score higher also where the running maximum stands still.
         ranked = costs.cummax(0).values.clamp_min(1e-300) * (1 + 1e-9 * torch.arange(len(costs), dtype=costs.dtype))
@@ -290,7 +292,9 @@ def obs_scores(
     return scores
 
 
-def _eliminated(weight: Tensor, covariance: Tensor, metric: Tensor, group: Group, width: int) -> tuple[Tensor, Tensor]:
+def _eliminate_group(
+    weight: Tensor, covariance: Tensor, metric: Tensor, group: Group, width: int
+) -> tuple[Tensor, Tensor]:
     """`eliminate` of a group with ``width`` columns a unit; units that leave together count as one."""
     if group.together is None:
         return eliminate(weight, covariance, metric, width)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optin_deploy.compensation.pair import CompensationPair
-from optin_deploy.compensation.ridge import Moments, penalised
+from optin_deploy.compensation.ridge import Moments, add_ridge
 from optin_deploy.compensation.sparsity import (
     Sparsity,
     can_be_sparse,
@@ -77,7 +77,7 @@ def by_magnitude(weights: Tensor, columns: int) -> Tensor:
 @given(seeds, st.integers(0, 3))
 def test_one_group_is_the_best_of_all_six(seed: int, behind: int) -> None:
     x, y, old = rows(seed, 4 + behind, 5)
-    hessian = penalised(Moments.of(x, y), 0.01)
+    hessian = add_ridge(Moments.of(x, y), 0.01)
     optimum = old.T
     mask, weights = choose_mask(optimum, hessian, 4)
     assert mask[:, 4:].all()
@@ -90,7 +90,7 @@ def test_one_group_is_the_best_of_all_six(seed: int, behind: int) -> None:
 @given(seeds, st.integers(2, 6))
 def test_the_first_group_counts_what_all_behind_take_over(seed: int, groups: int) -> None:
     x, y, old = rows(seed, 4 * groups, 3)
-    hessian, optimum = penalised(Moments.of(x, y), 0.01), old.T
+    hessian, optimum = add_ridge(Moments.of(x, y), 0.01), old.T
     mask, _ = choose_mask(optimum, hessian, 4 * groups)
     pairs, rest = list(combinations(range(4), 2)), list(range(4, len(hessian)))
     best = torch.stack([least(optimum, hessian, [*pair, *rest]) for pair in pairs]).argmin(0)
@@ -101,7 +101,7 @@ def test_the_first_group_counts_what_all_behind_take_over(seed: int, groups: int
 def test_solving_anew_is_least_squares_on_what_stays(seed: int, groups: int) -> None:
     x, y, old = rows(seed, 4 * groups, 3)
     moments = Moments.of(x, y)
-    hessian, mask = penalised(moments, 0.1), by_magnitude(old.T, 4 * groups)
+    hessian, mask = add_ridge(moments, 0.1), by_magnitude(old.T, 4 * groups)
     found = solve_masked(hessian, moments.cross.T, mask)
     for row, weights in enumerate(found):
         kept = mask[row].nonzero()[:, 0].numpy()
@@ -113,9 +113,9 @@ def test_solving_anew_is_least_squares_on_what_stays(seed: int, groups: int) -> 
 def test_many_rows_are_solved_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, old = rows(0, 8, 7)
     moments, mask = Moments.of(x, y), by_magnitude(old.T, 8)
-    whole = solve_masked(penalised(moments, 0.1), moments.cross.T, mask)
+    whole = solve_masked(add_ridge(moments, 0.1), moments.cross.T, mask)
     monkeypatch.setattr("optin_deploy.compensation.sparsity._MOST_NUMBERS", 60)
-    torch.testing.assert_close(solve_masked(penalised(moments, 0.1), moments.cross.T, mask), whole)
+    torch.testing.assert_close(solve_masked(add_ridge(moments, 0.1), moments.cross.T, mask), whole)
 
 
 # A whole map
@@ -147,7 +147,7 @@ def test_less_is_lost_than_by_magnitude(features: int) -> None:
     for seed in range(20):
         x, y, old = rows(seed, features, 6, samples=200)
         moments = Moments.of(x, y)
-        hessian = penalised(moments, 0.01)
+        hessian = add_ridge(moments, 0.01)
         mask = by_magnitude(old.T, features)
         ours.append(moments.error(sparse_fit(moments, None, old, (0.01,), bias=True)))
         theirs.append(moments.error(torch.where(mask, old.T, 0.0).T))

@@ -15,7 +15,7 @@ from together import together
 from torch import Tensor, nn
 
 from optin_deploy.criteria.gradient_reach import find_reach
-from optin_deploy.criteria.restored_gradients import plain_checkpoints, restored, watched
+from optin_deploy.criteria.restored_gradients import plain_checkpoints, restore_gradients, watch_cuts
 from optin_deploy.criteria.scoring import Scoring, score
 from optin_deploy.criteria.trajectory_loss import is_saturated
 from optin_deploy.distributed.ranks import SINGLE_PROCESS, Ranks, Shared
@@ -270,13 +270,13 @@ def test_networks_that_cut_nothing_are_left_alone() -> None:
 def test_modes_end_with_the_pass_and_see_nothing_without_gradients() -> None:
     module = nn.Sequential(nn.Linear(2, 2))
     x = torch.ones(1, 2, requires_grad=True)
-    with watched(module) as seen:
+    with watch_cuts(module) as seen:
         with torch.no_grad():
             module(x)
         module(x).detach()
         x.detach()
     assert seen == []
-    with restored(module):
+    with restore_gradients(module):
         assert not module(x).detach().requires_grad
         with pytest.raises(RuntimeError):
             module(torch.ones(1, 3))

@@ -114,7 +114,7 @@ def test_moments_are_sums_over_positions(name: str, groups: int) -> None:
                 apart = apart + effect.square().sum()
         assert float(metric.trace()) > 0
         torch.testing.assert_close(given[group.name].metric, metric, rtol=1e-9, atol=1e-9 * float(metric.abs().max()))
-        found = packed_symmetric.unpacked(given[group.name].second, len(second))
+        found = packed_symmetric.unpack(given[group.name].second, len(second))
         torch.testing.assert_close(found, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
         whole = sum(effect.square().sum() for effect in effects.values())
         coherence = float(whole / apart) if group.kind == "channel" else 1.0
@@ -168,7 +168,7 @@ def test_probing_leaves_the_network_as_it_was() -> None:
 
 
 def second_moments(rows: np.ndarray, weights: np.ndarray) -> Tensor:
-    strips = packed_symmetric.nothing(rows.shape[1], torch.device("cpu"))
+    strips = packed_symmetric.zeros(rows.shape[1], torch.device("cpu"))
     packed_symmetric.add_gram(strips, torch.tensor(rows), torch.tensor(weights))
     return strips
 
