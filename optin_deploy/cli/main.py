@@ -100,14 +100,14 @@ def sweep(
     options: Options,
     output: Annotated[
         Path | None,
-        typer.Option(help="Sweep directory, with a run directory each (default: runs/MODEL-sweep-HASH)."),
+        typer.Option(help="Sweep directory, with one subdirectory per run (default: runs/MODEL-sweep-HASH)."),
     ] = None,
     recipe: RecipeFile = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print sweep.json instead of tables.")] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run prune-export at several budgets with the same scores, and show which networks no other one beats."""
+    """Run prune-export at several budgets with the same scores, and show the best networks (Pareto front)."""
     _check_not_both(quiet, verbose)
     refuse_several("sweep")
     resolved, budgets = read_sweep(options, recipe)
@@ -199,7 +199,7 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Export one network as it is: ONNX, checked against torch, and an engine for each of --runtimes that takes one."""
+    """Export one network as it is: ONNX, checked against torch, and engines for the --runtimes that use them."""
     _check_not_both(quiet, verbose)
     refuse_several("export")
     resolved = make_recipe(options)
@@ -322,14 +322,14 @@ def models(
     console.print("[bold]Module types[/bold] (in any network, yours too)")
     for line in prunable():
         console.print(f"  {line}", highlight=False)
-    console.print("[bold]timm[/bold] by name; deit_small stands for deit_small_patch16_224")
+    console.print("[bold]timm[/bold] by name; deit_small is short for deit_small_patch16_224")
     console.print("  " + ", ".join(names), highlight=False)
     console.print("[bold]transformers[/bold] by model id or local directory: networks built of the module types above")
 
 
 @app.command()
 def env(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions and devices, and what is missing."""
+    """Show versions, devices and missing packages."""
     from profilers import environment
 
     facts = environment()

@@ -88,7 +88,7 @@ class Option:
         if command == "profile" and self.profile is not None:
             return self.profile
         if command == "sweep" and self.swept:
-            return replace(self, text=f"{self.text}; comma-separated values make one run each", several=True)
+            return replace(self, text=f"{self.text}; one run per comma-separated value", several=True)
         return self if command in self.commands else None
 
     def field(self, default: object = PydanticUndefined, **constraints: Any) -> Any:

@@ -46,19 +46,19 @@ class Recipe(BaseModel):
 
     model: str = _model(
         "Network: a timm name (short forms work: deit_small), a transformers id or directory, or a saved checkpoint",
-        profile=_model("Network, as for prune-export; without it, --table lists the cached tables"),
+        profile=_model("Network, as in prune-export. Without it, --table lists the cached tables"),
     ).field(min_length=1)
     weights: str = _model("Weights: pretrained, random, or a .safetensors file, with #PART if it holds several").field(
         "pretrained"
     )
-    image_size: int | None = _model(
-        "Image size in pixels, for a timm model that is to take another size than its own"
-    ).field(None, ge=1, le=_MOST_PIXELS)
+    image_size: int | None = _model("Image size in pixels, to change the input size of a timm model").field(
+        None, ge=1, le=_MOST_PIXELS
+    )
     sequence_length: int = _model("Tokens of a text, for counting FLOPs and measuring latency").field(
         128, ge=4, le=_MOST_UNITS
     )
     max_text_length: int | None = _data(
-        "Most tokens of a text, longer texts are cut", "the most the model takes", RUNS_AND_EXPORT
+        "Maximum tokens per text; longer texts are cut", "the most the model takes", RUNS_AND_EXPORT
     ).field(None, ge=4, le=_MOST_UNITS)
 
     calibration: Path | None = _data(
@@ -69,7 +69,7 @@ class Recipe(BaseModel):
         commands=RUNS_AND_EXPORT,
     ).field(None, max_length=_MOST_CHARACTERS)
     calibration_labels: str | None = _data(
-        f"Labels for --criterion {list_names(LABEL_CRITERIA)}: a column of a table, or `folders`: one class each",
+        f"Labels for --criterion {list_names(LABEL_CRITERIA)}: a column of a table, or `folders` if each is a class",
         needs=(Needs.BUDGET, Needs.LABELS),
     ).field(None, max_length=_MOST_CHARACTERS)
     calibration_samples: int | None = _data("Number of calibration samples to draw", "128 images or 1024 texts").field(
@@ -154,7 +154,7 @@ class Recipe(BaseModel):
     builder_optimization_level: int | None = _engine("Optimization level of engines, 0 to 5", "the builder's").field(
         None, ge=0, le=5
     )
-    workspace_mib: int | None = _engine("Most scratch memory of an engine, in MiB", "the builder's").field(
+    workspace_mib: int | None = _engine("Maximum scratch memory of an engine, in MiB", "the builder's").field(
         None, ge=1, le=1 << 30
     )
     refittable: bool = _engine("Build engines whose weights can be exchanged").field(False)
@@ -188,7 +188,9 @@ class Recipe(BaseModel):
     )
 
     device: Literal["auto", "cpu", "cuda"] = _prune("Device on which to prune: auto, cpu or cuda").field("auto")
-    seed: int = _prune("Random seed; one seed makes one result", commands=RUNS_AND_EXPORT).field(0, ge=0, lt=1 << 64)
+    seed: int = _prune("Random seed; the same seed gives the same result", commands=RUNS_AND_EXPORT).field(
+        0, ge=0, lt=1 << 64
+    )
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -324,7 +326,7 @@ def _message(name: str, first: Mapping[str, Any]) -> str:
         return f"{option}: nothing is listed; give one value at least"
     if name in ("flops", "latency"):
         what = "FLOPs" if name == "flops" else "dense latency"
-        return f"{option} {value}: give the part of the {what} to keep, above 0 and below 1, like 0.5"
+        return f"{option} {value}: give the fraction of the {what} to keep, above 0 and below 1, like 0.5"
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{option} {value}: {reason}"
 

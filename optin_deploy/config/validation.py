@@ -18,7 +18,7 @@ _FP8_OPSET = 19
 def check_options(recipe: Recipe) -> None:
     """Raise UserError for options of a run that contradict each other or have no effect."""
     if not recipe.has_budget and recipe.sparsity is None:
-        raise UserError("--flops is needed (or --latency, --latency-ms): give the part of the FLOPs to keep, like 0.5")
+        raise UserError("--flops is needed (or --latency, --latency-ms): give the fraction of FLOPs to keep, like 0.5")
     check_effects(recipe, RUNS[0])
     if recipe.weight_stripped:
         raise UserError(

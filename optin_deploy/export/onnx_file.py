@@ -86,8 +86,8 @@ def parity_tolerance(recipe: Recipe) -> float:
 def parity_batches(network: Network, held_out: Batches, precision: Precision = "fp32") -> list[dict[str, torch.Tensor]]:
     """Return inputs of several batch sizes, and lengths for text, that the network was not calibrated on.
 
-    For 8 bits texts are cut until none of them is padded: outputs at padding are far from all others, nobody uses them,
-    and they would be the largest error.
+    For 8 bits, texts are cut so that none is padded: outputs at padding are far from all others and unused, and they
+    would be the largest error.
     """
     batches = []
     for count in (1, 3, 8):

@@ -217,7 +217,7 @@ def _iterate(search: LatencySearch, costs: LatencyCosts, dense: Path) -> list[It
 def _new_plans(
     search: LatencySearch, unmet: Mapping[Objective, LatencyCosts], known: Sequence[Plan]
 ) -> dict[Objective, Plan]:
-    """Return a plan for each objective, each plan once and none of those known."""
+    """Return one plan per objective, without duplicates and without the known plans."""
     plans: dict[Objective, Plan] = {}
     for objective, costs in unmet.items():
         plan = search.plan(objective, costs)

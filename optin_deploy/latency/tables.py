@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class TableKey(TypedDict):
-    """What the figures of a table hold for. The name of its file in the cache is a hash of these."""
+    """Conditions under which a table was measured. Their hash names its file in the cache."""
 
     device: str
     os: str

@@ -203,7 +203,7 @@ def _prompt(reader: _Reader, config: JsonObject, *, is_classifier: bool) -> str:
     if name is None:
         return ""
     if not isinstance(prompts, Mapping) or not isinstance(prompts.get(name), str):
-        raise UserError(f"{reader.path(CONFIG_NAME)}: default_prompt_name {str(name)[:40]!r} is none of its prompts")
+        raise UserError(f"{reader.path(CONFIG_NAME)}: default_prompt_name {str(name)[:40]!r} is not one of its prompts")
     if is_classifier and prompts[name]:
         raise UserError(
             f"{reader.path(CONFIG_NAME)}: prompts of cross-encoders are not supported; set default_prompt_name to null"
@@ -215,7 +215,7 @@ def _similarity(reader: _Reader, config: JsonObject) -> Similarity:
     name = config.get("similarity_fn_name") or "cosine"
     if name not in get_args(Similarity):
         raise UserError(
-            f"{reader.path(CONFIG_NAME)}: similarity_fn_name {str(name)[:40]!r} is none of "
+            f"{reader.path(CONFIG_NAME)}: similarity_fn_name {str(name)[:40]!r} is not one of "
             f"{', '.join(get_args(Similarity))}"
         )
     return cast("Similarity", name)
@@ -258,7 +258,7 @@ def _modes(reader: _Reader, config: JsonObject, folder: str) -> tuple[PoolingMod
     known = get_args(PoolingMode)
     if not modes or not isinstance(modes, list) or any(mode not in known for mode in modes):
         raise UserError(
-            f"{reader.path(_join(folder, 'config.json'))}: pooling_mode {str(value)[:40]!r} is none of "
+            f"{reader.path(_join(folder, 'config.json'))}: pooling_mode {str(value)[:40]!r} is not one of "
             f"{', '.join(known)}"
         )
     return tuple(modes)

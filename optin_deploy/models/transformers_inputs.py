@@ -86,7 +86,7 @@ def sample_inputs(module: nn.Module, preprocessing: Preprocessing | None, sequen
             inputs[kind] = torch.randn(_SAMPLES, *size, generator=generator)
     if not inputs:
         raise UserError(
-            f"{type(module).__name__} takes none of {IMAGE_INPUT}, {AUDIO_INPUT} and {TEXT_INPUT}: "
+            f"{type(module).__name__} does not take {IMAGE_INPUT}, {AUDIO_INPUT} or {TEXT_INPUT}: "
             "networks with other inputs are pruned in Python, see custom_network"
         )
     if takes_decoder_ids(module):

@@ -442,14 +442,14 @@ def test_pickled_dense(tmp_path: Path) -> None:
         ("modules.json", '[{"type": "sentence_transformers.models.Transformer", "path": "../x"}]', "no folder of"),
         ("modules.json", '[{"type": "sentence_transformers.models.Transformer", "path": "/x"}]', "no folder of"),
         ("modules.json", '[{"path": ""}]', "every module is an object with a type"),
-        ("1_Pooling/config.json", '{"pooling_mode": "median"}', "pooling_mode 'median' is none of cls"),
+        ("1_Pooling/config.json", '{"pooling_mode": "median"}', "pooling_mode 'median' is not one of cls"),
         ("1_Pooling/config.json", '{"pooling_mode": 3}', "pooling_mode '3'"),
         ("1_Pooling/config.json", "[]", "holds a list, not a dict"),
         ("sentence_bert_config.json", '{"max_seq_length": 0}', "max_seq_length 0"),
         ("sentence_bert_config.json", '{"max_seq_length": "long"}', "max_seq_length long"),
         ("sentence_bert_config.json", '{"transformer_task": "fill-mask"}', "is for fill-mask"),
-        ("config_sentence_transformers.json", '{"similarity_fn_name": "hamming"}', "'hamming' is none of cosine"),
-        ("config_sentence_transformers.json", '{"default_prompt_name": "q"}', "default_prompt_name 'q' is none of"),
+        ("config_sentence_transformers.json", '{"similarity_fn_name": "hamming"}', "'hamming' is not one of cosine"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "q"}', "default_prompt_name 'q' is not one of"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: str, told: str) -> None:
