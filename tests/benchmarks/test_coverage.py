@@ -17,7 +17,7 @@ from optin_deploy.structure.adapters.registry import ADAPTERS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 _KNOWN = list(ADAPTERS)
-import coverage as driver  # noqa: E402
+import architectures as driver  # noqa: E402
 import coverage_cases as cases  # noqa: E402
 import coverage_worker as worker  # noqa: E402
 from coverage_table import page, passed  # noqa: E402

@@ -1,8 +1,8 @@
 """Which architectures can be pruned, exported and made faster, one process each: the table in ``docs/coverage.md``.
 
-    python benchmarks/coverage.py                        # what is not there yet, of all
-    python benchmarks/coverage.py --only ViT,BERT        # these again
-    python benchmarks/coverage.py --fifth --again        # those that CI runs, again
+    python benchmarks/architectures.py                        # what is not there yet, of all
+    python benchmarks/architectures.py --only ViT,BERT        # these again
+    python benchmarks/architectures.py --fifth --again        # those that CI runs, again
 
 torch-pruning runs over the same list (``pip install torch-pruning``; its columns are left out without it). peft is
 needed for one row. Rows are kept in ``results/DEVICE/coverage.json``; ``--table`` only writes the page of what is
