@@ -211,8 +211,13 @@ def script(command: str) -> bool:
 
 
 def shell_script(command: str) -> bool:
-    """A shell script without errors of syntax."""
-    return subprocess.run(["sh", "-n", str(ROOT / command.split()[1])], check=False).returncode == 0
+    """A shell script without errors of syntax, whose options are those of the program that it starts."""
+    _, script, *options = command.split()
+    path = ROOT / script
+    known = (path.with_suffix("") / "main.py").read_text(encoding="utf-8") if options else ""
+    return (
+        all(f'"{o}"' in known for o in options) and subprocess.run(["sh", "-n", str(path)], check=False).returncode == 0
+    )
 
 
 def as_make_does(command: str) -> bool:
@@ -241,7 +246,7 @@ COVERED: dict[str, Callable[[str], bool]] = {
     r"pip install .+": installable,
     r"python3 -m venv .+": as_make_does,
     r"python (benchmarks|tests)/\S+\.py.*": script,
-    r"sh benchmarks/\w+\.sh": shell_script,
+    r"sh benchmarks/\w+\.sh( --\w+)*": shell_script,
     r"torchrun .+ -m optin_deploy .+": as_one_process,
     r"MINILM=\$\(python -c .+\)": in_the_demo,
 }

@@ -387,7 +387,7 @@ def test_maps_that_give_more_than_their_weights_are_not_refitted(cls: type[nn.Li
     structure = describe(network.module, network.inputs)
     plan = Plan({g.name: tuple(range(4)) for g in structure.groups})
     pruned = slice_network(network.module, structure, plan)
-    maps = refit_layers_of(CompensationPair(network.module, pruned, structure, plan))
+    maps = refit_layers_of(CompensationPair(network, pruned, structure, plan))
     assert ("head" in maps) == (cls is Product)
     assert "blocks.0.two" in maps
 
