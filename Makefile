@@ -6,6 +6,8 @@ DATA ?= ../shared/data
 DEMO := runs/demo
 
 MIN_VENV ?= .venv-min
+# All fast tests by default.
+MIN_TESTS ?= tests
 
 # What a fresh environment takes of everything but torch, see there.
 PINNED := .ci/constraints.txt
@@ -43,7 +45,8 @@ $(MIN_VENV)/.installed: pyproject.toml $(VENV)/.installed .ci/lowest_versions.py
 
 test-min: $(MIN_VENV)/.installed
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(MIN_VENV)/bin/python -m pytest -q -p xdist.plugin -n 2 \
-		--dist worksteal -p no:cacheprovider -m "not slow and not gpu and not data" --ignore tests/optin_deploy/cli/test_help.py
+		--dist worksteal -p no:cacheprovider -m "not slow and not gpu and not data" \
+		--ignore tests/optin_deploy/cli/test_help.py $(MIN_TESTS)
 
 lint: install
 	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py
